@@ -66,7 +66,7 @@ def use_backend(choice):
         _override = before
 
 
-def check_vectors(x, name):
+def check_vectors(x, name, any_head_dim=False):
     """Raise TypeError or ValueError unless x is a float array [B, H, L, head_dim] with a head_dim we have."""
     if not isinstance(x, mx.array):
         raise TypeError(f"{name}: got {type(x).__name__}, expected an mx.array")
@@ -74,7 +74,8 @@ def check_vectors(x, name):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected [batch, n_kv_heads, tokens, head_dim]")
     if x.dtype not in DTYPES:
         raise ValueError(f"{name}: got {x.dtype}, allowed are {', '.join(str(d) for d in DTYPES)}")
-    check_head_dim(x.shape[-1], f"head_dim of {name}")
+    if not any_head_dim:
+        check_head_dim(x.shape[-1], f"head_dim of {name}")
 
 
 def _check_bits(bits, name="bits"):

@@ -1,6 +1,6 @@
 """Names of schemes ("turbo8v4"), the cache's configuration, and the bit layout of a packed row."""
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -69,9 +69,12 @@ class TurboConfig:
                 raise ValueError(f"{name}: got {value!r}, allowed are whole numbers from {least} to 2**31 - 1")
 
     @classmethod
-    def of(cls, config):
-        """A configuration from itself, a scheme or a scheme's name."""
-        return config if isinstance(config, cls) else cls(scheme=config)
+    def of(cls, config, **options):
+        """A configuration from itself, a scheme or a scheme's name, with `options` replacing what it says."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise ValueError(f"{unknown[0]}: unknown option, allowed are {known}")
+        return replace(config if isinstance(config, cls) else cls(scheme=config), **options)
 
 
 # ---- the packed row ------------------------------------------------------------------------------------------
@@ -105,20 +108,20 @@ def bit_fields(bits, head_dim):
     `width` bits of the code, from bit `code_shift` on, stand in `word` from bit `shift` on. One field per dim;
     at 3 bits the last pair of each 16 dims has two.
     """
-    fields, plane_b = [], -(-head_dim // 16)
+    table, plane_b = [], -(-head_dim // 16)
     for dim in range(head_dim):
         if bits != 3:
             word, r = divmod(dim, 32 // bits)
-            fields.append((dim, word, 16 * (r % 2) + bits * (r // 2), 0, bits))
+            table.append((dim, word, 16 * (r % 2) + bits * (r // 2), 0, bits))
             continue
         unit, r = divmod(dim, 16)
         j, s = divmod(r, 2)
         byte = 8 * (unit % 2 + 2 * s)
         if j < 5:
-            fields.append((dim, unit, 16 * s + 3 * j, 0, 3))
+            table.append((dim, unit, 16 * s + 3 * j, 0, 3))
         elif j < 7:
-            fields.append((dim, plane_b + unit // 2, byte + 3 * (j - 5), 0, 3))
+            table.append((dim, plane_b + unit // 2, byte + 3 * (j - 5), 0, 3))
         else:
-            fields.append((dim, plane_b + unit // 2, byte + 6, 0, 2))
-            fields.append((dim, unit, 16 * s + 15, 2, 1))
-    return np.array(fields, np.int64)
+            table.append((dim, plane_b + unit // 2, byte + 6, 0, 2))
+            table.append((dim, unit, 16 * s + 15, 2, 1))
+    return np.array(table, np.int64)

@@ -1,0 +1,349 @@
+"""TurboKVCache: a key-value cache for mlx-lm models that holds most tokens packed.
+
+    [ sink: exact ] [ packed ] [ recent: exact ]
+
+The first `sink` tokens and at least the newest `recent` ones stay as they came, in the model's dtype; what leaves
+the recent window is quantized from those exact values, once, so the stored codes do not depend on how the prompt was
+cut into chunks. Every array is [B, n_kv_heads, tokens, *]: one token's bits never leave its row.
+"""
+import mlx.core as mx
+
+from . import ops
+from .ops import PackedSide, QuantizeSide, check_vectors, get_backend, require_finite
+from .scheme import TurboConfig, words_per_row
+
+MAGIC, FORMAT_VERSION = 0x54554B56, 1  # "TUKV"
+_HEADER = ("magic", "version", "key_bits", "value_bits", "sink", "recent", "block", "seed",
+           "n_sink", "n_packed", "n_recent", "key_dim", "value_dim", "key_dtype", "value_dtype")
+
+
+class _Side:
+    """The keys or the values of a cache: three buffers, each with room for more tokens than it holds.
+
+    sink, recent: model dtype [B, H, capacity, D]. codes: uint32 [B, H, capacity, words], or with 0 bits the exact
+    vectors [B, H, capacity, D]. scale: float16 [B, H, capacity, 1], or None with 0 bits.
+    """
+
+    def __init__(self, bits):
+        self.bits = bits
+        self.sink = self.codes = self.scale = self.recent = None
+
+    @property
+    def head_dim(self):
+        return self.recent.shape[-1]
+
+    @property
+    def nbytes(self):
+        return sum(a.nbytes for a in (self.sink, self.codes, self.scale, self.recent) if a is not None)
+
+    def packed(self):
+        """What the kernels read: the whole buffers, whatever their length."""
+        return PackedSide(self.codes, self.scale, self.bits, self.head_dim)
+
+
+def _write(buffer, at, new, step):
+    """`buffer` [B, H, capacity, *] with `new` [B, H, n, *] written from token `at` on: in place if it fits, else in
+    a copy with room for a multiple of `step` tokens."""
+    end = at + new.shape[2]
+    if buffer is None or end > buffer.shape[2]:
+        room = mx.zeros((*new.shape[:2], max(-(-end // step), 1) * step - at, new.shape[3]), new.dtype)
+        buffer = room if at == 0 else mx.concatenate([buffer[:, :, :at], room], axis=2)
+    if new.shape[2]:
+        buffer[:, :, at:end] = new
+    return buffer
+
+
+class TurboKVCache:
+    """A KV cache of one layer, in the place of mlx_lm.models.cache.KVCache.
+
+    config: a scheme's name ("turbo4", "turbo8v4", ...), a Scheme or a TurboConfig. Options (sink, recent, block,
+    seed) replace what the configuration says.
+
+    Raises ValueError for an unknown scheme or option.
+    """
+
+    step = 256  # tokens by which the packed buffers grow
+
+    def __init__(self, config="turbo4", **options):
+        self.config = TurboConfig.of(config, **options)
+        self._clear()
+
+    def _clear(self):
+        self._sides = [_Side(self.config.scheme.key_bits), _Side(self.config.scheme.value_bits)]
+        self.n_sink = self.n_packed = self.n_recent = 0
+
+    @property
+    def offset(self):
+        """Tokens in the cache."""
+        return self.n_sink + self.n_packed + self.n_recent
+
+    # ---- update ----------------------------------------------------------------------------------------------
+    def update_and_fetch(self, keys, values):
+        """Append keys [B, n_kv_heads, L, Dk] and values [B, n_kv_heads, L, Dv] (post-RoPE; float16, bfloat16 or
+        float32) and return all tokens, the new ones exactly as given.
+
+        The older tokens come as lazy arrays: dequantizing costs nothing unless they are read.
+
+        Raises TypeError or ValueError, with the cache unchanged, for wrong shapes, dtypes or head dims, for a batch,
+        number of heads, head_dim or dtype other than before, and when NaN or infinity would be packed.
+        """
+        self._check(keys, values)
+        new, n_new = (keys, values), keys.shape[2]
+        if n_new == 0:
+            return self.keys_and_values() if self.offset else new
+        n_to_sink = min(self.config.sink - self.n_sink, n_new)
+        n_tail = self.n_recent + n_new - n_to_sink
+        before = self.n_sink, self.n_packed
+        capacity = self.config.recent + self.config.block
+        if n_tail >= capacity:
+            tails = [x[:, :, n_to_sink:] for x in new]
+            if self.n_recent:
+                tails = [mx.concatenate([side.recent[:, :, :self.n_recent], t], axis=2)
+                         for side, t in zip(self._sides, tails)]
+            n_pack = n_tail - self.config.recent
+            packed = self._quantize([t[:, :, :n_pack] for t in tails])  # may raise: nothing has been changed yet
+        for side, x in zip(self._sides, new):
+            if n_to_sink:
+                side.sink = _write(side.sink, self.n_sink, x[:, :, :n_to_sink], self.config.sink)
+        if n_tail >= capacity:
+            self._store(packed)
+            for side, tail in zip(self._sides, tails):
+                side.recent = _write(None, 0, tail[:, :, n_pack:], capacity)
+            self.n_packed += n_pack
+            self.n_recent = self.config.recent
+        else:
+            for side, x in zip(self._sides, new):
+                side.recent = _write(side.recent, self.n_recent, x[:, :, n_to_sink:], capacity)
+            self.n_recent = n_tail
+            tails = [side.recent[:, :, :n_tail] for side in self._sides]
+        self.n_sink += n_to_sink
+        return self._fetch(before, tails, new, n_to_sink)
+
+    def _check(self, keys, values):
+        for x, name, side in ((keys, "keys", self._sides[0]), (values, "values", self._sides[1])):
+            check_vectors(x, name, any_head_dim=side.bits == 0)
+            if side.recent is not None:
+                had = side.recent
+                for what, was, now in (("batch size", had.shape[0], x.shape[0]), ("number of kv heads", had.shape[1],
+                                       x.shape[1]), ("head_dim", had.shape[3], x.shape[3]),
+                                       ("dtype", had.dtype, x.dtype)):
+                    if was != now:
+                        raise ValueError(f"{name}: {what} {now}, but this cache holds tokens with {what} {was}")
+        if keys.shape[:3] != values.shape[:3]:
+            raise ValueError(f"values: got {tuple(values.shape)}, expected [batch, n_kv_heads, tokens] as keys "
+                             f"{tuple(keys.shape)}")
+
+    def _quantize(self, tails):
+        """Codes and scale of each side, [] and None for one that stays exact. One launch for both sides."""
+        quantized = [i for i, side in enumerate(self._sides) if side.bits]
+        out = [(tail, None) for tail in tails]
+        if quantized:
+            results = ops.quantize_sides([QuantizeSide(tails[i], self._sides[i].bits) for i in quantized],
+                                         self.config.seed)
+            require_finite([scale for _, scale in results], [("keys", "values")[i] for i in quantized])
+            for i, result in zip(quantized, results):
+                out[i] = result
+        return out
+
+    def _store(self, packed):
+        for side, (codes, scale) in zip(self._sides, packed):
+            side.codes = _write(side.codes, self.n_packed, codes, self.step)
+            if scale is not None:
+                side.scale = _write(side.scale, self.n_packed, scale, self.step)
+
+    # ---- fetch -----------------------------------------------------------------------------------------------
+    def _dequantize(self, n_packed):
+        """The first n_packed packed tokens of both sides, lazily. One launch for both sides."""
+        quantized = [side for side in self._sides if side.bits]
+        dtypes = {side.recent.dtype for side in quantized}
+        restored = []
+        for dtype in dtypes:
+            sides = [side for side in quantized if side.recent.dtype == dtype]
+            outs = ops.dequantize_sides([s.packed() for s in sides], 0, n_packed, dtype, self.config.seed)
+            restored += zip(sides, outs)
+        restored = {id(side): x for side, x in restored}
+        return [restored[id(s)] if s.bits else s.codes[:, :, :n_packed] for s in self._sides]
+
+    def _fetch(self, before, tails, new, n_to_sink):
+        n_sink, n_packed = before
+        if n_sink + n_packed == 0 and n_to_sink + tails[0].shape[2] == new[0].shape[2]:
+            return new  # the first tokens of all: nothing to put in front of them
+        parts = [[], []]
+        if n_sink + n_to_sink:
+            parts = [[side.sink[:, :, :n_sink + n_to_sink]] for side in self._sides]
+        if n_packed:
+            for part, x in zip(parts, self._dequantize(n_packed)):
+                part.append(x)
+        for part, tail in zip(parts, tails):
+            if tail.shape[2]:
+                part.append(tail)
+        return tuple(part[0] if len(part) == 1 else mx.concatenate(part, axis=2) for part in parts)
+
+    def keys_and_values(self):
+        """All tokens, [B, n_kv_heads, offset, D] of keys and of values, packed ones dequantized lazily."""
+        if self.offset == 0:
+            raise ValueError("the cache is empty: it does not know the shape of its keys and values yet")
+        tails = [side.recent[:, :, :self.n_recent] for side in self._sides]
+        return self._fetch((self.n_sink, self.n_packed), tails, tails, 0)
+
+    # ---- the rest of mlx-lm's contract -----------------------------------------------------------------------
+    @property
+    def keys(self):
+        """The exact recent keys' buffer (None while empty). mlx-lm's pipeline models read and set it to tie the
+        cache's update to another computation; it is not the history: that is `keys_and_values`."""
+        return self._sides[0].recent
+
+    @keys.setter
+    def keys(self, buffer):
+        self._sides[0].recent = buffer
+
+    @property
+    def values(self):
+        """As `keys`."""
+        return self._sides[1].recent
+
+    @values.setter
+    def values(self, buffer):
+        self._sides[1].recent = buffer
+
+    def is_trimmable(self):
+        return True
+
+    def trim(self, n):
+        """Forget the newest n tokens, or all if there are fewer; returns how many were forgotten."""
+        trimmed = n = min(max(int(n), 0), self.offset)
+        if n == self.offset:
+            self._clear()
+            return trimmed
+        for name in ("n_recent", "n_packed", "n_sink"):
+            take = min(n, getattr(self, name))
+            setattr(self, name, getattr(self, name) - take)
+            n -= take
+        return trimmed
+
+    def make_mask(self, *args, **kwargs):
+        """The mask for the next N tokens: as mlx_lm.models.cache.KVCache."""
+        from mlx_lm.models.cache import create_attention_mask
+
+        return create_attention_mask(*args, offset=self.offset, **kwargs)
+
+    def size(self):
+        return self.offset
+
+    def empty(self):
+        return self.offset == 0
+
+    @property
+    def nbytes(self):
+        """Bytes of all buffers, unused room included."""
+        return sum(side.nbytes for side in self._sides)
+
+    def report(self):
+        """What the cache holds, as a dict of plain values: scheme; tokens, of which sink, packed and recent; nbytes;
+        uncompressed_nbytes (the same tokens in the model's dtype); packed_bits_per_value (keys and values, from the
+        arrays themselves); backend."""
+        values = packed_bits = uncompressed = 0
+        for side in self._sides:
+            if side.recent is None:
+                continue
+            per_token = side.recent.shape[0] * side.recent.shape[1] * side.head_dim
+            values += per_token
+            uncompressed += self.offset * per_token * side.recent.dtype.size
+            if side.codes is not None:
+                packed_bits += sum(8 * a.nbytes / a.shape[2] for a in (side.codes, side.scale) if a is not None)
+        return {"scheme": self.config.scheme.name, "tokens": self.offset, "sink": self.n_sink, "packed": self.n_packed,
+                "recent": self.n_recent, "nbytes": self.nbytes, "uncompressed_nbytes": uncompressed,
+                "packed_bits_per_value": packed_bits / values if values else 0.0, "backend": get_backend().describe()}
+
+    # ---- state -----------------------------------------------------------------------------------------------
+    def _header(self):
+        scheme, config = self.config.scheme, self.config
+        filled = self.offset > 0
+        dims = [side.head_dim if filled else 0 for side in self._sides]
+        dtypes = [ops.DTYPES.index(side.recent.dtype) if filled else 0 for side in self._sides]
+        return [MAGIC, FORMAT_VERSION, scheme.key_bits, scheme.value_bits, config.sink, config.recent, config.block,
+                config.seed, self.n_sink, self.n_packed, self.n_recent, *dims, *dtypes]
+
+    @property
+    def state(self):
+        """Everything as a list of arrays: an int32 header, then per side sink, codes, scale and recent, cut to the
+        tokens they hold; parts without tokens are left out."""
+        arrays = [mx.array(self._header(), mx.int32)]
+        for side in self._sides:
+            parts = (side.sink, self.n_sink), (side.codes, self.n_packed), (side.scale, self.n_packed), \
+                (side.recent, self.n_recent)
+            arrays += [a if n == a.shape[2] else a[:, :, :n] for a, n in parts if a is not None and n]
+        return arrays
+
+    @state.setter
+    def state(self, arrays):
+        header = _read_header(arrays[0] if arrays else None)
+        config = TurboConfig(f"turbo{header['key_bits']}v{header['value_bits']}", header["sink"], header["recent"],
+                             header["block"], header["seed"])
+        rest = iter(arrays[1:])
+        sides = [_Side(config.scheme.key_bits), _Side(config.scheme.value_bits)]
+        counts = header["n_sink"], header["n_packed"], header["n_recent"]
+        try:
+            for side, name in zip(sides, ("key", "value")):
+                _restore(side, rest, counts, header[f"{name}_dim"], header[f"{name}_dtype"], config)
+        except StopIteration:
+            raise ValueError("state: arrays are missing") from None
+        if next(rest, None) is not None:
+            raise ValueError("state: more arrays than the header says")
+        self.config, self._sides = config, sides
+        self.n_sink, self.n_packed, self.n_recent = counts
+
+    @property
+    def meta_state(self):  # mlx-lm 0.31 saves it; the header is in `state`
+        return ""
+
+    @meta_state.setter
+    def meta_state(self, value):
+        pass
+
+    @classmethod
+    def from_state(cls, state, meta_state=None):
+        """A cache from the `state` of another. Raises ValueError for arrays that are not one."""
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
+
+
+def _read_header(array):
+    if array is None or array.dtype != mx.int32 or array.ndim != 1 or array.size < 2:
+        raise ValueError("state: the first array is not the header of a TurboKVCache")
+    numbers = array.tolist()
+    if numbers[0] != MAGIC:
+        raise ValueError("state: not the state of a TurboKVCache")
+    if numbers[1] != FORMAT_VERSION or len(numbers) != len(_HEADER):
+        raise ValueError(f"state: format version {numbers[1]}, this version of mlx_turbo reads {FORMAT_VERSION}")
+    return dict(zip(_HEADER, numbers))
+
+
+def _restore(side, arrays, counts, head_dim, dtype, config):
+    """Fill `side` from the iterator `arrays`, as `state` wrote it; checks every shape and dtype."""
+    n_sink, n_packed, n_recent = counts
+    if not n_sink + n_packed + n_recent:
+        return
+    if dtype not in range(len(ops.DTYPES)):
+        raise ValueError(f"state: the header names dtype number {dtype}, there are {len(ops.DTYPES)}")
+    dtype, batch = ops.DTYPES[dtype], None
+
+    def take(n, width, want):
+        nonlocal batch
+        a = next(arrays)
+        if a.ndim != 4 or a.shape[2:] != (n, width) or a.dtype != want or batch not in (None, a.shape[:2]):
+            raise ValueError(f"state: got {a.dtype} {tuple(a.shape)}, expected {want} "
+                             f"{(*(batch or ('B', 'H')), n, width)}")
+        batch = a.shape[:2]
+        return a
+
+    if n_sink:
+        side.sink = _write(None, 0, take(n_sink, head_dim, dtype), config.sink)
+    if n_packed and side.bits:
+        side.codes = take(n_packed, words_per_row(side.bits, head_dim), mx.uint32)
+        side.scale = take(n_packed, 1, mx.float16)
+    elif n_packed:
+        side.codes = take(n_packed, head_dim, dtype)
+    recent = take(n_recent, head_dim, dtype) if n_recent else mx.zeros((*batch, 0, head_dim), dtype)
+    side.recent = _write(None, 0, recent, config.recent + config.block)

@@ -1,0 +1,102 @@
+"""The door into mlx-lm: compressed caches for its models. The only module that needs mlx_lm, and it imports it late."""
+import logging
+import warnings
+
+from .cache import TurboKVCache
+from .scheme import TurboConfig
+
+logger = logging.getLogger("mlx_turbo")
+
+
+def _mlx_lm_cache():
+    """mlx_lm.models.cache, with our class where mlx_lm.load_prompt_cache looks classes up by name."""
+    import mlx_lm.models.cache as module
+
+    module.TurboKVCache = TurboKVCache
+    return module
+
+
+def _compress(cache, config, kv_cache):
+    """Replace the plain KV caches of a prompt cache in a new list."""
+    return [TurboKVCache(config) if type(c) is kv_cache else c for c in cache]
+
+
+def make_prompt_cache(model, config="turbo4", max_kv_size=None):
+    """A prompt cache for `model` with TurboKVCache where mlx_lm.models.cache.make_prompt_cache has a KVCache.
+
+    config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: as in mlx-lm; its rotating caches stay
+    uncompressed. Layers that are no plain KV cache (sliding window, state-space, ...) keep the cache mlx-lm gives
+    them; `describe` says which, a warning is given if that leaves nothing to compress.
+
+    Raises ValueError for an unknown scheme.
+    """
+    config, module = TurboConfig.of(config), _mlx_lm_cache()
+    original = getattr(model, "make_cache", None)
+    if isinstance(original, _EnabledMakeCache):
+        original = original.original
+    if original is not None:
+        plain = original()
+    elif max_kv_size is not None:
+        plain = [module.RotatingKVCache(max_size=max_kv_size, keep=4) for _ in model.layers]
+    else:
+        plain = [module.KVCache() for _ in model.layers]
+    cache = _compress(plain, config, module.KVCache)
+    kept = sorted({type(c).__name__ for c in cache if not isinstance(c, TurboKVCache)})
+    if len(kept) and not any(isinstance(c, TurboKVCache) for c in cache):
+        warnings.warn(f"nothing is compressed: every layer's cache is a {' or '.join(kept)}, not a plain KVCache",
+                      stacklevel=2)
+    elif kept:
+        logger.info(describe(cache))
+    return cache
+
+
+class _EnabledMakeCache:
+    """The `make_cache` that `enable` puts on a model; remembers the one it replaces (None: mlx-lm's default)."""
+
+    def __init__(self, model, config, original):
+        self.model, self.config, self.original = model, config, original
+
+    def __call__(self):
+        return make_prompt_cache(self.model, self.config)
+
+
+def enable(model, config="turbo4"):
+    """Make every prompt cache that mlx-lm builds for `model` a compressed one: for applications that make their own.
+
+    Sets `make_cache` on this model object only. Calling it again changes the configuration; `disable` undoes it.
+    Returns the model. Raises ValueError for an unknown scheme.
+    """
+    config = TurboConfig.of(config)
+    disable(model)
+    _mlx_lm_cache()
+    model.make_cache = _EnabledMakeCache(model, config, getattr(model, "make_cache", None))
+    return model
+
+
+def disable(model):
+    """Undo `enable`; does nothing if the model is not enabled. Returns the model."""
+    enabled = getattr(model, "make_cache", None)
+    if isinstance(enabled, _EnabledMakeCache):
+        del model.make_cache
+        if enabled.original is not None and getattr(model, "make_cache", None) != enabled.original:
+            model.make_cache = enabled.original
+    return model
+
+
+def reports(prompt_cache):
+    """(layer, cache, report or None) of each layer; None where the layer is not compressed."""
+    return [(i, c, c.report() if isinstance(c, TurboKVCache) else None) for i, c in enumerate(prompt_cache)]
+
+
+def describe(prompt_cache):
+    """One line on a prompt cache: how many layers are compressed, and what the others keep and why."""
+    kept = {}
+    for _, cache, report in reports(prompt_cache):
+        if report is None:
+            kept.setdefault(type(cache).__name__, 0)
+            kept[type(cache).__name__] += 1
+    n = len(prompt_cache)
+    text = f"{n - sum(kept.values())} of {n} layers compressed"
+    if kept:
+        text += "; not a plain KV cache and left as it is: " + ", ".join(f"{k} ({v})" for k, v in kept.items())
+    return text
