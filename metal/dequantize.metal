@@ -1,8 +1,8 @@
 // dequantize.metal: packed rows back to vectors; the keys and values of a layer in one launch.
 // Self-contained. The text above the line "// ==== body" is the header of mx.fast.metal_kernel, the rest its source.
 //
-// MATHEMATICS, per packed row: y = scale * levels of the codes;  x = inverse rotation of y, plus the mean. The rotation and
-//   the levels are those of quantize.metal; the inverse runs the rounds backwards, transform first, diagonal second.
+// MATHEMATICS, per packed row: y = scale * levels of the codes;  x = inverse rotation of y, plus the mean. Rotation and
+//   levels are those of quantize.metal; the inverse runs the rounds backwards, transform first, diagonal second.
 //
 // MAPPING. A lane owns E = 16 consecutive dims (32 if D > 512), whole words of every packing. LANES lanes (a power of
 //   two) share a row, a simdgroup works on 32 / LANES rows. Butterflies over less than E dims are in registers, the
@@ -17,7 +17,8 @@
 // OUTPUTS
 //   x0, x1        T [B, H, L, D]
 // TEMPLATE  T float type of the output; B0, B1 bits in {2, 3, 4, 8}; D0, D1 head_dim, multiple of 4, 32 to 576;
-//   ROTATE0/1: un-rotate here (needs D % 16 == 0), else x stays rotated; MEAN0/1: add a mean (needs ROTATE).
+//   ROTATE0/1: un-rotate here (the windows must start and end where a lane's dims do: D a multiple of 16 up to 512, of
+//   32 above), else x stays rotated; MEAN0/1: add a mean (needs ROTATE).
 // LAUNCH  grid (32, S0 + S1, 1) with S = ceil(B * H * L / VECTORS) simdgroups per side, VECTORS = 32 / LANES;
 //   threadgroup (32, n, 1), any n. Lengths are data: nothing is compiled again when L changes.
 //
@@ -30,7 +31,8 @@
 //           bits 3(j-5) .. +2; j = 7: low two bits in that byte's bits 6, 7, top bit in A at bit 16s+15.
 //   Words are 0 where D does not fill them.
 //
-// REGISTERS (estimate, 32-bit): E values, up to 4 words, 8 level pairs, a few indices: 16 + 4 + 8 + 10 = 38; 58 for D > 512.
+// REGISTERS (estimate, 32-bit): E values, up to 4 words, 8 level pairs, a few indices: 16 + 4 + 8 + 10 = 38;
+//   54 for D > 512.
 
 // ---- shared: layout and levels (the same text in every file that uses it; tests/test_metal_files.py) ----
 #define TQ_UNROLL _Pragma("clang loop unroll(full)")
@@ -51,8 +53,9 @@ template <int BITS, int D> struct Row {                                         
   static METAL_FUNC bool has(int t, int i) { return LANES * E == D || (WHOLE ? t < D / E : t * E + i < D); }
 };
 
-// Levels without a table: f(c) = as_type<half>(base + (c << p)) is piecewise linear, its slope doubles with each octave,
-// so f(c) - f(n-1-c) is odd in c and sinh-like. Two integer operations and one half2 subtraction give two levels.
+// Levels without a table: f(c) = as_type<half>(base + (c << p)) is piecewise linear, its slope doubles with each
+// octave, so f(c) - f(n-1-c) is odd in c and sinh-like. Two integer operations and one half2 subtraction give two
+// levels.
 // x: the codes of dims 2j and 2j+1 at bit p of the two halves, nothing else set. level = UNIT * result.
 METAL_FUNC half2 tq_odd(uint x, uint low, uint sum) { return as_type<half2>(low + x) - as_type<half2>(sum - x); }
 
@@ -120,7 +123,7 @@ METAL_FUNC void tq_hadamard(thread float *y, int lane, int t) {
     }
   }
   TQ_UNROLL for (int m = 1; m < P / E; m *= 2) {
-    float sign = !inside ? 0.0f : (r & m) ? -1.0f : 1.0f;                       // outside, y comes back from the lane itself
+    float sign = !inside ? 0.0f : (r & m) ? -1.0f : 1.0f;                       // outside, y comes from the lane itself
     ushort from = ushort(inside ? lane + (r ^ m) - r : lane);
     TQ_UNROLL for (int i = 0; i < E; i++) {
       float other = ALL ? simd_shuffle_xor(y[i], ushort(m)) : simd_shuffle(y[i], from);
@@ -130,7 +133,7 @@ METAL_FUNC void tq_hadamard(thread float *y, int lane, int t) {
 }
 // ---- end of shared ----
 
-// Restores the 32 / LANES rows of simdgroup `sg`. CODES, SCALE: pointers (constant when the array is tiny, else device).
+// Restores the 32 / LANES rows of simdgroup `sg`. CODES, SCALE: pointers (constant if the array is tiny, else device).
 template <int BITS, int D, bool ROTATE, bool MEAN, class CODES, class SCALE, class SHAPE, class STRIDES, class T>
 METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_strides, SCALE scale, STRIDES scale_strides,
                               const device float *mean, const device float *diag, int first, int L, device T *x,
@@ -140,8 +143,7 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
   constexpr int PER_UNIT = BITS == 3 ? 1 : BITS / 2, ROW_UNITS = R::UNITS;
   constexpr int CODE_WORDS = BITS == 3 ? ROW_UNITS : R::WORDS;                  // without plane B
   int H = codes_shape[1], n_vectors = codes_shape[0] * H * L;
-  int t = lane % LANES;
-  int vector = sg * (32 / LANES) + lane / LANES;
+  int t = uint(lane) % LANES, vector = sg * (32 / LANES) + uint(lane) / LANES;    // unsigned: no division
   bool live = vector < n_vectors;
   vector = min(vector, n_vectors - 1);                                          // lanes past the end shuffle along
   int head = vector / L, token = first + vector - head * L, b = head / H, h = head - b * H;
@@ -193,10 +195,10 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
 // ==== body
 constexpr int V0 = Row<B0, D0>::VECTORS;
 int lane = thread_index_in_simdgroup, sg = thread_position_in_grid.y, first = span[0], L = span[1];
-int S0 = (codes0_shape[0] * codes0_shape[1] * L + V0 - 1) / V0;
+int S0 = uint(codes0_shape[0] * codes0_shape[1] * L + V0 - 1) / V0;
 if (sg < S0)
-  tq_dequantize<B0, D0, ROTATE0, MEAN0>(codes0, codes0_shape, codes0_strides, scale0, scale0_strides, mean0, diag0, first, L,
-                                        x0, sg, lane);
+  tq_dequantize<B0, D0, ROTATE0, MEAN0>(codes0, codes0_shape, codes0_strides, scale0, scale0_strides, mean0,
+                                        diag0, first, L, x0, sg, lane);
 else
-  tq_dequantize<B1, D1, ROTATE1, MEAN1>(codes1, codes1_shape, codes1_strides, scale1, scale1_strides, mean1, diag1, first, L,
-                                        x1, sg - S0, lane);
+  tq_dequantize<B1, D1, ROTATE1, MEAN1>(codes1, codes1_shape, codes1_strides, scale1, scale1_strides, mean1,
+                                        diag1, first, L, x1, sg - S0, lane);

@@ -19,8 +19,9 @@
 // OUTPUTS
 //   codes0/1      uint32 [B, H, L, WORDS]
 //   scale0/1      float16 [B, H, L, 1]
-// TEMPLATE  B0, B1 bits in {2, 3, 4, 8}; D0, D1 head_dim, multiple of 4, 32 to 576; ROTATE0/1: rotate here (needs D % 16 == 0),
-//   else x is already rotated and centred; MEAN0/1: subtract a mean (needs ROTATE).
+// TEMPLATE  B0, B1 bits in {2, 3, 4, 8}; D0, D1 head_dim, multiple of 4, 32 to 576;
+//   ROTATE0/1: rotate here (the windows must start and end where a lane's dims do: D a multiple of 16 up to 512, of 32
+//   above), else x is already rotated and centred; MEAN0/1: subtract a mean (needs ROTATE).
 // LAUNCH  grid (32, S0 + S1, 1) with S = ceil(B * H * L / VECTORS) simdgroups per side, VECTORS = 32 / LANES;
 //   threadgroup (32, n, 1), any n. Lengths are data: nothing is compiled again when L changes.
 //
@@ -33,7 +34,8 @@
 //           bits 3(j-5) .. +2; j = 7: low two bits in that byte's bits 6, 7, top bit in A at bit 16s+15.
 //   Words are 0 where D does not fill them.
 //
-// REGISTERS (estimate, 32-bit): E values, their 1 to 8 code words, 7 thresholds, a few indices: 16 + 8 + 7 + 10 = 41; 65 for D > 512.
+// REGISTERS (estimate, 32-bit): E values, E codes until they are packed, 7 midpoints, a few indices:
+//   16 + 16 + 7 + 10 = 49; 81 for D > 512.
 
 // ---- shared: layout and levels (the same text in every file that uses it; tests/test_metal_files.py) ----
 #define TQ_UNROLL _Pragma("clang loop unroll(full)")
@@ -54,8 +56,9 @@ template <int BITS, int D> struct Row {                                         
   static METAL_FUNC bool has(int t, int i) { return LANES * E == D || (WHOLE ? t < D / E : t * E + i < D); }
 };
 
-// Levels without a table: f(c) = as_type<half>(base + (c << p)) is piecewise linear, its slope doubles with each octave,
-// so f(c) - f(n-1-c) is odd in c and sinh-like. Two integer operations and one half2 subtraction give two levels.
+// Levels without a table: f(c) = as_type<half>(base + (c << p)) is piecewise linear, its slope doubles with each
+// octave, so f(c) - f(n-1-c) is odd in c and sinh-like. Two integer operations and one half2 subtraction give two
+// levels.
 // x: the codes of dims 2j and 2j+1 at bit p of the two halves, nothing else set. level = UNIT * result.
 METAL_FUNC half2 tq_odd(uint x, uint low, uint sum) { return as_type<half2>(low + x) - as_type<half2>(sum - x); }
 
@@ -123,7 +126,7 @@ METAL_FUNC void tq_hadamard(thread float *y, int lane, int t) {
     }
   }
   TQ_UNROLL for (int m = 1; m < P / E; m *= 2) {
-    float sign = !inside ? 0.0f : (r & m) ? -1.0f : 1.0f;                       // outside, y comes back from the lane itself
+    float sign = !inside ? 0.0f : (r & m) ? -1.0f : 1.0f;                       // outside, y comes from the lane itself
     ushort from = ushort(inside ? lane + (r ^ m) - r : lane);
     TQ_UNROLL for (int i = 0; i < E; i++) {
       float other = ALL ? simd_shuffle_xor(y[i], ushort(m)) : simd_shuffle(y[i], from);
@@ -171,8 +174,7 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
   typedef Row<BITS, D> R;
   constexpr int E = R::E, LANES = R::LANES, UNITS = E / 16, P = tq_power_of_two_from(D / 2 + 1);
   int H = x_shape[1], L = x_shape[2], n_vectors = x_shape[0] * H * L;
-  int t = lane % LANES;
-  int vector = sg * (32 / LANES) + lane / LANES;
+  int t = uint(lane) % LANES, vector = sg * (32 / LANES) + uint(lane) / LANES;    // unsigned: no division
   bool live = vector < n_vectors;
   vector = min(vector, n_vectors - 1);                                          // lanes past the end shuffle along
   int head = vector / L, l = vector - head * L, b = head / H, h = head - b * H;
@@ -183,7 +185,7 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
   TQ_UNROLL for (int i = 0; i < E; i++) {
     int d = t * E + i;
     y[i] = 0;
-    if (R::has(t, i)) {
+    if (live && R::has(t, i)) {
       y[i] = float(from[d * x_strides[3]]);
       if (ROTATE) y[i] = MEAN ? fma(diag[d], y[i], shift[head * D + d]) : diag[d] * y[i];
     }
@@ -275,7 +277,7 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
 // ==== body
 constexpr int V0 = Row<B0, D0>::VECTORS;
 int lane = thread_index_in_simdgroup, sg = thread_position_in_grid.y;
-int S0 = (x0_shape[0] * x0_shape[1] * x0_shape[2] + V0 - 1) / V0;
+int S0 = uint(x0_shape[0] * x0_shape[1] * x0_shape[2] + V0 - 1) / V0;
 if (sg < S0)
   tq_quantize<B0, D0, ROTATE0, MEAN0>(x0, x0_shape, x0_strides, shift0, diag0, codes0, scale0, sg, lane);
 else

@@ -4,18 +4,13 @@
     cache = mlx_turbo.make_prompt_cache(model, "turbo4")     # beside mlx_lm's function of that name
     mlx_turbo.enable(model, "turbo4")                        # for applications that make their own caches
 """
-from importlib.metadata import PackageNotFoundError, version
-
 from .cache import TurboKVCache
 from .kernels import BackendError
 from .models import describe, disable, enable, make_prompt_cache
 from .ops import dequantize, get_backend, quantize, use_backend
 from .scheme import Scheme, TurboConfig
 
-try:
-    __version__ = version("mlx-turbo")
-except PackageNotFoundError:  # a plain checkout
-    __version__ = "0+checkout"
+__version__ = "0.1.0"
 
 __all__ = ["BackendError", "Scheme", "TurboConfig", "TurboKVCache", "dequantize", "describe", "disable", "enable",
            "get_backend", "make_prompt_cache", "quantize", "use_backend"]

@@ -32,9 +32,12 @@ class _Side:
     def head_dim(self):
         return self.recent.shape[-1]
 
+    def buffers(self):
+        return [a for a in (self.sink, self.codes, self.scale, self.recent) if a is not None]
+
     @property
     def nbytes(self):
-        return sum(a.nbytes for a in (self.sink, self.codes, self.scale, self.recent) if a is not None)
+        return sum(a.nbytes for a in self.buffers())
 
     def packed(self):
         """What the kernels read: the whole buffers, whatever their length."""
@@ -117,7 +120,14 @@ class TurboKVCache:
             self.n_recent = n_tail
             tails = [side.recent[:, :, :n_tail] for side in self._sides]
         self.n_sink += n_to_sink
+        if n_tail >= capacity or self.offset == n_new:
+            self._evaluate()
         return self._fetch(before, tails, new, n_to_sink)
+
+    def _evaluate(self):
+        """Start computing new buffers that the arrays we return do not read: another thread cannot evaluate them,
+        and until then they would hold what they are computed from."""
+        mx.async_eval([side.buffers() for side in self._sides])
 
     def _check(self, keys, values):
         for x, name, side in ((keys, "keys", self._sides[0]), (values, "values", self._sides[1])):
@@ -272,7 +282,7 @@ class TurboKVCache:
         for side in self._sides:
             parts = (side.sink, self.n_sink), (side.codes, self.n_packed), (side.scale, self.n_packed), \
                 (side.recent, self.n_recent)
-            arrays += [a if n == a.shape[2] else a[:, :, :n] for a, n in parts if a is not None and n]
+            arrays += [a[:, :, :n] for a, n in parts if a is not None and n]  # never the object we write into
         return arrays
 
     @state.setter
@@ -292,6 +302,7 @@ class TurboKVCache:
             raise ValueError("state: more arrays than the header says")
         self.config, self._sides = config, sides
         self.n_sink, self.n_packed, self.n_recent = counts
+        self._evaluate()
 
     @property
     def meta_state(self):  # mlx-lm 0.31 saves it; the header is in `state`
@@ -336,7 +347,7 @@ def _restore(side, arrays, counts, head_dim, dtype, config):
             raise ValueError(f"state: got {a.dtype} {tuple(a.shape)}, expected {want} "
                              f"{(*(batch or ('B', 'H')), n, width)}")
         batch = a.shape[:2]
-        return a
+        return a[:, :, :n]  # an object of our own: it is written into
 
     if n_sink:
         side.sink = _write(None, 0, take(n_sink, head_dim, dtype), config.sink)

@@ -83,8 +83,8 @@ def _check_bits(bits, name="bits"):
         raise ValueError(f"{name}: got {bits!r}, allowed are 2, 3, 4 and 8")
 
 
-def _check_mean(mean, x, name):
-    want = (*x.shape[:2], 1, x.shape[-1])
+def _check_mean(mean, batch, head_dim):
+    want, name = (*batch, 1, head_dim), "mean"
     if mean is not None and (not isinstance(mean, mx.array) or tuple(mean.shape) != want or mean.dtype != mx.float32):
         got = f"{mean.dtype} {tuple(mean.shape)}" if isinstance(mean, mx.array) else type(mean).__name__
         raise ValueError(f"{name}: got {got}, expected float32 {want}")
@@ -116,7 +116,7 @@ def quantize(x, bits=4, *, mean=None, seed=0, backend=None):
     """
     check_vectors(x, "x")
     _check_bits(bits)
-    _check_mean(mean, x, "mean")
+    _check_mean(mean, x.shape[:2], x.shape[-1])
     (codes, scale), = quantize_sides([QuantizeSide(x, bits, mean)], seed, backend)
     require_finite([scale], ["x"])
     return codes, scale
@@ -148,5 +148,6 @@ def dequantize(codes, scale, bits=4, *, head_dim, mean=None, seed=0, dtype=mx.fl
         raise ValueError(f"scale: got {scale.dtype} {tuple(scale.shape)}, expected float16 {(*codes.shape[:3], 1)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype}, allowed are {', '.join(str(d) for d in DTYPES)}")
+    _check_mean(mean, codes.shape[:2], head_dim)
     side = PackedSide(codes, scale, bits, head_dim, mean)
     return dequantize_sides([side], 0, codes.shape[2], dtype, seed, backend)[0]

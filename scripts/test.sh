@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The test suite.  Arguments go to pytest:
+#
+#   bash scripts/test.sh                       everything but the slow tests
+#   bash scripts/test.sh -m slow               the slow ones
+#   bash scripts/test.sh -k codebook -x
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
+ensure_venv ".[test]"
+cd "$root"
+exec "$venv/bin/python" -m pytest "$@"

@@ -1,0 +1,77 @@
+"""One suite over all backends: the NumPy oracle, the MLX fallback, the Metal kernels in the simulator (metalsim),
+and, where there is one, a real Metal GPU. With MLX_TURBO_REQUIRE_METAL=1 a missing GPU is an error."""
+import os
+import sys
+
+import metalsim
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_turbo import ops, reference
+from mlx_turbo.fallback import CpuBackend
+from mlx_turbo.kernels import MetalBackend
+
+
+def to_numpy(x):
+    """An mx.array as float32 NumPy (bfloat16 has no NumPy type)."""
+    return np.array(x.astype(mx.float32))
+
+
+class OracleBackend:
+    """The NumPy reference in the shape of a backend."""
+
+    name = "oracle"
+
+    def describe(self):
+        return "oracle (NumPy, float64)"
+
+    def quantize(self, sides, seed=0):
+        outs = []
+        for side in sides:
+            mean = None if side.mean is None else np.array(side.mean)
+            x = to_numpy(side.x).astype(np.float64)
+            finite = np.isfinite(x).all(-1, keepdims=True)
+            with np.errstate(over="ignore"):
+                q = reference.quantize(np.where(finite, x, 0), side.bits, rotation=seed, mean=mean,
+                                       scale_dtype=np.float64)
+                scale = np.where(finite, q.scale[..., None], np.nan).astype(np.float16)
+            outs.append((mx.array(q.packed()), mx.array(scale)))
+        return outs
+
+    def dequantize(self, sides, first, length, dtype, seed=0):
+        outs = []
+        for side in sides:
+            codes, scale = (np.array(a[:, :, first:first + length]) for a in (side.codes, side.scale))
+            codes = reference.unpack(codes, side.bits, side.head_dim)
+            q = reference.Quantized(codes, scale[..., 0].astype(np.float64), None, side.bits, seed, None,
+                                    None if side.mean is None else np.array(side.mean))
+            outs.append(mx.array(reference.dequantize(q).astype(np.float32)).astype(dtype))
+        return outs
+
+
+SIMULATED = MetalBackend(metalsim.metal_kernel)
+SIMULATED.describe = lambda: "simulated metal (metalsim)"
+BACKENDS = {"oracle": OracleBackend(), "cpu": CpuBackend()}
+if sys.platform != "darwin":  # the simulator's code generation is for Linux; a Mac runs the kernels themselves
+    BACKENDS["simulated"] = SIMULATED
+if not ops.metal_unavailable():
+    BACKENDS["metal"] = MetalBackend()
+elif os.environ.get("MLX_TURBO_REQUIRE_METAL") == "1":
+    raise pytest.UsageError(f"MLX_TURBO_REQUIRE_METAL=1, but {ops.metal_unavailable()}")
+
+
+@pytest.fixture(params=list(BACKENDS))
+def backend(request):
+    """Each backend in turn, in use for the whole test."""
+    with ops.use_backend(BACKENDS[request.param]) as chosen:
+        yield chosen
+
+
+@pytest.fixture
+def simulated():
+    """The Metal kernels in the simulator."""
+    if "simulated" not in BACKENDS:
+        pytest.skip("the simulator runs on Linux; here the kernels run on the GPU")
+    with ops.use_backend(SIMULATED) as chosen:
+        yield chosen
