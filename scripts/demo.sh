@@ -5,4 +5,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 ensure_venv "."
-exec "$venv/bin/mlx-turbo" generate --prompt "Once upon a time" --max-tokens 200 "$@"
+exec "$venv/bin/mlx-turbo" generate --prompt "Once upon a time" --max-tokens 400 "$@"

@@ -1,0 +1,7 @@
+"""python -m mlx_turbo: the command `mlx-turbo`."""
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

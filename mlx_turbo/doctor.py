@@ -1,0 +1,248 @@
+"""`mlx-turbo doctor`: what is installed, what would run, and whether every kernel agrees with the oracle."""
+import json
+import math
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from . import BackendError, __version__, get_backend, ops, reference
+from .kernels import PackedSide, QuantizeSide, compare_quantized, compare_vectors
+
+HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 160, 192, 256, 512, 576)
+BITS = (2, 3, 4, 8)
+# two sides in one launch: ((head_dim, bits, mean), ...); 192/128 and 512/64 are keys and values of MLA models
+PAIRS = (((128, 4, False), (128, 4, False)), ((128, 8, True), (128, 4, False)),
+         ((64, 3, False), (64, 2, True)), ((192, 8, False), (128, 4, True)),
+         ((512, 4, True), (64, 2, False)), ((80, 4, False), (80, 3, False)))
+BATCH, N_KV_HEADS = 2, 3
+
+
+class Check(NamedTuple):
+    """One launch to compare with the oracle. sides: one or two of (head_dim, bits, has mean)."""
+    operation: str
+    sides: tuple
+    dtype: mx.Dtype
+    n_tokens: int
+
+    @property
+    def group(self):
+        sides = "keys and values, " if len(self.sides) == 2 else ""
+        return f"{self.operation}, {sides}{_dtype_name(self.dtype)}"
+
+    def __str__(self):
+        sides = " and ".join(f"head_dim {d}, {b} bits{', mean' if m else ''}" for d, b, m in self.sides)
+        return f"{self.operation} {sides}, {_dtype_name(self.dtype)}, {self.n_tokens} tokens"
+
+
+def _dtype_name(dtype):
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def all_checks():
+    """Every head dim and bits in bfloat16; all dtypes at 64 and 128, with and without mean; two sides."""
+    checks = []
+    for operation in ("quantize", "dequantize"):
+        single = [(d, b, (i + j) % 2 == 0, mx.bfloat16)
+                  for i, d in enumerate(HEAD_DIMS) for j, b in enumerate(BITS)]
+        single += [(d, b, mean, dtype) for d in (64, 128) for b in BITS for dtype in (mx.float16, mx.float32)
+                   for mean in (False, True)]
+        # 1 token: decoding; 37: no multiple of any tile
+        checks += [Check(operation, ((d, b, mean),), dtype, 1 if i % 5 == 0 else 37)
+                   for i, (d, b, mean, dtype) in enumerate(single)]
+        checks += [Check(operation, pair, dtype, 37) for pair in PAIRS for dtype in (mx.bfloat16, mx.float32)]
+    return checks
+
+
+def _vectors(rng, n_tokens, head_dim):
+    """Like a model's keys, float32 [B, H, n_tokens, head_dim]: some large dims. The last vector is zero."""
+    x = rng.standard_normal((BATCH, N_KV_HEADS, n_tokens, head_dim))
+    x[..., :: head_dim // 4] *= 20
+    x[-1, -1, -1] = 0
+    return x.astype(np.float32)
+
+
+def _mean(rng, head_dim, has_mean):
+    return rng.standard_normal((BATCH, N_KV_HEADS, 1, head_dim)).astype(np.float32) if has_mean else None
+
+
+def _to_mlx(x):
+    return None if x is None else mx.array(x)
+
+
+def run_check(check, backend):
+    """(what is wrong or None, the largest relative error) of one check. Raises what the backend raises.
+
+    The error is that of the scales for quantize, of the vectors (by their largest number) for dequantize.
+    """
+    rng, seed = np.random.default_rng(0), len(check.sides) - 1
+    sides, wants, problems, worst = [], [], [], 0.0
+    if check.operation == "quantize":
+        for head_dim, bits, has_mean in check.sides:
+            # as a model's projection leaves them: [B, L, H, D] in memory
+            x = mx.array(_vectors(rng, check.n_tokens, head_dim).swapaxes(1, 2))
+            x = x.astype(check.dtype).swapaxes(1, 2)
+            mean = _mean(rng, head_dim, has_mean)
+            sides.append(QuantizeSide(x, bits, _to_mlx(mean)))
+            wants.append(reference.quantize(np.array(x.astype(mx.float32)), bits, rotation=seed, mean=mean))
+        for (codes, scale), want in zip(backend.quantize(sides, seed), wants, strict=True):
+            codes, scale = np.array(codes), np.array(scale)
+            problems.append(compare_quantized(codes, scale, want))
+            error = np.abs(scale[..., 0].astype(np.float64) - want.scale) / np.maximum(want.scale, 1e-30)
+            worst = max(worst, float(error.max()))
+    else:
+        first = 3  # of a buffer with more room, as in a cache
+        for head_dim, bits, has_mean in check.sides:
+            x = _vectors(rng, check.n_tokens + first + 2, head_dim)
+            want = reference.quantize(x, bits, rotation=seed, mean=_mean(rng, head_dim, has_mean))
+            wants.append(reference.dequantize(want)[:, :, first:first + check.n_tokens])
+            scale = mx.array(want.scale[..., None].astype(np.float16))
+            sides.append(PackedSide(mx.array(want.packed()), scale, bits, head_dim, _to_mlx(want.mean)))
+        outs = backend.dequantize(sides, first, check.n_tokens, check.dtype, seed)
+        for got, want in zip(outs, wants, strict=True):
+            if got.dtype != check.dtype:
+                problems.append(f"got {got.dtype}")
+            got = np.array(got.astype(mx.float32))
+            problems.append(compare_vectors(got, want, check.dtype))
+            error = np.abs(got - want).max(-1) / np.maximum(np.abs(want).max(-1), 1e-30)
+            worst = max(worst, float(error.max()))
+    problems = [p for p in problems if p]
+    return (problems[0] if problems else None), worst
+
+
+# ---- the machine -------------------------------------------------------------------------------------------
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def machine():
+    """Versions, device and memory, as a dict of name -> text."""
+    facts = {"mlx_turbo": __version__, "mlx": _version("mlx"), "mlx-lm": _version("mlx-lm"),
+             "numpy": np.__version__, "python": platform.python_version(), "system": platform.platform(),
+             "default device": mx.default_device().type.name,
+             "metal": "yes" if mx.metal.is_available() else "no"}
+    gib = "{:.1f} GiB".format
+    if mx.metal.is_available():
+        info = mx.device_info()
+        facts |= {"chip": f"{info.get('device_name')} ({info.get('architecture')})"}
+        for name, key in (("memory", "memory_size"), ("wired limit (recommended working set)",
+                          "max_recommended_working_set_size"), ("largest buffer", "max_buffer_length")):
+            if key in info:
+                facts[name] = gib(info[key] / 2**30)
+    else:
+        facts |= {"chip": mx.device_info().get("device_name") or platform.processor() or platform.machine(),
+                  "memory": gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)}
+    return facts
+
+
+def _why(choice):
+    if choice:
+        return f"--backend {choice}"
+    if os.environ.get("MLX_TURBO_BACKEND"):
+        return f"MLX_TURBO_BACKEND={os.environ['MLX_TURBO_BACKEND']}"
+    return ops.metal_unavailable() or "Metal is available"
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+def _parser():
+    from .cli import Parser
+
+    parser = Parser(
+        prog="mlx-turbo doctor",
+        description="Prints versions, device and backend, builds every kernel and compares each with the "
+                    "NumPy oracle. Exit code 1 on any disagreement or build error.")
+    parser.add_argument("--backend", choices=["metal", "cpu"],
+                        help="check this one (default: the one that is used)")
+    parser.add_argument("--json", action="store_true", help="JSON instead of text")
+    parser.add_argument("--verbose", action="store_true", help="a line for every check")
+    return parser
+
+
+def _examine(backend, say, verbose):
+    """Run all checks. Returns groups (name -> {"checks", "failed", "worst"}) and [(check, problem)]."""
+    groups, failures = {}, []
+    for check in all_checks():
+        try:
+            problem, worst = run_check(check, backend)
+        except Exception as e:  # a kernel may fail in any way; the rest must still be checked
+            problem, worst = str(e) if isinstance(e, BackendError) else f"{type(e).__name__}: {e}", 0.0
+        group = groups.setdefault(check.group, {"checks": 0, "failed": 0, "worst": 0.0})
+        group["checks"] += 1
+        group["worst"] = max(group["worst"], worst if math.isfinite(worst) else math.inf)
+        if problem:
+            group["failed"] += 1
+            failures.append((str(check), problem))
+        if verbose:
+            say(f"  {'FAILED' if problem else 'ok':<7}{check}  {worst:.1e}")
+    return groups, failures
+
+
+def _say_failures(failures, say):
+    """Each failed check by name; a compiler's message that many share is printed once."""
+    by_detail = {}
+    for check, problem in failures:
+        head, _, detail = problem.partition("\n")
+        by_detail.setdefault(detail, []).append((check, head))
+    for detail, failed in by_detail.items():
+        for check, head in failed:
+            say(f"FAILED  {check}: {head}")
+        if detail:
+            say(detail)
+
+
+def main(argv=None, backend=None):
+    """Run the command; returns its exit code. backend: check this object instead of the one in use."""
+    args = _parser().parse_args(argv)
+    tic = time.perf_counter()
+
+    def say(line=""):
+        if not args.json:
+            print(line, flush=True)
+
+    facts = machine()
+    for name, value in facts.items():
+        say(f"{name}: {value}")
+    why = "given by the caller" if backend else _why(args.backend)
+    warnings, groups, failures = [], {}, []
+    try:
+        backend = backend or get_backend(args.backend)
+    except BackendError as e:
+        failures = [("backend", str(e))]
+    description = backend.describe() if backend else "none"
+    say(f"backend: {description}, because: {why}")
+    if backend and mx.metal.is_available() and backend.name != "metal":
+        warnings.append(f"THIS MACHINE HAS METAL, BUT IT IS NOT USED: {why}")
+        say(f"\n*** {warnings[0]} ***")
+        print(f"mlx-turbo: warning: {warnings[0]}", file=sys.stderr)
+    say()
+    if backend:
+        groups, failures = _examine(backend, say, args.verbose)
+    for name, group in groups.items():
+        verdict = f"{group['failed']} FAILED" if group["failed"] else "ok"
+        say(f"{name:<38}{group['checks']:>4} checks  {verdict:<10} worst relative error {group['worst']:.1e}")
+    _say_failures(failures, say)
+    n_checks, seconds = sum(g["checks"] for g in groups.values()), time.perf_counter() - tic
+    if args.json:
+        for group in groups.values():
+            group["worst"] = group["worst"] if math.isfinite(group["worst"]) else None  # JSON has no infinity
+        print(json.dumps({
+            "ok": not failures, "machine": facts, "warnings": warnings, "seconds": round(seconds, 3),
+            "backend": {"name": getattr(backend, "name", None), "description": description, "why": why},
+            "checks": n_checks, "groups": groups,
+            "failures": [{"check": check, "problem": problem} for check, problem in failures]}, indent=2))
+    if failures:
+        say(f"\nNOT OK: {len(failures)} of {max(n_checks, 1)} checks failed on {description}, "
+            f"{seconds:.1f} s. Please report this with the output above.")
+        return 1
+    say(f"\nOK: {n_checks} checks agree with the oracle on {description}, {seconds:.1f} s")
+    for warning in warnings:
+        say(f"*** {warning} ***")
+    return 0

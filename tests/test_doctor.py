@@ -1,0 +1,142 @@
+"""The doctor: it passes a right backend, and fails and names each planted fault."""
+import json
+
+import mlx.core as mx
+import pytest
+
+from mlx_turbo import BackendError, cli, doctor, use_backend
+from mlx_turbo.fallback import CpuBackend
+
+
+class FlippedCodes(CpuBackend):
+    """One bit of one 3-bit code is wrong."""
+
+    def quantize(self, sides, seed=0):
+        out = super().quantize(sides, seed)
+        return [(c ^ (mx.arange(c.shape[-1]) == 0).astype(mx.uint32) if s.bits == 3 else c, scale)
+                for s, (c, scale) in zip(sides, out)]
+
+
+class WrongScale(CpuBackend):
+    """Scales a half percent too large, of float16 vectors only."""
+
+    def quantize(self, sides, seed=0):
+        out = super().quantize(sides, seed)
+        return [(c, scale * 1.005 if s.x.dtype == mx.float16 else scale) for s, (c, scale) in zip(sides, out)]
+
+
+class ForgetsTheMean(CpuBackend):
+    def dequantize(self, sides, first, length, dtype, seed=0):
+        return super().dequantize([s._replace(mean=None) for s in sides], first, length, dtype, seed)
+
+
+class ReadsFromTheStart(CpuBackend):
+    def dequantize(self, sides, first, length, dtype, seed=0):
+        return super().dequantize(sides, 0, length, dtype, seed)
+
+
+class GivesNaN(CpuBackend):
+    def dequantize(self, sides, first, length, dtype, seed=0):
+        return [x * float("nan") for x in super().dequantize(sides, first, length, dtype, seed)]
+
+
+class ForgetsASide(CpuBackend):
+    def quantize(self, sides, seed=0):
+        return super().quantize(sides, seed)[:1]
+
+
+class DoesNotBuildAt512(CpuBackend):
+    """As a failing Metal compile: raised for one specialization, with the compiler's message."""
+
+    def quantize(self, sides, seed=0):
+        if sides[0].x.shape[-1] == 512:
+            raise BackendError("the Metal kernel does not build or run: quantize.metal with head_dim 512\n"
+                               "program_source:12:5: error: too many registers")
+        return super().quantize(sides, seed)
+
+
+# fault -> whether it must fail the check of this name
+FAULTS = {
+    FlippedCodes: lambda name: name.startswith("quantize") and " 3 bits" in name,
+    WrongScale: lambda name: name.startswith("quantize") and ", float16" in name,
+    ForgetsTheMean: lambda name: name.startswith("dequantize") and "mean" in name,
+    ReadsFromTheStart: lambda name: name.startswith("dequantize"),
+    GivesNaN: lambda name: name.startswith("dequantize"),
+    ForgetsASide: lambda name: name.startswith("quantize") and " and " in name,
+    DoesNotBuildAt512: lambda name: name.startswith("quantize head_dim 512"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_planted_fault_fails_exactly_the_checks_it_touches(capsys, fault):
+    assert doctor.main(["--json"], backend=fault()) == 1
+    report = json.loads(capsys.readouterr().out)
+    expected = [str(c) for c in doctor.all_checks() if FAULTS[fault](str(c))]
+    failed = [f["check"] for f in report["failures"]]
+    assert not report["ok"] and failed == expected and expected
+    assert report["checks"] == len(doctor.all_checks())  # it went on after the first failure
+    assert sum(g["failed"] for g in report["groups"].values()) == len(failed)
+
+
+def test_a_failure_is_printed_with_its_name_the_compiler_s_message_and_the_verdict(capsys):
+    with use_backend(DoesNotBuildAt512()):
+        assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED  quantize head_dim 512, 4 bits" in out
+    assert out.count("program_source:12:5: error: too many registers") == 1
+    assert "quantize, bfloat16" in out and "4 FAILED" in out
+    assert out.splitlines()[-1].startswith("NOT OK: ")
+
+
+def test_it_passes_on_this_machine_and_says_what_it_checked(capsys):
+    """On a Mac these are the real kernels."""
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] and report["failures"] == [] and report["checks"] == len(doctor.all_checks())
+    for name in ("mlx_turbo", "mlx", "mlx-lm", "python", "numpy", "system", "chip", "memory",
+                 "default device"):
+        assert report["machine"][name]
+    assert report["backend"]["name"] in ("metal", "cpu") and report["backend"]["why"]
+    assert report["seconds"] > 0
+
+
+def test_checks_cover_every_head_dim_bits_dtype_operation_with_and_without_mean():
+    single = [(c.operation, *c.sides[0], c.dtype) for c in doctor.all_checks() if len(c.sides) == 1]
+    for op in ("quantize", "dequantize"):
+        for bits in doctor.BITS:
+            assert {d for o, d, b, _, _ in single if (o, b) == (op, bits)} == set(doctor.HEAD_DIMS)
+            for mean in (False, True):
+                dtypes = [dtype for o, _, b, m, dtype in single if (o, b, m) == (op, bits, mean)]
+                assert all(dtype in dtypes for dtype in (mx.float16, mx.bfloat16, mx.float32))
+
+
+def test_text_ends_with_a_verdict_and_verbose_names_every_check(capsys):
+    assert cli.main(["doctor", "--backend", "cpu", "--verbose"]) == 0
+    out = capsys.readouterr().out
+    for check in doctor.all_checks():
+        assert str(check) in out
+    assert "because: --backend cpu" in out and "worst relative error" in out
+    assert any(line.startswith("OK: ") for line in out.splitlines())
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="needs a machine without Metal")
+def test_metal_that_is_not_there_fails(capsys):
+    assert cli.main(["doctor", "--backend", "metal"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED  backend: " in out and "no Metal" in out and "NOT OK" in out
+
+
+def test_metal_that_is_there_but_not_used_is_said_loudly(capsys, monkeypatch):
+    check = doctor.Check("quantize", ((64, 4, False),), mx.float32, 5)
+    monkeypatch.setattr(doctor, "all_checks", lambda: [check])
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setenv("MLX_TURBO_BACKEND", "cpu")
+    assert cli.main(["doctor"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("THIS MACHINE HAS METAL, BUT IT IS NOT USED: MLX_TURBO_BACKEND=cpu") == 2
+    assert "IT IS NOT USED" in err
+
+
+def test_unknown_options_are_refused_in_one_line(capsys):
+    assert cli.main(["doctor", "--backend", "cuda"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
