@@ -250,15 +250,15 @@ class TurboKVCache:
 
     def report(self):
         """What the cache holds, as a dict of plain values: scheme; tokens, of which sink, packed and recent; nbytes;
-        uncompressed_nbytes (the same tokens in the model's dtype); packed_bits_per_value (keys and values, from the
-        arrays themselves); backend."""
+        uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would hold); packed_bits_per_value (of
+        keys and values, from the arrays themselves); backend."""
         values = packed_bits = uncompressed = 0
         for side in self._sides:
             if side.recent is None:
                 continue
             per_token = side.recent.shape[0] * side.recent.shape[1] * side.head_dim
             values += per_token
-            uncompressed += self.offset * per_token * side.recent.dtype.size
+            uncompressed += -(-self.offset // 256) * 256 * per_token * side.recent.dtype.size
             if side.codes is not None:
                 packed_bits += sum(8 * a.nbytes / a.shape[2] for a in (side.codes, side.scale) if a is not None)
         return {"scheme": self.config.scheme.name, "tokens": self.offset, "sink": self.n_sink, "packed": self.n_packed,
@@ -293,6 +293,8 @@ class TurboKVCache:
         rest = iter(arrays[1:])
         sides = [_Side(config.scheme.key_bits), _Side(config.scheme.value_bits)]
         counts = header["n_sink"], header["n_packed"], header["n_recent"]
+        if min(counts) < 0 or counts[0] > config.sink or counts[2] >= config.recent + config.block:
+            raise ValueError(f"state: the header names {counts} sink, packed and recent tokens, with {config}")
         try:
             for side, name in zip(sides, ("key", "value")):
                 _restore(side, rest, counts, header[f"{name}_dim"], header[f"{name}_dtype"], config)
@@ -300,6 +302,8 @@ class TurboKVCache:
             raise ValueError("state: arrays are missing") from None
         if next(rest, None) is not None:
             raise ValueError("state: more arrays than the header says")
+        if sum(counts) and sides[0].recent.shape[:2] != sides[1].recent.shape[:2]:
+            raise ValueError("state: keys and values have different batch sizes or numbers of kv heads")
         self.config, self._sides = config, sides
         self.n_sink, self.n_packed, self.n_recent = counts
         self._evaluate()
@@ -321,7 +325,7 @@ class TurboKVCache:
 
 
 def _read_header(array):
-    if array is None or array.dtype != mx.int32 or array.ndim != 1 or array.size < 2:
+    if not isinstance(array, mx.array) or array.dtype != mx.int32 or array.ndim != 1 or array.size < 2:
         raise ValueError("state: the first array is not the header of a TurboKVCache")
     numbers = array.tolist()
     if numbers[0] != MAGIC:

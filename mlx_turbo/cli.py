@@ -132,7 +132,7 @@ class TurboProgram:
     @contextlib.contextmanager
     def installed(self):
         """Inside this context the module's `load`, `make_prompt_cache` and `load_prompt_cache` are ours."""
-        models._mlx_lm_cache()  # so that load_prompt_cache knows our class
+        models.register()  # so that load_prompt_cache knows our class
         names = [n for n in ("load", "make_prompt_cache", "load_prompt_cache") if hasattr(self.module, n)]
         ours = {n: functools.partial(getattr(self, f"_{n}"), getattr(self.module, n)) for n in names}
         with _replaced(self.module, **ours):

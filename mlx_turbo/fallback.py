@@ -110,6 +110,21 @@ def _quantize(x, bits, mean, seed):
     return pack(codes, bits), scale.astype(mx.float16)
 
 
+SLICE_VALUES = 1 << 18  # quantized at a time: a prompt chunk's float32 intermediates would be 18 times the chunk
+
+
+def _quantize_in_slices(side, seed):
+    x, n = side.x, side.x.shape[2]
+    step = max(1, SLICE_VALUES // (x.size // n))
+    if step >= n:
+        return _quantize(x, side.bits, side.mean, seed)
+    slices = []
+    for at in range(0, n, step):
+        slices.append(_quantize(x[:, :, at:at + step], side.bits, side.mean, seed))
+        mx.eval(slices[-1])
+    return tuple(mx.concatenate(parts, axis=2) for parts in zip(*slices))
+
+
 class CpuBackend:
     """MLX operations instead of kernels: for machines without Metal, and for those who ask for it."""
 
@@ -121,7 +136,7 @@ class CpuBackend:
 
     def quantize(self, sides, seed=0):
         """As MetalBackend.quantize."""
-        return [_quantize(side.x, side.bits, side.mean, seed) for side in sides]
+        return [_quantize_in_slices(side, seed) for side in sides]
 
     def dequantize(self, sides, first, length, dtype, seed=0):
         """As MetalBackend.dequantize."""

@@ -1,17 +1,27 @@
 """The door into mlx-lm: compressed caches for its models. The only module that needs mlx_lm, and it imports it late."""
 import logging
+import re
 import warnings
 
 from .cache import TurboKVCache
 from .scheme import TurboConfig
 
 logger = logging.getLogger("mlx_turbo")
+OLDEST_MLX_LM = (0, 31, 2)
 
 
-def _mlx_lm_cache():
-    """mlx_lm.models.cache, with our class where mlx_lm.load_prompt_cache looks classes up by name."""
+def register():
+    """Open the door: our class where mlx_lm.load_prompt_cache looks classes up by name. Returns mlx_lm.models.cache.
+
+    Raises ImportError for an mlx-lm that is too old.
+    """
+    import mlx_lm
     import mlx_lm.models.cache as module
 
+    version = tuple(int(part) for part in re.findall(r"\d+", mlx_lm.__version__)[:3])
+    if version < OLDEST_MLX_LM:
+        raise ImportError(f"mlx_turbo needs mlx-lm {'.'.join(map(str, OLDEST_MLX_LM))} or newer, "
+                          f"this is {mlx_lm.__version__}: pip install -U mlx-lm")
     module.TurboKVCache = TurboKVCache
     return module
 
@@ -19,6 +29,12 @@ def _mlx_lm_cache():
 def _compress(cache, config, kv_cache):
     """Replace the plain KV caches of a prompt cache in a new list."""
     return [TurboKVCache(config) if type(c) is kv_cache else c for c in cache]
+
+
+def _reads_state(model, kv_cache):
+    """Whether layers of the model unpack `cache.state` of another layer, which only a KVCache can serve: these two
+    families did before mlx-lm's caches had `keys_and_values`."""
+    return not hasattr(kv_cache, "keys_and_values") and getattr(model, "model_type", None) in ("afm7", "gemma3n")
 
 
 def make_prompt_cache(model, config="turbo4", max_kv_size=None):
@@ -30,7 +46,7 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
 
     Raises ValueError for an unknown scheme.
     """
-    config, module = TurboConfig.of(config), _mlx_lm_cache()
+    config, module = TurboConfig.of(config), register()
     original = getattr(model, "make_cache", None)
     if isinstance(original, _EnabledMakeCache):
         original = original.original
@@ -40,6 +56,9 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
         plain = [module.RotatingKVCache(max_size=max_kv_size, keep=4) for _ in model.layers]
     else:
         plain = [module.KVCache() for _ in model.layers]
+    if _reads_state(model, module.KVCache):
+        warnings.warn(f"nothing is compressed: {model.model_type} needs a newer mlx-lm for that", stacklevel=2)
+        return plain
     cache = _compress(plain, config, module.KVCache)
     kept = sorted({type(c).__name__ for c in cache if not isinstance(c, TurboKVCache)})
     if len(kept) and not any(isinstance(c, TurboKVCache) for c in cache):
@@ -68,7 +87,7 @@ def enable(model, config="turbo4"):
     """
     config = TurboConfig.of(config)
     disable(model)
-    _mlx_lm_cache()
+    register()
     model.make_cache = _EnabledMakeCache(model, config, getattr(model, "make_cache", None))
     return model
 
@@ -97,6 +116,8 @@ def describe(prompt_cache):
             kept[type(cache).__name__] += 1
     n = len(prompt_cache)
     text = f"{n - sum(kept.values())} of {n} layers compressed"
-    if kept:
+    if set(kept) == {"KVCache"}:
+        text += ": this is mlx-lm's own cache"
+    elif kept:
         text += "; not a plain KV cache and left as it is: " + ", ".join(f"{k} ({v})" for k, v in kept.items())
     return text

@@ -26,13 +26,12 @@ class Scheme:
         """The scheme called `name`, or `name` itself if it is one. Raises ValueError for any other name."""
         if isinstance(name, Scheme):
             return name
-        match = re.fullmatch(r"turbo(\d+)(?:v(\d+))?", name) if isinstance(name, str) else None
-        bits = [int(b) for b in match.groups(default=match[1])] if match else []
-        if not match or any(b not in BITS for b in bits):
+        match = re.fullmatch(r"turbo([02348])(?:v([02348]))?", name) if isinstance(name, str) else None
+        if not match:
             raise ValueError(
                 f"scheme: got {name!r}, allowed are turboN and turboKvV with N, K, V in {BITS}, for example "
                 "'turbo4', 'turbo3', 'turbo8v4' (keys 8 bits, values 4), 'turbo0v4' (keys exact)")
-        return cls(*bits)
+        return cls(*(int(b) for b in match.groups(default=match[1])))
 
     @property
     def name(self):

@@ -122,8 +122,8 @@ def test_generate_ends_with_speed_and_what_the_cache_really_holds(run):
     prompt = int(re.search(r"Prompt: (\d+)", out)[1])
     assert sink == 2 and recent >= 8 and sink + packed + recent == tokens
     assert prompt + 29 <= tokens <= prompt + 30  # mlx-lm has already read the last token, or has not
-    # 4 layers, keys and values, 2 heads of 128 bfloat16
-    assert uncompressed == pytest.approx(tokens * 4 * 2 * 2 * 128 * 2 / 1e6, abs=1e-3)
+    # 4 layers, keys and values, 2 heads of 128 bfloat16; mlx-lm's cache grows by 256 tokens
+    assert tokens < 256 and uncompressed == pytest.approx(256 * 4 * 2 * 2 * 128 * 2 / 1e6, abs=1e-3)
     assert ratio == pytest.approx(uncompressed / held, abs=0.01)
 
 

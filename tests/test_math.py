@@ -133,7 +133,7 @@ def test_names_and_schemes_are_the_same_thing():
     assert Scheme.parse("turbo4v4").name == "turbo4"
 
 
-@pytest.mark.parametrize("name", ["turbo5", "turbo", "Turbo4", "turbo4v", "q4_0", "", "turbo4v4v4", "turbo44", None, 4])
+@pytest.mark.parametrize("name", ["turbo5", "turbo", "Turbo4", "turbo4v", "q4_0", "", "turbo4v4v4", "turbo44", "turbo04", None, 4])
 def test_an_unknown_scheme_gets_an_error_with_the_allowed_names(name):
     with pytest.raises(ValueError) as e:
         Scheme.parse(name)

@@ -1,0 +1,168 @@
+"""What the cache's tests share: random vectors, what a cache holds in NumPy, and the oracle's view of it."""
+import mlx.core as mx
+import numpy as np
+from conftest import to_numpy
+from mlx_turbo import TurboKVCache, ops, reference
+from mlx_turbo.cache import _HEADER
+from mlx_turbo.kernels import compare_quantized, compare_vectors
+
+FAST_BACKENDS = ["cpu"] if ops.metal_unavailable() else ["metal"]  # for tests with many small launches
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+def vectors(rng, *shape, dtype=mx.float32):
+    """Random vectors [*shape] of `dtype`, with norms that differ from token to token."""
+    x = rng.standard_normal(shape) * np.exp(rng.standard_normal((*shape[:-1], 1)))
+    return mx.array(x.astype(np.float32)).astype(dtype)
+
+
+def random_tokens(rng, n, *, batch=1, heads=2, key_dim=32, value_dim=32, dtype=mx.float32):
+    """Keys and values of n tokens."""
+    return (vectors(rng, batch, heads, n, key_dim, dtype=dtype), vectors(rng, batch, heads, n, value_dim, dtype=dtype))
+
+
+def header(cache):
+    """The header of a cache's state as a dict."""
+    return dict(zip(_HEADER, cache.state[0].tolist()))
+
+
+def stored(cache):
+    """What a cache's state holds: for keys and values a dict of sink, codes, scale, recent, as NumPy or None."""
+    head, arrays, sides = header(cache), iter(cache.state[1:]), []
+    for bits in (head["key_bits"], head["value_bits"]):
+        present = dict(sink=head["n_sink"], codes=head["n_packed"], scale=head["n_packed"] and bits,
+                       recent=head["n_recent"])
+        side = {}
+        for name, n in present.items():
+            array = next(arrays) if n else None
+            side[name] = None if array is None else np.array(array) if array.dtype == mx.uint32 else to_numpy(array)
+        sides.append(side)
+    assert next(arrays, None) is None
+    return sides
+
+
+def snapshot(cache):
+    """Everything one can see of a cache, to compare before and after."""
+    return cache.offset, cache.nbytes, header(cache), stored(cache)
+
+
+def same(a, b):
+    """Whether two nested structures of plain values and NumPy arrays are equal bit by bit (NaN equals NaN)."""
+    if isinstance(a, np.ndarray):
+        return isinstance(b, np.ndarray) and a.dtype == b.dtype and np.array_equal(a, b, equal_nan=True)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def held_nbytes(thing, seen=None):
+    """Bytes of all mx.arrays that can be reached from an object's attributes, each counted once."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen:
+        return 0
+    seen.add(id(thing))
+    if isinstance(thing, mx.array):
+        return thing.nbytes
+    if isinstance(thing, dict):
+        return sum(held_nbytes(x, seen) for x in thing.values())
+    if isinstance(thing, (list, tuple, set)):
+        return sum(held_nbytes(x, seen) for x in thing)
+    return held_nbytes(vars(thing), seen) if hasattr(thing, "__dict__") else 0
+
+
+class ListModel:
+    """A cache in a few lines of NumPy: the tokens as they were given, in a list per side, and which are packed.
+
+    Compares a TurboKVCache with it after every step. It knows nothing of buffers, chunks or blocks.
+    """
+
+    def __init__(self, cache):
+        self.cache, self.config = cache, cache.config
+        self.clear()
+
+    def clear(self):
+        self.given, self.untrimmed, self.dtypes = None, True, None
+
+    @property
+    def offset(self):
+        return 0 if self.given is None else self.given[0].shape[2]
+
+    def append(self, keys, values):
+        """Append to both, compare what comes back, then everything the cache holds."""
+        new, before = (keys, values), header(self.cache)
+        given = [to_numpy(x) for x in new]
+        old, self.dtypes = self.offset, [x.dtype for x in new]
+        self.given = given if old == 0 else [np.concatenate(p, axis=2) for p in zip(self.given, given)]
+        fetched = self.cache.update_and_fetch(keys, values)
+        # what was packed before comes back restored, all the rest as it was given
+        self._check_fetched(fetched, before["n_sink"], before["n_packed"])
+        for x, want in zip(fetched, given):
+            np.testing.assert_array_equal(to_numpy(x)[:, :, old:], want)
+        self.check()
+
+    def trim(self, n):
+        want = min(max(n, 0), self.offset)
+        assert self.cache.trim(n) == want
+        if want == self.offset:
+            self.clear()
+        elif want:
+            self.given = [x[:, :, :self.offset - want] for x in self.given]
+            self.untrimmed = False
+        self.check()
+
+    def check(self):
+        """The cache's counters, what it stores, and what it restores."""
+        cache, config, head = self.cache, self.config, header(self.cache)
+        assert cache.offset == self.offset == head["n_sink"] + head["n_packed"] + head["n_recent"]
+        assert cache.size() == self.offset and cache.empty() == (self.offset == 0)
+        assert cache.nbytes == held_nbytes(cache)
+        if not self.offset:
+            return
+        assert head["n_sink"] == min(config.sink, self.offset)
+        assert head["n_recent"] < config.recent + config.block
+        if self.untrimmed:
+            assert head["n_recent"] >= min(config.recent, self.offset - head["n_sink"])
+        first, last = head["n_sink"], head["n_sink"] + head["n_packed"]
+        for side, x, bits in zip(stored(cache), self.given, (config.scheme.key_bits, config.scheme.value_bits)):
+            for part, want in (("sink", x[:, :, :first]), ("recent", x[:, :, last:])):
+                if want.shape[2]:
+                    np.testing.assert_array_equal(side[part], want)
+            if last > first and not bits:
+                np.testing.assert_array_equal(side["codes"], x[:, :, first:last])
+            elif last > first:
+                want = reference.quantize(x[:, :, first:last], bits, rotation=config.seed)
+                error = compare_quantized(side["codes"], side["scale"], want)
+                assert error is None, error
+        self._check_fetched(cache.keys_and_values(), head["n_sink"], head["n_packed"])
+
+    def _check_fetched(self, fetched, n_sink, n_packed):
+        bits = self.config.scheme.key_bits, self.config.scheme.value_bits
+        for x, want, side, b, dtype in zip(fetched, self.given, stored(self.cache), bits, self.dtypes):
+            assert x.dtype == dtype and tuple(x.shape) == want.shape
+            x, first, last = to_numpy(x), n_sink, n_sink + n_packed
+            np.testing.assert_array_equal(x[:, :, :first], want[:, :, :first])
+            np.testing.assert_array_equal(x[:, :, last:], want[:, :, last:])
+            if n_packed and not b:
+                np.testing.assert_array_equal(x[:, :, first:last], want[:, :, first:last])
+            elif n_packed:
+                restored = restore(side["codes"][:, :, :n_packed], side["scale"][:, :, :n_packed], b, x.shape[3],
+                                   self.config.seed)
+                error = compare_vectors(x[:, :, first:last], restored, dtype)
+                assert error is None, error
+
+
+def restore(codes, scale, bits, head_dim, seed=0):
+    """The oracle's vectors of packed rows: float64 [B, H, n, head_dim]."""
+    return reference.dequantize(reference.Quantized(
+        reference.unpack(codes, bits, head_dim), scale[..., 0].astype(np.float64), None, bits, seed, None, None))
+
+
+def filled(n=40, scheme="turbo4", seed=0, sink=2, recent=4, block=4, chunk=None, **options):
+    """A cache of n random tokens."""
+    cache = TurboKVCache(scheme, sink=sink, recent=recent, block=block)
+    keys, values = random_tokens(np.random.default_rng(seed), n, **options)
+    for i in range(0, n, chunk or n):
+        cache.update_and_fetch(keys[:, :, i:i + (chunk or n)], values[:, :, i:i + (chunk or n)])
+    return cache
