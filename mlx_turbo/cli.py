@@ -131,12 +131,18 @@ class TurboProgram:
 
     @contextlib.contextmanager
     def installed(self):
-        """Inside this context the module's `load`, `make_prompt_cache` and `load_prompt_cache` are ours."""
-        models.register()  # so that load_prompt_cache knows our class
-        names = [n for n in ("load", "make_prompt_cache", "load_prompt_cache") if hasattr(self.module, n)]
-        ours = {n: functools.partial(getattr(self, f"_{n}"), getattr(self.module, n)) for n in names}
-        with _replaced(self.module, **ours):
+        """Inside this context the `load`, `make_prompt_cache` and `load_prompt_cache` the module uses are ours:
+        under its own names, and in mlx_lm.models.cache, where mlx-lm 0.31 looks them up."""
+        cache_module = models.register()  # so that load_prompt_cache knows our class
+        with contextlib.ExitStack() as stack:
+            for module in (self.module, cache_module):
+                names = [n for n in ("load", "make_prompt_cache", "load_prompt_cache") if hasattr(module, n)]
+                ours = {n: functools.partial(getattr(self, f"_{n}"), getattr(module, n)) for n in names}
+                stack.enter_context(_replaced(module, **ours))
             yield self
+        if not self.caches:
+            raise BackendError(f"{self.module.__name__} made no KV cache through mlx_turbo: this version of mlx-lm "
+                               "does it in a way that is not known here, and nothing was compressed")
 
     def _load(self, original, path, *args, **kwargs):
         flag = "--draft-model" if self._n_loaded else "--model"

@@ -326,3 +326,15 @@ def test_perplexity_kl_divergence_and_top1_agree_with_numpy():
     np.testing.assert_allclose(np.array(kld), (p * np.log(p / q)).sum(-1), rtol=1e-5)
     assert fidelity.same_top1(log_p, log_q).tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
     assert fidelity.perplexity(math.log(7)) == pytest.approx(7)
+
+
+def test_a_program_that_makes_its_caches_past_us_is_an_error_and_not_an_uncompressed_run(run, monkeypatch):
+    """As on mlx-lm 0.31, which looks make_prompt_cache up in another module than 0.32."""
+    module = importlib.import_module("mlx_lm.generate")
+    from mlx_lm.models.cache import KVCache
+
+    original = module.generate
+    monkeypatch.setattr(module, "generate", lambda model, *a, **k: original(
+        model, *a, **k | {"prompt_cache": [KVCache() for _ in model.layers]}))
+    code, out, err = run("generate", "-p", "Once", "-m", 3)
+    assert code == 1 and "made no KV cache through mlx_turbo" in err
