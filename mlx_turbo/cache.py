@@ -6,10 +6,13 @@ The first `sink` tokens and at least the newest `recent` ones stay as they came,
 the recent window is quantized from those exact values, once, so the stored codes do not depend on how the prompt was
 cut into chunks. Every array is [B, n_kv_heads, tokens, *]: one token's bits never leave its row.
 """
+from typing import NamedTuple
+
 import mlx.core as mx
 
 from . import ops
-from .ops import PackedSide, QuantizeSide, check_vectors, get_backend, require_finite
+from .kernels import CachedSide
+from .ops import QuantizeSide, check_vectors, get_backend, require_finite
 from .scheme import TurboConfig, words_per_row
 
 MAGIC, FORMAT_VERSION = 0x54554B56, 1  # "TUKV"
@@ -39,10 +42,6 @@ class _Side:
     def nbytes(self):
         return sum(a.nbytes for a in self.buffers())
 
-    def packed(self):
-        """What the kernels read: the whole buffers, whatever their length."""
-        return PackedSide(self.codes, self.scale, self.bits, self.head_dim)
-
 
 def _write(buffer, at, new, step):
     """`buffer` [B, H, capacity, *] with `new` [B, H, n, *] written from token `at` on: in place if it fits, else in
@@ -54,6 +53,52 @@ def _write(buffer, at, new, step):
     if new.shape[2]:
         buffer[:, :, at:end] = new
     return buffer
+
+
+class KVView(NamedTuple):
+    """All tokens of a cache as it held them at one moment: whole buffers, and how many tokens of each count.
+
+    counts: (n_sink, n_packed, n_recent), the order of the tokens. cache, version: to tell whether it still holds.
+    """
+    keys: CachedSide
+    values: CachedSide
+    counts: tuple
+    seed: int
+    cache: object
+    version: int
+
+    def is_current(self):
+        return self.cache.version == self.version
+
+    def restore(self):
+        """Keys and values as arrays [B, n_kv_heads, N, D] of the model's dtype, lazily; one launch for both."""
+        n_sink, n_packed, n_recent = self.counts
+        sides = self.keys, self.values
+        middle = {}
+        if n_packed:
+            quantized = [i for i in (0, 1) if sides[i].bits]
+            middle = {i: sides[i].codes[:, :, :n_packed] for i in (0, 1) if not sides[i].bits}
+            for dtype in {sides[i].recent.dtype for i in quantized}:
+                same = [i for i in quantized if sides[i].recent.dtype == dtype]
+                restored = ops.dequantize_sides([sides[i].packed() for i in same], 0, n_packed, dtype, self.seed)
+                middle.update(zip(same, restored))
+        out = []
+        for i, side in enumerate(sides):
+            parts = [side.sink[:, :, :n_sink]] if n_sink else []
+            parts += [middle[i]] if n_packed else []
+            parts += [side.recent[:, :, :n_recent]] if n_recent else []
+            out.append(parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2))
+        return out
+
+
+class LazyKV(mx.array):
+    """Keys (side 0) or values (side 1) that a cache returned: an ordinary lazy array that also knows its `KVView`.
+
+    What a model makes of it (a slice, a cast) is a plain array: the mark is on exactly what the cache returned."""
+
+    def __init__(self, array, view, side):
+        super().__init__(array)
+        self.view, self.side = view, side
 
 
 class TurboKVCache:
@@ -69,6 +114,7 @@ class TurboKVCache:
 
     def __init__(self, config="turbo4", **options):
         self.config = TurboConfig.of(config, **options)
+        self.version = 0  # changes with every update: a view of an older version must not be read
         self._clear()
 
     def _clear(self):
@@ -94,35 +140,47 @@ class TurboKVCache:
         new, n_new = (keys, values), keys.shape[2]
         if n_new == 0:
             return self.keys_and_values() if self.offset else new
+        first = self.offset == 0
         n_to_sink = min(self.config.sink - self.n_sink, n_new)
-        n_tail = self.n_recent + n_new - n_to_sink
-        before = self.n_sink, self.n_packed
+        n_to_recent = n_new - n_to_sink
         capacity = self.config.recent + self.config.block
-        if n_tail >= capacity:
+        if self.n_recent + n_to_recent <= capacity:
+            view = None
+        elif n_to_recent <= self.config.block:  # make room: what is appended stays exact until a later update
+            self._pack([side.recent[:, :, :self.n_recent] for side in self._sides])
+            view = None
+        else:  # a prompt chunk: attended exactly now, packed at once
             tails = [x[:, :, n_to_sink:] for x in new]
             if self.n_recent:
                 tails = [mx.concatenate([side.recent[:, :, :self.n_recent], t], axis=2)
                          for side, t in zip(self._sides, tails)]
-            n_pack = n_tail - self.config.recent
-            packed = self._quantize([t[:, :, :n_pack] for t in tails])  # may raise: nothing has been changed yet
+            view = self.n_packed, tails
+            self._pack(tails)
         for side, x in zip(self._sides, new):
             if n_to_sink:
                 side.sink = _write(side.sink, self.n_sink, x[:, :, :n_to_sink], self.config.sink)
-        if n_tail >= capacity:
-            self._store(packed)
-            for side, tail in zip(self._sides, tails):
-                side.recent = _write(None, 0, tail[:, :, n_pack:], capacity)
-            self.n_packed += n_pack
-            self.n_recent = self.config.recent
-        else:
-            for side, x in zip(self._sides, new):
+            if view is None:
                 side.recent = _write(side.recent, self.n_recent, x[:, :, n_to_sink:], capacity)
-            self.n_recent = n_tail
-            tails = [side.recent[:, :, :n_tail] for side in self._sides]
         self.n_sink += n_to_sink
-        if n_tail >= capacity or self.offset == n_new:
+        if view is None:
+            self.n_recent += n_to_recent
+        self.version += 1
+        if first or view:
             self._evaluate()
-        return self._fetch(before, tails, new, n_to_sink)
+        return new if first else self._fetch(*view or ())
+
+    def _pack(self, tails):
+        """Quantize all but the newest `recent` tokens of `tails` (exact tokens after the packed ones, per side) and
+        keep those in new recent buffers. Raises before anything is changed."""
+        n_pack = tails[0].shape[2] - self.config.recent
+        packed = self._quantize([tail[:, :, :n_pack] for tail in tails])
+        for side, tail, (codes, scale) in zip(self._sides, tails, packed):
+            side.codes = _write(side.codes, self.n_packed, codes, self.step)
+            if scale is not None:
+                side.scale = _write(side.scale, self.n_packed, scale, self.step)
+            side.recent = _write(None, 0, tail[:, :, n_pack:], self.config.recent + self.config.block)
+        self.n_packed += n_pack
+        self.n_recent = self.config.recent
 
     def _evaluate(self):
         """Start computing new buffers that the arrays we return do not read: another thread cannot evaluate them,
@@ -155,46 +213,25 @@ class TurboKVCache:
                 out[i] = result
         return out
 
-    def _store(self, packed):
-        for side, (codes, scale) in zip(self._sides, packed):
-            side.codes = _write(side.codes, self.n_packed, codes, self.step)
-            if scale is not None:
-                side.scale = _write(side.scale, self.n_packed, scale, self.step)
-
     # ---- fetch -----------------------------------------------------------------------------------------------
-    def _dequantize(self, n_packed):
-        """The first n_packed packed tokens of both sides, lazily. One launch for both sides."""
-        quantized = [side for side in self._sides if side.bits]
-        dtypes = {side.recent.dtype for side in quantized}
-        restored = []
-        for dtype in dtypes:
-            sides = [side for side in quantized if side.recent.dtype == dtype]
-            outs = ops.dequantize_sides([s.packed() for s in sides], 0, n_packed, dtype, self.config.seed)
-            restored += zip(sides, outs)
-        restored = {id(side): x for side, x in restored}
-        return [restored[id(s)] if s.bits else s.codes[:, :, :n_packed] for s in self._sides]
-
-    def _fetch(self, before, tails, new, n_to_sink):
-        n_sink, n_packed = before
-        if n_sink + n_packed == 0 and n_to_sink + tails[0].shape[2] == new[0].shape[2]:
-            return new  # the first tokens of all: nothing to put in front of them
-        parts = [[], []]
-        if n_sink + n_to_sink:
-            parts = [[side.sink[:, :, :n_sink + n_to_sink]] for side in self._sides]
-        if n_packed:
-            for part, x in zip(parts, self._dequantize(n_packed)):
-                part.append(x)
-        for part, tail in zip(parts, tails):
-            if tail.shape[2]:
-                part.append(tail)
-        return tuple(part[0] if len(part) == 1 else mx.concatenate(part, axis=2) for part in parts)
+    def _fetch(self, n_packed=None, tails=None):
+        """All tokens of both sides as `LazyKV`: sink, the first n_packed packed ones, and the exact `tails`
+        (the recent ones, if not given)."""
+        sides, n_recent = [], self.n_recent if tails is None else tails[0].shape[2]
+        for i, side in enumerate(self._sides):
+            tail = side.recent if tails is None else tails[i]
+            sides.append(CachedSide(side.sink, side.codes, side.scale, tail, side.bits, side.head_dim))
+        counts = self.n_sink, self.n_packed if n_packed is None else n_packed, n_recent
+        view = KVView(*sides, counts, self.config.seed, self, self.version)
+        if not any(side.bits for side in sides):
+            return tuple(view.restore())  # nothing is packed: mlx-lm's own attention, to the bit
+        return tuple(LazyKV(x, view, i) for i, x in enumerate(view.restore()))
 
     def keys_and_values(self):
         """All tokens, [B, n_kv_heads, offset, D] of keys and of values, packed ones dequantized lazily."""
         if self.offset == 0:
             raise ValueError("the cache is empty: it does not know the shape of its keys and values yet")
-        tails = [side.recent[:, :, :self.n_recent] for side in self._sides]
-        return self._fetch((self.n_sink, self.n_packed), tails, tails, 0)
+        return self._fetch()
 
     # ---- the rest of mlx-lm's contract -----------------------------------------------------------------------
     @property
@@ -222,6 +259,7 @@ class TurboKVCache:
     def trim(self, n):
         """Forget the newest n tokens, or all if there are fewer; returns how many were forgotten."""
         trimmed = n = min(max(int(n), 0), self.offset)
+        self.version += 1
         if n == self.offset:
             self._clear()
             return trimmed
@@ -293,7 +331,7 @@ class TurboKVCache:
         rest = iter(arrays[1:])
         sides = [_Side(config.scheme.key_bits), _Side(config.scheme.value_bits)]
         counts = header["n_sink"], header["n_packed"], header["n_recent"]
-        if min(counts) < 0 or counts[0] > config.sink or counts[2] >= config.recent + config.block:
+        if min(counts) < 0 or counts[0] > config.sink or counts[2] > config.recent + config.block:
             raise ValueError(f"state: the header names {counts} sink, packed and recent tokens, with {config}")
         try:
             for side, name in zip(sides, ("key", "value")):
@@ -306,6 +344,7 @@ class TurboKVCache:
             raise ValueError("state: keys and values have different batch sizes or numbers of kv heads")
         self.config, self._sides = config, sides
         self.n_sink, self.n_packed, self.n_recent = counts
+        self.version = 0
         self._evaluate()
 
     @property

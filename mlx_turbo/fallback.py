@@ -78,17 +78,50 @@ def pack(codes, bits):
     return mx.concatenate([a, b[..., 0] | (b[..., 1] << 8)], axis=-1)
 
 
-def unpack(words, bits, head_dim):
-    """words uint32 [..., words_per_row] -> codes uint32 [..., head_dim]."""
+# Reading goes through tables over 16 bits, that is over several codes at once: one gather gives up to 8 levels. Its
+# results are in the order of memory, not of dims; attention permutes the query instead of the cache.
+def _codes_of_halves(bits):
+    """Codes in each possible half of a word, dims 2j + s for j = 0, 1, ...: uint32 [65536, 16 / bits]."""
+    return (np.arange(1 << 16)[:, None] >> (bits * np.arange(16 // bits))) & (2**bits - 1)
+
+
+def _table(bits):
+    return _levels(bits)[_codes_of_halves(bits)]
+
+
+def _table_plane_a():
+    return _levels(3)[(np.arange(1 << 15)[:, None] >> (3 * np.arange(5))) & 7]
+
+
+def _table_plane_b():
+    """Index: the byte of plane B, and the top bit of the last code (from plane A) in bit 8."""
+    i = np.arange(1 << 9)[:, None]
+    return _levels(3)[np.concatenate([i & 7, (i >> 3) & 7, ((i >> 6) & 3) | ((i >> 8) << 2)], axis=1)]
+
+
+def slot_dims(bits, head_dim):
+    """The dim of each number of `read_slots`, int [n_slots]; head_dim where a slot belongs to no dim."""
+    per_word = 16 if bits == 3 else 32 // bits
+    words = -(-head_dim // per_word)
+    w, s, j = np.meshgrid(np.arange(words), np.arange(2), np.arange(per_word // 2), indexing="ij")
+    return np.minimum((per_word * w + 2 * j + s).ravel(), head_dim)
+
+
+def dim_slots(bits, head_dim):
+    """The slot of each dim, int32 [head_dim]: the inverse of `slot_dims`."""
+    return np.argsort(slot_dims(bits, head_dim), kind="stable")[:head_dim].astype(np.int32)
+
+
+def read_slots(words, bits, head_dim):
+    """Levels of packed rows, float32 [..., n_slots], in the order of `slot_dims`, not yet scaled."""
     if bits != 3:
-        codes = (words[..., None] >> _constant(_word_shifts, bits)) & (2**bits - 1)
-        return codes.flatten(-2)[..., :head_dim]
+        return _constant(_table, bits)[words.view(mx.uint16)].flatten(-2)
     units = -(-head_dim // 16)
-    a, b = words[..., :units], words[..., units:]
-    b = mx.stack([b, b >> 8], axis=-1).flatten(-2)[..., :units]
-    planes = _constant(_planes)
-    a, b = ((plane[..., None] >> planes[p, 2] & planes[p, 1]) << planes[p, 0] for p, plane in ((0, a), (1, b)))
-    return (a | b).flatten(-2)[..., :head_dim]
+    a = words[..., :units].view(mx.uint16)                                    # [..., 2 units], halves s = 0, 1
+    b = mx.contiguous(words[..., units:]).view(mx.uint8)                      # byte i + 2s of word t / 2, i = t % 2
+    b = mx.unflatten(b, -1, (-1, 2, 2)).swapaxes(-1, -2).flatten(-3)[..., :2 * units].astype(mx.uint16)
+    levels = [_constant(_table_plane_a)[a & 0x7FFF], _constant(_table_plane_b)[b | ((a >> 15) << 8)]]
+    return mx.concatenate(levels, axis=-1).flatten(-2)
 
 
 # ---- the backend ---------------------------------------------------------------------------------------------
@@ -124,6 +157,102 @@ def _quantize_in_slices(side, seed):
         mx.eval(slices[-1])
     return tuple(mx.concatenate(parts, axis=2) for parts in zip(*slices))
 
+# ---- attention -----------------------------------------------------------------------------------------------
+DEAD = -1e30  # a masked logit: finite, so that a tile in which everything is masked gives no NaN
+SCORE_BYTES = 32 << 20  # of the float32 logits of one tile, at most (a tile has at least 64 tokens)
+MAX_TILE = 2048  # tokens
+
+
+def tile_tokens(n_rows):
+    """Tokens read at a time for n_rows = B * n_heads * L rows of queries."""
+    return int(min(MAX_TILE, max(64, SCORE_BYTES // (4 * n_rows) // 64 * 64)))
+
+
+def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=None, sinks=None, seed=0):
+    """Attention over a cache, tile by tile, merged by log-sum-exp; float32 inside.
+
+    As MetalBackend.attend, for any L. `read_rows(side, first, n)` gives the packed rows of tokens first .. first +
+    n - 1 in rotated space: (rows float32 [B, H, n, S], scale [B, H, n, 1] or None, the dim of each of the S numbers
+    (and the slot of each dim) or None if they are the dims). Never un-rotated, and nothing larger than a tile is restored.
+    """
+    n_sink, n_packed, n_recent = counts
+    n_tokens = sum(counts)
+    B, n_heads, L, _ = queries.shape
+    H = keys.recent.shape[1]
+    G = n_heads // H
+    q = queries.astype(mx.float32).reshape(B, H, G * L, -1) * scale
+    q_rotated = rotate(q, seed) if keys.bits and n_packed else None
+    if isinstance(mask, str):
+        mask = mx.arange(n_tokens) <= mx.arange(n_tokens - L, n_tokens)[:, None]
+    if mask is not None:
+        mask = mx.broadcast_to(mask, (B, n_heads, L, n_tokens))
+        mask = mask if mask.dtype == mx.bool_ else mask.astype(mx.float32)
+    tile = tile_tokens(B * n_heads * L)
+    parts = [("sink", 0, n_sink)] if n_sink else []
+    parts += [("packed", at, min(tile, n_packed - at)) for at in range(0, n_packed, tile)]
+    parts += [("recent", at, min(tile, n_recent - at)) for at in range(0, n_recent, tile)]
+
+    top = mx.full((B, H, G * L, 1), DEAD, mx.float32)
+    if sinks is not None:
+        sinks = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, H, G, 1), (B, H, G, L)).reshape(B, H, G * L, 1)
+        top = mx.maximum(top, sinks)
+    total = mx.zeros_like(top)
+    plain = rotated = packed_weight = mx.zeros((1,), mx.float32)  # sums of weight * value: as given, and rotated
+    column, value_slots = 0, None
+    for part, first, n in parts:
+        packed_keys, packed_values = (part == "packed" and bool(side.bits) for side in (keys, values))
+        if packed_keys:
+            k, gamma, dims = read_rows(keys, first, n)
+            if dims is not None:  # a slot without a dim meets a query of 0
+                padded = mx.pad(q_rotated, [(0, 0)] * 3 + [(0, 1)]) if k.shape[-1] > keys.head_dim else q_rotated
+            logits = (q_rotated if dims is None else mx.take(padded, dims[0], axis=-1)) @ k.swapaxes(-1, -2)
+            logits = logits if gamma is None else logits * gamma.astype(mx.float32).swapaxes(-1, -2)
+            if keys.mean is not None:
+                logits = logits + q @ keys.mean.swapaxes(-1, -2)
+        else:
+            logits = q @ _exact(keys, part, first, n).swapaxes(-1, -2)
+        if mask is not None:
+            m = mask[..., column:column + n].reshape(B, H, G * L, n)
+            logits = mx.where(m, logits, DEAD) if m.dtype == mx.bool_ else mx.maximum(logits + m, DEAD)
+        new_top = mx.maximum(top, logits.max(-1, keepdims=True))
+        weights = mx.where(logits > DEAD, mx.exp(logits - new_top), 0)
+        fade = mx.exp(top - new_top)
+        weight = weights.sum(-1, keepdims=True)
+        total, top = total * fade + weight, new_top
+        plain, rotated, packed_weight = plain * fade, rotated * fade, packed_weight * fade
+        if packed_values:
+            v, gamma, value_slots = read_rows(values, first, n)
+            weights = weights if gamma is None else weights * gamma.astype(mx.float32).swapaxes(-1, -2)
+            rotated, packed_weight = rotated + weights @ v, packed_weight + weight
+        else:
+            plain = plain + weights @ _exact(values, part, first, n)
+        column += n
+        if L > 16 and len(parts) > 1:
+            mx.eval(total, top, plain, rotated, packed_weight)  # one tile at a time in memory
+    if values.bits and n_packed:
+        if value_slots is not None:
+            rotated = mx.take(rotated, value_slots[1], axis=-1)
+        plain = plain + unrotate(rotated, seed)
+        if values.mean is not None:
+            plain = plain + packed_weight * values.mean
+    if sinks is not None:
+        total = total + mx.exp(sinks - top)
+    out = mx.where(total > 0, plain / mx.where(total > 0, total, 1), 0)
+    return out.reshape(B, n_heads, L, -1).astype(queries.dtype)
+
+
+def _exact(side, part, first, n):
+    buffer = {"sink": side.sink, "packed": side.codes, "recent": side.recent}[part]
+    return buffer[:, :, first:first + n].astype(mx.float32)
+
+
+@functools.lru_cache(maxsize=None)
+def _slots(bits, head_dim):
+    """(dim of each slot, slot of each dim) as evaluated arrays."""
+    arrays = mx.array(slot_dims(bits, head_dim).astype(np.int32)), mx.array(dim_slots(bits, head_dim))
+    mx.eval(*arrays)
+    return arrays
+
 
 class CpuBackend:
     """MLX operations instead of kernels: for machines without Metal, and for those who ask for it."""
@@ -142,8 +271,16 @@ class CpuBackend:
         """As MetalBackend.dequantize."""
         outs = []
         for side in sides:
-            codes, scale = (a[:, :, first:first + length] for a in (side.codes, side.scale))
-            y = _constant(_levels, side.bits)[unpack(codes, side.bits, side.head_dim)] * scale.astype(mx.float32)
-            x = unrotate(y, seed)
+            rows, scale, (_, slot_of_dim) = self.read_rows(side, first, length)
+            x = unrotate(mx.take(rows, slot_of_dim, axis=-1) * scale.astype(mx.float32), seed)
             outs.append((x if side.mean is None else x + side.mean).astype(dtype))
         return outs
+
+    def read_rows(self, side, first, n):
+        """For `tiled_attention`: levels as they lie in memory, and the scales, which go to logits and weights."""
+        codes, scale = (mx.contiguous(a[:, :, first:first + n]) for a in (side.codes, side.scale))
+        return read_slots(codes, side.bits, side.head_dim), scale, _slots(side.bits, side.head_dim)
+
+    def attend(self, queries, keys, values, counts, **options):
+        """As MetalBackend.attend, for any number of query tokens."""
+        return tiled_attention(queries, keys, values, counts, self.read_rows, **options)

@@ -39,6 +39,25 @@ class PackedSide(NamedTuple):
     mean: Optional[mx.array] = None
 
 
+class CachedSide(NamedTuple):
+    """The keys or the values of a cache: whole capacity buffers, whatever they hold; None for a part never used.
+
+    sink, recent: model dtype [B, H, capacity, D]. codes: uint32 [B, H, capacity, words], with 0 bits the exact
+    vectors [B, H, capacity, D] (then scale is None). scale: float16 [B, H, capacity, 1]. mean: float32 [B, H, 1, D].
+    """
+    sink: Optional[mx.array]
+    codes: Optional[mx.array]
+    scale: Optional[mx.array]
+    recent: mx.array
+    bits: int
+    head_dim: int
+    mean: Optional[mx.array] = None
+
+    def packed(self):
+        """Its packed rows, as the dequantize kernel takes them."""
+        return PackedSide(self.codes, self.scale, self.bits, self.head_dim, self.mean)
+
+
 def metal_folder():
     """Where the .metal files are: inside the installed package, or beside it in a checkout."""
     for folder in (Path(__file__).with_name("metal"), Path(__file__).parent.parent / "metal"):

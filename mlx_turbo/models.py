@@ -3,6 +3,7 @@ import logging
 import re
 import warnings
 
+from . import attention
 from .cache import TurboKVCache
 from .scheme import TurboConfig
 
@@ -11,7 +12,8 @@ OLDEST_MLX_LM = (0, 31, 2)
 
 
 def register():
-    """Open the door: our class where mlx_lm.load_prompt_cache looks classes up by name. Returns mlx_lm.models.cache.
+    """Open the door: our class where mlx_lm.load_prompt_cache looks classes up by name, and our attention where its
+    models look theirs up. Returns mlx_lm.models.cache.
 
     Raises ImportError for an mlx-lm that is too old.
     """
@@ -23,6 +25,7 @@ def register():
         raise ImportError(f"mlx_turbo needs mlx-lm {'.'.join(map(str, OLDEST_MLX_LM))} or newer, "
                           f"this is {mlx_lm.__version__}: pip install -U mlx-lm")
     module.TurboKVCache = TurboKVCache
+    attention.install()
     return module
 
 

@@ -49,6 +49,23 @@ class OracleBackend:
             outs.append(mx.array(reference.dequantize(q).astype(np.float32)).astype(dtype))
         return outs
 
+    def attend(self, queries, keys, values, counts, *, scale, mask=None, sinks=None, seed=0):
+        n_sink, n_packed, n_recent = counts
+        restored = []
+        for side in (keys, values):
+            middle = None
+            if n_packed and side.bits:
+                middle, = self.dequantize([side.packed()], 0, n_packed, mx.float32, seed)
+            elif n_packed:
+                middle = side.codes[:, :, :n_packed]
+            parts = [(side.sink, n_sink), (middle, n_packed), (side.recent, n_recent)]
+            restored.append(np.concatenate([to_numpy(a[:, :, :n]) for a, n in parts if n], axis=2))
+        if mask is not None and not isinstance(mask, str):
+            mask = np.array(mask) if mask.dtype == mx.bool_ else to_numpy(mask)
+        out = reference.attention(to_numpy(queries), *restored, scale=scale, mask=mask,
+                                  sinks=None if sinks is None else to_numpy(sinks))
+        return mx.array(out.astype(np.float32)).astype(queries.dtype)
+
 
 SIMULATED = MetalBackend(metalsim.metal_kernel)
 SIMULATED.describe = lambda: "simulated metal (metalsim)"

@@ -540,12 +540,12 @@ def test_nan_in_exact_tokens_is_stored_as_given_until_it_would_be_packed(backend
         assert same([to_numpy(x) for x in cache.keys_and_values()], [to_numpy(keys), to_numpy(values)])
         cache.trim(8)
     cache.update_and_fetch(keys, values)
-    cache.update_and_fetch(*random_tokens(rng, 1))
+    cache.update_and_fetch(*random_tokens(rng, 2))
     before = snapshot(cache)
     with pytest.raises(ValueError, match="^values: has NaN, infinity"):  # token 5 leaves the window
         cache.update_and_fetch(*random_tokens(rng, 1))
     assert same(snapshot(cache), before)
-    cache.trim(4)
+    cache.trim(5)
     cache.update_and_fetch(*random_tokens(rng, 30))  # without it, on we go
 
 

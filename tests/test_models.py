@@ -131,7 +131,7 @@ def test_logits_of_small_models_stay_close(backend, head_dim, scheme, close):
     want = logits_in_chunks(model, tokens, lm_cache.make_prompt_cache(model))
     cache = make_prompt_cache(model, TurboConfig(scheme, 4, 8, 8))
     got = logits_in_chunks(model, tokens, cache)
-    assert cache[1].report()["packed"] > 100
+    assert cache[1].report()["packed"] >= 100
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert 0 < error < close, error
 

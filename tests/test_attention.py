@@ -1,0 +1,253 @@
+"""Attention from the packed cache, and the door by which mlx-lm's models reach it."""
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import BACKENDS, to_numpy
+
+from mlx_turbo import TurboKVCache, attention, enable, ops, reference
+
+TOLERANCE = {mx.float32: 5e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}  # of the output type, relative to the largest
+# (8-bit keys lose some float32 digits where a large offset is taken off a dot product)
+
+
+def random_array(rng, *shape, dtype=mx.float32):
+    return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def filled(scheme, n_tokens, *, batch=1, heads=2, key_dim=64, value_dim=None, dtype=mx.float32, chunk=None, seed=0,
+           **options):
+    """A cache with n_tokens random tokens and the keys and values it returned last."""
+    rng = np.random.default_rng(seed)
+    cache = TurboKVCache(scheme, **options)
+    k = random_array(rng, batch, heads, n_tokens, key_dim, dtype=dtype)
+    v = random_array(rng, batch, heads, n_tokens, value_dim or key_dim, dtype=dtype)
+    for at in range(0, n_tokens, chunk or n_tokens):
+        kv = cache.update_and_fetch(k[:, :, at:at + (chunk or n_tokens)], v[:, :, at:at + (chunk or n_tokens)])
+    return cache, kv if n_tokens > (chunk or n_tokens) else cache.keys_and_values()
+
+
+def check(queries, keys, values, dtype=mx.float32, **options):
+    """attend() against the oracle over what the lazy arrays hold."""
+    got = attention.attend(queries, attention.view_of(keys, values), **options)
+    mask, sinks = options.get("mask"), options.get("sinks")
+    want = reference.attention(
+        to_numpy(queries), to_numpy(keys), to_numpy(values), scale=options["scale"],
+        mask=mask if mask is None or isinstance(mask, str) else np.array(mask),
+        sinks=None if sinks is None else to_numpy(sinks))
+    assert got.dtype == queries.dtype and got.shape == want.shape
+    assert np.abs(to_numpy(got) - want).max() <= TOLERANCE[dtype] * np.abs(want).max()
+
+
+@pytest.mark.parametrize("scheme", ["turbo4", "turbo3", "turbo2", "turbo8v4", "turbo0v4", "turbo4v0", "turbo8"])
+def test_every_scheme_attends_as_to_what_it_restores(backend, scheme):
+    cache, (keys, values) = filled(scheme, 90, chunk=30, sink=3, recent=9, block=8)
+    q = random_array(np.random.default_rng(1), 1, 4, 2, 64)
+    check(q, keys, values, scale=0.2, mask="causal")
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "boolean", "additive"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+def test_masks_and_attention_sinks(backend, mask, sinks):
+    rng = np.random.default_rng(2)
+    cache, (keys, values) = filled("turbo4", 70, chunk=35, batch=2, sink=4, recent=8, block=8)
+    q = random_array(rng, 2, 6, 3, 64)
+    if mask == "boolean":
+        mask = mx.array(rng.random((2, 1, 3, 70)) < 0.6)
+    elif mask == "additive":
+        mask = random_array(rng, 1, 6, 3, 70)
+    check(q, keys, values, scale=0.3, mask=mask, sinks=random_array(rng, 6) if sinks else None)
+
+
+def test_a_row_that_may_see_nothing_is_zero(backend):
+    cache, (keys, values) = filled("turbo4", 40, chunk=20, sink=4, recent=4, block=4)
+    q = random_array(np.random.default_rng(3), 1, 2, 2, 64)
+    mask = mx.array(np.array([[False], [True]])) & mx.ones((1, 40), mx.bool_)
+    out = to_numpy(attention.attend(q, attention.view_of(keys, values), scale=1.0, mask=mask))
+    assert not out[:, :, 0].any() and out[:, :, 1].all()
+
+
+@pytest.mark.parametrize("options", [dict(sink=0, recent=0, block=1), dict(sink=4, recent=64, block=64),
+                                     dict(sink=30, recent=2, block=3)], ids=str)
+@pytest.mark.parametrize("n_tokens", [1, 2, 5, 33, 70])
+def test_any_split_into_sink_packed_and_recent(backend, options, n_tokens):
+    cache, (keys, values) = filled("turbo4", n_tokens, chunk=7, **options)
+    if n_tokens < 8:
+        keys, values = cache.keys_and_values()
+    check(random_array(np.random.default_rng(4), 1, 2, 1, 64), keys, values, scale=0.2)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_half_precision_models(backend, dtype):
+    cache, (keys, values) = filled("turbo4", 60, chunk=30, dtype=dtype, sink=4, recent=8, block=8)
+    check(random_array(np.random.default_rng(5), 1, 4, 1, 64, dtype=dtype), keys, values, dtype, scale=0.2)
+
+
+def test_a_prompt_chunk_attends_to_itself_exactly_and_to_the_packed_past(backend):
+    cache, _ = filled("turbo4", 50, chunk=50, sink=4, recent=4, block=4)
+    rng = np.random.default_rng(6)
+    k, v = random_array(rng, 1, 2, 40, 64), random_array(rng, 1, 2, 40, 64)
+    keys, values = cache.update_and_fetch(k, v)
+    assert np.array_equal(to_numpy(keys)[:, :, -40:], to_numpy(k))
+    check(random_array(rng, 1, 4, 40, 64), keys, values, scale=0.2, mask="causal")
+
+
+def test_large_logits_do_not_overflow(backend):
+    cache, (keys, values) = filled("turbo4", 60, chunk=30, sink=4, recent=8, block=8)
+    check(random_array(np.random.default_rng(7), 1, 2, 1, 64) * 300, keys, values, scale=1.0)
+
+
+def test_wrong_queries_get_an_error_that_names_them():
+    _, (keys, values) = filled("turbo4", 8)
+    view = attention.view_of(keys, values)
+    for shape in ((1, 3, 1, 64), (2, 2, 1, 64), (1, 2, 1, 32), (2, 1, 64)):
+        with pytest.raises(ValueError, match="^queries: got"):
+            attention.attend(mx.zeros(shape), view, scale=1.0)
+
+
+# ---- tiles ---------------------------------------------------------------------------------------------------
+def test_tiles_do_not_change_the_result(monkeypatch):
+    from mlx_turbo import fallback
+
+    cache, (keys, values) = filled("turbo4", 700, chunk=350, sink=4, recent=8, block=8)
+    q = random_array(np.random.default_rng(8), 1, 4, 20, 64)
+    with ops.use_backend("cpu"):
+        monkeypatch.setattr(fallback, "MAX_TILE", 64)
+        check(q, keys, values, scale=0.2, mask="causal")
+
+
+def peak_of(run):
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(run())
+    return mx.get_peak_memory() - before
+
+
+def test_memory_of_prefill_and_decode_is_bounded_whatever_the_length():
+    """Tile of 2,048 tokens at most: logits 32 MiB, and a few times the float32 tile of both sides. No float copy of
+    the cache: that would be 2 * n * heads * head_dim * 4 bytes."""
+    peaks = {}
+    for n in (4096, 16384):
+        cache, (keys, values) = filled("turbo4", n, chunk=4096, heads=2, key_dim=128)
+        view = attention.view_of(keys, values)
+        mx.eval(cache.state)
+        for L in (1, 256):
+            q = random_array(np.random.default_rng(9), 1, 8, L, 128)
+            mx.eval(q)
+            with ops.use_backend("cpu"):
+                peaks[n, L] = peak_of(lambda q=q: attention.attend(q, view, scale=0.1, mask="causal"))
+    tile = 2 * 2048 * 2 * 128 * 4
+    for L in (1, 256):
+        bound = 6 * tile + 4 * 4 * 8 * L * 2048 + 8 * 4 * 8 * L * 128
+        assert peaks[4096, L] <= bound and peaks[16384, L] <= bound
+
+
+# ---- the door ------------------------------------------------------------------------------------------------
+@pytest.fixture
+def installed():
+    attention.install()
+    yield
+    attention.uninstall()
+
+
+def test_only_a_caches_own_keys_and_values_as_it_holds_them_now_take_the_packed_path():
+    cache, (keys, values) = filled("turbo4", 20)
+    other, (other_keys, other_values) = filled("turbo4", 20)
+    view = attention.view_of(keys, values)
+    assert view is not None and view.counts == (cache.n_sink, cache.n_packed, cache.n_recent)
+    assert attention.view_of(keys[..., :], values) is None  # a model's own slice
+    assert attention.view_of(keys.astype(mx.float16), values) is None
+    assert attention.view_of(values, keys) is None and attention.view_of(keys, keys) is None
+    assert attention.view_of(keys, other_values) is None
+    cache.trim(1)
+    assert attention.view_of(keys, values) is None  # the cache has moved on
+    assert to_numpy(keys).shape[2] == 20  # but the arrays are what they were
+
+
+def test_installing_twice_is_installing_once_and_can_be_undone():
+    import mlx_lm.models.base as base
+    import mlx_lm.models.llama as llama
+
+    original = base.scaled_dot_product_attention
+    assert original is not attention.scaled_dot_product_attention
+    for _ in range(2):
+        attention.install()
+        for module in (base, llama):
+            assert module.scaled_dot_product_attention is attention.scaled_dot_product_attention
+    attention.uninstall()
+    assert base.scaled_dot_product_attention is original and llama.scaled_dot_product_attention is original
+
+
+def test_plain_arrays_and_other_caches_reach_the_original(installed, monkeypatch):
+    import mlx_lm.models.base as base
+
+    calls = []
+    monkeypatch.setattr(attention, "_original", lambda *a, **k: calls.append(k))
+    cache, (keys, values) = filled("turbo4", 20)
+    q = mx.zeros((1, 2, 1, 64))
+    base.scaled_dot_product_attention(q, keys[..., :], values, cache, scale=1.0, mask=None)
+    base.scaled_dot_product_attention(q, mx.zeros((1, 2, 3, 64)), mx.zeros((1, 2, 3, 64)), None, 1.0, None)
+    assert len(calls) == 2
+    base.scaled_dot_product_attention(q, keys, values, cache, scale=1.0, mask=None)
+    assert len(calls) == 2
+
+
+def tiny_llama(head_dim=64, heads=4, kv_heads=2):
+    from mlx_lm.models import llama
+
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs(
+        model_type="llama", hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, rms_norm_eps=1e-5, vocab_size=50, head_dim=head_dim))
+    mx.eval(model.parameters())
+    return model
+
+
+def tiny_gpt_oss():
+    from mlx_lm.models import gpt_oss
+
+    mx.random.seed(0)
+    model = gpt_oss.Model(gpt_oss.ModelArgs(
+        num_hidden_layers=2, num_local_experts=2, num_experts_per_tok=1, vocab_size=50, hidden_size=64,
+        intermediate_size=64, head_dim=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=8))
+    for layer in model.model.layers:
+        layer.self_attn.sinks = mx.random.normal(layer.self_attn.sinks.shape)
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("make", [tiny_llama, lambda: tiny_llama(80, 4, 1), tiny_gpt_oss],
+                         ids=["llama", "llama head_dim 80", "gpt_oss"])
+def test_a_models_logits_are_the_same_from_packed_rows_and_from_restored_arrays(backend, make, monkeypatch):
+    from mlx_turbo import make_prompt_cache, TurboConfig
+
+    model, used, attend = make(), [], attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *a, **k: (used.append(1), attend(*a, **k))[1])
+    tokens = mx.array(np.random.default_rng(0).integers(0, 50, (1, 40)))
+
+    def logits(door):
+        cache = make_prompt_cache(model, TurboConfig("turbo4", sink=2, recent=4, block=4))
+        (attention.install if door else attention.uninstall)()
+        try:
+            out = [model(tokens[:, a:b], cache=cache) for a, b in ((0, 20), (20, 34), (34, 37), (37, 38), (38, 40))]
+            return to_numpy(mx.concatenate(out, axis=1))
+        finally:
+            attention.uninstall()
+    plain = logits(door=False)
+    assert not used
+    packed = logits(door=True)
+    assert used and np.abs(packed - plain).max() < 2e-4 * np.abs(plain).max()
+
+
+def test_enabling_a_model_opens_the_door():
+    import mlx_lm.models.base as base
+
+    attention.uninstall()
+    enable(tiny_llama(), "turbo4")
+    assert base.scaled_dot_product_attention is attention.scaled_dot_product_attention
+    attention.uninstall()
+
+
+def test_all_backends_of_this_suite_can_attend():
+    assert all(hasattr(b, "attend") for b in BACKENDS.values())
