@@ -32,12 +32,12 @@
 //                           scale * log2 e (bits of a float), 0.  flags: 1 causal, 2 mask, 4 starts, 8 sinks
 // OUTPUTS
 //   ONE:  acc = the output, T [B, Hq, L, DV]; ml is not written
-//   else: acc float [B, Hkv, R, blocks, DV], sums of 2^(logit - m) * value, those of blocks >= X still rotated;
+//   else: acc float [B, Hkv, R, blocks, DV], sums of 2^(logit - m) * value, of blocks >= X still rotated, without UNIT;
 //         ml float [B, Hkv, R, blocks, 2] = m (base 2), sum of 2^(logit - m). An empty block has m = LOWEST, sum 0.
-// TEMPLATE  T type of acc; EXACT_K, EXACT_V types of exact keys and values; KB, VB bits in {0, 2, 3, 4, 8}; DK, DV head dims, multiples of 16, 32 to 576; KM, VM: packed
-//   keys / values have a mean; H rows per simdgroup (1..8); TPL tokens per lane (1, 2, 4); E dims per lane of the values:
-//   a multiple of 8 (of 16 if VB = 3) that divides DV with DV / E <= 32; NS simdgroups per threadgroup; ONE: a
-//   threadgroup holds all blocks, merges them and writes the output.
+// TEMPLATE  T type of acc; EXACT_K, EXACT_V types of exact keys and values; KB, VB bits in {0, 2, 3, 4, 8}; DK, DV head
+//   dims, multiples of 16, 32 to 576; KM, VM: packed keys / values have a mean; H rows per simdgroup (1..8); TPL tokens
+//   per lane (1, 2, 4); E dims per lane of the values: a multiple of 8 (of 16 if VB = 3) that divides DV with DV / E <=
+//   32; NS simdgroups per threadgroup; ONE: a threadgroup holds all blocks, merges them and writes the output.
 // LAUNCH  grid (32, blocks, B * Hkv * RG), threadgroup (32, NS, 1); RG = ceil(R / H) row groups, R = Hq / Hkv * L;
 //   blocks and X are multiples of NS (ONE: blocks = NS, any X <= NS). How many tokens a block gets is computed here:
 //   lengths are data, nothing is compiled again when they change. merge.metal follows, unless ONE.
@@ -53,7 +53,8 @@
 //
 // REGISTERS (estimate, 32-bit, DV / E = 16): H*E accumulators + TPL*H logits + 2*H + decode 12*TPL + 15:
 //   H=1 47, H=2 66, H=4 100, H=8 135 (119 with TPL = 1).
-//   Threadgroup memory: 4 bytes * (H * DK + NS * 32 * TPL * H'), H' = H as 1, 2, 4 or 8; kernels.py keeps it below 32 KB.
+//   Threadgroup memory: 4 bytes * (H * DK + NS * 32 * TPL * H'), H' = 1, 2, 4 or 8 >= H, or that of the merge if ONE:
+//   NS * DV or more; kernels.py keeps it below 31 KB.
 
 // ---- shared: layout and levels (the same text in every file that uses it; tests/test_metal_files.py) ----
 #define TQ_UNROLL _Pragma("clang loop unroll(full)")
@@ -263,10 +264,12 @@ template <int B, int D, class SCALE> struct PackedRows {
   }
 };
 // The packed part of a cache: packed rows, or with 0 bits exact ones.
-template <int B, int D, class SCALE> METAL_FUNC PackedRows<B, D, SCALE> tq_rows(const device uint *codes, SCALE scale) {
+template <int B, int D, class SCALE>
+METAL_FUNC PackedRows<B, D, SCALE> tq_rows(const device uint *codes, SCALE scale) {
   return {codes, scale};
 }
-template <int B, int D, class T, class SCALE> METAL_FUNC ExactRows<T, D> tq_rows(const device T *rows, SCALE scale) {
+template <int B, int D, class T, class SCALE>
+METAL_FUNC ExactRows<T, D> tq_rows(const device T *rows, SCALE scale) {
   return {rows, rows, 0};
 }
 
@@ -284,13 +287,13 @@ template <class M> struct Mask {
   long head_stride, token_stride, column_stride;
   bool causal, array;
   int L, newest;                                                                // newest: the last column query 0 sees
-  int first_head, first_row, last_row;                                          // row r: head first_head + r / L, token r % L
+  int first_head, first_row, last_row;                                          // row r: head first_head + r / L
   METAL_FUNC float add(float logit, int h, int column) const {
     int r = min(first_row + h, last_row), g = r / L, l = r - g * L;
     if (causal && column > newest + l) logit = TQ_DEAD;
-    if (array)
-      logit = max(logit + tq_mask(mask[(first_head + g) * head_stride + l * token_stride + column * column_stride]), TQ_DEAD);
-    return logit;
+    if (!array) return logit;
+    long at = (first_head + g) * head_stride + l * token_stride + column * column_stride;
+    return max(logit + tq_mask(mask[at]), TQ_DEAD);
   }
 };
 
@@ -341,6 +344,7 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
                        Mask<M> mask, thread Partial<H, E> &out, int lane) {
   constexpr int LV = DV / E, TV = 32 / LV, TILE = 32 * TPL, U = H <= 2 ? 8 : 4, STEP = U * TV;
   int u = uint(lane) % LV, tg = uint(lane) / LV;
+  threadgroup float *mine = weights + lane * HP;
   for (int t0 = begin; t0 < end; t0 += TILE) {
     // ---- keys: H dot products for TPL tokens
     float s[TPL * H];
@@ -381,7 +385,7 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
     // ---- softmax
     TQ_UNROLL for (int h = 0; h < H; h++) {
       float top = s[h];
-      TQ_UNROLL for (int i = 1; i < TPL; i++) top = max(top, s[i * H + h]);
+      TQ_UNROLL for (int i = 1; i < TPL; i++) top = fmax(top, s[i * H + h]);
       top = simd_max(top);
       if (top > out.m[h] + TQ_SLACK) {                                          // the same for the whole simdgroup
         float f = fast::exp2(out.m[h] - top);
@@ -392,21 +396,22 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
       TQ_UNROLL for (int i = 0; i < TPL; i++) {
         float p = fast::exp2(s[i * H + h] - out.m[h]);
         out.sum[h] += p;
-        weights[(32 * i + lane) * HP + h] = VALUES::BITS ? p * value_scale[i] : p;
+        mine[32 * i * HP + h] = VALUES::BITS ? p * value_scale[i] : p;
       }
     }
     TQ_UNROLL for (int i = 0; i < TPL; i++) {
-      TQ_UNROLL for (int h = H; h < HP; h++) weights[(32 * i + lane) * HP + h] = 0;
+      TQ_UNROLL for (int h = H; h < HP; h++) mine[32 * i * HP + h] = 0;
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
 
     // ---- values
-    int n = min(TILE, end - t0), j = tg;
+    int n = min(TILE, end - t0);
     if (LV * TV == 32 || tg < TV) {
       const threadgroup float *w = weights + tg * HP;
       if (VALUES::BITS) {
         typename VALUES::Pointer v = values.at(t0 + tg);
-        for (; j + (STEP - TV) < n; j += STEP) {
+        const threadgroup float *stop = weights + (n - (STEP - TV)) * HP;       // for whole steps
+        for (; w < stop; w += STEP * HP, v += STEP * VALUES::STRIDE) {
           TQ_UNROLL for (int k = 0; k < U; k++) {
             float y[E], p[HP];
             VALUES::template values<E>(v + k * TV * VALUES::STRIDE, u, y);
@@ -415,13 +420,12 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
               TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = fma(p[h], y[d], out.acc[h][d]);
             }
           }
-          v += STEP * VALUES::STRIDE;
-          w += STEP * HP;
         }
       }
-      for (; j < n; j += TV, w += TV * HP) {                                    // exact values, and what is left over
+      const threadgroup float *stop = weights + n * HP;                         // exact values, and what is left over
+      for (int t = t0 + uint(w - weights) / HP; w < stop; t += TV, w += TV * HP) {
         float y[E], p[HP];
-        VALUES::template values<E>(values.at(t0 + j), u, y);
+        VALUES::template values<E>(values.at(t), u, y);
         tq_weights<HP>(w, p);
         TQ_UNROLL for (int h = 0; h < H; h++) {
           TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = fma(p[h], y[d], out.acc[h][d]);
@@ -433,8 +437,8 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
 }
 
 // ---- the query -------------------------------------------------------------------------------------------------
-// H rows of the query to threadgroup memory, times `factor`; rotated if ROTATE. With 8-bit keys bias[h] = 1152 times the
-// sum of the row; with a mean of the keys bias[H + h] = row . mean.
+// H rows of the query to threadgroup memory, times `factor`; rotated if ROTATE. With 8-bit keys bias[h] = 1152 times
+// the sum of the row; with a mean of the keys bias[H + h] = row . mean.
 template <int BITS, int D, int H, int NS, bool ROTATE, bool MEAN, class Q, class STRIDES>
 METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L, int first_row, int last_row,
                               float factor, const device float *diag, const device float *mean, threadgroup float *to,
@@ -483,13 +487,14 @@ METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L,
 }
 
 // ---- finish: the output of one row (the same text in attend.metal and merge.metal) ----
-// Lanes t = 0 .. LANES - 1 hold E dims each of the sums over packed (rotated) and exact values.
-template <int D, bool ROTATED, bool MEAN, class T>
+// Lanes t = 0 .. LANES - 1 hold E dims each of the sums of packed values (rotated, without UNIT) and of exact ones.
+template <int BITS, int D, bool MEAN, class T>
 METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, float sum, float packed_sum,
-                          const device float *diag, const device float *mean, device T *out, bool live, int lane, int t) {
+                          const device float *diag, const device float *mean, device T *out, bool live, int lane,
+                          int t) {
   typedef Row<4, D> R;
   constexpr int E = R::E, LANES = R::LANES, P = tq_power_of_two_from(D / 2 + 1);
-  if (ROTATED) {
+  if (BITS) {
     if (P != D) {
       tq_hadamard<D, E, LANES, D - P, P>(rotated, lane, t);
       TQ_UNROLL for (int i = 0; i < E; i++) {
@@ -502,7 +507,8 @@ METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, floa
   TQ_UNROLL for (int i = 0; i < E; i++) {
     int d = t * E + i;
     if (live && R::has(t, i)) {
-      float y = ROTATED ? fma(diag[d], rotated[i], exact[i]) : exact[i];
+      float y = exact[i];
+      if (BITS) y = fma(diag[d] * Levels<BITS ? BITS : 4>::UNIT, rotated[i], y);
       if (MEAN) y = fma(packed_sum, mean[d], y);
       out[d] = T(y * inverse);
     }
@@ -529,11 +535,11 @@ threadgroup float *q_rotated = memory + (ONE && KB ? H * DK : 0);
 const device float *v_diag = diag + (tq_power_of_two_from(DK / 2 + 1) == DK ? 1 : 2) * DK;
 float factor = as_type<float>(dims[10]);
 if (ONE || exact || KB == 0)
-  tq_load_query<0, DK, H, NS, false, false>(queries + b * queries_strides[0], queries_strides, kvh * G, L, first_row, R - 1,
-                                            factor, diag, diag, memory, bias, sg, lane);
+  tq_load_query<0, DK, H, NS, false, false>(queries + b * queries_strides[0], queries_strides, kvh * G, L, first_row,
+                                            R - 1, factor, diag, diag, memory, bias, sg, lane);
 if (KB && (ONE || !exact))
-  tq_load_query<KB, DK, H, NS, KB != 0, KM>(queries + b * queries_strides[0], queries_strides, kvh * G, L, first_row, R - 1,
-                                            factor, diag, k_mean + head * DK, q_rotated, bias, sg, lane);
+  tq_load_query<KB, DK, H, NS, KB != 0, KM>(queries + b * queries_strides[0], queries_strides, kvh * G, L, first_row,
+                                            R - 1, factor, diag, k_mean + head * DK, q_rotated, bias, sg, lane);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // ---- this simdgroup's run of tokens
@@ -552,21 +558,20 @@ int begin = first + index * per, end = min(begin + per, n), safe = flags & 2 ? 0
 Mask<decltype(mask)> masks = {mask + (flags & 2 ? b * mask_strides[0] : 0), mask_strides[1], mask_strides[2],
                               mask_strides[3], bool(flags & 1), bool(flags & 2), L, N - L, kvh * G, first_row, R - 1};
 threadgroup float *weights = memory + QUERIES + sg * WEIGHTS;
-float unit = 1.0f;
 if (exact) {
   ExactRows<EXACT_K, DK> keys = {k_sink + b * k_sink_strides[0] + kvh * k_sink_strides[1],
                                  k_recent + b * k_recent_strides[0] + kvh * k_recent_strides[1], n_sink};
   ExactRows<EXACT_V, DV> values = {v_sink + b * v_sink_strides[0] + kvh * v_sink_strides[1],
                                    v_recent + b * v_recent_strides[0] + kvh * v_recent_strides[1], n_sink};
-  tq_run<H, HP, TPL, E, DK, DV, false>(keys, values, begin, end, safe, split, shift, memory, weights, bias, masks, out, lane);
+  tq_run<H, HP, TPL, E, DK, DV, false>(keys, values, begin, end, safe, split, shift, memory, weights, bias, masks, out,
+                                       lane);
 } else {
   auto keys = tq_rows<KB, DK>(k_codes + b * k_codes_strides[0] + kvh * k_codes_strides[1],
                               k_scale + b * k_scale_strides[0] + kvh * k_scale_strides[1]);
   auto values = tq_rows<VB, DV>(v_codes + b * v_codes_strides[0] + kvh * v_codes_strides[1],
                                 v_scale + b * v_scale_strides[0] + kvh * v_scale_strides[1]);
-  unit = values.UNIT;
-  tq_run<H, HP, TPL, E, DK, DV, KM && KB != 0>(keys, values, begin, end, safe, split, shift, q_rotated, weights, bias, masks,
-                                               out, lane);
+  tq_run<H, HP, TPL, E, DK, DV, KM && KB != 0>(keys, values, begin, end, safe, split, shift, q_rotated, weights, bias,
+                                               masks, out, lane);
 }
 
 // ---- results of the simdgroup: its sums over tokens in flight
@@ -580,7 +585,7 @@ TQ_UNROLL for (int h = 0; h < H; h++) {
     } else {
       TQ_UNROLL for (int k = 1; k < TV; k++) a += simd_shuffle(out.acc[h][d], ushort(min(lane + k * LV, 31)));
     }
-    out.acc[h][d] = a * unit;
+    out.acc[h][d] = a;
   }
 }
 if (!ONE) {
@@ -605,7 +610,7 @@ if (!ONE) {
       block_ml[(sg * H + h) * 2 + 1] = out.sum[h];
     }
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);                              // and nobody reads queries and weights any more
+  threadgroup_barrier(mem_flags::mem_threadgroup);                              // the queries are not needed now
   typedef Row<4, DV> F;
   TQ_UNROLL for (int h0 = 0; h0 < H; h0 += TOGETHER) {
     TQ_UNROLL for (int h = h0; h < tq_min(h0 + TOGETHER, H); h++) {
@@ -639,7 +644,7 @@ if (!ONE) {
           }
         }
       }
-      tq_finish<DV, VB != 0, VM && VB != 0>(rotated_y, exact_y, sum, packed_sum, v_diag, v_mean + head * DV,
+      tq_finish<VB, DV, VM && VB != 0>(rotated_y, exact_y, sum, packed_sum, v_diag, v_mean + head * DV,
                                             acc + (((long)b * Hq + query_head) * L + (r - g * L)) * DV, live, lane, t);
     }
     if (h0 + TOGETHER < H) threadgroup_barrier(mem_flags::mem_threadgroup);     // the next rows overwrite these

@@ -2,22 +2,24 @@
 // Self-contained. The text above the line "// ==== body" is the header of mx.fast.metal_kernel, the rest its source.
 //
 // MATHEMATICS, per row: with M the largest m (and the sink's logit), f = 2^(m - M) of each block:
-//   out = (sum over exact blocks f acc + R^T (sum over packed blocks f acc) + mean * (packed share of the weights)) / total,
-//   total = sum f sum + 2^(sink - M). Exact blocks are those below X, the packed ones are still rotated.
+//   out = (sum over exact blocks f acc + R^T (sum over packed blocks f acc) + mean * (packed part of the sum)) / total,
+//   total = sum f sum + 2^(sink - M). Exact blocks are those below X; the packed ones are still rotated, and without
+//   the UNIT of their levels.
 //
-// MAPPING. A threadgroup of MS simdgroups makes one row. Simdgroup i sums blocks i, i + MS, ..., lane t dims t, t + 32, ...;
-//   then the first simdgroup adds the MS sums and un-rotates, E = 16 dims (32 if D > 512) per lane as in dequantize.metal.
+// MAPPING. A threadgroup of MS simdgroups makes one row. Simdgroup i sums blocks i, i + MS, ..., lane t dims t, t + 32,
+//   ...; then the first simdgroup adds the MS sums and un-rotates, E = 16 dims (32 if D > 512) per lane as in
+//   dequantize.metal.
 //
 // INPUTS
 //   acc    float [B, Hkv, R, blocks, D], ml float [B, Hkv, R, blocks, 2]: as written by attend.metal; R = Hq / Hkv * L
 //   mean   float [B, Hkv, 1, D], row-contiguous: of the packed values. Read only if MEAN
-//   diag   float, the diagonals of the rotation [ROUNDS, D] from element OFFSET on. Read only if ROTATED
+//   diag   float, the diagonals of the rotation [ROUNDS, D] from element OFFSET on. Read only if BITS
 //   sinks  any float type [Hq]: a logit per head that takes weight and gives no value. Read only if flag 8
 //   dims   int32 [12], the same array as attend.metal's
 // OUTPUTS
 //   out    T [B, Hq, L, D]
-// TEMPLATE  T float type of the output; D head dim of the values, a multiple of 16, 32 to 576; ROTATED, MEAN: packed values
-//   are rotated / have a mean; OFFSET into diag; MS simdgroups per threadgroup.
+// TEMPLATE  T float type of the output; BITS of the values, 0 = exact; D their head dim, a multiple of 16, 32 to 576;
+//   MEAN: packed values have a mean; OFFSET into diag; MS simdgroups per threadgroup.
 // LAUNCH  grid (32, MS, B * Hq * L), threadgroup (32, MS, 1).
 //
 // REGISTERS (estimate, 32-bit): 2 * D / 32 sums, then 2 * E, and 12: 44; 76 for D > 512.
@@ -125,13 +127,14 @@ METAL_FUNC void tq_hadamard(thread float *y, int lane, int t) {
 constant constexpr const float TQ_LOG2E = 1.44269504f, TQ_LOWEST = -1e29f;
 
 // ---- finish: the output of one row (the same text in attend.metal and merge.metal) ----
-// Lanes t = 0 .. LANES - 1 hold E dims each of the sums over packed (rotated) and exact values.
-template <int D, bool ROTATED, bool MEAN, class T>
+// Lanes t = 0 .. LANES - 1 hold E dims each of the sums of packed values (rotated, without UNIT) and of exact ones.
+template <int BITS, int D, bool MEAN, class T>
 METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, float sum, float packed_sum,
-                          const device float *diag, const device float *mean, device T *out, bool live, int lane, int t) {
+                          const device float *diag, const device float *mean, device T *out, bool live, int lane,
+                          int t) {
   typedef Row<4, D> R;
   constexpr int E = R::E, LANES = R::LANES, P = tq_power_of_two_from(D / 2 + 1);
-  if (ROTATED) {
+  if (BITS) {
     if (P != D) {
       tq_hadamard<D, E, LANES, D - P, P>(rotated, lane, t);
       TQ_UNROLL for (int i = 0; i < E; i++) {
@@ -144,7 +147,8 @@ METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, floa
   TQ_UNROLL for (int i = 0; i < E; i++) {
     int d = t * E + i;
     if (live && R::has(t, i)) {
-      float y = ROTATED ? fma(diag[d], rotated[i], exact[i]) : exact[i];
+      float y = exact[i];
+      if (BITS) y = fma(diag[d] * Levels<BITS ? BITS : 4>::UNIT, rotated[i], y);
       if (MEAN) y = fma(packed_sum, mean[d], y);
       out[d] = T(y * inverse);
     }
@@ -188,7 +192,7 @@ for (int i = sg; i < blocks; i += MS) {
     int d = lane + 32 * k;
     if (D % 32 == 0 || d < D) {
       float a = f * acc[(long)i * D + d];
-      if (ROTATED && i >= exact_blocks) rotated[k] += a;
+      if (BITS && i >= exact_blocks) rotated[k] += a;
       else exact[k] += a;
     }
   }
@@ -197,7 +201,7 @@ TQ_UNROLL for (int k = 0; k < PER_LANE; k++) {
   int d = lane + 32 * k;
   if (D % 32 == 0 || d < D) {
     sums[(sg * 2) * D + d] = exact[k];
-    if (ROTATED) sums[(sg * 2 + 1) * D + d] = rotated[k];
+    if (BITS) sums[(sg * 2 + 1) * D + d] = rotated[k];
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -212,10 +216,10 @@ if (sg == 0) {
     if (F::has(t, k)) {
       for (int i = 0; i < MS; i++) {
         exact_y[k] += sums[(i * 2) * D + t * E + k];
-        if (ROTATED) rotated_y[k] += sums[(i * 2 + 1) * D + t * E + k];
+        if (BITS) rotated_y[k] += sums[(i * 2 + 1) * D + t * E + k];
       }
     }
   }
-  tq_finish<D, ROTATED, MEAN>(rotated_y, exact_y, sum, packed_sum, diag + OFFSET, mean + head * D,
+  tq_finish<BITS, D, MEAN>(rotated_y, exact_y, sum, packed_sum, diag + OFFSET, mean + head * D,
                               out + (((long)b * Hq + query_head) * L + (r - g * L)) * D, live, lane, t);
 }
