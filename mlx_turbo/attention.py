@@ -8,6 +8,7 @@ attention in its own way stays correct: it reads the lazy arrays and is merely s
 import sys
 
 from .cache import LazyKV
+from .fallback import tiled_attention
 from .ops import get_backend
 
 _original = None  # mlx_lm's function, while ours is installed
@@ -24,7 +25,8 @@ def view_of(keys, values):
 
 
 def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
-    """softmax(scale * q k^T + mask) v over all tokens of a `KVView`, from its packed rows.
+    """softmax(scale * q k^T + mask) v over all tokens of a `KVView`, from its packed rows: by the fused kernel where
+    the backend has one that covers it (decode), else tile by tile (prompt chunks over a packed past).
 
     queries: [B, n_heads, L, Dk]. mask: None, "causal" (the queries are the last L tokens), boolean or additive,
     broadcast to [B, n_heads, L, N]. sinks: [n_heads], logits without a value (gpt-oss).
@@ -36,8 +38,11 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
             or queries.shape[3] != head_dim:
         raise ValueError(f"queries: got {tuple(queries.shape)}, expected [{view.keys.recent.shape[0]}, a multiple of "
                          f"{H} heads, tokens, {head_dim}]")
-    return get_backend(backend).attend(queries, view.keys, view.values, view.counts, scale=scale, mask=mask,
-                                       sinks=sinks, seed=view.seed)
+    backend, keys, values = get_backend(backend), view.keys, view.values
+    options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed)
+    if backend.why_not_fused((keys.bits, head_dim), (values.bits, values.head_dim), queries.shape[2]):
+        return tiled_attention(queries, keys, values, view.counts, backend.read_rows, **options)
+    return backend.attend(queries, keys, values, view.counts, **options)
 
 
 def scaled_dot_product_attention(queries, keys, values, cache, scale, mask=None, sinks=None, **options):

@@ -289,7 +289,7 @@ class TurboKVCache:
     def report(self):
         """What the cache holds, as a dict of plain values: scheme; tokens, of which sink, packed and recent; nbytes;
         uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would hold); packed_bits_per_value (of
-        keys and values, from the arrays themselves); backend."""
+        keys and values, from the arrays themselves); backend; attention ("fused", or why a decode step is not)."""
         values = packed_bits = uncompressed = 0
         for side in self._sides:
             if side.recent is None:
@@ -301,7 +301,13 @@ class TurboKVCache:
                 packed_bits += sum(8 * a.nbytes / a.shape[2] for a in (side.codes, side.scale) if a is not None)
         return {"scheme": self.config.scheme.name, "tokens": self.offset, "sink": self.n_sink, "packed": self.n_packed,
                 "recent": self.n_recent, "nbytes": self.nbytes, "uncompressed_nbytes": uncompressed,
-                "packed_bits_per_value": packed_bits / values if values else 0.0, "backend": get_backend().describe()}
+                "packed_bits_per_value": packed_bits / values if values else 0.0, "backend": get_backend().describe(),
+                "attention": self._attention()}
+
+    def _attention(self):
+        if self.offset == 0 or not any(side.bits for side in self._sides):
+            return "mlx-lm's own: nothing is packed"
+        return get_backend().why_not_fused(*((side.bits, side.head_dim) for side in self._sides), 1) or "fused"
 
     # ---- state -----------------------------------------------------------------------------------------------
     def _header(self):

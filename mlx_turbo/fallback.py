@@ -157,6 +157,7 @@ def _quantize_in_slices(side, seed):
         mx.eval(slices[-1])
     return tuple(mx.concatenate(parts, axis=2) for parts in zip(*slices))
 
+
 # ---- attention -----------------------------------------------------------------------------------------------
 DEAD = -1e30  # a masked logit: finite, so that a tile in which everything is masked gives no NaN
 SCORE_BYTES = 32 << 20  # of the float32 logits of one tile, at most (a tile has at least 64 tokens)
@@ -281,6 +282,6 @@ class CpuBackend:
         codes, scale = (mx.contiguous(a[:, :, first:first + n]) for a in (side.codes, side.scale))
         return read_slots(codes, side.bits, side.head_dim), scale, _slots(side.bits, side.head_dim)
 
-    def attend(self, queries, keys, values, counts, **options):
-        """As MetalBackend.attend, for any number of query tokens."""
-        return tiled_attention(queries, keys, values, counts, self.read_rows, **options)
+    def why_not_fused(self, keys, values, n_query_tokens):
+        """There is no kernel here: attention.attend reads the packed rows tile by tile."""
+        return "the CPU fallback reads packed rows tile by tile"

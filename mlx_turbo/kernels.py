@@ -40,15 +40,16 @@ class PackedSide(NamedTuple):
 
 
 class CachedSide(NamedTuple):
-    """The keys or the values of a cache: whole capacity buffers, whatever they hold; None for a part never used.
+    """The keys or the values of a cache, as `attend` reads them: whole buffers, whatever their length, or None.
 
-    sink, recent: model dtype [B, H, capacity, D]. codes: uint32 [B, H, capacity, words], with 0 bits the exact
-    vectors [B, H, capacity, D] (then scale is None). scale: float16 [B, H, capacity, 1]. mean: float32 [B, H, 1, D].
+    sink, recent: exact tokens, [B, Hkv, capacity, head_dim] in the model's dtype. codes: uint32 [B, Hkv, capacity,
+    words] and scale: float16 [B, Hkv, capacity, 1]; with 0 bits codes are exact vectors and scale is None.
+    mean: float32 [B, Hkv, 1, head_dim] that packed tokens are relative to, or None.
     """
     sink: Optional[mx.array]
     codes: Optional[mx.array]
     scale: Optional[mx.array]
-    recent: mx.array
+    recent: Optional[mx.array]
     bits: int
     head_dim: int
     mean: Optional[mx.array] = None
@@ -56,6 +57,114 @@ class CachedSide(NamedTuple):
     def packed(self):
         """Its packed rows, as the dequantize kernel takes them."""
         return PackedSide(self.codes, self.scale, self.bits, self.head_dim, self.mean)
+
+
+# ---- attention: what a launch looks like ---------------------------------------------------------------------
+MAX_QUERY_TOKENS = 16
+THREADGROUP_BYTES = 32768 - 1024  # what the kernel may declare, less its small arrays
+MERGE_SIMDGROUPS = 4
+
+
+class AttendTuning(NamedTuple):
+    """Numbers that do not change the result of `attend`, only its speed. `bench --tune` turns them."""
+    accumulators: int = 64  # per lane: rows of a simdgroup * dims per lane
+    tokens_per_lane: int = 2
+    simdgroups: int = 8  # per threadgroup
+    tokens_per_block: int = 256  # at least, a block being the tokens of a simdgroup
+    simdgroups_per_launch: int = 2048  # so many keep the largest chip busy: no more blocks than that
+    one_launch_tokens: int = 1024  # up to so many a threadgroup does a kv head alone and no merge is needed
+
+
+class AttendShape(NamedTuple):
+    """Template values of attend.metal that follow from the tuning; none depends on the number of tokens."""
+    H: int
+    TPL: int
+    E: int
+    NS: int
+
+
+@functools.lru_cache(maxsize=None)
+def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, n_rows, one):
+    """The `AttendShape` for n_rows = query heads per kv head * query tokens; one: the variant with one launch."""
+    step = 16 if value_bits == 3 else 8
+    dims = [e for e in range(step, 65, step) if value_dim % e == 0 and value_dim // e <= 32]
+    dims_per_lane = dims[0]
+    if value_bits == 2 and n_rows <= 4 and 16 in dims:
+        dims_per_lane = 16  # whole words
+    most = min(8, max(1, tuning.accumulators // dims_per_lane))
+    rows = -(-n_rows // -(-n_rows // most))
+    tokens, simdgroups = tuning.tokens_per_lane, tuning.simdgroups
+    queries = (2 if one and key_bits else 1) * 4 * rows * key_dim
+    while queries + simdgroups * 128 * tokens * _padded(rows) > THREADGROUP_BYTES or (
+            one and simdgroups * 4 * value_dim > THREADGROUP_BYTES):
+        if tokens > 1:
+            tokens //= 2
+        else:
+            simdgroups //= 2
+    return AttendShape(rows, tokens, dims_per_lane, simdgroups)
+
+
+def _padded(rows):
+    return 1 << (rows - 1).bit_length()
+
+
+def attend_blocks(tuning, shape, n_exact, n_packed, n_groups, one):
+    """(blocks of exact tokens, blocks): how the tokens are divided over simdgroups. n_groups: kv heads * batch rows *
+    row groups, each of which gets these blocks."""
+    tile = 32 * shape.TPL
+    if one:
+        exact, packed = -(-n_exact // tile), -(-n_packed // tile)
+        if exact and packed:
+            return min(max(round(shape.NS * exact / (exact + packed)), 1), shape.NS - 1), shape.NS
+        return (shape.NS if exact else 0), shape.NS
+    most = max(tuning.simdgroups_per_launch // n_groups, 1)
+    tokens = max(tuning.tokens_per_block, -(-(n_exact + n_packed) // most))
+    exact, packed = (-(-(-(-n // tokens)) // shape.NS) * shape.NS for n in (n_exact, n_packed))
+    return exact, exact + packed
+
+
+def attend_unsupported(key_bits, value_bits, key_dim, value_dim, n_query_tokens):
+    """Why the attention kernel does not cover this, or None if it does."""
+    for name, bits, dim in (("keys", key_bits, key_dim), ("values", value_bits, value_dim)):
+        if not 32 <= dim <= 576 or dim % 16 or not rotates_in_kernel(dim):
+            return f"head_dim {dim} of the {name}: the kernel does multiples of 16 from 32 to 512, 544 and 576"
+        if bits not in (0, 2, 3, 4, 8):
+            return f"{bits} bits of the {name}: the kernel does 0, 2, 3, 4 and 8"
+    if not 1 <= n_query_tokens <= MAX_QUERY_TOKENS:
+        return f"{n_query_tokens} query tokens: the kernel does 1 to {MAX_QUERY_TOKENS}"
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def _attend_diagonals(key_dim, value_dim, seed):
+    array = mx.array(np.concatenate([rotation.diagonals(d, seed).astype(np.float32).ravel()
+                                     for d in (key_dim, value_dim)]))
+    mx.eval(array)
+    return array
+
+
+@functools.lru_cache(maxsize=64)
+def _attend_dims(*values):
+    """The same small array for all layers of a step."""
+    return mx.array(np.array(values[:-1] + (np.float32(values[-1] * LOG2_E).view(np.int32), 0), np.int32))
+
+
+@functools.lru_cache(maxsize=None)
+def _nothing(dtype):
+    """Stands for an array that is not there: never read."""
+    array = mx.zeros((1, 1, 8, 8), dtype)
+    mx.eval(array)
+    return array
+
+
+def _eight(array):
+    """MLX binds arrays of less than 8 elements in another address space; these are small enough to copy."""
+    return array if array.size >= 8 else mx.pad(array, [(0, 0), (0, 0), (0, 8), (0, 0)])
+
+
+LOG2_E = float(np.log2(np.e))
+ATTEND_INPUTS = ["queries", "k_sink", "k_codes", "k_scale", "k_recent", "v_sink", "v_codes", "v_scale", "v_recent",
+                 "k_mean", "v_mean", "diag", "mask", "sinks", "starts", "dims"]
 
 
 def metal_folder():
@@ -107,6 +216,7 @@ class MetalBackend:
         self._metal_kernel = metal_kernel or mx.fast.metal_kernel
         self._kernels = {}
         self._tested = set()
+        self.tuning = AttendTuning()
 
     def describe(self):
         """What runs, for people: the backend and the chip."""
@@ -148,6 +258,37 @@ class MetalBackend:
             if not in_kernel[i]:
                 outs[i] = unrotate(outs[i], seed) if side.mean is None else unrotate(outs[i], seed) + side.mean
         return [x.astype(dtype) for x in outs]
+
+    def read_rows(self, side, first, n):
+        """For fallback.tiled_attention: n packed rows of a `CachedSide` from token `first` on, scaled but still
+        rotated, float32 [B, H, n, head_dim]; no scale and no other order of the dims."""
+        prepared = [(side.packed()._replace(mean=None), False)]
+        self._test("dequantize", ((side.head_dim, side.bits, False, False),), mx.float32)
+        return self._dequantize(prepared, first, n, mx.float32, seed=0)[0], None, None
+
+    def why_not_fused(self, keys, values, n_query_tokens):
+        """Why `attend` does not cover this, or None if it does. keys, values: (bits, head_dim)."""
+        return attend_unsupported(keys[0], values[0], keys[1], values[1], n_query_tokens)
+
+    def attend(self, queries, keys, values, counts, *, scale, mask=None, sinks=None, starts=None, seed=0):
+        """softmax(scale * q k^T + mask) v over a cache's exact and packed tokens, in at most two launches.
+
+        queries: [B, Hq, L, key_dim], any strides, L <= 16; the last L tokens are the query's own.
+        keys, values: `CachedSide`. counts: (n_sink, n_packed, n_recent), which is also the order of the tokens.
+        mask: None, "causal", or boolean (True = attend) or additive [.., L, n_tokens], broadcast.
+        sinks: [Hq], a logit per head that takes weight and gives no value. starts: int32 [B], tokens before it are
+        dead (left padding).
+
+        Returns [B, Hq, L, value_dim] in the dtype of the queries. A row that attends to nothing gives 0. Raises
+        ValueError for what `attend_unsupported` names.
+        """
+        n_query_tokens = queries.shape[2]
+        reason = attend_unsupported(keys.bits, values.bits, keys.head_dim, values.head_dim, n_query_tokens)
+        if reason:
+            raise ValueError(reason)
+        one = sum(counts) <= self.tuning.one_launch_tokens
+        self._test_attend(queries, keys, values, one)
+        return self._attend(queries, keys, values, counts, scale, mask, sinks, starts, seed, one)
 
     # ---- launches --------------------------------------------------------------------------------------------
     def _kernel(self, name, inputs, outputs):
@@ -201,6 +342,66 @@ class MetalBackend:
             **_grid(n_vectors, [side.head_dim for side, _ in prepared]))
         return list(outs[:n])
 
+    def _attend(self, queries, keys, values, counts, scale, mask, sinks, starts, seed, one):
+        batch, n_heads, n_query_tokens, key_dim = queries.shape
+        n_kv_heads = next(a for a in (keys.recent, keys.codes, keys.sink) if a is not None).shape[1]
+        n_sink, n_packed, n_recent = counts
+        n_rows = n_heads // n_kv_heads * n_query_tokens
+        shape = attend_shape(self.tuning, keys.bits, values.bits, key_dim, values.head_dim, n_rows, one)
+        row_groups = -(-n_rows // shape.H)
+        n_groups = batch * n_kv_heads * row_groups
+        exact_blocks, blocks = attend_blocks(self.tuning, shape, n_sink + n_recent, n_packed, n_groups, one)
+
+        flags = 4 * (starts is not None) + 8 * (sinks is not None)
+        if isinstance(mask, str):
+            flags, mask = flags + (n_query_tokens > 1), None  # one query token sees all
+        if mask is not None:
+            flags += 2
+            if mask.dtype not in (mx.bool_, mx.float16, mx.bfloat16, mx.float32):
+                mask = mask.astype(mx.bool_)
+            mask = mx.broadcast_to(mask, (batch, n_heads, n_query_tokens, sum(counts)))
+        dims = _attend_dims(n_sink, n_packed, n_recent, exact_blocks, blocks, row_groups, flags, n_query_tokens,
+                            n_heads, n_kv_heads, scale)
+        diag = _attend_diagonals(key_dim, values.head_dim, seed)
+        sides, exact_types = [], []
+        for side in (keys, values):
+            exact = [a for a in (side.recent, side.sink) if a is not None]
+            exact = exact[0] if exact else queries
+            codes = side.codes
+            if codes is None:
+                codes = _nothing(mx.uint32) if side.bits else exact
+            sides += [exact if side.sink is None else side.sink, _eight(codes),
+                      _nothing(mx.float16) if side.scale is None else side.scale,
+                      exact if side.recent is None else side.recent]
+            exact_types.append(exact.dtype)
+        means = [diag if side.mean is None else side.mean for side in (keys, values)]
+        template = [("T", queries.dtype if one else mx.float32), ("EXACT_K", exact_types[0]),
+                    ("EXACT_V", exact_types[1]), ("KB", keys.bits), ("VB", values.bits), ("DK", key_dim),
+                    ("DV", values.head_dim), ("KM", bool(keys.bits) and keys.mean is not None),
+                    ("VM", bool(values.bits) and values.mean is not None), *shape._asdict().items(), ("ONE", one)]
+        out_shape = (batch, n_heads, n_query_tokens, values.head_dim)
+        partial_shape = (batch, n_kv_heads, n_rows, blocks, values.head_dim)
+        sinks_or_any = queries if sinks is None else sinks
+        kernel = self._kernel("attend", ATTEND_INPUTS, ["acc", "ml"])
+        acc, ml = kernel(
+            inputs=[queries, *sides, *means, diag, queries if mask is None else mask, sinks_or_any,
+                    dims if starts is None else starts, dims],
+            template=template, grid=(32, blocks, n_groups), threadgroup=(32, shape.NS, 1),
+            output_shapes=[out_shape if one else partial_shape, (1,) if one else (*partial_shape[:-1], 2)],
+            output_dtypes=[queries.dtype if one else mx.float32, mx.float32])
+        if one:
+            return acc
+        rounds = len(rotation.windows(key_dim))
+        kernel = self._kernel("merge", ["acc", "ml", "mean", "diag", "sinks", "dims"], ["out"])
+        out, = kernel(
+            inputs=[acc, ml, means[1], diag, sinks_or_any, dims],
+            template=[("T", queries.dtype), ("D", values.head_dim), ("BITS", values.bits),
+                      ("MEAN", bool(values.bits) and values.mean is not None), ("OFFSET", rounds * key_dim),
+                      ("MS", MERGE_SIMDGROUPS)],
+            grid=(32, MERGE_SIMDGROUPS, batch * n_heads * n_query_tokens), threadgroup=(32, MERGE_SIMDGROUPS, 1),
+            output_shapes=[out_shape], output_dtypes=[queries.dtype])
+        return out
+
     # ---- self-test -------------------------------------------------------------------------------------------
     def _test(self, name, sides, dtype):
         """Build and check a specialization once: `sides` of (head_dim, bits, rotates, has mean)."""
@@ -209,15 +410,61 @@ class MetalBackend:
             return
         what = f"{name}.metal with " + " and ".join(
             f"head_dim {d}, {b} bits{', mean' if m else ''}" for d, b, _, m in sides) + f", {dtype}"
+        self._run_check(what, lambda: getattr(self, f"_check_{name}")(sides, dtype))
+        self._tested.add(key)
+
+    def _run_check(self, what, check):
         try:
-            error = getattr(self, f"_check_{name}")(sides, dtype)
+            error = check()
         except Exception as e:
             raise BackendError(f"the Metal kernel does not build or run: {what} on {device_name()}\n{e}") from e
         if error:
             raise BackendError(
                 f"the Metal kernel disagrees with the NumPy reference: {what} on {device_name()}: {error}. Nothing "
                 "was computed on another backend; MLX_TURBO_BACKEND=cpu does that. Please report this.")
+
+    def _test_attend(self, queries, keys, values, one):
+        """Build and check the specialization of these arguments once."""
+        n_kv_heads = next(a for a in (keys.recent, keys.codes, keys.sink) if a is not None).shape[1]
+        shape = attend_shape(self.tuning, keys.bits, values.bits, keys.head_dim, values.head_dim,
+                             queries.shape[1] // n_kv_heads * queries.shape[2], one)
+        sides = tuple((side.bits, side.head_dim, side.mean is not None, _exact_dtype(side, queries.dtype))
+                      for side in (keys, values))
+        key = ("attend", sides, shape, one, queries.dtype)
+        if key in self._tested:
+            return
+        what = "attend.metal with " + " and ".join(
+            f"{name} of head_dim {d}, {b} bits{', mean' if m else ''}" for name, (b, d, m, _)
+            in zip(("keys", "values"), sides)) + f", {shape.H} rows, {queries.dtype}"
+        self._run_check(what, lambda: self._check_attend(sides, shape, one, queries.dtype))
         self._tested.add(key)
+
+    def _check_attend(self, sides, shape, one, dtype):
+        """As many query heads as a simdgroup has rows, a few tokens of each kind, and one that is left out."""
+        rng, counts = np.random.default_rng(0), (3, 77, 20)
+        cached, restored = [], []
+        for bits, head_dim, has_mean, exact_dtype in sides:
+            x = rng.standard_normal((1, 1, sum(counts), head_dim)).astype(np.float32)
+            mean = rng.standard_normal((1, 1, 1, head_dim)).astype(np.float32) if has_mean else None
+            exact = mx.array(x).astype(exact_dtype)
+            x = np.array(exact.astype(mx.float32)).astype(np.float64)
+            middle = slice(counts[0], counts[0] + counts[1])
+            codes, scale = exact[:, :, middle], None
+            if bits:
+                want = reference.quantize(x[:, :, middle], bits, mean=mean)
+                x[:, :, middle] = reference.dequantize(want)
+                codes, scale = mx.array(want.packed()), mx.array(want.scale[..., None].astype(np.float16))
+            restored.append(x)
+            cached.append(CachedSide(exact[:, :, :counts[0]], codes, scale, exact[:, :, -counts[2]:], bits, head_dim,
+                                     None if mean is None else mx.array(mean)))
+        scale = sides[0][1] ** -0.5
+        queries = mx.array(rng.standard_normal((1, shape.H, 1, sides[0][1])).astype(np.float32)).astype(dtype)
+        got = self._attend(queries, *cached, counts, scale, None, None, mx.array([1] * 8, mx.int32), 0, one)
+        x, y = (a[:, :, 1:] for a in restored)
+        want = reference.attention(np.array(queries.astype(mx.float32)), x, y, scale=scale)
+        error = np.abs(np.array(got.astype(mx.float32)) - want).max() / np.abs(want).max()
+        allowed = ATTEND_TOLERANCE[sides[0][0]] + TOLERANCE[dtype] * (dtype != mx.float32)
+        return None if error <= allowed else f"relative error {error:.1e}, allowed is {allowed:.0e}"
 
     def _check_quantize(self, sides, dtype):
         rng, prepared, wants = np.random.default_rng(0), [], []
@@ -252,6 +499,15 @@ class MetalBackend:
 # Largest error of a restored vector, relative to its largest number: rounding of the output type, and of about ten
 # float32 operations.
 TOLERANCE = {mx.float32: 5e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
+
+
+# Largest error of attention, relative to the largest output, by bits of the keys: float32 sums of up to D products;
+# with 8 bits a constant of 1152 times the sum of the query is taken off the dot product.
+ATTEND_TOLERANCE = {0: 4e-6, 2: 4e-6, 3: 4e-6, 4: 4e-6, 8: 4e-5}
+
+
+def _exact_dtype(side, otherwise):
+    return next((a.dtype for a in (side.recent, side.sink) if a is not None), otherwise)
 
 
 def compare_vectors(got, want, dtype):

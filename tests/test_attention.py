@@ -2,7 +2,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import BACKENDS, to_numpy
+from conftest import to_numpy
 
 from mlx_turbo import TurboKVCache, attention, enable, ops, reference
 
@@ -247,7 +247,3 @@ def test_enabling_a_model_opens_the_door():
     enable(tiny_llama(), "turbo4")
     assert base.scaled_dot_product_attention is attention.scaled_dot_product_attention
     attention.uninstall()
-
-
-def test_all_backends_of_this_suite_can_attend():
-    assert all(hasattr(b, "attend") for b in BACKENDS.values())

@@ -28,6 +28,11 @@ def test_the_shared_section_is_the_same_in_every_file_that_has_one():
     assert len(sections) == 1
 
 
+def test_both_attention_kernels_finish_a_row_with_the_same_text():
+    sections = [re.findall(r"// ---- finish.*?// ---- end of finish ----", TEXTS[name], re.S) for name in ("attend", "merge")]
+    assert sections[0] == sections[1] and len(sections[0]) == 1
+
+
 def test_the_packed_row_is_described_in_the_same_words_everywhere():
     """scheme.py and every kernel that reads or writes rows."""
     rows = {m.strip() for text in TEXTS.values() for m in re.findall(r"(//   4 bits  word w.*?)//   Words are 0", text, re.S)}

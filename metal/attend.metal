@@ -1,0 +1,652 @@
+// attend.metal: decode attention straight from a packed KV cache; pass 1 of 2 (partials of "flash decoding"), or all.
+// Self-contained. The text above the line "// ==== body" is the header of mx.fast.metal_kernel, the rest its source.
+//
+// MATHEMATICS. The cache is [sink: exact][packed][recent: exact], in the order of the tokens. Packed rows are levels *
+//   scale of a rotated (and centred) vector: q.k = (R q).(levels * scale) + q.mean, and sum p v = R^T sum p (levels *
+//   scale) + (sum p) mean. So the query is rotated once, nothing is un-rotated inside the loop over tokens, and sums
+//   over packed values and over exact values are kept apart until the end, where the packed ones are un-rotated.
+//   Logits, running maximum and sums are float32. Softmax is base 2: the query carries scale * log2 e. One maximum per
+//   row and tile; sums are rescaled only when it grew by more than SLACK = 8 (p <= 2^8: harmless in float), which is in
+//   practice on the first tile.
+//
+// MAPPING. A row is one query head of one query token of a kv head; a simdgroup works on H rows and a run of tokens, in
+//   tiles of 32 * TPL, so that a packed word is read and decoded once for H rows.
+//   Keys: a lane owns TPL whole tokens and forms their H dot products alone; the query is broadcast from threadgroup
+//         memory. No shuffles, and exp2 and the scales cost once per row and token.
+//   Weights, times the values' scale, go through a piece of threadgroup memory of the simdgroup.
+//   Values: LV = DV / E lanes own E dims each, 32 / LV tokens in flight, H * E accumulators.
+//   Exact tokens (sink and recent as one list) and packed ones are different runs of the same code: block < X is exact.
+//   What tells lengths and masks apart (causal, arrays, the end) is looked at once per tile.
+//
+// INPUTS  (T: any float type, a type for each)
+//   queries                 T [B, Hq, L, DK], any strides
+//   k_sink, k_recent        T [B, Hkv, CAPACITY, DK], rows contiguous, other strides free: whole buffers. v_: DV
+//   k_codes                 uint32 [B, Hkv, CAPACITY, WORDS]; with KB = 0 T [B, Hkv, CAPACITY, DK]. As k_sink. v_: DV
+//   k_scale, v_scale        float16 [B, Hkv, CAPACITY, 1], tokens contiguous. Not read with 0 bits
+//   k_mean, v_mean          float [B, Hkv, 1, D], row-contiguous. Read only if KM / VM
+//   diag                    float, the diagonals of the keys' rotation [ROUNDS, DK], then of the values' [ROUNDS, DV]
+//   mask                    bool or T [B, Hq, L, N], any strides, columns in order of the tokens. Read only if flag 2
+//   sinks                   T [Hq], a logit per head that takes weight and gives no value. Read only if flag 8 and ONE
+//   starts                  int32 [B], tokens before it are dead. Read only if flag 4
+//   dims                    int32 [12]: n_sink, n_packed, n_recent, X = exact blocks, blocks, RG, flags, L, Hq, Hkv,
+//                           scale * log2 e (bits of a float), 0.  flags: 1 causal, 2 mask, 4 starts, 8 sinks
+// OUTPUTS
+//   ONE:  acc = the output, T [B, Hq, L, DV]; ml is not written
+//   else: acc float [B, Hkv, R, blocks, DV], sums of 2^(logit - m) * value, of blocks >= X still rotated, without UNIT;
+//         ml float [B, Hkv, R, blocks, 2] = m (base 2), sum of 2^(logit - m). An empty block has m = LOWEST, sum 0.
+// TEMPLATE  T type of acc; EXACT_K, EXACT_V types of exact keys and values; KB, VB bits in {0, 2, 3, 4, 8}; DK, DV head
+//   dims, multiples of 16, 32 to 576; KM, VM: packed keys / values have a mean; H rows per simdgroup (1..8); TPL tokens
+//   per lane (1, 2, 4); E dims per lane of the values: a multiple of 8 (of 16 if VB = 3) that divides DV with DV / E <=
+//   32; NS simdgroups per threadgroup; ONE: a threadgroup holds all blocks, merges them and writes the output.
+// LAUNCH  grid (32, blocks, B * Hkv * RG), threadgroup (32, NS, 1); RG = ceil(R / H) row groups, R = Hq / Hkv * L;
+//   blocks and X are multiples of NS (ONE: blocks = NS, any X <= NS). How many tokens a block gets is computed here:
+//   lengths are data, nothing is compiled again when they change. merge.metal follows, unless ONE.
+//
+// PACKED ROW (scheme.py; bit i of a 32-bit word; "half s" = bits 16s .. 16s+15, s = 0 or 1)
+//   4 bits  word w = dims 8w .. 8w+7.    dim 8w+2j+s at bits 16s+4j .. +3, j = 0..3
+//   2 bits  word w = dims 16w .. 16w+15. dim 16w+2j+s at bits 16s+2j .. +1, j = 0..7
+//   8 bits  word w = dims 4w .. 4w+3.    dim 4w+2j+s at bits 16s+8j .. +7, j = 0..1
+//   3 bits  unit t = dims 16t .. 16t+15: word t of plane A, and bytes i and i+2 (i = t % 2) of word t / 2 of plane B,
+//           which follows plane A. dim 16t+2j+s: j = 0..4 in A at bits 16s+3j .. +2; j = 5, 6 in byte i+2s of B at
+//           bits 3(j-5) .. +2; j = 7: low two bits in that byte's bits 6, 7, top bit in A at bit 16s+15.
+//   Words are 0 where D does not fill them.
+//
+// REGISTERS (estimate, 32-bit, DV / E = 16): H*E accumulators + TPL*H logits + 2*H + decode 12*TPL + 15:
+//   H=1 47, H=2 66, H=4 100, H=8 135 (119 with TPL = 1).
+//   Threadgroup memory: 4 bytes * (H * DK + NS * 32 * TPL * H'), H' = 1, 2, 4 or 8 >= H, or that of the merge if ONE:
+//   NS * DV or more; kernels.py keeps it below 31 KB.
+
+// ---- shared: layout and levels (the same text in every file that uses it; tests/test_metal_files.py) ----
+#define TQ_UNROLL _Pragma("clang loop unroll(full)")
+
+constexpr int tq_power_of_two_from(int n) {                                     // least power of two >= n
+  int p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+template <int BITS, int D> struct Row {                                         // how lanes share a packed row
+  static constant constexpr const int UNITS = (D + 15) / 16;
+  static constant constexpr const int WORDS = BITS == 3 ? UNITS + (UNITS + 1) / 2 : (D * BITS + 31) / 32;
+  static constant constexpr const int E = D > 512 ? 32 : 16;                    // dims per lane
+  static constant constexpr const int LANES = tq_power_of_two_from((D + E - 1) / E);
+  static constant constexpr const int VECTORS = 32 / LANES;                     // per simdgroup
+  static constant constexpr const bool WHOLE = D % E == 0;                      // a lane has E dims or none
+  // Whether dim i of lane t exists; a constant if every lane is full, the same for all i if no lane is cut.
+  static METAL_FUNC bool has(int t, int i) { return LANES * E == D || (WHOLE ? t < D / E : t * E + i < D); }
+};
+
+// Levels without a table: f(c) = as_type<half>(base + (c << p)) is piecewise linear, its slope doubles with each
+// octave, so f(c) - f(n-1-c) is odd in c and sinh-like. Two integer operations and one half2 subtraction give two
+// levels.
+// x: the codes of dims 2j and 2j+1 at bit p of the two halves, nothing else set. level = UNIT * result.
+METAL_FUNC half2 tq_odd(uint x, uint low, uint sum) { return as_type<half2>(low + x) - as_type<half2>(sum - x); }
+
+template <int BITS> struct Levels {};
+template <> struct Levels<4> {
+  static constant constexpr const float UNIT = 2.102116088679744f;
+  static METAL_FUNC half2 at8(uint x) { return tq_odd(x & 0x0f000f00u, 0x2e762e76u, 0x3d763d76u); }
+  static METAL_FUNC void eight(uint w, thread half2 *y) {                       // a word: 4 pairs
+    y[0] = at8(w << 8); y[1] = at8(w << 4); y[2] = at8(w); y[3] = at8(w >> 4);
+  }
+};
+template <> struct Levels<2> {
+  static constant constexpr const float UNIT = 0.4557776517220176f * 128.0f;
+  static METAL_FUNC half2 at4(uint x) { return tq_odd(x & 0x00300030u, 0x3bd53bd5u, 0x3c053c05u); }
+  static METAL_FUNC half2 at6(uint x) { return tq_odd(x & 0x00c000c0u, 0x33543354u, 0x34143414u); }
+  static METAL_FUNC half2 at8(uint x) { return tq_odd(x & 0x03000300u, 0x29502950u, 0x2c502c50u); }
+  static METAL_FUNC void sixteen(uint w, thread half2 *y) {                     // a word: 8 pairs
+    uint a = w << 4, b = w >> 6;
+    y[0] = at4(a); y[1] = at6(a); y[2] = at4(w); y[3] = at6(w);
+    y[4] = at8(w); y[5] = at4(b); y[6] = at6(b); y[7] = at8(b);
+  }
+};
+template <> struct Levels<3> {
+  static constant constexpr const float UNIT = 0.25908226062160244f * 256.0f;
+  static METAL_FUNC half2 at3(uint x) { return tq_odd(x & 0x00380038u, 0x3bd23bd2u, 0x3c0a3c0au); }
+  static METAL_FUNC half2 at6(uint x) { return tq_odd(x & 0x01c001c0u, 0x2e902e90u, 0x30503050u); }
+  // a: word of plane A. b: the unit's byte of plane B in the low byte of each half.
+  static METAL_FUNC void sixteen(uint a, uint b, thread half2 *y) {
+    uint r = a >> 6;
+    y[0] = at3(a << 3); y[1] = at3(a); y[2] = at6(a); y[3] = at3(r); y[4] = at6(r);
+    y[5] = at3(b << 3); y[6] = at3(b); y[7] = at6((b & 0x00c000c0u) | ((a >> 7) & 0x01000100u));
+  }
+};
+template <> struct Levels<8> {
+  static constant constexpr const float UNIT = 0.0315f;
+  static METAL_FUNC half2 minus128(uint x) { return as_type<half2>(x | 0x64006400u) - half2(1152.0h); }   // exact
+  static METAL_FUNC void four(uint w, thread half2 *y) {                        // a word: 2 pairs
+    y[0] = minus128(w & 0x00ff00ffu);
+    y[1] = minus128((w >> 8) & 0x00ff00ffu);
+  }
+};
+// The 8 pairs of levels of a unit of 16 dims. w: its words; b: its byte of plane B (3 bits only), as in sixteen().
+template <int BITS> METAL_FUNC void tq_unit_levels(const thread uint *w, uint b, thread half2 *y) {
+  if (BITS == 4) { Levels<4>::eight(w[0], y); Levels<4>::eight(w[1], y + 4); }
+  else if (BITS == 2) Levels<2>::sixteen(w[0], y);
+  else if (BITS == 3) Levels<3>::sixteen(w[0], b, y);
+  else { TQ_UNROLL for (int i = 0; i < 4; i++) Levels<8>::four(w[i], y + 2 * i); }
+}
+
+// Hadamard transform (not normalised) of the dims START .. START + P - 1 of vectors that lie E dims per lane.
+template <int D, int E, int LANES, int START, int P>
+METAL_FUNC void tq_hadamard(thread float *y, int lane, int t) {
+  constexpr bool ALL = P == D && LANES * E == D;                                // every lane takes part
+  int r = t - START / E;
+  bool inside = ALL || (r >= 0 && r < P / E);
+  if (inside) {
+    TQ_UNROLL for (int h = 1; h < E; h *= 2) {
+      TQ_UNROLL for (int i = 0; i < E; i++) {
+        if ((i & h) == 0) {
+          float a = y[i], b = y[i + h];
+          y[i] = a + b;
+          y[i + h] = a - b;
+        }
+      }
+    }
+  }
+  TQ_UNROLL for (int m = 1; m < P / E; m *= 2) {
+    float sign = !inside ? 0.0f : (r & m) ? -1.0f : 1.0f;                       // outside, y comes from the lane itself
+    ushort from = ushort(inside ? lane + (r ^ m) - r : lane);
+    TQ_UNROLL for (int i = 0; i < E; i++) {
+      float other = ALL ? simd_shuffle_xor(y[i], ushort(m)) : simd_shuffle(y[i], from);
+      y[i] = fma(sign, y[i], other);
+    }
+  }
+}
+// ---- end of shared ----
+
+constant constexpr const float TQ_LOG2E = 1.44269504f, TQ_SLACK = 8.0f;
+constant constexpr const float TQ_DEAD = -1e30f, TQ_LOWEST = -1e29f;            // finite: safe under fast math
+constexpr int tq_min(int a, int b) { return a < b ? a : b; }
+constexpr int tq_max(int a, int b) { return a > b ? a : b; }
+
+// ---- rows of keys or values. at(t): row t. Raw, read, eight: 32 (or the last 16) dims of a key. values: E dims ----
+template <class T, int D> struct ExactRows {                                    // tokens of two buffers as one list
+  typedef const device T *Pointer;
+  static constant constexpr const int BITS = 0, STRIDE = D;
+  static constant constexpr const float UNIT = 1.0f;
+  const device T *first, *second;
+  int split;
+  METAL_FUNC Pointer at(int t) const { return t < split ? first + (long)t * D : second + (long)(t - split) * D; }
+  METAL_FUNC float scale(int t) const { return 1.0f; }
+  struct Raw { vec<T, 4> v[8]; };
+  template <int N> static METAL_FUNC void read(Pointer row, int c, thread Raw &raw) {
+    TQ_UNROLL for (int i = 0; i < N / 4; i++) raw.v[i] = ((const device vec<T, 4> *)row)[c * 8 + i];
+  }
+  static METAL_FUNC void eight(const thread Raw &raw, int x, thread float *y) {
+    TQ_UNROLL for (int i = 0; i < 8; i++) y[i] = float(raw.v[2 * x + i / 4][i % 4]);
+  }
+  template <int E> static METAL_FUNC void values(Pointer row, int u, thread float *y) {
+    TQ_UNROLL for (int i = 0; i < E / 4; i++) {
+      vec<T, 4> v = ((const device vec<T, 4> *)row)[u * (E / 4) + i];
+      TQ_UNROLL for (int k = 0; k < 4; k++) y[4 * i + k] = float(v[k]);
+    }
+  }
+};
+
+// N words at p, which is aligned to A words.
+template <int A, int N> METAL_FUNC void tq_words(const device uint *p, thread uint *w) {
+  constexpr int FOUR = A % 4 == 0 ? N / 4 * 4 : 0, TWO = A % 2 == 0 ? N / 2 * 2 : FOUR;
+  TQ_UNROLL for (int i = 0; i < FOUR; i += 4) {
+    uint4 v = *(const device uint4 *)(p + i);
+    w[i] = v.x; w[i + 1] = v.y; w[i + 2] = v.z; w[i + 3] = v.w;
+  }
+  TQ_UNROLL for (int i = FOUR; i < TWO; i += 2) {
+    uint2 v = *(const device uint2 *)(p + i);
+    w[i] = v.x; w[i + 1] = v.y;
+  }
+  TQ_UNROLL for (int i = TWO; i < N; i++) w[i] = p[i];
+}
+
+// SCALE: pointer to half (constant if the array is tiny, else device).
+template <int B, int D, class SCALE> struct PackedRows {
+  typedef const device uint *Pointer;
+  typedef Row<B, D> R;
+  static constant constexpr const int BITS = B, STRIDE = R::WORDS;
+  static constant constexpr const float UNIT = Levels<B>::UNIT;
+  const device uint *codes;
+  SCALE scales;
+  METAL_FUNC Pointer at(int t) const { return codes + (long)t * R::WORDS; }
+  METAL_FUNC float scale(int t) const { return float(scales[t]); }
+  struct Raw { uint w[8]; };
+  template <int N> static METAL_FUNC void read(Pointer row, int c, thread Raw &raw) {
+    if (B != 3) {
+      tq_words<R::WORDS, N * B / 32>(row + c * B, raw.w);
+    } else {
+      tq_words<R::WORDS, N / 16>(row + 2 * c, raw.w);
+      raw.w[2] = row[R::UNITS + c];
+    }
+  }
+  static METAL_FUNC void eight(const thread Raw &raw, int x, thread float *y) { // x is a constant once unrolled
+    half2 z[8];
+    if (B == 4) {
+      Levels<4>::eight(raw.w[x], z);
+    } else if (B == 8) {                                                        // 1024 + code: 1152 too high, see bias
+      TQ_UNROLL for (int i = 0; i < 4; i++)
+        z[i] = as_type<half2>(((raw.w[2 * x + i / 2] >> (i % 2 * 8)) & 0x00ff00ffu) | 0x64006400u);
+    } else if (B == 2) {
+      Levels<2>::sixteen(raw.w[x / 2], z);                                      // the half not used folds away
+    } else {
+      Levels<3>::sixteen(raw.w[x / 2], (raw.w[2] >> (x / 2 * 8)) & 0x00ff00ffu, z);
+    }
+    constexpr bool HALF = B == 2 || B == 3;
+    TQ_UNROLL for (int i = 0; i < 8; i++) y[i] = float(z[(HALF ? x % 2 * 4 : 0) + i / 2][i % 2]);
+  }
+  template <int E> static METAL_FUNC void values(Pointer row, int u, thread float *y) {
+    half2 z[E / 2];
+    if (B == 4) {
+      TQ_UNROLL for (int i = 0; i < E / 8; i++) Levels<4>::eight(row[u * (E / 8) + i], z + 4 * i);
+    } else if (B == 8) {
+      TQ_UNROLL for (int i = 0; i < E / 8; i++) {
+        uint w[2];
+        tq_words<R::WORDS, 2>(row + u * (E / 4) + 2 * i, w);
+        Levels<8>::four(w[0], z + 4 * i);
+        Levels<8>::four(w[1], z + 4 * i + 2);
+      }
+    } else if (B == 2 && E % 16 == 0) {
+      TQ_UNROLL for (int i = 0; i < E / 16; i++) Levels<2>::sixteen(row[u * (E / 16) + i], z + 8 * i);
+    } else if (B == 2) {                                                        // one byte of each half per 8 dims
+      TQ_UNROLL for (int i = 0; i < E / 8; i++) {
+        int e = u * (E / 8) + i;
+        const device uchar *b = (const device uchar *)(row + e / 2) + (e & 1);
+        uint x = as_type<uint>(ushort2(b[0], b[2])), a = x << 4;
+        z[4 * i] = Levels<2>::at4(a); z[4 * i + 1] = Levels<2>::at6(a);
+        z[4 * i + 2] = Levels<2>::at4(x); z[4 * i + 3] = Levels<2>::at6(x);
+      }
+    } else {
+      TQ_UNROLL for (int i = 0; i < E / 16; i++) {
+        int t = u * (E / 16) + i;
+        const device uchar *b = (const device uchar *)(row + R::UNITS + t / 2) + (t & 1);
+        Levels<3>::sixteen(row[t], as_type<uint>(ushort2(b[0], b[2])), z + 8 * i);
+      }
+    }
+    TQ_UNROLL for (int i = 0; i < E; i++) y[i] = float(z[i / 2][i % 2]);
+  }
+};
+// The packed part of a cache: packed rows, or with 0 bits exact ones.
+template <int B, int D, class SCALE>
+METAL_FUNC PackedRows<B, D, SCALE> tq_rows(const device uint *codes, SCALE scale) {
+  return {codes, scale};
+}
+template <int B, int D, class T, class SCALE>
+METAL_FUNC ExactRows<T, D> tq_rows(const device T *rows, SCALE scale) {
+  return {rows, rows, 0};
+}
+
+// ---- masks -----------------------------------------------------------------------------------------------------
+METAL_FUNC float tq_mask(bool attend) { return attend ? 0.0f : TQ_DEAD; }
+METAL_FUNC float tq_mask(float added) { return max(added * TQ_LOG2E, TQ_DEAD); }
+METAL_FUNC float tq_mask(half added) { return tq_mask(float(added)); }
+METAL_FUNC float tq_mask(bfloat added) { return tq_mask(float(added)); }
+
+// How many tokens of a run come before column `column`; token t of a run is column t, plus `shift` from `split` on.
+METAL_FUNC int tq_before(int column, int split, int shift) { return max(min(column, split), column - shift); }
+
+template <class M> struct Mask {
+  M mask;                                                                       // of this batch row
+  long head_stride, token_stride, column_stride;
+  bool causal, array;
+  int L, newest;                                                                // newest: the last column query 0 sees
+  int first_head, first_row, last_row;                                          // row r: head first_head + r / L
+  METAL_FUNC float add(float logit, int h, int column) const {
+    int r = min(first_row + h, last_row), g = r / L, l = r - g * L;
+    if (causal && column > newest + l) logit = TQ_DEAD;
+    if (!array) return logit;
+    long at = (first_head + g) * head_stride + l * token_stride + column * column_stride;
+    return max(logit + tq_mask(mask[at]), TQ_DEAD);
+  }
+};
+
+// ---- the loop over tokens --------------------------------------------------------------------------------------
+template <int H, int E> struct Partial { float acc[H][E], m[H], sum[H]; };
+
+// s[i][h] += query row h . dims 32c .. 32c + N - 1 of the key at row[i].
+template <int N, int H, int TPL, int DK, class KEYS>
+METAL_FUNC void tq_dots(const thread typename KEYS::Pointer *row, int c, const threadgroup float4 *q, thread float *s) {
+  typename KEYS::Raw raw[TPL];
+  TQ_UNROLL for (int i = 0; i < TPL; i++) KEYS::template read<N>(row[i], c, raw[i]);
+  TQ_UNROLL for (int x = 0; x < N / 8; x++) {
+    float y[TPL][8];
+    TQ_UNROLL for (int i = 0; i < TPL; i++) KEYS::eight(raw[i], x, y[i]);
+    TQ_UNROLL for (int h = 0; h < H; h++) {
+      TQ_UNROLL for (int k = 0; k < 2; k++) {
+        float4 a = q[h * (DK / 4) + x * 2 + k];
+        TQ_UNROLL for (int i = 0; i < TPL; i++) {
+          s[i * H + h] = fma(a.x, y[i][4 * k], s[i * H + h]);
+          s[i * H + h] = fma(a.y, y[i][4 * k + 1], s[i * H + h]);
+          s[i * H + h] = fma(a.z, y[i][4 * k + 2], s[i * H + h]);
+          s[i * H + h] = fma(a.w, y[i][4 * k + 3], s[i * H + h]);
+        }
+      }
+    }
+  }
+}
+
+template <int HP> METAL_FUNC void tq_weights(const threadgroup float *from, thread float *p) {
+  if (HP == 1) {
+    p[0] = from[0];
+  } else if (HP == 2) {
+    float2 a = *(const threadgroup float2 *)from;
+    p[0] = a.x; p[1] = a.y;
+  } else {
+    TQ_UNROLL for (int i = 0; i < HP / 4; i++) {
+      float4 a = ((const threadgroup float4 *)from)[i];
+      p[4 * i] = a.x; p[4 * i + 1] = a.y; p[4 * i + 2] = a.z; p[4 * i + 3] = a.w;
+    }
+  }
+}
+
+// Tokens begin .. end - 1 of a run. From token `safe` on masks and the end are looked at.
+// q: H rows of DK floats. weights: 32 * TPL * HP floats of this simdgroup. bias: of the raw and of the scaled logit.
+template <int H, int HP, int TPL, int E, int DK, int DV, bool KM, class KEYS, class VALUES, class M>
+METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, int split, int shift,
+                       const threadgroup float *q, threadgroup float *weights, const threadgroup float *bias,
+                       Mask<M> mask, thread Partial<H, E> &out, int lane) {
+  constexpr int LV = DV / E, TV = 32 / LV, TILE = 32 * TPL, U = H <= 2 ? 8 : 4, STEP = U * TV;
+  int u = uint(lane) % LV, tg = uint(lane) / LV;
+  threadgroup float *mine = weights + lane * HP;
+  for (int t0 = begin; t0 < end; t0 += TILE) {
+    // ---- keys: H dot products for TPL tokens
+    float s[TPL * H];
+    typename KEYS::Pointer row[TPL];
+    int token[TPL];
+    TQ_UNROLL for (int i = 0; i < TPL; i++) {
+      token[i] = min(t0 + 32 * i + lane, end - 1);
+      row[i] = keys.at(token[i]);
+      TQ_UNROLL for (int h = 0; h < H; h++) s[i * H + h] = 0;
+    }
+    const threadgroup float4 *q32 = (const threadgroup float4 *)q;
+    _Pragma("clang loop unroll(disable)") for (int c = 0; c < DK / 32; c++, q32 += 8)
+      tq_dots<32, H, TPL, DK, KEYS>(row, c, q32, s);
+    if (DK % 32 != 0) tq_dots<16, H, TPL, DK, KEYS>(row, DK / 32, q32, s);
+
+    // ---- logits
+    float value_scale[TPL];
+    TQ_UNROLL for (int i = 0; i < TPL; i++) {
+      float key_scale = keys.scale(token[i]);
+      value_scale[i] = values.scale(token[i]);
+      TQ_UNROLL for (int h = 0; h < H; h++) {
+        if (KEYS::BITS == 8) s[i * H + h] -= bias[h];
+        if (KEYS::BITS) s[i * H + h] *= key_scale;
+        if (KM) s[i * H + h] += bias[H + h];
+      }
+    }
+    if (t0 + TILE > safe) {
+      TQ_UNROLL for (int i = 0; i < TPL; i++) {
+        int column = token[i] + (token[i] < split ? 0 : shift);
+        bool live = t0 + 32 * i + lane < end;
+        TQ_UNROLL for (int h = 0; h < H; h++) {
+          float logit = mask.add(s[i * H + h], h, column);
+          s[i * H + h] = live ? logit : TQ_DEAD;
+        }
+      }
+    }
+
+    // ---- softmax
+    TQ_UNROLL for (int h = 0; h < H; h++) {
+      float top = s[h];
+      TQ_UNROLL for (int i = 1; i < TPL; i++) top = fmax(top, s[i * H + h]);
+      top = simd_max(top);
+      if (top > out.m[h] + TQ_SLACK) {                                          // the same for the whole simdgroup
+        float f = fast::exp2(out.m[h] - top);
+        out.m[h] = top;
+        out.sum[h] *= f;
+        TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] *= f;
+      }
+      TQ_UNROLL for (int i = 0; i < TPL; i++) {
+        float p = fast::exp2(s[i * H + h] - out.m[h]);
+        out.sum[h] += p;
+        mine[32 * i * HP + h] = VALUES::BITS ? p * value_scale[i] : p;
+      }
+    }
+    TQ_UNROLL for (int i = 0; i < TPL; i++) {
+      TQ_UNROLL for (int h = H; h < HP; h++) mine[32 * i * HP + h] = 0;
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+
+    // ---- values
+    int n = min(TILE, end - t0);
+    if (LV * TV == 32 || tg < TV) {
+      const threadgroup float *w = weights + tg * HP;
+      if (VALUES::BITS) {
+        typename VALUES::Pointer v = values.at(t0 + tg);
+        const threadgroup float *stop = weights + (n - (STEP - TV)) * HP;       // for whole steps
+        for (; w < stop; w += STEP * HP, v += STEP * VALUES::STRIDE) {
+          TQ_UNROLL for (int k = 0; k < U; k++) {
+            float y[E], p[HP];
+            VALUES::template values<E>(v + k * TV * VALUES::STRIDE, u, y);
+            tq_weights<HP>(w + k * TV * HP, p);
+            TQ_UNROLL for (int h = 0; h < H; h++) {
+              TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = fma(p[h], y[d], out.acc[h][d]);
+            }
+          }
+        }
+      }
+      const threadgroup float *stop = weights + n * HP;                         // exact values, and what is left over
+      for (int t = t0 + uint(w - weights) / HP; w < stop; t += TV, w += TV * HP) {
+        float y[E], p[HP];
+        VALUES::template values<E>(values.at(t), u, y);
+        tq_weights<HP>(w, p);
+        TQ_UNROLL for (int h = 0; h < H; h++) {
+          TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = fma(p[h], y[d], out.acc[h][d]);
+        }
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);                              // the next tile overwrites the weights
+  }
+}
+
+// ---- the query -------------------------------------------------------------------------------------------------
+// H rows of the query to threadgroup memory, times `factor`; rotated if ROTATE. With 8-bit keys bias[h] = 1152 times
+// the sum of the row; with a mean of the keys bias[H + h] = row . mean.
+template <int BITS, int D, int H, int NS, bool ROTATE, bool MEAN, class Q, class STRIDES>
+METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L, int first_row, int last_row,
+                              float factor, const device float *diag, const device float *mean, threadgroup float *to,
+                              threadgroup float *bias, int sg, int lane) {
+  typedef Row<4, D> R;
+  constexpr int E = R::E, LANES = R::LANES, VECTORS = R::VECTORS, P = tq_power_of_two_from(D / 2 + 1);
+  int t = uint(lane) % LANES;
+  for (int h0 = sg * VECTORS; h0 < H; h0 += NS * VECTORS) {
+    int h = h0 + uint(lane) / LANES, r = min(first_row + h, last_row), g = r / L, l = r - g * L;
+    Q from = queries + (first_head + g) * strides[1] + l * strides[2];
+    float y[E], dot = 0;
+    TQ_UNROLL for (int i = 0; i < E; i++) {
+      int d = t * E + i;
+      y[i] = 0;
+      if (R::has(t, i)) {
+        y[i] = factor * float(from[d * strides[3]]);
+        if (ROTATE && MEAN) dot = fma(y[i], mean[d], dot);
+        if (ROTATE) y[i] *= diag[d];
+      }
+    }
+    if (ROTATE) {
+      tq_hadamard<D, E, LANES, 0, P>(y, lane, t);
+      if (P != D) {
+        TQ_UNROLL for (int i = 0; i < E; i++) {
+          if (R::has(t, i)) y[i] *= diag[D + t * E + i];
+        }
+        tq_hadamard<D, E, LANES, D - P, P>(y, lane, t);
+      }
+    }
+    float unit = 1.0f, sum = 0;
+    if (ROTATE) unit = Levels<BITS == 0 ? 4 : BITS>::UNIT;
+    TQ_UNROLL for (int i = 0; i < E; i++) {
+      if (ROTATE) y[i] *= unit;
+      if (ROTATE && BITS == 8) sum += y[i];
+      if (h < H && R::has(t, i)) to[h * D + t * E + i] = y[i];
+    }
+    if (ROTATE && BITS == 8) {
+      TQ_UNROLL for (int k = 1; k < LANES; k *= 2) sum += simd_shuffle_xor(sum, ushort(k));
+      if (h < H && t == 0) bias[h] = 1152.0f * sum;
+    }
+    if (ROTATE && MEAN) {
+      TQ_UNROLL for (int k = 1; k < LANES; k *= 2) dot += simd_shuffle_xor(dot, ushort(k));
+      if (h < H && t == 0) bias[H + h] = dot;
+    }
+  }
+}
+
+// ---- finish: the output of one row (the same text in attend.metal and merge.metal) ----
+// Lanes t = 0 .. LANES - 1 hold E dims each of the sums of packed values (rotated, without UNIT) and of exact ones.
+template <int BITS, int D, bool MEAN, class T>
+METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, float sum, float packed_sum,
+                          const device float *diag, const device float *mean, device T *out, bool live, int lane,
+                          int t) {
+  typedef Row<4, D> R;
+  constexpr int E = R::E, LANES = R::LANES, P = tq_power_of_two_from(D / 2 + 1);
+  if (BITS) {
+    if (P != D) {
+      tq_hadamard<D, E, LANES, D - P, P>(rotated, lane, t);
+      TQ_UNROLL for (int i = 0; i < E; i++) {
+        if (R::has(t, i)) rotated[i] *= diag[D + t * E + i];
+      }
+    }
+    tq_hadamard<D, E, LANES, 0, P>(rotated, lane, t);
+  }
+  float inverse = sum > 0 ? 1.0f / sum : 0.0f;                                  // a row that attends to nothing gives 0
+  TQ_UNROLL for (int i = 0; i < E; i++) {
+    int d = t * E + i;
+    if (live && R::has(t, i)) {
+      float y = exact[i];
+      if (BITS) y = fma(diag[d] * Levels<BITS ? BITS : 4>::UNIT, rotated[i], y);
+      if (MEAN) y = fma(packed_sum, mean[d], y);
+      out[d] = T(y * inverse);
+    }
+  }
+}
+// ---- end of finish ----
+// ==== body
+constexpr int HP = H <= 1 ? 1 : H <= 2 ? 2 : H <= 4 ? 4 : 8, LV = DV / E, TV = 32 / LV;
+constexpr int TOGETHER = tq_max(1, tq_min(H, 4096 / (NS * DV)));                // rows that are merged at a time (ONE)
+constexpr int QUERIES = (ONE && KB ? 2 : 1) * H * DK, WEIGHTS = 32 * TPL * HP;
+constexpr int MEMORY = tq_max(QUERIES + NS * WEIGHTS, ONE ? NS * TOGETHER * DV : 0);
+threadgroup float4 memory4[MEMORY / 4];
+threadgroup float bias[2 * H], block_ml[ONE ? 2 * NS * H : 1];
+threadgroup float *memory = (threadgroup float *)memory4;
+int lane = thread_index_in_simdgroup, sg = thread_position_in_threadgroup.y, block = thread_position_in_grid.y;
+int n_sink = dims[0], n_packed = dims[1], n_recent = dims[2], exact_blocks = dims[3], blocks = dims[4], RG = dims[5];
+int flags = dims[6], L = dims[7], Hq = dims[8], Hkv = dims[9], N = n_sink + n_packed + n_recent;
+int G = Hq / Hkv, R = G * L, z = thread_position_in_grid.z, head = z / RG, first_row = (z - head * RG) * H;
+int b = head / Hkv, kvh = head - b * Hkv, rows = min(H, R - first_row);
+bool exact = block < exact_blocks;
+
+// ---- the query: as it is for exact keys, rotated for packed ones
+threadgroup float *q_rotated = memory + (ONE && KB ? H * DK : 0);
+const device float *v_diag = diag + (tq_power_of_two_from(DK / 2 + 1) == DK ? 1 : 2) * DK;
+float factor = as_type<float>(dims[10]);
+if (ONE || exact || KB == 0)
+  tq_load_query<0, DK, H, NS, false, false>(queries + b * queries_strides[0], queries_strides, kvh * G, L, first_row,
+                                            R - 1, factor, diag, diag, memory, bias, sg, lane);
+if (KB && (ONE || !exact))
+  tq_load_query<KB, DK, H, NS, KB != 0, KM>(queries + b * queries_strides[0], queries_strides, kvh * G, L, first_row,
+                                            R - 1, factor, diag, k_mean + head * DK, q_rotated, bias, sg, lane);
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+// ---- this simdgroup's run of tokens
+Partial<H, E> out;
+TQ_UNROLL for (int h = 0; h < H; h++) {
+  out.m[h] = TQ_LOWEST;
+  out.sum[h] = 0;
+  TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = 0;
+}
+int n = exact ? n_sink + n_recent : n_packed, split = exact ? n_sink : 0, shift = exact ? n_packed : n_sink;
+int start = flags & 4 ? starts[b] : 0, first = tq_before(start, split, shift);
+int visible = flags & 1 ? tq_before(N - L + 1, split, shift) : n;               // tokens that every row may see
+int of = exact ? exact_blocks : blocks - exact_blocks, index = exact ? block : block - exact_blocks;
+int tiles = (max(n - first, 0) + 32 * TPL - 1) / (32 * TPL), per = (tiles + of - 1) / of * 32 * TPL;
+int begin = first + index * per, end = min(begin + per, n), safe = flags & 2 ? 0 : min(visible, end);
+Mask<decltype(mask)> masks = {mask + (flags & 2 ? b * mask_strides[0] : 0), mask_strides[1], mask_strides[2],
+                              mask_strides[3], bool(flags & 1), bool(flags & 2), L, N - L, kvh * G, first_row, R - 1};
+threadgroup float *weights = memory + QUERIES + sg * WEIGHTS;
+if (exact) {
+  ExactRows<EXACT_K, DK> keys = {k_sink + b * k_sink_strides[0] + kvh * k_sink_strides[1],
+                                 k_recent + b * k_recent_strides[0] + kvh * k_recent_strides[1], n_sink};
+  ExactRows<EXACT_V, DV> values = {v_sink + b * v_sink_strides[0] + kvh * v_sink_strides[1],
+                                   v_recent + b * v_recent_strides[0] + kvh * v_recent_strides[1], n_sink};
+  tq_run<H, HP, TPL, E, DK, DV, false>(keys, values, begin, end, safe, split, shift, memory, weights, bias, masks, out,
+                                       lane);
+} else {
+  auto keys = tq_rows<KB, DK>(k_codes + b * k_codes_strides[0] + kvh * k_codes_strides[1],
+                              k_scale + b * k_scale_strides[0] + kvh * k_scale_strides[1]);
+  auto values = tq_rows<VB, DV>(v_codes + b * v_codes_strides[0] + kvh * v_codes_strides[1],
+                                v_scale + b * v_scale_strides[0] + kvh * v_scale_strides[1]);
+  tq_run<H, HP, TPL, E, DK, DV, KM && KB != 0>(keys, values, begin, end, safe, split, shift, q_rotated, weights, bias,
+                                               masks, out, lane);
+}
+
+// ---- results of the simdgroup: its sums over tokens in flight
+int u = uint(lane) % LV, tg = uint(lane) / LV;
+TQ_UNROLL for (int h = 0; h < H; h++) {
+  out.sum[h] = simd_sum(out.sum[h]);
+  TQ_UNROLL for (int d = 0; d < E; d++) {
+    float a = out.acc[h][d];
+    if (LV * TV == 32) {
+      TQ_UNROLL for (int k = LV; k < 32; k *= 2) a += simd_shuffle_xor(a, ushort(k));
+    } else {
+      TQ_UNROLL for (int k = 1; k < TV; k++) a += simd_shuffle(out.acc[h][d], ushort(min(lane + k * LV, 31)));
+    }
+    out.acc[h][d] = a;
+  }
+}
+if (!ONE) {
+  long at = ((long)head * R + first_row) * blocks + block;
+  TQ_UNROLL for (int h = 0; h < H; h++) {
+    if (h < rows) {
+      long to = at + (long)h * blocks;
+      if (tg == 0) {
+        TQ_UNROLL for (int d = 0; d < E; d++) acc[to * DV + u * E + d] = T(out.acc[h][d]);
+      }
+      if (lane == 0) {
+        ml[to * 2] = out.m[h];
+        ml[to * 2 + 1] = out.sum[h];
+      }
+    }
+  }
+} else {
+  // ---- merge the simdgroups of the threadgroup, TOGETHER rows at a time
+  if (lane == 0) {
+    TQ_UNROLL for (int h = 0; h < H; h++) {
+      block_ml[(sg * H + h) * 2] = out.m[h];
+      block_ml[(sg * H + h) * 2 + 1] = out.sum[h];
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);                              // the queries are not needed now
+  typedef Row<4, DV> F;
+  TQ_UNROLL for (int h0 = 0; h0 < H; h0 += TOGETHER) {
+    TQ_UNROLL for (int h = h0; h < tq_min(h0 + TOGETHER, H); h++) {
+      if (tg == 0) {
+        TQ_UNROLL for (int d = 0; d < E; d++) memory[((h - h0) * NS + sg) * DV + u * E + d] = out.acc[h][d];
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int k = sg * F::VECTORS; k < TOGETHER; k += NS * F::VECTORS) {
+      int t = uint(lane) % F::LANES, i = k + uint(lane) / F::LANES, h = min(h0 + i, H - 1), r = first_row + h;
+      bool live = i < TOGETHER && h0 + i < H && h < rows;
+      int g = r / L, query_head = kvh * G + g;
+      float top = TQ_LOWEST, sum = 0, packed_sum = 0, rotated_y[F::E], exact_y[F::E];
+      for (int j = 0; j < NS; j++) top = max(top, block_ml[(j * H + h) * 2]);
+      if ((flags & 8) && live) {
+        float sink = float(sinks[query_head]) * TQ_LOG2E;
+        top = max(top, sink);
+        sum = fast::exp2(sink - top);
+      }
+      TQ_UNROLL for (int d = 0; d < F::E; d++) rotated_y[d] = exact_y[d] = 0;
+      for (int j = 0; j < NS; j++) {
+        float f = fast::exp2(block_ml[(j * H + h) * 2] - top), part = f * block_ml[(j * H + h) * 2 + 1];
+        bool rotated = VB != 0 && j >= exact_blocks;
+        sum += part;
+        if (j >= exact_blocks) packed_sum += part;
+        TQ_UNROLL for (int d = 0; d < F::E; d++) {
+          if (live && F::has(t, d)) {
+            float a = f * memory[((h - h0) * NS + j) * DV + t * F::E + d];
+            if (rotated) rotated_y[d] += a;
+            else exact_y[d] += a;
+          }
+        }
+      }
+      tq_finish<VB, DV, VM && VB != 0>(rotated_y, exact_y, sum, packed_sum, v_diag, v_mean + head * DV,
+                                            acc + (((long)b * Hq + query_head) * L + (r - g * L)) * DV, live, lane, t);
+    }
+    if (h0 + TOGETHER < H) threadgroup_barrier(mem_flags::mem_threadgroup);     // the next rows overwrite these
+  }
+}

@@ -1,0 +1,82 @@
+"""Caches with known contents for the tests of the attention kernels, and what attention over them must give."""
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_turbo import reference
+from mlx_turbo.kernels import CachedSide
+
+POISON = 24  # rows of capacity behind the last token, filled with what must never be read
+
+
+class Case(NamedTuple):
+    """What `attend` takes, and keys and values [B, Hkv, n_tokens, D] float64 as the oracle sees them."""
+    queries: mx.array
+    keys: CachedSide
+    values: CachedSide
+    counts: tuple
+    scale: float
+    restored: tuple
+
+
+def _buffer(x, dtype, poison=np.nan):
+    """[B, H, n + POISON, D] of `dtype`: x and then poison."""
+    room = np.full((*x.shape[:2], POISON, x.shape[3]), poison, x.dtype)
+    return mx.array(np.concatenate([x, room], 2)).astype(dtype)
+
+
+def _side(rng, shape, counts, bits, dtype, mean, seed, gain=None):
+    batch, heads, dim = shape
+    n_sink, n_packed, n_recent = counts
+    x = rng.standard_normal((batch, heads, sum(counts), dim))
+    if gain is not None:
+        x *= gain[:, None]
+    x = np.array(mx.array(x.astype(np.float32)).astype(dtype).astype(mx.float32))
+    restored = x.astype(np.float64)
+    mean = rng.standard_normal((batch, heads, 1, dim)).astype(np.float32) if mean else None
+    middle, codes, scale = slice(n_sink, n_sink + n_packed), None, None
+    if n_packed and bits:
+        packed = reference.quantize(restored[:, :, middle], bits, rotation=seed, mean=mean)
+        restored[:, :, middle] = reference.dequantize(packed)
+        codes = _buffer(packed.packed(), mx.uint32, 0xFFFFFFFF)
+        scale = _buffer(packed.scale[..., None].astype(np.float16), mx.float16)
+    elif n_packed:
+        codes = _buffer(x[:, :, middle], dtype)
+    sink = _buffer(x[:, :, :n_sink], dtype) if n_sink else None
+    recent = _buffer(x[:, :, n_sink + n_packed:], dtype) if n_recent else None
+    mean = None if mean is None else mx.array(mean)
+    return CachedSide(sink, codes, scale, recent, bits, dim, mean), restored
+
+
+def make_case(bits=(4, 4), dims=(128, 128), counts=(4, 150, 33), G=4, Hkv=1, B=1, L=1, dtype=mx.float32, means=False,
+              seed=0, rng_seed=0, gain=1.0):
+    """gain: the logits grow along the sequence up to so many times their usual size."""
+    rng = np.random.default_rng(rng_seed)
+    growth = None if gain == 1 else np.linspace(0.01, 1, sum(counts))
+    keys, k = _side(rng, (B, Hkv, dims[0]), counts, bits[0], dtype, means, seed, growth)
+    values, v = _side(rng, (B, Hkv, dims[1]), counts, bits[1], dtype, means, seed)
+    q = rng.standard_normal((B, L, Hkv * G, dims[0])).astype(np.float32) * 2 * gain
+    queries = mx.array(q).astype(dtype).transpose(0, 2, 1, 3)  # as models have them: not row-contiguous
+    return Case(queries, keys, values, counts, dims[0] ** -0.5, (k, v))
+
+
+def expected(case, mask=None, sinks=None, starts=None):
+    """float64 [B, Hq, L, Dv]."""
+    q = np.array(case.queries.astype(mx.float32)).astype(np.float64)
+    k, v = case.restored
+    n = k.shape[2]
+    if starts is not None:
+        alive = np.arange(n) >= np.array(starts)[:len(q), None, None, None]
+        if mask is None:
+            mask = alive
+        elif isinstance(mask, str):
+            mask = alive & (np.arange(n) <= np.arange(n - q.shape[2], n)[:, None])
+        elif mask.dtype == mx.bool_:
+            mask = alive & np.array(mask)
+        else:
+            mask = np.where(alive, np.array(mask.astype(mx.float32)), -np.inf)
+    elif isinstance(mask, mx.array):
+        mask = np.array(mask if mask.dtype == mx.bool_ else mask.astype(mx.float32))
+    sinks = None if sinks is None else np.array(sinks.astype(mx.float32))
+    return reference.attention(q, k, v, scale=case.scale, mask=mask, sinks=sinks)

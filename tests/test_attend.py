@@ -1,0 +1,374 @@
+"""The attention kernels in the simulator, against the float64 oracle: results, what they touch, and what they cost."""
+import itertools
+import re
+
+import metalsim
+import mlx.core as mx
+import numpy as np
+import pytest
+from attend_cases import expected, make_case
+from conftest import SIMULATED, to_numpy
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from mlx_turbo import kernels
+from mlx_turbo.kernels import AttendTuning, BackendError, MetalBackend, attend_unsupported
+
+pytestmark = pytest.mark.usefixtures("simulated")
+
+ONE, TWO = MetalBackend(metalsim.metal_kernel), MetalBackend(metalsim.metal_kernel)
+TWO.tuning = AttendTuning(one_launch_tokens=0, tokens_per_block=64)  # two launches, several blocks even of few tokens
+LAUNCHES = {"one launch": ONE, "two launches": TWO}
+ORDERS = ("natural", "reversed", "random")
+
+# Largest error relative to the largest output. Keys of 8 bits: 1152 * sum(q) is taken off a float32 dot product.
+TOLERANCE = kernels.ATTEND_TOLERANCE
+# Rounding of the output to its type: half a unit in the last place.
+ROUNDING = {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}
+
+
+def check(case, backends=LAUNCHES.values(), tolerance=1.0, mask=None, sinks=None, starts=None):
+    want = expected(case, mask, sinks, starts)
+    allowed = tolerance * TOLERANCE[case.keys.bits] + ROUNDING[case.queries.dtype]
+    for backend in backends:
+        out = backend.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask,
+                             sinks=sinks, starts=starts)
+        assert out.dtype == case.queries.dtype and tuple(out.shape) == want.shape
+        got = to_numpy(out)
+        largest = np.abs(want).max() or 1.0
+        assert np.abs(got - want).max() <= allowed * largest, np.abs(got - want).max() / largest
+    return want
+
+
+# Together: every bits on either side, windows and words that do not divide evenly, all the group sizes, both dtypes.
+COMBINATIONS = [
+    dict(bits=(4, 4), dims=(128, 128), G=4, Hkv=2),
+    dict(bits=(3, 3), dims=(64, 64), G=5),
+    dict(bits=(2, 2), dims=(80, 80), G=1, B=2),
+    dict(bits=(8, 8), dims=(96, 96), G=2, L=3),
+    dict(bits=(8, 4), dims=(112, 112), G=7),
+    dict(bits=(0, 4), dims=(192, 128), G=1, L=2, dtype=mx.float16),
+    dict(bits=(4, 0), dims=(64, 256), G=3),
+    dict(bits=(3, 2), dims=(256, 64), G=12, dtype=mx.bfloat16),
+    dict(bits=(0, 0), dims=(32, 160), G=16),
+    dict(bits=(2, 3), dims=(160, 112), G=2),
+    dict(bits=(4, 8), dims=(576, 512), G=2),
+    dict(bits=(4, 4), dims=(64, 64), G=1, L=16, counts=(3, 70, 40)),
+]
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+@pytest.mark.parametrize("options", COMBINATIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+def test_every_scheme_head_dim_and_group_agrees_with_the_oracle(options, launch):
+    i = COMBINATIONS.index(options)
+    case = make_case(**{"rng_seed": i, **options})
+    with metalsim.configured(order=ORDERS[i % 3], seed=i):
+        check(case, [LAUNCHES[launch]], mask="causal")
+
+
+@pytest.mark.parametrize("counts", [(0, 40, 0), (0, 0, 5), (1, 0, 0), (3, 0, 2), (3, 70, 0), (0, 70, 7), (0, 1, 0),
+                                    (4, 300, 64), (0, 64, 128), (40, 31, 33)], ids=str)
+def test_any_part_may_be_empty(counts):
+    check(make_case(dims=(64, 64), G=2, counts=counts))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_order_of_threads_does_not_matter(order):
+    with metalsim.configured(order=order, seed=5):
+        check(make_case(dims=(64, 64), G=2, Hkv=2, counts=(4, 150, 33)))
+        check(make_case(dims=(128, 128), bits=(8, 4), G=8, counts=(4, 150, 33)))
+
+
+def masks(B, heads, L, n, rng):
+    allowed = rng.random((B, heads, L, n)) < 0.6
+    added = rng.standard_normal((B, heads, L, n)).astype(np.float32)
+    yield "boolean", mx.array(allowed)
+    yield "boolean, a column each", mx.array(allowed[:, :1])
+    yield "boolean [L, n]", mx.array(allowed[0, 0])
+    yield "additive", mx.array(added).astype(mx.float16)
+    yield "additive with infinities", mx.array(np.where(allowed[:, :1], added[:, :1], -np.inf))
+    yield "additive with the least float16", mx.where(mx.array(allowed[0, 0]), 0, mx.finfo(mx.float16).min
+                                                      ).astype(mx.float16)
+    yield "a bias per head, whatever the token", mx.array(added[:1, :, :1, :1])
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_masks_of_every_form(launch):
+    case = make_case(dims=(64, 64), G=2, Hkv=2, B=2, L=3, counts=(4, 90, 33), dtype=mx.float16)
+    for name, mask in masks(2, 4, 3, 127, np.random.default_rng(3)):
+        check(case, [LAUNCHES[launch]], mask=mask)
+    check(case, [LAUNCHES[launch]], mask="causal")
+    check(case, [LAUNCHES[launch]])
+
+
+def test_a_row_that_may_see_nothing_gives_zero():
+    case = make_case(dims=(64, 64), G=2, L=3, counts=(4, 90, 33))
+    mask = np.ones((1, 2, 3, 127), bool)
+    mask[0, 0, 1] = mask[0, 1, 2] = False
+    want = check(case, mask=mx.array(mask))
+    assert not want[0, 0, 1].any() and want[0, 1, 1].any()
+    check(case, mask=mx.zeros((1, 1), mx.bool_))
+
+
+def test_causal_query_tokens_see_their_own_part_only():
+    for counts, L in (((4, 70, 40), 8), ((4, 70, 9), 9), ((6, 0, 0), 5), ((4, 0, 3), 6), ((2, 1, 2), 4)):
+        check(make_case(dims=(64, 64), G=2, L=L, counts=counts), mask="causal")
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_attention_sinks_take_weight_and_give_no_value(dtype):
+    sinks = mx.array([0.5, -20, 30, 3, 1, 2, 0, -1, 4]).astype(dtype)  # 30: beyond every logit
+    check(make_case(dims=(64, 64), G=3, Hkv=3, L=2), mask="causal", sinks=sinks)
+    check(make_case(dims=(64, 64), G=2, means=True), sinks=sinks[:2])  # fewer than 8: in constant memory
+
+
+def test_left_padding_is_skipped():
+    case = make_case(dims=(64, 64), G=2, B=5, counts=(4, 150, 33))
+    for starts in ([0, 1, 4, 77, 180], [3, 5, 153, 154, 186]):
+        starts = mx.array(starts, mx.int32)
+        check(case, starts=starts)
+        check(case, starts=starts, mask="causal")
+    check(case, starts=mx.array([0, 200, 0, 0, 0], mx.int32))  # nothing left: gives 0
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (3, 8), (0, 2), (8, 0)], ids=str)
+def test_packed_tokens_may_be_relative_to_a_mean(bits):
+    check(make_case(bits=bits, dims=(64, 96), G=2, Hkv=2, B=2, means=True))
+    check(make_case(bits=bits, dims=(64, 96), G=2, means=True, counts=(0, 130, 0)))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_the_output_has_the_dtype_of_the_queries(dtype):
+    check(make_case(dims=(64, 64), dtype=dtype, G=3))
+
+
+def test_large_logits_do_not_overflow_and_rescaling_works():
+    """Logits that grow along the sequence up to 300 times their usual size: float32 dot products lose so much."""
+    for bits in ((4, 4), (0, 4)):
+        check(make_case(bits=bits, dims=(64, 64), G=2, gain=300, counts=(4, 280, 33)), tolerance=1.5e3)
+
+
+def test_a_long_cache():
+    check(make_case(dims=(64, 64), G=1, counts=(4, 4096, 64)))
+
+
+@pytest.mark.parametrize("tuning", [dict(tokens_per_lane=1), dict(tokens_per_lane=4, simdgroups=2),
+                                    dict(accumulators=16), dict(tokens_per_block=1000, simdgroups=4)], ids=str)
+def test_the_tuning_does_not_change_the_result(tuning):
+    backend = MetalBackend(metalsim.metal_kernel)
+    case = make_case(dims=(64, 64), G=4)
+    for one in (0, 1024):
+        backend.tuning = AttendTuning(one_launch_tokens=one, **tuning)
+        check(case, [backend])
+
+
+HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 256, 512)
+
+
+@st.composite
+def combinations(draw):
+    pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    L = pick(1, 1, 2, 3, 5)
+    counts = (pick(0, 1, 4, 33), draw(st.integers(0, 200)), draw(st.integers(L, 70)))
+    options = dict(bits=(pick(0, 2, 3, 4, 8), pick(0, 2, 3, 4, 8)), dims=(pick(*HEAD_DIMS), pick(*HEAD_DIMS)),
+                   counts=counts, G=pick(1, 2, 3, 4, 5, 6, 7, 8, 12, 16), Hkv=pick(1, 2), B=pick(1, 2), L=L,
+                   dtype=pick(mx.float32, mx.float16, mx.bfloat16), means=draw(st.booleans()),
+                   rng_seed=draw(st.integers(0, 99)))
+    return options, pick(None, "causal", "boolean", "additive"), draw(st.booleans()), draw(st.booleans()), pick(*ORDERS)
+
+
+def check_combination(options, mask, sinks, starts, order):
+    case = make_case(**options)
+    rng = np.random.default_rng(options["rng_seed"])
+    B, heads, L, _ = case.queries.shape
+    n = sum(case.counts)
+    if mask == "boolean":
+        mask = mx.array(rng.random((B, 1, L, n)) < 0.7)
+    elif mask == "additive":
+        mask = mx.array(rng.standard_normal((1, heads, L, n)).astype(np.float32)).astype(options["dtype"])
+    sinks = mx.array(rng.standard_normal(heads).astype(np.float32)) if sinks else None
+    starts = mx.array(rng.integers(0, n - L + 1, B), mx.int32) if starts else None
+    with metalsim.configured(order=order, seed=options["rng_seed"]):
+        check(case, mask=mask, sinks=sinks, starts=starts)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@given(combinations())
+def test_chosen_combinations_agree_with_the_oracle(combination):
+    check_combination(*combination)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@given(combinations())
+def test_many_combinations_agree_with_the_oracle(combination):
+    check_combination(*combination)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("key_bits, value_bits", list(itertools.product((0, 2, 3, 4, 8), repeat=2)))
+def test_every_scheme_pair_agrees_with_the_oracle(key_bits, value_bits, order):
+    with metalsim.configured(order=order, seed=1):
+        check(make_case(bits=(key_bits, value_bits), dims=(128, 128), G=4, L=2), mask="causal")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (8, 4), (0, 4)], ids=str)
+@pytest.mark.parametrize("head_dim", [*HEAD_DIMS, 576])
+def test_every_head_dim_agrees_with_the_oracle(head_dim, bits):
+    for G in (1, 5, 8):
+        check(make_case(bits=bits, dims=(head_dim, head_dim), G=G))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("G", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
+@pytest.mark.parametrize("L", [1, 2, 5, 16])
+def test_every_group_and_number_of_query_tokens_agrees_with_the_oracle(G, L):
+    check(make_case(dims=(128, 128), G=G, L=L, Hkv=2), mask="causal")
+
+
+# ---- what is touched, and how often ----------------------------------------------------------------------------
+class Recorder(MetalBackend):
+    """Remembers the simulator's counts of each launch; `edit` may change the text of a kernel."""
+
+    def __init__(self, edit=None, **tuning):
+        super().__init__(self._recorded)
+        self.stats, self._edit, self.tuning = {}, edit, AttendTuning(**tuning)
+
+    def _recorded(self, name, inputs, outputs, body, header="", **options):
+        if self._edit:
+            header, body = self._edit(name, header, body)
+        kernel = metalsim.metal_kernel(name, inputs, outputs, body, header=header, **options)
+
+        def launch(**arguments):
+            outs = kernel(**arguments)
+            self.stats[name.removeprefix("turbo_")] = metalsim.last()
+            return outs
+        return launch
+
+    def run(self, case, mask=None):
+        """The counts of each launch for `case`, and of no self-test."""
+        self._attend(case.queries, case.keys, case.values, case.counts, case.scale, mask, None, None, 0,
+                     sum(case.counts) <= self.tuning.one_launch_tokens)
+        return self.stats
+
+
+@pytest.mark.parametrize("one", [False, True], ids=["two launches", "one launch"])
+@pytest.mark.parametrize("options", [dict(G=4), dict(bits=(3, 2), dims=(64, 96)), dict(bits=(8, 0), dims=(96, 80), G=3),
+                                     dict(dims=(64, 64), G=2, L=4), dict(G=8, bits=(2, 8))], ids=str)
+def test_packed_bytes_are_read_once_and_outputs_written_once(options, one):
+    # whole tiles: in one that is not full, lanes without a token read the last token's key again
+    case = make_case(**{"Hkv": 2, "counts": (4, 192, 60), "dtype": mx.float16, **options})
+    recorder = Recorder(one_launch_tokens=1024 * one, tokens_per_block=64)
+    stats = recorder.run(case, "causal")
+    assert len(stats) == 2 - one
+    n = case.counts[1]
+    for side, dims_lanes in ((case.keys, "k"), (case.values, "v")):
+        reads = stats["attend"].reads[f"{dims_lanes}_codes"].reshape(2, side.codes.shape[2], -1)
+        assert (reads[:, :n] == 1).all() and not reads[:, n:].any()
+        if side.scale is not None:
+            reads = stats["attend"].reads[f"{dims_lanes}_scale"].reshape(2, side.codes.shape[2], -1)
+            assert (reads[:, :n] == 1).all() and not reads[:, n:].any()
+        for part, count in (("sink", 4), ("recent", 60)):
+            reads = stats["attend"].reads[f"{dims_lanes}_{part}"].reshape(2, count + 24, -1)
+            assert (reads[:, :count] == 1).all() and not reads[:, count:].any()
+    outputs = [("attend", "acc")] if one else [("attend", "acc"), ("attend", "ml"), ("merge", "out")]
+    for name, output in outputs:
+        assert set(stats[name].writes[output]) == {1}, output
+
+
+def test_more_than_eight_heads_read_a_packed_byte_twice():
+    case = make_case(dims=(128, 128), G=12, counts=(0, 192, 0))
+    reads = Recorder(one_launch_tokens=0).run(case)["attend"].reads["k_codes"]
+    assert set(reads) == {0, 2}
+
+
+def test_lengths_are_data_the_text_of_the_kernels_stays_the_same(monkeypatch):
+    texts, generate = set(), metalsim.launch.generate
+
+    def remember(*args, **options):
+        out = generate(*args, **options)
+        texts.add(out[0])
+        return out
+    monkeypatch.setattr(metalsim.launch, "generate", remember)
+    for counts in ((4, 150, 33), (4, 64, 40), (4, 300, 64), (0, 299, 1)):
+        Recorder(one_launch_tokens=0).run(make_case(dims=(64, 64), G=2, counts=counts))
+    assert len(texts) == 2
+    for counts in ((4, 150, 33), (4, 64, 40), (4, 300, 64)):
+        Recorder().run(make_case(dims=(64, 64), G=2, counts=counts))
+    assert len(texts) == 3
+
+
+def test_a_broadcast_mask_is_not_materialised():
+    case = make_case(dims=(64, 64), G=4, L=2)
+    n = sum(case.counts)
+    stats = Recorder().run(case, mx.ones((1, 1, 1, n), mx.bool_))
+    assert stats["attend"].reads["mask"].size == n
+
+
+def barriers():
+    for name in ("attend", "merge"):
+        text = "".join(kernels.metal_source(name))
+        for i, match in enumerate(re.finditer(r"\w+_barrier\(", text)):
+            yield pytest.param(name, i, id=f"{name}-{i}-{match[0][:-9]}")
+
+
+@pytest.mark.parametrize("name, i", list(barriers()))
+def test_a_barrier_less_is_noticed(name, i):
+    def without(kernel, header, body):
+        if kernel != f"turbo_{name}":
+            return header, body
+        text = header + kernels.BODY_MARKER + body
+        match = list(re.finditer(r"(if \([^()]*\) )?\w+_barrier\([^)]*\);", text))[i]
+        return (text[:match.start()] + text[match.end():]).split(kernels.BODY_MARKER)
+
+    case = make_case(dims=(32, 512), G=2, counts=(4, 300, 33))  # 512: the rows are merged one by one
+    def run(edit):
+        for order in ORDERS:
+            with metalsim.configured(order=order):
+                for one, simdgroups in ((0, 2), (1024, 8)):  # 2: several tiles each
+                    Recorder(edit, one_launch_tokens=one, simdgroups=simdgroups).run(case)
+    run(None)
+    with pytest.raises(metalsim.MSLError, match="race|initialis"):
+        run(without)
+
+
+def test_a_kernel_that_computes_something_wrong_is_an_error():
+    def wrong(name, header, body):
+        return header.replace("0x2e762e76u", "0x2e762e77u"), body
+    case = make_case(dims=(64, 64), G=2)
+    with pytest.raises(BackendError, match="disagrees.*64, 4 bits"):
+        Recorder(wrong).attend(case.queries, case.keys, case.values, case.counts, scale=case.scale)
+    with pytest.raises(BackendError, match="does not build"):
+        Recorder(lambda name, header, body: (header, body + "}")).attend(
+            case.queries, case.keys, case.values, case.counts, scale=case.scale)
+
+
+def test_what_the_kernel_does_not_cover_says_why():
+    assert attend_unsupported(4, 4, 128, 128, 1) is None
+    assert "head_dim 72 of the keys" in attend_unsupported(4, 4, 72, 128, 1)
+    assert "head_dim 100 of the values" in attend_unsupported(4, 4, 128, 100, 1)
+    assert "17 query tokens" in attend_unsupported(4, 4, 128, 128, 17)
+    case = make_case(dims=(64, 64), L=1)
+    with pytest.raises(ValueError, match="query tokens"):
+        SIMULATED.attend(mx.zeros((1, 4, 17, 64)), case.keys, case.values, case.counts, scale=1.0)
+
+
+# ---- cost ------------------------------------------------------------------------------------------------------
+# Operations per (key, value) pair of attend.metal over 2048 packed tokens, all classes together, everything compiled in
+# but unused (no mask, no sinks). A change must not break them.
+CEILING = {
+    ((4, 4), 128): {1: 10.2, 4: 16.5, 8: 24.95},
+}
+
+
+@pytest.mark.parametrize("bits, head_dim, G", [(b, d, g) for (b, d), row in CEILING.items() for g in row], ids=str)
+def test_operations_per_pair_stay_below_their_ceiling(bits, head_dim, G):
+    case = make_case(bits=bits, dims=(head_dim, head_dim), G=G, counts=(0, 2048, 0), dtype=mx.float16)
+    stats = Recorder().run(case)["attend"]
+    per_pair = sum(stats.ops.values()) / (2048 * head_dim)
+    assert per_pair <= CEILING[bits, head_dim][G]
+    packed = [a[:, :, :2048] for side in (case.keys, case.values) for a in (side.codes, side.scale)]
+    read = sum(stats.read_bytes[f"{side}_{part}"] for side in "kv" for part in ("codes", "scale"))
+    assert read == sum(a.nbytes for a in packed)
