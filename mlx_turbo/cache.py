@@ -45,10 +45,15 @@ class _Side:
 
 def _write(buffer, at, new, step):
     """`buffer` [B, H, capacity, *] with `new` [B, H, n, *] written from token `at` on: in place if it fits, else in
-    a copy with room for a multiple of `step` tokens."""
+    a copy with room for a multiple of `step` tokens. The tokens of a head lie one behind the other, as the kernels
+    read them."""
     end = at + new.shape[2]
-    if buffer is None or end > buffer.shape[2]:
-        room = mx.zeros((*new.shape[:2], max(-(-end // step), 1) * step - at, new.shape[3]), new.dtype)
+    fits = buffer is not None and end <= buffer.shape[2]
+    capacity = buffer.shape[2] if fits else max(-(-end // step), 1) * step
+    if at == 0 and end == capacity:
+        return mx.contiguous(new)  # written whole, a buffer would take over the strides of `new`
+    if not fits:
+        room = mx.zeros((*new.shape[:2], capacity - at, new.shape[3]), new.dtype)
         buffer = room if at == 0 else mx.concatenate([buffer[:, :, :at], room], axis=2)
     if new.shape[2]:
         buffer[:, :, at:end] = new
@@ -219,7 +224,7 @@ class TurboKVCache:
         (the recent ones, if not given)."""
         sides, n_recent = [], self.n_recent if tails is None else tails[0].shape[2]
         for i, side in enumerate(self._sides):
-            tail = side.recent if tails is None else tails[i]
+            tail = side.recent if tails is None else mx.contiguous(tails[i])
             sides.append(CachedSide(side.sink, side.codes, side.scale, tail, side.bits, side.head_dim))
         counts = self.n_sink, self.n_packed if n_packed is None else n_packed, n_recent
         view = KVView(*sides, counts, self.config.seed, self, self.version)

@@ -91,6 +91,25 @@ def test_a_prompt_chunk_attends_to_itself_exactly_and_to_the_packed_past(backend
     check(random_array(rng, 1, 4, 40, 64), keys, values, scale=0.2, mask="causal")
 
 
+@pytest.mark.parametrize("scheme", ["turbo4", "turbo0v4"])
+@pytest.mark.parametrize("n_tokens", [2, 8, 12, 258, 266])
+def test_keys_and_values_as_models_make_them_transposed(backend, scheme, n_tokens):
+    """[B, L, H, D] seen as [B, H, L, D]; lengths that fill a buffer to the last token."""
+    rng = np.random.default_rng(10)
+    cache = TurboKVCache(scheme, sink=2, recent=0, block=8)
+    cache.step = 8
+    k, v = (random_array(rng, 1, n_tokens, 2, 64).transpose(0, 2, 1, 3) for _ in range(2))
+    cache.update_and_fetch(k, v)
+    check(random_array(rng, 1, 2, 1, 64), *cache.keys_and_values(), scale=0.2)
+    cache.trim(5)
+    for n in (8, 1):  # into a recent buffer that is there and empty
+        cache.trim(cache.n_recent)
+        k, v = (random_array(rng, 1, n, 2, 64).transpose(0, 2, 1, 3) for _ in range(2))
+        check(random_array(rng, 1, 2, 1, 64), *cache.update_and_fetch(k, v), scale=0.2)
+    k, v = (random_array(rng, 1, 9, 2, 64).transpose(0, 2, 1, 3) for _ in range(2))
+    check(random_array(rng, 1, 9, 2, 64).transpose(0, 2, 1, 3), *cache.update_and_fetch(k, v), scale=0.2, mask="causal")
+
+
 def test_large_logits_do_not_overflow(backend):
     cache, (keys, values) = filled("turbo4", 60, chunk=30, sink=4, recent=8, block=8)
     check(random_array(np.random.default_rng(7), 1, 2, 1, 64) * 300, keys, values, scale=1.0)
