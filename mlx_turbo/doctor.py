@@ -11,10 +11,13 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from . import BackendError, __version__, get_backend, ops, reference
-from .kernels import PackedSide, QuantizeSide, compare_quantized, compare_vectors
+from . import BackendError, __version__, attention, get_backend, ops, reference
+from .cache import KVView
+from .kernels import (ATTEND_TOLERANCE, TOLERANCE, CachedSide, PackedSide, QuantizeSide, compare_quantized,
+                      compare_vectors)
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 160, 192, 256, 512, 576)
+ATTEND_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 BITS = (2, 3, 4, 8)
 # two sides in one launch: ((head_dim, bits, mean), ...); 192/128 and 512/64 are keys and values of MLA models
 PAIRS = (((128, 4, False), (128, 4, False)), ((128, 8, True), (128, 4, False)),
@@ -40,6 +43,29 @@ class Check(NamedTuple):
         return f"{self.operation} {sides}, {_dtype_name(self.dtype)}, {self.n_tokens} tokens"
 
 
+class AttendCheck(NamedTuple):
+    """Attention over one cache to compare with the oracle. keys, values: (bits, head_dim). n_tokens: 4 sink, the
+    packed ones, 20 recent. mask: None, "causal", "boolean" or "additive"."""
+    keys: tuple
+    values: tuple
+    heads_per_kv_head: int
+    n_queries: int
+    n_tokens: int
+    mask: str
+    sinks: bool
+    dtype: mx.Dtype
+
+    @property
+    def group(self):
+        return f"attend, {_dtype_name(self.dtype)}"
+
+    def __str__(self):
+        sides = " and ".join(f"{name} of head_dim {d}, {b} bits"
+                             for name, (b, d) in (("keys", self.keys), ("values", self.values)))
+        return (f"attend {sides}, {self.heads_per_kv_head} heads per kv head, {self.n_queries} query tokens, "
+                f"{self.n_tokens} tokens, mask {self.mask}, sinks {self.sinks}, {_dtype_name(self.dtype)}")
+
+
 def _dtype_name(dtype):
     return str(dtype).removeprefix("mlx.core.")
 
@@ -56,6 +82,16 @@ def all_checks():
         checks += [Check(operation, ((d, b, mean),), dtype, 1 if i % 5 == 0 else 37)
                    for i, (d, b, mean, dtype) in enumerate(single)]
         checks += [Check(operation, pair, dtype, 37) for pair in PAIRS for dtype in (mx.bfloat16, mx.float32)]
+    # every head dim with three schemes, every scheme at 64 and 128; short caches take one launch, long ones two, a
+    # prompt chunk of 40 tokens goes tile by tile
+    masks, groups = (None, "causal", "boolean", "additive"), (1, 4, 8, 5, 2)
+    combinations = [(bits, (d, d)) for d in ATTEND_HEAD_DIMS for bits in ((4, 4), (8, 4), (3, 2))]
+    combinations += [((k, v), (d, d)) for d in (64, 128) for k in (0, *BITS) for v in (0, *BITS) if k or v]
+    combinations += [((4, 4), (192, 128)), ((8, 4), (64, 256))]
+    for i, ((k_bits, v_bits), (k_dim, v_dim)) in enumerate(combinations):
+        checks.append(AttendCheck((k_bits, k_dim), (v_bits, v_dim), groups[i % 5], (1, 3, 40)[i % 3],
+                                  1100 if i % 6 == 3 else 90, masks[i % 4], i % 3 == 1,
+                                  (mx.bfloat16, mx.float16, mx.float32)[i % 7 % 3]))
     return checks
 
 
@@ -75,11 +111,51 @@ def _to_mlx(x):
     return None if x is None else mx.array(x)
 
 
+def _cached_side(rng, bits, head_dim, n_tokens, dtype):
+    """A `CachedSide` of random tokens, and what it restores to, float64."""
+    x = mx.array(rng.standard_normal((1, 2, n_tokens, head_dim)).astype(np.float32)).astype(dtype)
+    restored = np.array(x.astype(mx.float32)).astype(np.float64)
+    codes, scale = x[:, :, 4:-20], None
+    if bits:
+        packed = reference.quantize(restored[:, :, 4:-20], bits)
+        restored[:, :, 4:-20] = reference.dequantize(packed)
+        codes, scale = mx.array(packed.packed()), mx.array(packed.scale[..., None].astype(np.float16))
+    parts = [None if a is None else mx.contiguous(a) for a in (x[:, :, :4], codes, scale, x[:, :, -20:])]
+    return CachedSide(*parts, bits, head_dim), restored
+
+
+def _run_attend_check(check, backend):
+    rng = np.random.default_rng(0)
+    keys, k = _cached_side(rng, *check.keys, check.n_tokens, check.dtype)
+    values, v = _cached_side(rng, *check.values, check.n_tokens, check.dtype)
+    shape = (1, 2 * check.heads_per_kv_head, check.n_queries)
+    queries = mx.array(rng.standard_normal((*shape, check.keys[1])).astype(np.float32)).astype(check.dtype)
+    mask = check.mask
+    if mask == "boolean":
+        mask = rng.random((1, 1, check.n_queries, check.n_tokens)) < 0.7
+    elif mask == "additive":
+        mask = rng.standard_normal((1, shape[1], check.n_queries, check.n_tokens)).astype(np.float32)
+    sinks = rng.standard_normal(shape[1]).astype(np.float32) if check.sinks else None
+    options = dict(scale=check.keys[1] ** -0.5)
+    counts = 4, check.n_tokens - 24, 20
+    got = attention.attend(queries, KVView(keys, values, counts, 0, None, 0), backend=backend, **options,
+                           mask=mask if mask is None or isinstance(mask, str) else mx.array(mask),
+                           sinks=_to_mlx(sinks))
+    got = np.array(got.astype(mx.float32))
+    want = reference.attention(np.array(queries.astype(mx.float32)), k, v, mask=mask, sinks=sinks, **options)
+    error = float(np.abs(got - want).max() / np.abs(want).max())
+    allowed = ATTEND_TOLERANCE[check.keys[0]] + (check.dtype != mx.float32) * TOLERANCE[check.dtype]
+    return None if error <= allowed else f"relative error {error:.1e}, allowed is {allowed:.0e}", error
+
+
 def run_check(check, backend):
     """(what is wrong or None, the largest relative error) of one check. Raises what the backend raises.
 
-    The error is that of the scales for quantize, of the vectors (by their largest number) for dequantize.
+    The error is that of the scales for quantize, of the vectors (by their largest number) for dequantize, of the
+    output (by its largest number) for attend.
     """
+    if isinstance(check, AttendCheck):
+        return _run_attend_check(check, backend)
     rng, seed = np.random.default_rng(0), len(check.sides) - 1
     sides, wants, problems, worst = [], [], [], 0.0
     if check.operation == "quantize":

@@ -55,6 +55,12 @@ class DoesNotBuildAt512(CpuBackend):
         return super().quantize(sides, seed)
 
 
+class ReadsRowsTooLarge(CpuBackend):
+    def read_rows(self, side, first, n):
+        rows, scale, slots = super().read_rows(side, first, n)
+        return rows * 1.5, scale, slots
+
+
 # fault -> whether it must fail the check of this name
 FAULTS = {
     FlippedCodes: lambda name: name.startswith("quantize") and " 3 bits" in name,
@@ -63,6 +69,7 @@ FAULTS = {
     ReadsFromTheStart: lambda name: name.startswith("dequantize"),
     GivesNaN: lambda name: name.startswith("dequantize"),
     ForgetsASide: lambda name: name.startswith("quantize") and " and " in name,
+    ReadsRowsTooLarge: lambda name: name.startswith("attend"),
     DoesNotBuildAt512: lambda name: name.startswith("quantize head_dim 512"),
 }
 
@@ -101,7 +108,9 @@ def test_it_passes_on_this_machine_and_says_what_it_checked(capsys):
 
 
 def test_checks_cover_every_head_dim_bits_dtype_operation_with_and_without_mean():
-    single = [(c.operation, *c.sides[0], c.dtype) for c in doctor.all_checks() if len(c.sides) == 1]
+    checks = doctor.all_checks()
+    single = [(c.operation, *c.sides[0], c.dtype) for c in checks
+              if isinstance(c, doctor.Check) and len(c.sides) == 1]
     for op in ("quantize", "dequantize"):
         for bits in doctor.BITS:
             assert {d for o, d, b, _, _ in single if (o, b) == (op, bits)} == set(doctor.HEAD_DIMS)
@@ -140,3 +149,16 @@ def test_metal_that_is_there_but_not_used_is_said_loudly(capsys, monkeypatch):
 def test_unknown_options_are_refused_in_one_line(capsys):
     assert cli.main(["doctor", "--backend", "cuda"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_attention_is_checked_with_every_scheme_head_dim_mask_length_and_dtype():
+    checks = [c for c in doctor.all_checks() if isinstance(c, doctor.AttendCheck)]
+    assert {c.keys[1] for c in checks} >= {64, 80, 96, 112, 128, 192, 256, 512}
+    for dim in (64, 128):
+        pairs = {(c.keys[0], c.values[0]) for c in checks if (c.keys[1], c.values[1]) == (dim, dim)}
+        assert pairs == {(k, v) for k in (0, 2, 3, 4, 8) for v in (0, 2, 3, 4, 8)} - {(0, 0)}
+    assert {c.mask for c in checks} == {None, "causal", "boolean", "additive"}
+    assert {c.sinks for c in checks} == {False, True} and {c.n_queries for c in checks} == {1, 3, 40}
+    assert {c.heads_per_kv_head for c in checks} >= {1, 4, 5, 8} and len({c.n_tokens for c in checks}) == 2
+    for dtype in (mx.float16, mx.bfloat16, mx.float32):
+        assert any(c.dtype == dtype for c in checks)
