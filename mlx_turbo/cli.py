@@ -209,7 +209,8 @@ def summarize(prompt_cache):
     summary = {"nbytes": held, "uncompressed_nbytes": kept + sum(r["uncompressed_nbytes"] for r in ours),
                "n_compressed": len(ours), "layers": describe(prompt_cache)}
     if ours:
-        summary |= {name: ours[0][name] for name in ("scheme", "tokens", "sink", "packed", "recent")}
+        summary |= {name: ours[0][name] for name in ("scheme", "tokens", "sink", "packed", "recent",
+                                                   "attention")}
         packed = [r["packed_bits_per_value"] for r in ours if r["packed"]]
         summary["packed_bits_per_value"] = sum(packed) / len(packed) if packed else None
     return summary
@@ -231,7 +232,7 @@ def report_lines(prompt_cache, scheme):
         config = next(c.config for c in prompt_cache if isinstance(c, TurboKVCache))
         size += f" (packing starts at {config.sink + config.recent + config.block} tokens)"
     return [f"KV cache: {s['scheme']}, {s['tokens']} tokens ({s['sink']} sink exact, {packed}, "
-            f"{s['recent']} recent exact); {s['layers']}", size]
+            f"{s['recent']} recent exact); {s['layers']}; attention of a decode step: {s['attention']}", size]
 
 
 # ---- generate ----------------------------------------------------------------------------------------------

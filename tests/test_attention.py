@@ -259,6 +259,28 @@ def test_a_models_logits_are_the_same_from_packed_rows_and_from_restored_arrays(
     assert used and np.abs(packed - plain).max() < 2e-4 * np.abs(plain).max()
 
 
+def test_the_embedded_models_logits_are_the_same_from_packed_rows_and_from_restored_arrays(backend):
+    """Head_dim 128, bfloat16 weights computed in float32: a prompt, then decode and verification steps."""
+    import mlx_lm
+    from mlx_lm.utils import dequantize_model
+
+    from mlx_turbo import cli, make_prompt_cache
+
+    model, tokenizer = mlx_lm.load(str(cli.DEMO_MODEL))
+    model = dequantize_model(model)
+    model.set_dtype(mx.float32)
+    tokens = mx.array(tokenizer.encode((cli.DEMO_MODEL / "stories.txt").read_text())[:160])[None]
+    results = []
+    for door in (True, False):
+        cache = make_prompt_cache(model, "turbo4")
+        if not door:
+            attention.uninstall()
+        out = [model(tokens[:, a:b], cache=cache) for a, b in ((0, 100), (100, 150), (150, 151), (151, 155), (155, 160))]
+        results.append(to_numpy(mx.concatenate(out, axis=1)))
+    attention.uninstall()
+    assert cache[0].n_packed and np.abs(results[0] - results[1]).max() < 1e-4 * np.abs(results[1]).max()
+
+
 def test_enabling_a_model_opens_the_door():
     import mlx_lm.models.base as base
 
