@@ -304,7 +304,7 @@ template <class ROWS, int N> METAL_FUNC void tq_decode_dims(typename ROWS::Point
     float y[8];
     ROWS::eight(raw, x, y);
     TQ_UNROLL for (int i = 0; i < 2; i++)
-      ((threadgroup half4 *)to)[c * 8 + 2 * x + i] = half4(half(y[4 * i] - less), half(y[4 * i + 1] - less),
+      ((threadgroup half4 *)to)[2 * x + i] = half4(half(y[4 * i] - less), half(y[4 * i + 1] - less),
                                                            half(y[4 * i + 2] - less), half(y[4 * i + 3] - less));
   }
 }
@@ -312,12 +312,12 @@ template <class ROWS, int N> METAL_FUNC void tq_decode_dims(typename ROWS::Point
 template <int D, int PITCH, int TPL, int NS, class ROWS>
 METAL_FUNC void tq_decode(ROWS rows, int t0, int end, float less, threadgroup half *tile, int thread_index) {
   for (int i = thread_index; i < 32 * TPL * (D / 32); i += 32 * NS) {
-    int token = i / (D / 32), c = i - token * (D / 32);
-    if (t0 + token < end) tq_decode_dims<ROWS, 32>(rows.at(t0 + token), c, less, tile + token * PITCH);
+    int token = uint(i) / (D / 32), c = uint(i) % (D / 32);                     // unsigned: no division
+    if (t0 + token < end) tq_decode_dims<ROWS, 32>(rows.at(t0 + token), c, less, tile + token * PITCH + 32 * c);
   }
   if (D % 32 != 0) {
     for (int token = thread_index; token < min(32 * TPL, end - t0); token += 32 * NS)
-      tq_decode_dims<ROWS, 16>(rows.at(t0 + token), D / 32, less, tile + token * PITCH);
+      tq_decode_dims<ROWS, 16>(rows.at(t0 + token), D / 32, less, tile + token * PITCH + D / 32 * 32);
   }
 }
 
