@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("simulated")
 
 ONE, TWO = MetalBackend(metalsim.metal_kernel), MetalBackend(metalsim.metal_kernel)
 TWO.tuning = AttendTuning(one_launch_tokens=0, tokens_per_block=64)  # two launches, several blocks even of few tokens
+ONE._run_check = TWO._run_check = lambda what, check: None  # the self-test has tests of its own; it doubles the time
 LAUNCHES = {"one launch": ONE, "two launches": TWO}
 ORDERS = ("natural", "reversed", "random")
 
@@ -358,6 +359,18 @@ def test_a_kernel_that_computes_something_wrong_is_an_error():
     with pytest.raises(BackendError, match="does not build"):
         Recorder(lambda name, header, body: (header, body + "}")).attend(
             case.queries, case.keys, case.values, case.counts, scale=case.scale)
+
+
+@pytest.mark.parametrize("options", [dict(G=2), dict(bits=(8, 3), means=True), dict(bits=(0, 2)), dict(G=16)], ids=str)
+def test_the_self_test_passes_once_for_each_specialization(options):
+    case = make_case(**{"dims": (64, 64), "G": 1, **options})
+    for one in (0, 1024):
+        recorder, checks = Recorder(one_launch_tokens=one), []
+        run_check = recorder._run_check
+        recorder._run_check = lambda what, check: checks.append(run_check(what, check))
+        for _ in range(2):
+            recorder.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale)
+        assert len(checks) == 1
 
 
 def test_what_the_kernel_does_not_cover_says_why():
