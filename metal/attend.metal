@@ -6,8 +6,8 @@
 //   scale) + (sum p) mean. So the query is rotated once, nothing is un-rotated inside the loop over tokens, and sums
 //   over packed values and over exact values are kept apart until the end, where the packed ones are un-rotated.
 //   Logits, running maximum and sums are float32. Softmax is base 2: the query carries scale * log2 e. One maximum per
-//   row and tile; sums are rescaled only when it grew by more than SLACK = 8 (p <= 2^8: harmless in float), which is in
-//   practice on the first tile.
+//   row and tile; when it exceeds m, m becomes the maximum + SLACK = 8 and sums are rescaled: in practice on the first
+//   tile only. Weights are then at most 1 and the largest is 2^-8 or more in the tile that set m: harmless in float.
 //
 // MAPPING. A row is one query head of one query token of a kv head; a simdgroup works on H rows and a run of tokens, in
 //   tiles of 32 * TPL, so that a packed word is read and decoded once for H rows.
@@ -15,6 +15,8 @@
 //         memory. No shuffles, and exp2 and the scales cost once per row and token.
 //   Weights, times the values' scale, go through a piece of threadgroup memory of the simdgroup.
 //   Values: LV = DV / E lanes own E dims each, 32 / LV tokens in flight, H * E accumulators.
+//   SHARED, for more rows than a simdgroup has: the NS simdgroups of a threadgroup have H rows each and the same
+//         tokens, which all of them together decode to threadgroup memory, tile by tile.
 //   Exact tokens (sink and recent as one list) and packed ones are different runs of the same code: block < X is exact.
 //   What tells lengths and masks apart (causal, arrays, the end) is looked at once per tile.
 //
@@ -37,10 +39,12 @@
 // TEMPLATE  T type of acc; EXACT_K, EXACT_V types of exact keys and values; KB, VB bits in {0, 2, 3, 4, 8}; DK, DV head
 //   dims, multiples of 16, 32 to 576; KM, VM: packed keys / values have a mean; H rows per simdgroup (1..8); TPL tokens
 //   per lane (1, 2, 4); E dims per lane of the values: a multiple of 8 (of 16 if VB = 3) that divides DV with DV / E <=
-//   32; NS simdgroups per threadgroup; ONE: a threadgroup holds all blocks, merges them and writes the output.
+//   32; NS simdgroups per threadgroup; SHARED: they share decoded tiles; ONE: a threadgroup holds all blocks, merges
+//   them and writes the output (not with SHARED).
 // LAUNCH  grid (32, blocks, B * Hkv * RG), threadgroup (32, NS, 1); RG = ceil(R / H) row groups, R = Hq / Hkv * L;
-//   blocks and X are multiples of NS (ONE: blocks = NS, any X <= NS). How many tokens a block gets is computed here:
-//   lengths are data, nothing is compiled again when they change. merge.metal follows, unless ONE.
+//   blocks and X are multiples of NS (ONE: blocks = NS, any X <= NS). SHARED: grid (32, NS * blocks, B * Hkv * RG),
+//   RG = ceil(R / (NS * H)), any X <= blocks. How many tokens a block gets is computed here: lengths are data, nothing
+//   is compiled again when they change. merge.metal follows, unless ONE.
 //
 // PACKED ROW (scheme.py; bit i of a 32-bit word; "half s" = bits 16s .. 16s+15, s = 0 or 1)
 //   4 bits  word w = dims 8w .. 8w+7.    dim 8w+2j+s at bits 16s+4j .. +3, j = 0..3
@@ -53,8 +57,9 @@
 //
 // REGISTERS (estimate, 32-bit, DV / E = 16): H*E accumulators + TPL*H logits + 2*H + decode 12*TPL + 15:
 //   H=1 47, H=2 66, H=4 100, H=8 135 (119 with TPL = 1).
-//   Threadgroup memory: 4 bytes * (H * DK + NS * 32 * TPL * H'), H' = 1, 2, 4 or 8 >= H, or that of the merge if ONE:
-//   NS * DV or more; kernels.py keeps it below 31 KB.
+//   Threadgroup memory: 4 bytes * (H * DK + NS * 32 * TPL * H'), H' = 1, 2, 4 or 8 >= H, with ONE twice the queries, or
+//   NS * DV and more of the merge; with SHARED 4 bytes * NS * H * DK and a tile of 64 * TPL * (max(DK, DV) + 8) bytes.
+//   kernels.py keeps it below 31 KB.
 
 // ---- shared: layout and levels (the same text in every file that uses it; tests/test_metal_files.py) ----
 #define TQ_UNROLL _Pragma("clang loop unroll(full)")
@@ -273,11 +278,54 @@ METAL_FUNC ExactRows<T, D> tq_rows(const device T *rows, SCALE scale) {
   return {rows, rows, 0};
 }
 
+// Packed rows decoded to threadgroup memory, as levels: PITCH halves per row, so that lanes hit different banks.
+template <int D, int PITCH_> struct TileRows {
+  typedef const threadgroup half *Pointer;
+  static constant constexpr const int STRIDE = PITCH_;
+  struct Raw { half4 v[8]; };
+  template <int N> static METAL_FUNC void read(Pointer row, int c, thread Raw &raw) {
+    TQ_UNROLL for (int i = 0; i < N / 4; i++) raw.v[i] = ((const threadgroup half4 *)row)[c * 8 + i];
+  }
+  static METAL_FUNC void eight(const thread Raw &raw, int x, thread float *y) {
+    TQ_UNROLL for (int i = 0; i < 8; i++) y[i] = float(raw.v[2 * x + i / 4][i % 4]);
+  }
+  template <int E> static METAL_FUNC void values(Pointer row, int u, thread float *y) {
+    TQ_UNROLL for (int i = 0; i < E / 4; i++) {
+      half4 v = ((const threadgroup half4 *)row)[u * (E / 4) + i];
+      TQ_UNROLL for (int k = 0; k < 4; k++) y[4 * i + k] = float(v[k]);
+    }
+  }
+};
+template <class ROWS, int N> METAL_FUNC void tq_decode_dims(typename ROWS::Pointer row, int c, float less,
+                                                            threadgroup half *to) {
+  typename ROWS::Raw raw;
+  ROWS::template read<N>(row, c, raw);
+  TQ_UNROLL for (int x = 0; x < N / 8; x++) {
+    float y[8];
+    ROWS::eight(raw, x, y);
+    TQ_UNROLL for (int i = 0; i < 2; i++)
+      ((threadgroup half4 *)to)[2 * x + i] = half4(half(y[4 * i] - less), half(y[4 * i + 1] - less),
+                                                           half(y[4 * i + 2] - less), half(y[4 * i + 3] - less));
+  }
+}
+// Rows t0 .. end - 1, at most 32 * TPL, by all threads of the threadgroup; less: what 8-bit codes are too high.
+template <int D, int PITCH, int TPL, int NS, class ROWS>
+METAL_FUNC void tq_decode(ROWS rows, int t0, int end, float less, threadgroup half *tile, int thread_index) {
+  for (int i = thread_index; i < 32 * TPL * (D / 32); i += 32 * NS) {
+    int token = uint(i) / (D / 32), c = uint(i) % (D / 32);                     // unsigned: no division
+    if (t0 + token < end) tq_decode_dims<ROWS, 32>(rows.at(t0 + token), c, less, tile + token * PITCH + 32 * c);
+  }
+  if (D % 32 != 0) {
+    for (int token = thread_index; token < min(32 * TPL, end - t0); token += 32 * NS)
+      tq_decode_dims<ROWS, 16>(rows.at(t0 + token), D / 32, less, tile + token * PITCH + D / 32 * 32);
+  }
+}
+
 // ---- masks -----------------------------------------------------------------------------------------------------
 METAL_FUNC float tq_mask(bool attend) { return attend ? 0.0f : TQ_DEAD; }
 METAL_FUNC float tq_mask(float added) { return max(added * TQ_LOG2E, TQ_DEAD); }
 METAL_FUNC float tq_mask(half added) { return tq_mask(float(added)); }
-METAL_FUNC float tq_mask(bfloat added) { return tq_mask(float(added)); }
+METAL_FUNC float tq_mask(bfloat16_t added) { return tq_mask(float(added)); }
 
 // How many tokens of a run come before column `column`; token t of a run is column t, plus `shift` from `split` on.
 METAL_FUNC int tq_before(int column, int split, int shift) { return max(min(column, split), column - shift); }
@@ -322,6 +370,16 @@ METAL_FUNC void tq_dots(const thread typename KEYS::Pointer *row, int c, const t
   }
 }
 
+template <int H, int TPL, int DK, class KEYS>
+METAL_FUNC void tq_all_dots(const thread typename KEYS::Pointer *row, const threadgroup float *q, thread float *s) {
+  constexpr int AT_ONCE = H <= 2 && DK % 64 == 0 ? 2 : 1;                       // more in a row: the code gets long
+  const threadgroup float4 *q32 = (const threadgroup float4 *)q;
+  _Pragma("clang loop unroll(disable)") for (int c = 0; c < DK / 32; c += AT_ONCE, q32 += 8 * AT_ONCE) {
+    TQ_UNROLL for (int i = 0; i < AT_ONCE; i++) tq_dots<32, H, TPL, DK, KEYS>(row, c + i, q32 + 8 * i, s);
+  }
+  if (DK % 32 != 0) tq_dots<16, H, TPL, DK, KEYS>(row, DK / 32, q32, s);
+}
+
 template <int HP> METAL_FUNC void tq_weights(const threadgroup float *from, thread float *p) {
   if (HP == 1) {
     p[0] = from[0];
@@ -336,13 +394,34 @@ template <int HP> METAL_FUNC void tq_weights(const threadgroup float *from, thre
   }
 }
 
+typedef const threadgroup float *Weights;
+// out += weight * value, U * TV tokens at a time while there are so many before `stop`.
+template <int U, int TV, int HP, class VALUES, int H, int E>
+METAL_FUNC void tq_sum_values(thread typename VALUES::Pointer &v, thread Weights &w, Weights stop, int u,
+                              thread Partial<H, E> &out) {
+  stop -= (U - 1) * TV * HP;
+  for (; w < stop; w += U * TV * HP, v += U * TV * VALUES::STRIDE) {
+    TQ_UNROLL for (int k = 0; k < U; k++) {
+      float y[E], p[HP];
+      VALUES::template values<E>(v + k * TV * VALUES::STRIDE, u, y);
+      tq_weights<HP>(w + k * TV * HP, p);
+      TQ_UNROLL for (int h = 0; h < H; h++) {
+        TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = fma(p[h], y[d], out.acc[h][d]);
+      }
+    }
+  }
+}
+
 // Tokens begin .. end - 1 of a run. From token `safe` on masks and the end are looked at.
 // q: H rows of DK floats. weights: 32 * TPL * HP floats of this simdgroup. bias: of the raw and of the scaled logit.
-template <int H, int HP, int TPL, int E, int DK, int DV, bool KM, class KEYS, class VALUES, class M>
+template <int H, int HP, int TPL, int E, int NS, bool SHARED, int DK, int DV, bool KM, class KEYS, class VALUES,
+          class M>
 METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, int split, int shift,
-                       const threadgroup float *q, threadgroup float *weights, const threadgroup float *bias,
-                       Mask<M> mask, thread Partial<H, E> &out, int lane) {
-  constexpr int LV = DV / E, TV = 32 / LV, TILE = 32 * TPL, U = H <= 2 ? 8 : 4, STEP = U * TV;
+                       const threadgroup float *q, threadgroup float *weights, threadgroup half *tile,
+                       const threadgroup float *bias, const threadgroup float *mean_bias, Mask<M> mask,
+                       thread Partial<H, E> &out, int sg, int lane) {
+  constexpr int LV = DV / E, TV = 32 / LV, TILE = 32 * TPL, U = H <= 2 ? 8 : 4;
+  constexpr int PITCH = tq_max(DK, DV) + 8;
   int u = uint(lane) % LV, tg = uint(lane) / LV;
   threadgroup float *mine = weights + lane * HP;
   for (int t0 = begin; t0 < end; t0 += TILE) {
@@ -355,10 +434,16 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
       row[i] = keys.at(token[i]);
       TQ_UNROLL for (int h = 0; h < H; h++) s[i * H + h] = 0;
     }
-    const threadgroup float4 *q32 = (const threadgroup float4 *)q;
-    _Pragma("clang loop unroll(disable)") for (int c = 0; c < DK / 32; c++, q32 += 8)
-      tq_dots<32, H, TPL, DK, KEYS>(row, c, q32, s);
-    if (DK % 32 != 0) tq_dots<16, H, TPL, DK, KEYS>(row, DK / 32, q32, s);
+    if (SHARED && KEYS::BITS) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);                          // the tile's values are not needed now
+      tq_decode<DK, PITCH, TPL, NS>(keys, t0, end, 0.0f, tile, sg * 32 + lane);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      const threadgroup half *decoded[TPL];
+      TQ_UNROLL for (int i = 0; i < TPL; i++) decoded[i] = tile + min(32 * i + lane, end - 1 - t0) * PITCH;
+      tq_all_dots<H, TPL, DK, TileRows<DK, PITCH>>(decoded, q, s);
+    } else {
+      tq_all_dots<H, TPL, DK, KEYS>(row, q, s);
+    }
 
     // ---- logits
     float value_scale[TPL];
@@ -368,7 +453,7 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
       TQ_UNROLL for (int h = 0; h < H; h++) {
         if (KEYS::BITS == 8) s[i * H + h] -= bias[h];
         if (KEYS::BITS) s[i * H + h] *= key_scale;
-        if (KM) s[i * H + h] += bias[H + h];
+        if (KM) s[i * H + h] += mean_bias[h];
       }
     }
     if (t0 + TILE > safe) {
@@ -387,9 +472,9 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
       float top = s[h];
       TQ_UNROLL for (int i = 1; i < TPL; i++) top = fmax(top, s[i * H + h]);
       top = simd_max(top);
-      if (top > out.m[h] + TQ_SLACK) {                                          // the same for the whole simdgroup
-        float f = fast::exp2(out.m[h] - top);
-        out.m[h] = top;
+      if (top > out.m[h]) {                                                     // the same for the whole simdgroup
+        float f = fast::exp2(out.m[h] - (top + TQ_SLACK));
+        out.m[h] = top + TQ_SLACK;
         out.sum[h] *= f;
         TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] *= f;
       }
@@ -402,33 +487,30 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
     TQ_UNROLL for (int i = 0; i < TPL; i++) {
       TQ_UNROLL for (int h = H; h < HP; h++) mine[32 * i * HP + h] = 0;
     }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
+    if (SHARED && VALUES::BITS) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);                          // the tile's keys are not needed now
+      tq_decode<DV, PITCH, TPL, NS>(values, t0, end, VALUES::BITS == 8 ? 1152.0f : 0.0f, tile, sg * 32 + lane);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    } else {
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+    }
 
     // ---- values
     int n = min(TILE, end - t0);
     if (LV * TV == 32 || tg < TV) {
-      const threadgroup float *w = weights + tg * HP;
-      if (VALUES::BITS) {
+      Weights w = weights + tg * HP, stop = weights + n * HP;
+      if (SHARED && VALUES::BITS) {
+        const threadgroup half *v = tile + tg * PITCH;
+        tq_sum_values<U, TV, HP, TileRows<DV, PITCH>>(v, w, stop, u, out);
+        tq_sum_values<1, TV, HP, TileRows<DV, PITCH>>(v, w, stop, u, out);
+      } else if (VALUES::BITS) {
         typename VALUES::Pointer v = values.at(t0 + tg);
-        const threadgroup float *stop = weights + (n - (STEP - TV)) * HP;       // for whole steps
-        for (; w < stop; w += STEP * HP, v += STEP * VALUES::STRIDE) {
-          TQ_UNROLL for (int k = 0; k < U; k++) {
-            float y[E], p[HP];
-            VALUES::template values<E>(v + k * TV * VALUES::STRIDE, u, y);
-            tq_weights<HP>(w + k * TV * HP, p);
-            TQ_UNROLL for (int h = 0; h < H; h++) {
-              TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = fma(p[h], y[d], out.acc[h][d]);
-            }
-          }
-        }
-      }
-      const threadgroup float *stop = weights + n * HP;                         // exact values, and what is left over
-      for (int t = t0 + uint(w - weights) / HP; w < stop; t += TV, w += TV * HP) {
-        float y[E], p[HP];
-        VALUES::template values<E>(values.at(t), u, y);
-        tq_weights<HP>(w, p);
-        TQ_UNROLL for (int h = 0; h < H; h++) {
-          TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = fma(p[h], y[d], out.acc[h][d]);
+        tq_sum_values<U, TV, HP, VALUES>(v, w, stop, u, out);
+        tq_sum_values<1, TV, HP, VALUES>(v, w, stop, u, out);
+      } else {
+        for (int t = t0 + tg; w < stop; t += TV) {                              // of two buffers
+          typename VALUES::Pointer v = values.at(t);
+          tq_sum_values<1, TV, HP, VALUES>(v, w, w + 1, u, out);
         }
       }
     }
@@ -518,16 +600,19 @@ METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, floa
 // ==== body
 constexpr int HP = H <= 1 ? 1 : H <= 2 ? 2 : H <= 4 ? 4 : 8, LV = DV / E, TV = 32 / LV;
 constexpr int TOGETHER = tq_max(1, tq_min(H, 4096 / (NS * DV)));                // rows that are merged at a time (ONE)
-constexpr int QUERIES = (ONE && KB ? 2 : 1) * H * DK, WEIGHTS = 32 * TPL * HP;
-constexpr int MEMORY = tq_max(QUERIES + NS * WEIGHTS, ONE ? NS * TOGETHER * DV : 0);
+constexpr int ALL_ROWS = SHARED ? NS * H : H, QUERIES = (ONE && KB ? 2 : 1) * ALL_ROWS * DK, WEIGHTS = 32 * TPL * HP;
+constexpr int TILE_WORDS = SHARED ? 32 * TPL * (tq_max(DK, DV) + 8) / 2 : 0;
+constexpr int MEMORY = tq_max(QUERIES + NS * WEIGHTS + TILE_WORDS, ONE ? NS * TOGETHER * DV : 0);
 threadgroup float4 memory4[MEMORY / 4];
-threadgroup float bias[2 * H], block_ml[ONE ? 2 * NS * H : 1];
+threadgroup float bias[2 * ALL_ROWS], block_ml[ONE ? 2 * NS * H : 1];
 threadgroup float *memory = (threadgroup float *)memory4;
 int lane = thread_index_in_simdgroup, sg = thread_position_in_threadgroup.y, block = thread_position_in_grid.y;
+if (SHARED) block /= NS;
 int n_sink = dims[0], n_packed = dims[1], n_recent = dims[2], exact_blocks = dims[3], blocks = dims[4], RG = dims[5];
 int flags = dims[6], L = dims[7], Hq = dims[8], Hkv = dims[9], N = n_sink + n_packed + n_recent;
-int G = Hq / Hkv, R = G * L, z = thread_position_in_grid.z, head = z / RG, first_row = (z - head * RG) * H;
-int b = head / Hkv, kvh = head - b * Hkv, rows = min(H, R - first_row);
+int G = Hq / Hkv, R = G * L, z = thread_position_in_grid.z, head = z / RG, group_row = (z - head * RG) * ALL_ROWS;
+int b = head / Hkv, kvh = head - b * Hkv;
+int first_row = group_row + (SHARED ? sg * H : 0), rows = min(H, R - first_row);
 bool exact = block < exact_blocks;
 
 // ---- the query: as it is for exact keys, rotated for packed ones
@@ -535,11 +620,12 @@ threadgroup float *q_rotated = memory + (ONE && KB ? H * DK : 0);
 const device float *v_diag = diag + (tq_power_of_two_from(DK / 2 + 1) == DK ? 1 : 2) * DK;
 float factor = as_type<float>(dims[10]);
 if (ONE || exact || KB == 0)
-  tq_load_query<0, DK, H, NS, false, false>(queries + b * queries_strides[0], queries_strides, kvh * G, L, first_row,
-                                            R - 1, factor, diag, diag, memory, bias, sg, lane);
+  tq_load_query<0, DK, ALL_ROWS, NS, false, false>(queries + b * queries_strides[0], queries_strides, kvh * G, L,
+                                                   group_row, R - 1, factor, diag, diag, memory, bias, sg, lane);
 if (KB && (ONE || !exact))
-  tq_load_query<KB, DK, H, NS, KB != 0, KM>(queries + b * queries_strides[0], queries_strides, kvh * G, L, first_row,
-                                            R - 1, factor, diag, k_mean + head * DK, q_rotated, bias, sg, lane);
+  tq_load_query<KB, DK, ALL_ROWS, NS, KB != 0, KM>(queries + b * queries_strides[0], queries_strides, kvh * G, L,
+                                                   group_row, R - 1, factor, diag, k_mean + head * DK, q_rotated, bias,
+                                                   sg, lane);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // ---- this simdgroup's run of tokens
@@ -557,21 +643,24 @@ int tiles = (max(n - first, 0) + 32 * TPL - 1) / (32 * TPL), per = (tiles + of -
 int begin = first + index * per, end = min(begin + per, n), safe = flags & 2 ? 0 : min(visible, end);
 Mask<decltype(mask)> masks = {mask + (flags & 2 ? b * mask_strides[0] : 0), mask_strides[1], mask_strides[2],
                               mask_strides[3], bool(flags & 1), bool(flags & 2), L, N - L, kvh * G, first_row, R - 1};
-threadgroup float *weights = memory + QUERIES + sg * WEIGHTS;
+threadgroup float *weights = memory + QUERIES + sg * WEIGHTS, *q = memory + (first_row - group_row) * DK;
+threadgroup half *tile = (threadgroup half *)(memory + QUERIES + NS * WEIGHTS);
+const threadgroup float *row_bias = bias + (first_row - group_row);
 if (exact) {
   ExactRows<EXACT_K, DK> keys = {k_sink + b * k_sink_strides[0] + kvh * k_sink_strides[1],
                                  k_recent + b * k_recent_strides[0] + kvh * k_recent_strides[1], n_sink};
   ExactRows<EXACT_V, DV> values = {v_sink + b * v_sink_strides[0] + kvh * v_sink_strides[1],
                                    v_recent + b * v_recent_strides[0] + kvh * v_recent_strides[1], n_sink};
-  tq_run<H, HP, TPL, E, DK, DV, false>(keys, values, begin, end, safe, split, shift, memory, weights, bias, masks, out,
-                                       lane);
+  tq_run<H, HP, TPL, E, NS, SHARED, DK, DV, false>(keys, values, begin, end, safe, split, shift, q, weights, tile,
+                                                   row_bias, row_bias, masks, out, sg, lane);
 } else {
   auto keys = tq_rows<KB, DK>(k_codes + b * k_codes_strides[0] + kvh * k_codes_strides[1],
                               k_scale + b * k_scale_strides[0] + kvh * k_scale_strides[1]);
   auto values = tq_rows<VB, DV>(v_codes + b * v_codes_strides[0] + kvh * v_codes_strides[1],
                                 v_scale + b * v_scale_strides[0] + kvh * v_scale_strides[1]);
-  tq_run<H, HP, TPL, E, DK, DV, KM && KB != 0>(keys, values, begin, end, safe, split, shift, q_rotated, weights, bias,
-                                               masks, out, lane);
+  tq_run<H, HP, TPL, E, NS, SHARED, DK, DV, KM && KB != 0>(keys, values, begin, end, safe, split, shift,
+                                                           q + (q_rotated - memory), weights, tile, row_bias,
+                                                           row_bias + ALL_ROWS, masks, out, sg, lane);
 }
 
 // ---- results of the simdgroup: its sums over tokens in flight

@@ -69,8 +69,10 @@ class AttendTuning(NamedTuple):
     """Numbers that do not change the result of `attend`, only its speed. `bench --tune` turns them."""
     accumulators: int = 64  # per lane: rows of a simdgroup * dims per lane
     tokens_per_lane: int = 2
-    simdgroups: int = 8  # per threadgroup
-    tokens_per_block: int = 256  # at least, a block being the tokens of a simdgroup
+    tokens_per_lane_few_rows: int = 4  # of at most 2 rows
+    simdgroups: int = 4  # per threadgroup
+    simdgroups_one_launch: int = 8
+    tokens_per_block: int = 512  # at least, a block being the tokens of a simdgroup
     simdgroups_per_launch: int = 2048  # so many keep the largest chip busy: no more blocks than that
     one_launch_tokens: int = 1024  # up to so many a threadgroup does a kv head alone and no merge is needed
 
@@ -81,6 +83,7 @@ class AttendShape(NamedTuple):
     TPL: int
     E: int
     NS: int
+    SHARED: bool = False
 
 
 @functools.lru_cache(maxsize=None)
@@ -92,8 +95,15 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, n_rows, one):
     if value_bits == 2 and n_rows <= 4 and 16 in dims:
         dims_per_lane = 16  # whole words
     most = min(8, max(1, tuning.accumulators // dims_per_lane))
+    if not one and n_rows > most:  # simdgroups side by side on the same tokens, which are decoded once for all
+        rows = -(-n_rows // -(-n_rows // most))
+        tile = 2 * 32 * (max(key_dim, value_dim) + 8)
+        for simdgroups in range(min(8, -(-n_rows // rows)), 1, -1):
+            if simdgroups * rows * 4 * key_dim + simdgroups * 128 * _padded(rows) + tile <= THREADGROUP_BYTES:
+                return AttendShape(rows, 1, dims_per_lane, simdgroups, True)
     rows = -(-n_rows // -(-n_rows // most))
-    tokens, simdgroups = tuning.tokens_per_lane, tuning.simdgroups
+    tokens = tuning.tokens_per_lane_few_rows if rows <= 2 else tuning.tokens_per_lane
+    simdgroups = tuning.simdgroups_one_launch if one else tuning.simdgroups
     queries = (2 if one and key_bits else 1) * 4 * rows * key_dim
     while queries + simdgroups * 128 * tokens * _padded(rows) > THREADGROUP_BYTES or (
             one and simdgroups * 4 * value_dim > THREADGROUP_BYTES):
@@ -119,7 +129,8 @@ def attend_blocks(tuning, shape, n_exact, n_packed, n_groups, one):
         return (shape.NS if exact else 0), shape.NS
     most = max(tuning.simdgroups_per_launch // n_groups, 1)
     tokens = max(tuning.tokens_per_block, -(-(n_exact + n_packed) // most))
-    exact, packed = (-(-(-(-n // tokens)) // shape.NS) * shape.NS for n in (n_exact, n_packed))
+    step = 1 if shape.SHARED else shape.NS
+    exact, packed = (-(-(-(-n // tokens)) // step) * step for n in (n_exact, n_packed))
     return exact, exact + packed
 
 
@@ -286,7 +297,7 @@ class MetalBackend:
         reason = attend_unsupported(keys.bits, values.bits, keys.head_dim, values.head_dim, n_query_tokens)
         if reason:
             raise ValueError(reason)
-        one = sum(counts) <= self.tuning.one_launch_tokens
+        one = self._one_launch(queries, keys, values, counts)
         self._test_attend(queries, keys, values, one)
         return self._attend(queries, keys, values, counts, scale, mask, sinks, starts, seed, one)
 
@@ -342,13 +353,19 @@ class MetalBackend:
             **_grid(n_vectors, [side.head_dim for side, _ in prepared]))
         return list(outs[:n])
 
+    def _one_launch(self, queries, keys, values, counts):
+        """Whether one launch does it: not for many tokens, and not where packed words would be decoded thrice."""
+        shape = attend_shape(self.tuning, keys.bits, values.bits, keys.head_dim, values.head_dim, 1, True)
+        n_rows = queries.shape[1] // _n_kv_heads(keys) * queries.shape[2]
+        return sum(counts) <= self.tuning.one_launch_tokens and n_rows <= 2 * (self.tuning.accumulators // shape.E)
+
     def _attend(self, queries, keys, values, counts, scale, mask, sinks, starts, seed, one):
         batch, n_heads, n_query_tokens, key_dim = queries.shape
-        n_kv_heads = next(a for a in (keys.recent, keys.codes, keys.sink) if a is not None).shape[1]
+        n_kv_heads = _n_kv_heads(keys)
         n_sink, n_packed, n_recent = counts
         n_rows = n_heads // n_kv_heads * n_query_tokens
         shape = attend_shape(self.tuning, keys.bits, values.bits, key_dim, values.head_dim, n_rows, one)
-        row_groups = -(-n_rows // shape.H)
+        row_groups = -(-n_rows // (shape.H * (shape.NS if shape.SHARED else 1)))
         n_groups = batch * n_kv_heads * row_groups
         exact_blocks, blocks = attend_blocks(self.tuning, shape, n_sink + n_recent, n_packed, n_groups, one)
 
@@ -386,7 +403,7 @@ class MetalBackend:
         acc, ml = kernel(
             inputs=[queries, *sides, *means, diag, queries if mask is None else mask, sinks_or_any,
                     dims if starts is None else starts, dims],
-            template=template, grid=(32, blocks, n_groups), threadgroup=(32, shape.NS, 1),
+            template=template, grid=(32, blocks * (shape.NS if shape.SHARED else 1), n_groups), threadgroup=(32, shape.NS, 1),
             output_shapes=[out_shape if one else partial_shape, (1,) if one else (*partial_shape[:-1], 2)],
             output_dtypes=[queries.dtype if one else mx.float32, mx.float32])
         if one:
@@ -425,7 +442,7 @@ class MetalBackend:
 
     def _test_attend(self, queries, keys, values, one):
         """Build and check the specialization of these arguments once."""
-        n_kv_heads = next(a for a in (keys.recent, keys.codes, keys.sink) if a is not None).shape[1]
+        n_kv_heads = _n_kv_heads(keys)
         shape = attend_shape(self.tuning, keys.bits, values.bits, keys.head_dim, values.head_dim,
                              queries.shape[1] // n_kv_heads * queries.shape[2], one)
         sides = tuple((side.bits, side.head_dim, side.mean is not None, _exact_dtype(side, queries.dtype))
@@ -458,7 +475,7 @@ class MetalBackend:
             cached.append(CachedSide(exact[:, :, :counts[0]], codes, scale, exact[:, :, -counts[2]:], bits, head_dim,
                                      None if mean is None else mx.array(mean)))
         scale = sides[0][1] ** -0.5
-        queries = mx.array(rng.standard_normal((1, shape.H, 1, sides[0][1])).astype(np.float32)).astype(dtype)
+        queries = mx.array(rng.standard_normal((1, shape.H * (shape.NS if shape.SHARED else 1), 1, sides[0][1])).astype(np.float32)).astype(dtype)
         got = self._attend(queries, *cached, counts, scale, None, None, mx.array([1] * 8, mx.int32), 0, one)
         x, y = (a[:, :, 1:] for a in restored)
         want = reference.attention(np.array(queries.astype(mx.float32)), x, y, scale=scale)
@@ -504,6 +521,10 @@ TOLERANCE = {mx.float32: 5e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 # Largest error of attention, relative to the largest output, by bits of the keys: float32 sums of up to D products;
 # with 8 bits a constant of 1152 times the sum of the query is taken off the dot product.
 ATTEND_TOLERANCE = {0: 4e-6, 2: 4e-6, 3: 4e-6, 4: 4e-6, 8: 4e-5}
+
+
+def _n_kv_heads(side):
+    return next(a for a in (side.recent, side.codes, side.sink) if a is not None).shape[1]
 
 
 def _exact_dtype(side, otherwise):

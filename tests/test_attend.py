@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("simulated")
 
 ONE, TWO = MetalBackend(metalsim.metal_kernel), MetalBackend(metalsim.metal_kernel)
 TWO.tuning = AttendTuning(one_launch_tokens=0, tokens_per_block=64)  # two launches, several blocks even of few tokens
+ONE._run_check = TWO._run_check = lambda what, check: None  # the self-test has tests of its own; it doubles the time
 LAUNCHES = {"one launch": ONE, "two launches": TWO}
 ORDERS = ("natural", "reversed", "random")
 
@@ -57,13 +58,12 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("options", COMBINATIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
-def test_every_scheme_head_dim_and_group_agrees_with_the_oracle(options, launch):
-    i = COMBINATIONS.index(options)
+def test_every_scheme_head_dim_and_group_agrees_with_the_oracle(options):
+    i = COMBINATIONS.index(options)  # one launch or two, in turn; the slow tests do both
     case = make_case(**{"rng_seed": i, **options})
     with metalsim.configured(order=ORDERS[i % 3], seed=i):
-        check(case, [LAUNCHES[launch]], mask="causal")
+        check(case, [(TWO, ONE)[i % 2]], mask="causal")
 
 
 @pytest.mark.parametrize("counts", [(0, 40, 0), (0, 0, 5), (1, 0, 0), (3, 0, 2), (3, 70, 0), (0, 70, 7), (0, 1, 0),
@@ -192,7 +192,7 @@ def check_combination(options, mask, sinks, starts, order):
         check(case, mask=mask, sinks=sinks, starts=starts)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=4, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(combinations())
 def test_chosen_combinations_agree_with_the_oracle(combination):
     check_combination(*combination)
@@ -250,7 +250,7 @@ class Recorder(MetalBackend):
     def run(self, case, mask=None):
         """The counts of each launch for `case`, and of no self-test."""
         self._attend(case.queries, case.keys, case.values, case.counts, case.scale, mask, None, None, 0,
-                     sum(case.counts) <= self.tuning.one_launch_tokens)
+                     self._one_launch(case.queries, case.keys, case.values, case.counts))
         return self.stats
 
 
@@ -278,10 +278,20 @@ def test_packed_bytes_are_read_once_and_outputs_written_once(options, one):
         assert set(stats[name].writes[output]) == {1}, output
 
 
-def test_more_than_eight_heads_read_a_packed_byte_twice():
-    case = make_case(dims=(128, 128), G=12, counts=(0, 192, 0))
-    reads = Recorder(one_launch_tokens=0).run(case)["attend"].reads["k_codes"]
-    assert set(reads) == {0, 2}
+@pytest.mark.parametrize("G, L", [(12, 1), (16, 1), (1, 16), (4, 8), (2, 16), (5, 3)])
+def test_many_rows_share_what_is_decoded_once(G, L):
+    case = make_case(dims=(128, 128), bits=(4, 3), G=G, L=L, counts=(0, 192, 32))
+    stats = Recorder(one_launch_tokens=0).run(case)["attend"]
+    assert all(set(stats.reads[name][:len(stats.reads[name]) * 192 // 216]) == {1} for name in ("k_codes", "v_codes"))
+
+
+@pytest.mark.parametrize("G, L", [(16, 1), (4, 4), (64, 1)])
+def test_one_launch_decodes_at_most_twice(G, L):
+    case = make_case(dims=(128, 128), G=G, L=L, counts=(0, 192, 32))
+    recorder = Recorder()
+    recorder.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale)
+    assert recorder.stats["attend"].reads["k_codes"].max() <= 2
+    check(case)
 
 
 def test_lengths_are_data_the_text_of_the_kernels_stays_the_same(monkeypatch):
@@ -314,6 +324,15 @@ def barriers():
             yield pytest.param(name, i, id=f"{name}-{i}-{match[0][:-9]}")
 
 
+def run_past_every_barrier(edit=None):
+    case = make_case(dims=(32, 512), G=2, counts=(4, 300, 33))  # 512: the rows are merged one by one
+    for order in ORDERS[:2]:
+        with metalsim.configured(order=order):
+            Recorder(edit, one_launch_tokens=0).run(make_case(dims=(32, 32), G=16, counts=(0, 90, 0)))  # shared tiles
+            Recorder(edit).run(case)
+            Recorder(edit, one_launch_tokens=0, simdgroups=2).run(case)  # 2: several tiles each
+
+
 @pytest.mark.parametrize("name, i", list(barriers()))
 def test_a_barrier_less_is_noticed(name, i):
     def without(kernel, header, body):
@@ -323,15 +342,12 @@ def test_a_barrier_less_is_noticed(name, i):
         match = list(re.finditer(r"(if \([^()]*\) )?\w+_barrier\([^)]*\);", text))[i]
         return (text[:match.start()] + text[match.end():]).split(kernels.BODY_MARKER)
 
-    case = make_case(dims=(32, 512), G=2, counts=(4, 300, 33))  # 512: the rows are merged one by one
-    def run(edit):
-        for order in ORDERS:
-            with metalsim.configured(order=order):
-                for one, simdgroups in ((0, 2), (1024, 8)):  # 2: several tiles each
-                    Recorder(edit, one_launch_tokens=one, simdgroups=simdgroups).run(case)
-    run(None)
     with pytest.raises(metalsim.MSLError, match="race|initialis"):
-        run(without)
+        run_past_every_barrier(without)
+
+
+def test_with_all_barriers_nothing_is_noticed():
+    run_past_every_barrier()
 
 
 def test_a_kernel_that_computes_something_wrong_is_an_error():
@@ -343,6 +359,18 @@ def test_a_kernel_that_computes_something_wrong_is_an_error():
     with pytest.raises(BackendError, match="does not build"):
         Recorder(lambda name, header, body: (header, body + "}")).attend(
             case.queries, case.keys, case.values, case.counts, scale=case.scale)
+
+
+@pytest.mark.parametrize("options", [dict(G=2), dict(bits=(8, 3), means=True), dict(bits=(0, 2)), dict(G=16)], ids=str)
+def test_the_self_test_passes_once_for_each_specialization(options):
+    case = make_case(**{"dims": (64, 64), "G": 1, **options})
+    for one in (0, 1024):
+        recorder, checks = Recorder(one_launch_tokens=one), []
+        run_check = recorder._run_check
+        recorder._run_check = lambda what, check: checks.append(run_check(what, check))
+        for _ in range(2):
+            recorder.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale)
+        assert len(checks) == 1
 
 
 def test_what_the_kernel_does_not_cover_says_why():
@@ -359,7 +387,12 @@ def test_what_the_kernel_does_not_cover_says_why():
 # Operations per (key, value) pair of attend.metal over 2048 packed tokens, all classes together, everything compiled in
 # but unused (no mask, no sinks). A change must not break them.
 CEILING = {
-    ((4, 4), 128): {1: 10.2, 4: 16.5, 8: 24.95},
+    ((4, 4), 128): {1: 10.05, 4: 16.4, 8: 24.7},
+    ((3, 3), 128): {1: 10.1, 4: 16.45},
+    ((2, 2), 128): {1: 9.6, 4: 15.9},
+    ((8, 4), 128): {4: 14.9},
+    ((4, 4), 64): {4: 16.8},
+    ((4, 4), 256): {4: 16.2},
 }
 
 

@@ -50,6 +50,12 @@ def test_an_element_mentioned_twice_is_read_once_and_simd_functions_are_counted_
     assert stats.simd_ops == N // 32
 
 
+def test_what_stands_in_for_a_simd_function_is_not_counted_nor_what_it_calls():
+    _, stats = run("out[i] = simd_max(a[i]) + simd_min(a[i]);", [mx.ones((N,))])
+    assert per_thread(stats) == {"fp": 1}
+    assert stats.simd_ops == 2 * N // 32
+
+
 def test_a_divergent_branch_is_counted_by_the_threads_that_take_it():
     _, stats = run("float v = 0; if (i % 4 == 0) { v = exp(a[i]) / b[i]; } out[i] = v;", [mx.ones((N,))] * 2)
     assert stats.ops["math"] == stats.ops["fdiv"] == N // 4

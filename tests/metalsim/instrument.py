@@ -251,7 +251,12 @@ class DebugLocations:
         """Whether the instruction belongs to the stand-in for a simdgroup function, which a GPU has in
         hardware."""
         m = re.search(r"!dbg (!\d+)", text)
-        return bool(m) and self._file(m[1]) in self.uncounted_files
+        at = m[1] if m else None
+        while at is not None:                       # also what the stand-in calls, as max() in simd_max()
+            if self._file(at) in self.uncounted_files:
+                return True
+            at = self.inlined_at.get(at)
+        return False
 
 
 def _sanitizer_conditions(lines, start):
