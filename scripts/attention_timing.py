@@ -8,14 +8,15 @@
 1. Attention of one decode step, cache update not included: 32 query heads, 8 kv heads, head_dim 128. Medians and
    quartiles of interleaved repeats, each contender once per round, so that a busy machine slows all of them.
 2. Python overhead per layer and token: update_and_fetch and the model's call of scaled_dot_product_attention with our
-   door installed, one new token, nothing evaluated inside the timed part. Steps in which our cache packs a block
-   (one in 64) or mlx-lm's grows (one in 256) are among them; the median does not show them.
+   door installed, one new token, layer after layer as a model does it, nothing evaluated inside the timed part. Steps
+   in which our cache packs a block (one in 64) or mlx-lm's grows (one in 256) are among them; the median hides them.
 
 Float16 where MLX computes on Metal, float32 on the CPU. On the CPU there is no kernel of ours: the fallback in MLX
 operations is timed, and, for the overhead, also the Python side of the Metal path with kernels that do nothing (what
 mx.fast.metal_kernel itself costs per call is then missing).
 """
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -34,6 +35,7 @@ from mlx_turbo.kernels import MetalBackend, device_name  # noqa: E402
 
 N_HEADS, N_KV_HEADS, HEAD_DIM = 32, 8, 128
 SCALE = HEAD_DIM ** -0.5
+N_LAYERS = 8  # whose Python runs at a stretch; the first after an evaluation finds the processor's caches cold
 
 
 class NoKernels(MetalBackend):
@@ -104,26 +106,24 @@ def time_attention(n_tokens, repeats, dtype, names):
 def time_overhead(n_tokens, steps, dtype, names):
     """Rows: microseconds of Python per layer and token, nothing evaluated inside."""
     rng = np.random.default_rng(2)
-    contenders = {
-        ("uncompressed", names["mlx"]): (KVCache(), None),
-        ("mlx-lm 4 bit", names["mlx"]): (QuantizedKVCache(bits=4), None),
-        ("turbo4", names["ours"]): (TurboKVCache("turbo4"), None),
+    kinds = {
+        ("uncompressed", names["mlx"]): (KVCache, None),
+        ("mlx-lm 4 bit", names["mlx"]): (lambda: QuantizedKVCache(bits=4), None),
+        ("turbo4", names["ours"]): (TurboKVCache, None),
     }
     if ops.metal_unavailable():
         stub = NoKernels()
-        contenders["turbo4", stub.describe()] = TurboKVCache("turbo4"), stub
-    for cache, _ in contenders.values():
-        filled(cache, n_tokens, dtype)
-    new = [random_tokens(rng, heads, 1, dtype) for heads in (N_HEADS, N_KV_HEADS, N_KV_HEADS)]
-    mx.eval(new)
-    seconds = {name: [] for name in contenders}
+        kinds["turbo4", stub.describe()] = TurboKVCache, stub
+    layers = {kind: [filled(make(), n_tokens, dtype) for _ in range(N_LAYERS)] for kind, (make, _) in kinds.items()}
+    seconds = {kind: [] for kind in kinds}
     attention.install()
     try:
-        for i in range(steps + 5):
-            for name, (cache, stub) in contenders.items():
-                took = one_step(cache, *new) if stub is None else stubbed_step(stub, cache, *new)
-                if i >= 5:
-                    seconds[name].append(took)
+        for i in range(steps + 2):
+            for kind, (_, stub) in kinds.items():
+                with ops.use_backend(stub) if stub else contextlib.nullcontext():
+                    took = one_step(layers[kind], rng, dtype)
+                if i >= 2:
+                    seconds[kind].append(took)
     finally:
         attention.uninstall()
     affine = np.median(seconds["mlx-lm 4 bit", names["mlx"]])
@@ -132,22 +132,19 @@ def time_overhead(n_tokens, steps, dtype, names):
             for (cache, backend), took in seconds.items()]
 
 
-def stubbed_step(stub, *args):
-    with ops.use_backend(stub):
-        return one_step(*args)
-
-
-def one_step(cache, queries, keys, values):
-    """Seconds a layer's Python takes; then everything is evaluated, so that graphs do not grow."""
-    queries, keys, values = (mx.array(a) for a in (queries, keys, values))  # one of mlx-lm's scales in place
-    mx.eval(queries, keys, values)
+def one_step(caches, rng, dtype):
+    """Seconds of Python per layer; then the caches are evaluated, so that graphs do not grow."""
+    new = [[random_tokens(rng, heads, 1, dtype) for heads in (N_HEADS, N_KV_HEADS, N_KV_HEADS)] for _ in caches]
+    mx.eval(new)
+    outs = []
     start = time.perf_counter()
-    k, v = cache.update_and_fetch(keys, values)
-    out = base.scaled_dot_product_attention(queries, k, v, cache=cache, scale=SCALE, mask=None)
+    for cache, (queries, keys, values) in zip(caches, new):
+        keys, values = cache.update_and_fetch(keys, values)
+        outs.append(base.scaled_dot_product_attention(queries, keys, values, cache=cache, scale=SCALE, mask=None))
     took = time.perf_counter() - start
-    del k, v
-    mx.eval(out, cache.state)
-    return took
+    del outs, keys, values
+    mx.eval([cache.state for cache in caches])
+    return took / len(caches)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------
@@ -185,7 +182,7 @@ def main():
         print(f"attention over {n_tokens} tokens", file=sys.stderr, flush=True)
         rows += time_attention(n_tokens, repeats, dtype, names)
     print("python overhead", file=sys.stderr, flush=True)
-    rows += time_overhead(512 if args.quick else 1024, 20 if args.quick else 400, dtype, names)
+    rows += time_overhead(256 if args.quick else 1024, 20 if args.quick else 300, dtype, names)
     if args.json:
         json.dump(rows, sys.stdout, indent=1)
         print()
