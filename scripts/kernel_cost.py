@@ -221,10 +221,9 @@ def print_tables(rows):
 
 
 def print_row(where, name, m, first_launch, reads, bytes_vs_fp16, fp16_ops):
-    n_tokens_per_pair = where[0]
     print(f"{where[0]:3} {where[1]:2} {name:12}{m['ops_per_pair']:7.2f}{m['ops_per_pair'] / fp16_ops:7.2f}"
           f"{first_launch:8.2f}{m['ops_per_pair'] - first_launch:7.2f}{reads:11.3f}{bytes_vs_fp16:7.3f}"
-          f"{m['simd_ops_per_pair'] * n_tokens_per_pair:11.3f}{m['threadgroup_bytes']:9}   "
+          f"{m['simd_ops_per_pair'] * where[0]:11.3f}{m['threadgroup_bytes']:9}   "
           + "".join(f"{m['ops_by_class'][c]:7.2f}" for c in CLASSES))
 
 
