@@ -84,7 +84,8 @@ def time_attention(n_tokens, repeats, dtype, names):
     quantized, view = affine.keys_and_values(), turbo.keys_and_values()[0].view
     mx.eval(queries, keys, values, quantized)
     contenders = {
-        "uncompressed": (names["mlx"], lambda: mx.fast.scaled_dot_product_attention(queries, keys, values, scale=SCALE)),
+        "uncompressed": (names["mlx"], lambda: mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=SCALE)),
         "mlx-lm 4 bit": (names["mlx"], lambda: base.quantized_scaled_dot_product_attention(
             mx.array(queries), *quantized, scale=SCALE, mask=None, group_size=64, bits=4)),  # it scales in place
         "turbo4": (names["ours"], lambda: attention.attend(queries, view, scale=SCALE)),
@@ -128,7 +129,8 @@ def time_overhead(n_tokens, steps, dtype, names):
         attention.uninstall()
     affine = np.median(seconds["mlx-lm 4 bit", names["mlx"]])
     return [{"what": "python overhead", "cache": cache, "backend": backend, "tokens": n_tokens, "dtype": str(dtype),
-             "unit": "us", "repeats": steps, **quartiles(took, 1e-6), "over_mlx_lm_4_bit": float(np.median(took) / affine)}
+             "unit": "us", "repeats": steps, **quartiles(took, 1e-6),
+             "over_mlx_lm_4_bit": float(np.median(took) / affine)}
             for (cache, backend), took in seconds.items()]
 
 

@@ -5,10 +5,10 @@
     python scripts/kernel_cost.py --scheme turbo4 --head-dim 128     some of it
     python scripts/kernel_cost.py --json > cost.json                 a list of rows, nothing else on stdout
 
-One query token attends to --tokens packed tokens of one kv head; every feature (masks, attention sinks, left padding) is
-compiled in and none is used. Counts are per (key, value) element pair, that is divided by tokens * head_dim, and
-sum all launches of the step: attend and merge here, sdpa_vector_2pass_1 and 2pass_2 of MLX, whose text comes from
-the installed wheel. tests/metalsim/README.md says what is counted and what is not.
+One query token attends to --tokens packed tokens of one kv head; every feature (masks, attention sinks, left
+padding) is compiled in and none is used. Counts are per (key, value) element pair, that is divided by tokens *
+head_dim, and sum all launches of the step: attend and merge here, sdpa_vector_2pass_1 and 2pass_2 of MLX, whose text
+comes from the installed wheel. tests/metalsim/README.md says what is counted and what is not.
 
 The simulator is no GPU: nothing here is a measurement of time. The last table is a prediction from these counts.
 
@@ -194,7 +194,8 @@ def print_tables(rows):
     first = rows[0]
     print(f"Counted in the simulator, MLX {mx.__version__}: one query token, one kv head, {first['tokens']} packed"
           f" and {first['exact_tokens']} exact tokens.\n"
-          "Operations per (key, value) element pair, all launches of a step. x fp16: over the cheaper of MLX's kernels.\n")
+          "Operations per (key, value) element pair, all launches of a step. x fp16: over the cheaper of MLX's kernels."
+          "\n")
     print(f"{'D':>3} {'G':>2} {'':12}{'ops':>7}{'x fp16':>7}{'attend':>8}{'merge':>7}{'bytes/held':>11}{'x fp16':>7}"
           f"{'simd/token':>11}{'tg bytes':>9}   " + "".join(f"{c:>7}" for c in CLASSES))
     shown = set()
@@ -207,12 +208,14 @@ def print_tables(rows):
             shown.add(where)
         print_row(where, row["scheme"], row, row["attend_ops_per_pair"], row["bytes_read_over_packed"],
                   row["bytes_vs_fp16"], row["mlx_fp16_ops_per_pair"])
-    print("\nops: of all launches. attend: of the first (for fp16: 2pass_1), merge: of the second. bytes/held: requested"
-          " by threads over held by the cache\n(fp16: a cache line serves several heads). x fp16: bytes of the cache."
+    print("\nops: of all launches. attend: of the first (for fp16: 2pass_1), merge: of the second. bytes/held:"
+          " requested by threads over held by the cache\n"
+          "(fp16: a cache line serves several heads). x fp16: bytes of the cache."
           " simd: simdgroup functions per simdgroup. tg: threadgroup memory.\n")
     print("PREDICTION, not a measurement: time of MLX's fp16 kernels over ours (above 1: ours is faster).\n"
-          f"Assumed: the longer of operations / (cores * {LANES_PER_CORE} lanes * GHz * {ISSUE_RATE} issue rate) and bytes"
-          " / bandwidth; each byte comes from DRAM once;\nno latency, no spills, loads cost nothing: optimistic. "
+          f"Assumed: the longer of operations / (cores * {LANES_PER_CORE} lanes * GHz * {ISSUE_RATE} issue rate)"
+          " and bytes / bandwidth; each byte comes from DRAM once;\n"
+          "no latency, no spills, loads cost nothing: optimistic. "
           + "; ".join(f"{chip}: {c} cores, {ghz} GHz, {bw} GB/s" for chip, (c, ghz, bw) in CHIPS.items()) + ".\n")
     print(f"{'D':>3} {'G':>2} {'':12}" + "".join(f"{chip:>10}" for chip in CHIPS))
     for row in rows:
