@@ -1,0 +1,63 @@
+"""The measuring scripts in scripts/ run and print well-formed JSON with plausible numbers."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="metalsim runs on Linux")
+
+
+def run(script, *arguments):
+    done = subprocess.run([sys.executable, str(SCRIPTS / script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@LINUX
+def test_kernel_cost_counts_fewer_operations_and_bytes_than_fp16():
+    done = run("kernel_cost.py", "--gqa", "4", "--head-dim", "128", "--scheme", "turbo4", "--json")
+    row, = json.loads(done.stdout)
+    assert (row["head_dim"], row["gqa"], row["scheme"], row["tokens"]) == (128, 4, "turbo4", 2048)
+    assert 8 < row["ops_per_pair"] < 0.6 * row["mlx_fp16_ops_per_pair"]  # 8: a multiply-add per head and side
+    assert row["ops_per_pair"] == pytest.approx(row["attend_ops_per_pair"] + row["merge_ops_per_pair"])
+    assert row["ops_per_pair"] == pytest.approx(sum(row["ops_by_class"].values()))
+    assert row["launches"] == 2 and row["bytes_read_over_packed"] == 1
+    assert 0.25 < row["bytes_vs_fp16"] < 0.27
+    assert row["threadgroup_bytes"] <= 32768 and row["simd_ops_per_pair"] > 0
+    assert all(0.5 < ratio < 10 for ratio in row["predicted_fp16_over_ours"].values())
+    assert "1 of 1" in done.stderr
+
+
+@LINUX
+def test_kernel_cost_prints_a_table_that_calls_its_prediction_one():
+    out = run("kernel_cost.py", "--gqa", "1", "--head-dim", "64", "--scheme", "turbo2", "--tokens", "320",
+              "--exact").stdout
+    assert "320 packed and 68 exact tokens" in out and "PREDICTION, not a measurement" in out
+    assert "fp16 2pass_1" in out and "M4 Max" in out
+
+
+@LINUX
+def test_kernel_cost_says_what_is_missing_or_wrong(tmp_path, monkeypatch):
+    command = [sys.executable, str(SCRIPTS / "kernel_cost.py")]
+    done = subprocess.run([*command, "--scheme", "turbo5"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("kernel_cost: scheme: got 'turbo5'")
+    (tmp_path / "ziglang.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("METALSIM_CLANG", raising=False)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install ziglang" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_attention_timing_names_the_backend_of_each_figure():
+    rows = json.loads(run("attention_timing.py", "--quick", "--json").stdout)
+    for row in rows:
+        low, high = row["quartiles"]
+        assert 0 < low <= row["median"] <= high and row["backend"] and row["dtype"]
+    kinds = [[(r["cache"], r["unit"]) for r in rows if r["what"] == what] for what in ("attention", "python overhead")]
+    caches = ["uncompressed", "mlx-lm 4 bit", "turbo4"]
+    assert kinds[0] == [(cache, "ms") for cache in caches]
+    assert kinds[1][:3] == [(cache, "us") for cache in caches]
+    assert "PREDICTION" not in json.dumps(rows)
