@@ -22,7 +22,7 @@
 //
 // INPUTS  (T: any float type, a type for each)
 //   queries                 T [B, Hq, L, DK], any strides
-//   k_sink, k_recent        T [B, Hkv, CAPACITY, DK], rows contiguous, other strides free: whole buffers. v_: DV
+//   k_sink, k_recent        T [B, Hkv, CAPACITY, DK], the tokens of a head one behind the other: whole buffers. v_: DV
 //   k_codes                 uint32 [B, Hkv, CAPACITY, WORDS]; with KB = 0 T [B, Hkv, CAPACITY, DK]. As k_sink. v_: DV
 //   k_scale, v_scale        float16 [B, Hkv, CAPACITY, 1], tokens contiguous. Not read with 0 bits
 //   k_mean, v_mean          float [B, Hkv, 1, D], row-contiguous. Read only if KM / VM

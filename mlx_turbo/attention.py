@@ -38,6 +38,8 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
             or queries.shape[3] != head_dim:
         raise ValueError(f"queries: got {tuple(queries.shape)}, expected [{view.keys.recent.shape[0]}, a multiple of "
                          f"{H} heads, tokens, {head_dim}]")
+    if view.cache is not None:
+        view.cache.attended_version = view.version
     backend, keys, values = get_backend(backend), view.keys, view.values
     options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed)
     if backend.why_not_fused((keys.bits, head_dim), (values.bits, values.head_dim), queries.shape[2]):

@@ -6,6 +6,7 @@ The first `sink` tokens and at least the newest `recent` ones stay as they came,
 the recent window is quantized from those exact values, once, so the stored codes do not depend on how the prompt was
 cut into chunks. Every array is [B, n_kv_heads, tokens, *]: one token's bits never leave its row.
 """
+import threading
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -75,19 +76,22 @@ class KVView(NamedTuple):
     def is_current(self):
         return self.cache.version == self.version
 
-    def restore(self):
-        """Keys and values as arrays [B, n_kv_heads, N, D] of the model's dtype, lazily; one launch for both."""
+    def restore_packed(self):
+        """Its packed tokens, {side: [B, n_kv_heads, n_packed, D]} of the model's dtype, lazily; one launch for both."""
+        sides, n_packed = (self.keys, self.values), self.counts[1]
+        quantized = [i for i in (0, 1) if sides[i].bits]
+        packed = {i: sides[i].codes[:, :, :n_packed] for i in (0, 1) if not sides[i].bits}
+        for dtype in {sides[i].recent.dtype for i in quantized}:
+            same = [i for i in quantized if sides[i].recent.dtype == dtype]
+            restored = ops.dequantize_sides([sides[i].packed() for i in same], 0, n_packed, dtype, self.seed)
+            packed.update(zip(same, restored))
+        return packed
+
+    def restore(self, packed=None):
+        """Keys and values as arrays [B, n_kv_heads, N, D] of the model's dtype, lazily. packed: restore_packed()."""
         n_sink, n_packed, n_recent = self.counts
-        sides = self.keys, self.values
-        middle = {}
-        if n_packed:
-            quantized = [i for i in (0, 1) if sides[i].bits]
-            middle = {i: sides[i].codes[:, :, :n_packed] for i in (0, 1) if not sides[i].bits}
-            for dtype in {sides[i].recent.dtype for i in quantized}:
-                same = [i for i in quantized if sides[i].recent.dtype == dtype]
-                restored = ops.dequantize_sides([sides[i].packed() for i in same], 0, n_packed, dtype, self.seed)
-                middle.update(zip(same, restored))
-        out = []
+        sides, out = (self.keys, self.values), []
+        middle = self.restore_packed() if n_packed and packed is None else packed
         for i, side in enumerate(sides):
             parts = [side.sink[:, :, :n_sink]] if n_sink else []
             parts += [middle[i]] if n_packed else []
@@ -106,6 +110,33 @@ class LazyKV(mx.array):
         self.view, self.side = view, side
 
 
+class _Unread:
+    """The lazy restored tokens that the last update returned, if nobody can have read them: building that graph is a
+    third of a decode step's Python, and while packed tokens stay the same it can be returned again.
+
+    Only what went to attention.attend counts as unread, so that no restored copy of the cache is kept alive; only in
+    the thread that made it, because MLX evaluates a lazy array in no other. Not part of a copy of the cache.
+    """
+    __slots__ = ("packed", "n_packed", "thread", "version")
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self):
+        """Before codes are written: what reads them would turn the write into a copy."""
+        self.packed = self.n_packed = self.thread = self.version = None
+
+    def __deepcopy__(self, memo):
+        return _Unread()
+
+    def get(self, view):
+        me = view.counts[1], threading.get_ident()
+        if me != (self.n_packed, self.thread) or view.cache.attended_version != self.version:
+            self.packed, (self.n_packed, self.thread) = view.restore_packed(), me
+        self.version = view.version
+        return self.packed
+
+
 class TurboKVCache:
     """A KV cache of one layer, in the place of mlx_lm.models.cache.KVCache.
 
@@ -120,6 +151,8 @@ class TurboKVCache:
     def __init__(self, config="turbo4", **options):
         self.config = TurboConfig.of(config, **options)
         self.version = 0  # changes with every update: a view of an older version must not be read
+        self.attended_version = None  # set by attention.attend
+        self._unread = _Unread()
         self._clear()
 
     def _clear(self):
@@ -177,6 +210,7 @@ class TurboKVCache:
     def _pack(self, tails):
         """Quantize all but the newest `recent` tokens of `tails` (exact tokens after the packed ones, per side) and
         keep those in new recent buffers. Raises before anything is changed."""
+        self._unread.forget()
         n_pack = tails[0].shape[2] - self.config.recent
         packed = self._quantize([tail[:, :, :n_pack] for tail in tails])
         for side, tail, (codes, scale) in zip(self._sides, tails, packed):
@@ -230,7 +264,8 @@ class TurboKVCache:
         view = KVView(*sides, counts, self.config.seed, self, self.version)
         if not any(side.bits for side in sides):
             return tuple(view.restore())  # nothing is packed: mlx-lm's own attention, to the bit
-        return tuple(LazyKV(x, view, i) for i, x in enumerate(view.restore()))
+        packed = self._unread.get(view) if view.counts[1] else None
+        return tuple(LazyKV(x, view, i) for i, x in enumerate(view.restore(packed)))
 
     def keys_and_values(self):
         """All tokens, [B, n_kv_heads, offset, D] of keys and of values, packed ones dequantized lazily."""
@@ -265,6 +300,7 @@ class TurboKVCache:
         """Forget the newest n tokens, or all if there are fewer; returns how many were forgotten."""
         trimmed = n = min(max(int(n), 0), self.offset)
         self.version += 1
+        self._unread.forget()
         if n == self.offset:
             self._clear()
             return trimmed
@@ -355,7 +391,7 @@ class TurboKVCache:
             raise ValueError("state: keys and values have different batch sizes or numbers of kv heads")
         self.config, self._sides = config, sides
         self.n_sink, self.n_packed, self.n_recent = counts
-        self.version = 0
+        self.version, self.attended_version, self._unread = 0, None, _Unread()
         self._evaluate()
 
     @property

@@ -160,86 +160,124 @@ def _quantize_in_slices(side, seed):
 
 # ---- attention -----------------------------------------------------------------------------------------------
 DEAD = -1e30  # a masked logit: finite, so that a tile in which everything is masked gives no NaN
-SCORE_BYTES = 32 << 20  # of the float32 logits of one tile, at most (a tile has at least 64 tokens)
-MAX_TILE = 2048  # tokens
+LOGIT_BYTES = 64 << 20  # float32 logits of a tile, at most (but those of 64 tokens); up to five copies live at a time
+MAX_TILE = 4096  # tokens
 
 
-def tile_tokens(n_rows):
-    """Tokens read at a time for n_rows = B * n_heads * L rows of queries."""
-    return int(min(MAX_TILE, max(64, SCORE_BYTES // (4 * n_rows) // 64 * 64)))
+def _tiles(counts, n_rows):
+    """The tokens in tiles, each a list of spans (part, first, n, column of the mask). Few exact tokens join a tile of
+    packed ones, so that a short cache is one tile."""
+    n_sink, n_packed, n_recent = counts
+    most = int(min(MAX_TILE, max(64, LOGIT_BYTES // (4 * n_rows) // 64 * 64)))
+    tiles, room = [[]], most
+    for part, n_tokens, column in (("packed", n_packed, n_sink), ("sink", n_sink, 0),
+                                   ("recent", n_recent, n_sink + n_packed)):
+        for first in range(0, n_tokens, most):
+            n = min(most, n_tokens - first)
+            if n > room:
+                tiles.append([])
+                room = most
+            if not tiles[-1]:
+                room += most // 16
+            tiles[-1].append((part, first, n, column + first))
+            room -= n
+    return tiles
 
 
 def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=None, sinks=None, seed=0):
-    """Attention over a cache, tile by tile, merged by log-sum-exp; float32 inside.
+    """Attention over a cache, tile by tile, float32 inside: as MetalBackend.attend, for any L.
 
-    As MetalBackend.attend, for any L. `read_rows(side, first, n)` gives the packed rows of tokens first .. first +
-    n - 1 in rotated space: (rows float32 [B, H, n, S], scale [B, H, n, 1] or None, the dim of each of the S numbers
-    (and the slot of each dim) or None if they are the dims). Never un-rotated, and nothing larger than a tile is restored.
+    `read_rows(side, first, n)` gives the packed rows of tokens first .. first + n - 1 in rotated space: (rows float32
+    [B, H, n, S], scale [B, H, n, 1] or None, (the dim of each of the S numbers, the number of each dim) or None if
+    they are the dims). Rows are never un-rotated, and only a tile of them is restored at a time, merged by log-sum-exp
+    with what came before: no more memory is taken than 5 * LOGIT_BYTES and 6 times a float32 tile of both sides.
     """
-    n_sink, n_packed, n_recent = counts
-    n_tokens = sum(counts)
+    n_packed, n_tokens = counts[1], sum(counts)
     B, n_heads, L, _ = queries.shape
     H = keys.recent.shape[1]
-    G = n_heads // H
-    q = queries.astype(mx.float32).reshape(B, H, G * L, -1) * scale
-    q_rotated = rotate(q, seed) if keys.bits and n_packed else None
+    rows = B, H, n_heads // H * L
+    q = queries.astype(mx.float32).reshape(*rows, -1) * scale
+    q_packed, q_mean, value_slots = q, None, None
+    if keys.bits and n_packed:
+        q_packed = rotate(q, seed)
+        q_mean = None if keys.mean is None else q @ keys.mean.swapaxes(-1, -2)
     if isinstance(mask, str):
-        mask = mx.arange(n_tokens) <= mx.arange(n_tokens - L, n_tokens)[:, None]
+        mask = None if L == 1 else mx.arange(n_tokens) <= mx.arange(n_tokens - L, n_tokens)[:, None]
     if mask is not None:
-        mask = mx.broadcast_to(mask, (B, n_heads, L, n_tokens))
-        mask = mask if mask.dtype == mx.bool_ else mask.astype(mx.float32)
-    tile = tile_tokens(B * n_heads * L)
-    parts = [("sink", 0, n_sink)] if n_sink else []
-    parts += [("packed", at, min(tile, n_packed - at)) for at in range(0, n_packed, tile)]
-    parts += [("recent", at, min(tile, n_recent - at)) for at in range(0, n_recent, tile)]
-
-    top = mx.full((B, H, G * L, 1), DEAD, mx.float32)
+        mask = mx.broadcast_to(mask, (B, n_heads, L, n_tokens)).reshape(*rows, n_tokens)
     if sinks is not None:
-        sinks = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, H, G, 1), (B, H, G, L)).reshape(B, H, G * L, 1)
-        top = mx.maximum(top, sinks)
-    total = mx.zeros_like(top)
-    plain = rotated = packed_weight = mx.zeros((1,), mx.float32)  # sums of weight * value: as given, and rotated
-    column, value_slots = 0, None
-    for part, first, n in parts:
-        packed_keys, packed_values = (part == "packed" and bool(side.bits) for side in (keys, values))
-        if packed_keys:
-            k, gamma, dims = read_rows(keys, first, n)
-            if dims is not None:  # a slot without a dim meets a query of 0
-                padded = mx.pad(q_rotated, [(0, 0)] * 3 + [(0, 1)]) if k.shape[-1] > keys.head_dim else q_rotated
-            logits = (q_rotated if dims is None else mx.take(padded, dims[0], axis=-1)) @ k.swapaxes(-1, -2)
-            logits = logits if gamma is None else logits * gamma.astype(mx.float32).swapaxes(-1, -2)
-            if keys.mean is not None:
-                logits = logits + q @ keys.mean.swapaxes(-1, -2)
-        else:
-            logits = q @ _exact(keys, part, first, n).swapaxes(-1, -2)
+        sinks = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, H, -1, 1), (B, H, n_heads // H, L))
+        sinks = sinks.reshape(*rows, 1)
+
+    def attend_tile(tile, top):
+        """The new maximum of the logits, and sums of weights, of packed weights, of weights * values, and of weights *
+        rotated values."""
+        nonlocal q_packed, value_slots
+        logits = []
+        for part, first, n, _ in tile:
+            if part != "packed" or not keys.bits:
+                logits.append(q @ _exact(keys, part, first, n).swapaxes(-1, -2))
+                continue
+            k, gamma, slots = read_rows(keys, first, n)
+            if slots is not None and first == 0:
+                q_packed = _to_slots(q_packed, slots[0], k.shape[-1])
+            x = q_packed @ k.swapaxes(-1, -2)
+            x = x if gamma is None else x * gamma.swapaxes(-1, -2)
+            logits.append(x if q_mean is None else x + q_mean)
+        logits = _join(logits)
         if mask is not None:
-            m = mask[..., column:column + n].reshape(B, H, G * L, n)
-            logits = mx.where(m, logits, DEAD) if m.dtype == mx.bool_ else mx.maximum(logits + m, DEAD)
-        new_top = mx.maximum(top, logits.max(-1, keepdims=True))
-        weights = mx.where(logits > DEAD, mx.exp(logits - new_top), 0)
-        fade = mx.exp(top - new_top)
-        weight = weights.sum(-1, keepdims=True)
-        total, top = total * fade + weight, new_top
-        plain, rotated, packed_weight = plain * fade, rotated * fade, packed_weight * fade
-        if packed_values:
+            allowed = _join([mask[..., column:column + n] for _, _, n, column in tile])
+            logits = mx.where(allowed, logits, DEAD) if mask.dtype == mx.bool_ else mx.maximum(logits + allowed, DEAD)
+        highest = logits.max(-1, keepdims=True)
+        if mask is not None:
+            highest = mx.maximum(highest, DEAD / 2)  # the weight of a masked token is 0 also in a row of such
+        top = highest if top is None else mx.maximum(top, highest)
+        weights = mx.exp(logits - top)
+        sums, at = [weights.sum(-1, keepdims=True), 0, 0, 0], 0
+        for part, first, n, _ in tile:
+            w = weights if len(tile) == 1 else weights[..., at:at + n]
+            at += n
+            if part != "packed" or not values.bits:
+                sums[2] = sums[2] + w @ _exact(values, part, first, n)
+                continue
             v, gamma, value_slots = read_rows(values, first, n)
-            weights = weights if gamma is None else weights * gamma.astype(mx.float32).swapaxes(-1, -2)
-            rotated, packed_weight = rotated + weights @ v, packed_weight + weight
-        else:
-            plain = plain + weights @ _exact(values, part, first, n)
-        column += n
-        if L > 16 and len(parts) > 1:
-            mx.eval(total, top, plain, rotated, packed_weight)  # one tile at a time in memory
+            sums[3] = sums[3] + (w if gamma is None else w * gamma.swapaxes(-1, -2)) @ v
+            if values.mean is not None:
+                sums[1] = sums[1] + w.sum(-1, keepdims=True)
+        return top, sums
+
+    top, sums = sinks, None
+    tiles = _tiles(counts, B * n_heads * L)
+    for tile in tiles:
+        before = top
+        top, new = attend_tile(tile, top)
+        if sums is not None:
+            fade = mx.exp(before - top)
+            new = [a * fade + b for a, b in zip(sums, new)]
+        sums = new
+        if len(tiles) > 1:
+            mx.eval(top, [a for a in sums if isinstance(a, mx.array)])  # or MLX would work on many tiles at a time
+    total, packed_weight, plain, rotated = sums
     if values.bits and n_packed:
-        if value_slots is not None:
-            rotated = mx.take(rotated, value_slots[1], axis=-1)
-        plain = plain + unrotate(rotated, seed)
+        plain = plain + unrotate(rotated if value_slots is None else mx.take(rotated, value_slots[1], axis=-1), seed)
         if values.mean is not None:
             plain = plain + packed_weight * values.mean
     if sinks is not None:
         total = total + mx.exp(sinks - top)
-    out = mx.where(total > 0, plain / mx.where(total > 0, total, 1), 0)
-    return out.reshape(B, n_heads, L, -1).astype(queries.dtype)
+    if mask is not None:
+        total = mx.where(total > 0, total, 1)  # a row that attends to nothing gives 0
+    return (plain / total).reshape(B, n_heads, L, -1).astype(queries.dtype)
+
+
+def _join(arrays):
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=-1)
+
+
+def _to_slots(q, dim_of_slot, n_slots):
+    """Queries in the order of read_slots; a slot without a dim meets a query of 0."""
+    if n_slots > q.shape[-1]:
+        q = mx.pad(q, [(0, 0)] * 3 + [(0, 1)])
+    return mx.take(q, dim_of_slot, axis=-1)
 
 
 def _exact(side, part, first, n):
@@ -279,7 +317,7 @@ class CpuBackend:
 
     def read_rows(self, side, first, n):
         """For `tiled_attention`: levels as they lie in memory, and the scales, which go to logits and weights."""
-        codes, scale = (mx.contiguous(a[:, :, first:first + n]) for a in (side.codes, side.scale))
+        codes, scale = mx.contiguous(side.codes[:, :, first:first + n]), side.scale[:, :, first:first + n]
         return read_slots(codes, side.bits, side.head_dim), scale, _slots(side.bits, side.head_dim)
 
     def why_not_fused(self, keys, values, n_query_tokens):

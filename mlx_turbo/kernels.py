@@ -5,6 +5,7 @@ compared with the NumPy reference on a few vectors, once per process; a kernel t
 raises `BackendError`. Nothing here ever falls back to another backend.
 """
 import functools
+import math
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -134,6 +135,7 @@ def attend_blocks(tuning, shape, n_exact, n_packed, n_groups, one):
     return exact, exact + packed
 
 
+@functools.lru_cache(maxsize=None)
 def attend_unsupported(key_bits, value_bits, key_dim, value_dim, n_query_tokens):
     """Why the attention kernel does not cover this, or None if it does."""
     for name, bits, dim in (("keys", key_bits, key_dim), ("values", value_bits, value_dim)):
@@ -201,6 +203,7 @@ def diagonals(head_dim, seed):
     return array
 
 
+@functools.lru_cache(maxsize=None)
 def rotates_in_kernel(head_dim):
     """Whether the transform's windows start where a lane's dims start (see tq_hadamard in metal/)."""
     dims_per_lane = 32 if head_dim > 512 else 16
@@ -324,7 +327,7 @@ class MetalBackend:
             template += [(f"B{i}", bits), (f"D{i}", head_dim), (f"ROTATE{i}", in_kernel), (f"MEAN{i}", mean is not None)]
             code_shapes.append((*batch, words_per_row(bits, head_dim)) if i < n else (1,))
             scale_shapes.append((*batch, 1) if i < n else (1,))
-        n_vectors = int(np.prod(xs[0].shape[:3]))
+        n_vectors = math.prod(xs[0].shape[:3])
         outs = kernel(
             inputs=xs + shifts + diags, template=template, output_shapes=code_shapes + scale_shapes,
             output_dtypes=[mx.uint32] * 2 + [mx.float16] * 2, **_grid(n_vectors, [x.shape[-1] for x in xs[:n]]))
@@ -346,7 +349,7 @@ class MetalBackend:
             template += [(f"B{i}", side.bits), (f"D{i}", side.head_dim), (f"ROTATE{i}", in_kernel),
                          (f"MEAN{i}", side.mean is not None)]
             shapes.append((*side.codes.shape[:2], length, side.head_dim) if i < n else (1,))
-        n_vectors = int(np.prod(shapes[0][:3]))
+        n_vectors = math.prod(shapes[0][:3])
         outs = kernel(
             inputs=codes + scales + means + diags + [mx.array([first, length], mx.int32)], template=template,
             output_shapes=shapes, output_dtypes=[dtype] * 2,

@@ -130,8 +130,11 @@ def test_tiles_do_not_change_the_result(monkeypatch):
     cache, (keys, values) = filled("turbo4", 700, chunk=350, sink=4, recent=8, block=8)
     q = random_array(np.random.default_rng(8), 1, 4, 20, 64)
     with ops.use_backend("cpu"):
-        monkeypatch.setattr(fallback, "MAX_TILE", 64)
-        check(q, keys, values, scale=0.2, mask="causal")
+        for tile, logit_bytes in ((64, 1 << 25), (64, 4 * 80 * 128), (256, 4 * 80 * 64)):
+            monkeypatch.setattr(fallback, "MAX_TILE", tile)
+            monkeypatch.setattr(fallback, "LOGIT_BYTES", logit_bytes)
+            check(q, keys, values, scale=0.2, mask="causal")
+            check(q, keys, values, scale=0.2, sinks=mx.array([0.1, 2.0, -3.0, 9.0]))
 
 
 def peak_of(run):
@@ -144,8 +147,8 @@ def peak_of(run):
 
 
 def test_memory_of_prefill_and_decode_is_bounded_whatever_the_length():
-    """Tile of 2,048 tokens at most: logits 32 MiB, and a few times the float32 tile of both sides. No float copy of
-    the cache: that would be 2 * n * heads * head_dim * 4 bytes."""
+    """The bound of tiled_attention: 5 times the logits of a tile and 6 times its float32 keys and values, however
+    long the cache is."""
     peaks = {}
     for n in (4096, 16384):
         cache, (keys, values) = filled("turbo4", n, chunk=4096, heads=2, key_dim=128)
@@ -156,9 +159,9 @@ def test_memory_of_prefill_and_decode_is_bounded_whatever_the_length():
             mx.eval(q)
             with ops.use_backend("cpu"):
                 peaks[n, L] = peak_of(lambda q=q: attention.attend(q, view, scale=0.1, mask="causal"))
-    tile = 2 * 2048 * 2 * 128 * 4
+    tile = 2 * 4096 * 2 * 128 * 4
     for L in (1, 256):
-        bound = 6 * tile + 4 * 4 * 8 * L * 2048 + 8 * 4 * 8 * L * 128
+        bound = 6 * tile + 5 * 4 * 8 * L * 4096 + 8 * 4 * 8 * L * 128
         assert peaks[4096, L] <= bound and peaks[16384, L] <= bound
 
 
