@@ -204,7 +204,7 @@ def summarize(prompt_cache):
     """
     layers = models.reports(prompt_cache)
     ours = [report for _, _, report in layers if report]
-    held = sum(cache.nbytes for _, cache, _ in layers)
+    held = sum(_nbytes(cache) for _, cache, _ in layers)
     kept = held - sum(report["nbytes"] for report in ours)
     summary = {"nbytes": held, "uncompressed_nbytes": kept + sum(r["uncompressed_nbytes"] for r in ours),
                "n_compressed": len(ours), "layers": describe(prompt_cache)}
@@ -214,6 +214,15 @@ def summarize(prompt_cache):
         packed = [r["packed_bits_per_value"] for r in ours if r["packed"]]
         summary["packed_bits_per_value"] = sum(packed) / len(packed) if packed else None
     return summary
+
+
+def _nbytes(cache):
+    try:
+        return cache.nbytes
+    except (NameError, NotImplementedError):  # mlx-lm 0.31.2 forgot an import, and not every cache of its counts
+        from mlx.utils import tree_flatten
+
+        return sum(a.nbytes for _, a in tree_flatten(cache.state) if hasattr(a, "nbytes"))
 
 
 def report_lines(prompt_cache, scheme):

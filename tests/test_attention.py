@@ -191,6 +191,7 @@ def test_installing_twice_is_installing_once_and_can_be_undone():
     import mlx_lm.models.base as base
     import mlx_lm.models.llama as llama
 
+    attention.uninstall()
     original = base.scaled_dot_product_attention
     assert original is not attention.scaled_dot_product_attention
     for _ in range(2):
