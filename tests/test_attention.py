@@ -292,3 +292,42 @@ def test_enabling_a_model_opens_the_door():
     enable(tiny_llama(), "turbo4")
     assert base.scaled_dot_product_attention is attention.scaled_dot_product_attention
     attention.uninstall()
+
+
+@pytest.mark.parametrize("n_new", [1, 20], ids=["decoding", "a prompt chunk"])
+def test_packing_after_attention_does_not_copy_the_packed_tokens(n_new):
+    """The arrays that the last step returned and nobody read must not hold on to the codes that are written into."""
+    with ops.use_backend("cpu"):
+        cache = filled("turbo4", 32700, chunk=8192, key_dim=128, sink=4, recent=8, block=8)[0]
+        rng, codes = np.random.default_rng(11), sum(side.codes.nbytes for side in cache._sides)
+        capacity, n_packed = cache._sides[0].codes.shape[2], cache.n_packed
+        for n in [1] * 8 + [n_new]:
+            kv = [random_array(rng, 1, 2, n, 128) for _ in range(2)]
+            mx.eval(kv, cache.state)
+            mx.synchronize()
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            keys, values = cache.update_and_fetch(*kv)
+            mx.eval(cache.state)
+            mx.synchronize()
+            used = mx.get_peak_memory() - before
+            mx.eval(attention.attend(random_array(rng, 1, 4, 1, 128), attention.view_of(keys, values), scale=0.1))
+            del keys, values
+        assert n_packed < cache.n_packed <= capacity == cache._sides[0].codes.shape[2]
+        assert used < 0.5 * codes, (used, codes)
+
+
+def test_what_was_returned_again_unread_is_right_after_trimming_into_the_packed_tokens(backend):
+    """As many packed tokens as before, but other ones."""
+    cache, (keys, values) = filled("turbo4", 40, chunk=20, sink=2, recent=4, block=4)
+    rng = np.random.default_rng(12)
+    q = random_array(rng, 1, 2, 1, 64)
+    check(q, keys, values, scale=0.2)
+    counts = cache.n_packed
+    cache.trim(20)
+    while cache.n_packed < counts:
+        keys, values = cache.update_and_fetch(*(random_array(rng, 1, 2, 2, 64) for _ in range(2)))
+    assert cache.n_packed == counts
+    restored = [to_numpy(x) for x in cache.keys_and_values()[0].view.restore()]
+    assert all(np.array_equal(to_numpy(x), want) for x, want in zip((keys, values), restored))
+    check(q, keys, values, scale=0.2)
