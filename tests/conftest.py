@@ -95,3 +95,16 @@ def simulated():
         pytest.skip("the simulator runs on Linux; here the kernels run on the GPU")
     with ops.use_backend(SIMULATED) as chosen:
         yield chosen
+
+
+@pytest.fixture
+def generated_texts(monkeypatch):
+    """The set of Metal texts that the simulator is handed during the test."""
+    texts, generate = set(), metalsim.launch.generate
+
+    def remember(*args, **options):
+        out = generate(*args, **options)
+        texts.add(out[0])
+        return out
+    monkeypatch.setattr(metalsim.launch, "generate", remember)
+    return texts

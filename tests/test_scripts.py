@@ -61,3 +61,16 @@ def test_attention_timing_names_the_backend_of_each_figure():
     assert kinds[0] == [(cache, "ms") for cache in caches]
     assert kinds[1][:3] == [(cache, "us") for cache in caches]
     assert "PREDICTION" not in json.dumps(rows)
+
+
+@LINUX
+def test_packing_cost_counts_what_the_ceilings_of_the_kernel_tests_allow():
+    from test_kernels import DEQUANTIZE_CEILING, QUANTIZE_CEILING
+
+    rows = json.loads(run("packing_cost.py", "--json").stdout)
+    assert {(r["head_dim"], r["bits"]) for r in rows} == set(QUANTIZE_CEILING)
+    for r in rows:
+        case = r["head_dim"], r["bits"]
+        assert 10 < r["quantize_ops"] <= QUANTIZE_CEILING[case] + 0.1
+        assert 10 < r["dequantize_ops"] <= DEQUANTIZE_CEILING[case] + 0.1
+        assert r["quantize_bytes"] == pytest.approx(2 + r["bits"] / 8 + 2 / r["head_dim"], abs=0.002)
