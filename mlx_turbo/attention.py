@@ -9,6 +9,7 @@ import sys
 
 from .cache import LazyKV
 from .fallback import tiled_attention
+from .kernels import MAX_QUERY_TOKENS
 from .ops import get_backend
 
 _original = None  # mlx_lm's function, while ours is installed
@@ -52,6 +53,10 @@ def scaled_dot_product_attention(queries, keys, values, cache, scale, mask=None,
     view = None if options else view_of(keys, values)
     if view is None:
         return _original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks, **options)
+    if view.cache.undecided or not view.counts[1] and queries.shape[2] > MAX_QUERY_TOKENS:  # nothing is packed
+        out = _original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+        view.cache.observe(queries, scale, sinks)
+        return out
     return attend(queries, view, scale=scale, mask=mask, sinks=sinks)
 
 

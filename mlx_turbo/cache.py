@@ -11,33 +11,35 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from . import ops
+from . import auto, centring, ops
 from .kernels import CachedSide
 from .ops import QuantizeSide, check_vectors, get_backend, require_finite
-from .scheme import TurboConfig, words_per_row
+from .scheme import BITS, SCALES, Scheme, TurboConfig, words_per_row
 
-MAGIC, FORMAT_VERSION = 0x54554B56, 1  # "TUKV"
-_HEADER = ("magic", "version", "key_bits", "value_bits", "sink", "recent", "block", "seed",
-           "n_sink", "n_packed", "n_recent", "key_dim", "value_dim", "key_dtype", "value_dtype")
+MAGIC, FORMAT_VERSION = 0x54554B56, 2  # "TUKV"
+_HEADER = ("magic", "version", "key_bits", "value_bits", "sink", "recent", "block", "seed", "scale", "centre", "auto",
+           "chosen_key_bits", "n_sink", "n_packed", "n_recent", "key_dim", "value_dim", "key_dtype", "value_dtype",
+           "key_means", "value_means")
 
 
 class _Side:
     """The keys or the values of a cache: three buffers, each with room for more tokens than it holds.
 
     sink, recent: model dtype [B, H, capacity, D]. codes: uint32 [B, H, capacity, words], or with 0 bits the exact
-    vectors [B, H, capacity, D]. scale: float16 [B, H, capacity, 1], or None with 0 bits.
+    vectors [B, H, capacity, D]. scale: float16 [B, H, capacity, 1], or None with 0 bits. means: float16 [B, H, segments,
+    D], rotated (centring.py), or None.
     """
 
-    def __init__(self, bits):
-        self.bits = bits
-        self.sink = self.codes = self.scale = self.recent = None
+    def __init__(self, bits, segment):
+        self.bits, self.segment = bits, segment
+        self.sink = self.codes = self.scale = self.recent = self.means = None
 
     @property
     def head_dim(self):
         return self.recent.shape[-1]
 
     def buffers(self):
-        return [a for a in (self.sink, self.codes, self.scale, self.recent) if a is not None]
+        return [a for a in (self.sink, self.codes, self.scale, self.recent, self.means) if a is not None]
 
     @property
     def nbytes(self):
@@ -61,6 +63,15 @@ def _write(buffer, at, new, step):
     return buffer
 
 
+def _make_sides(config, key_bits=None):
+    bits = config.scheme.key_bits if key_bits is None else key_bits, config.scheme.value_bits
+    return [_Side(b, centring.segment_of(i)) for i, b in enumerate(bits)]
+
+
+def _may_choose(config):
+    return config.auto and config.scheme.key_bits > 0
+
+
 class KVView(NamedTuple):
     """All tokens of a cache as it held them at one moment: whole buffers, and how many tokens of each count.
 
@@ -81,10 +92,16 @@ class KVView(NamedTuple):
         sides, n_packed = (self.keys, self.values), self.counts[1]
         quantized = [i for i in (0, 1) if sides[i].bits]
         packed = {i: sides[i].codes[:, :, :n_packed] for i in (0, 1) if not sides[i].bits}
-        for dtype in {sides[i].recent.dtype for i in quantized}:
-            same = [i for i in quantized if sides[i].recent.dtype == dtype]
+        dtypes = {i: sides[i].recent.dtype if sides[i].means is None else mx.float32 for i in quantized}
+        for dtype in set(dtypes.values()):
+            same = [i for i in quantized if dtypes[i] == dtype]
             restored = ops.dequantize_sides([sides[i].packed() for i in same], 0, n_packed, dtype, self.seed)
             packed.update(zip(same, restored))
+        for i in quantized:
+            if sides[i].means is not None:
+                means = centring.plain(sides[i].means, self.seed)
+                packed[i] = packed[i] + centring.per_token(means, 0, n_packed, sides[i].segment)
+                packed[i] = packed[i].astype(sides[i].recent.dtype)
         return packed
 
     def restore(self, packed=None):
@@ -156,8 +173,10 @@ class TurboKVCache:
         self._clear()
 
     def _clear(self):
-        self._sides = [_Side(self.config.scheme.key_bits), _Side(self.config.scheme.value_bits)]
+        self._sides = _make_sides(self.config)
         self.n_sink = self.n_packed = self.n_recent = 0
+        self.undecided = _may_choose(self.config)  # auto has not chosen the bits of the keys yet; nothing is packed
+        self._observed, self._errors = None, {}
 
     @property
     def offset(self):
@@ -182,7 +201,10 @@ class TurboKVCache:
         n_to_sink = min(self.config.sink - self.n_sink, n_new)
         n_to_recent = n_new - n_to_sink
         capacity = self.config.recent + self.config.block
-        if self.n_recent + n_to_recent <= capacity:
+        if self.undecided and (self.n_recent > capacity or (self.n_recent + n_to_recent > capacity
+                                                            and n_to_recent <= self.config.block)):
+            self._decide()  # nobody showed us the queries of the chunk, or it is a decode step that must pack
+        if self.n_recent + n_to_recent <= capacity or self.undecided:
             view = None
         elif n_to_recent <= self.config.block:  # make room: what is appended stays exact until a later update
             self._pack([side.recent[:, :, :self.n_recent] for side in self._sides])
@@ -205,15 +227,19 @@ class TurboKVCache:
         self.version += 1
         if first or view:
             self._evaluate()
-        return new if first else self._fetch(*view or ())
+        if first:
+            return self._fetch(new=new) if self.undecided else new
+        return self._fetch(*view or ())
 
     def _pack(self, tails):
         """Quantize all but the newest `recent` tokens of `tails` (exact tokens after the packed ones, per side) and
         keep those in new recent buffers. Raises before anything is changed."""
         self._unread.forget()
         n_pack = tails[0].shape[2] - self.config.recent
-        packed = self._quantize([tail[:, :, :n_pack] for tail in tails])
-        for side, tail, (codes, scale) in zip(self._sides, tails, packed):
+        means = self._means(tails, n_pack)
+        packed = self._quantize([tail[:, :, :n_pack] for tail in tails], means)
+        for side, tail, mean, (codes, scale) in zip(self._sides, tails, means, packed):
+            side.means = mean
             side.codes = _write(side.codes, self.n_packed, codes, self.step)
             if scale is not None:
                 side.scale = _write(side.scale, self.n_packed, scale, self.step)
@@ -240,32 +266,106 @@ class TurboKVCache:
             raise ValueError(f"values: got {tuple(values.shape)}, expected [batch, n_kv_heads, tokens] as keys "
                              f"{tuple(keys.shape)}")
 
-    def _quantize(self, tails):
-        """Codes and scale of each side, [] and None for one that stays exact. One launch for both sides."""
-        quantized = [i for i, side in enumerate(self._sides) if side.bits]
-        out = [(tail, None) for tail in tails]
-        if quantized:
-            results = ops.quantize_sides([QuantizeSide(tails[i], self._sides[i].bits) for i in quantized],
-                                         self.config.seed)
-            require_finite([scale for _, scale in results], [("keys", "values")[i] for i in quantized])
-            for i, result in zip(quantized, results):
+    def _means(self, tails, n_pack):
+        """The means of each side (None: not centred) once the first n_pack of `tails` are packed.
+
+        Whether a row and head is centred is decided when its first tokens are packed, from all that are at hand; a
+        segment's mean when its first token is packed.
+        """
+        if not self.config.centre:
+            return [None, None]
+        if self.n_packed == 0:
+            use = [centring.worth_it(tail, side.segment) if side.bits else mx.array(False)
+                   for side, tail in zip(self._sides, tails)]
+            centred = mx.stack([u.any() for u in use]).tolist()
+        else:
+            centred = [side.means is not None for side in self._sides]
+            use = [(side.means[:, :, :1] != 0).any(-1, keepdims=True) if side.means is not None else None
+                   for side in self._sides]
+        return [self._side_means(side, tail, u, n_pack) if c else None
+                for side, tail, u, c in zip(self._sides, tails, use, centred)]
+
+    def _side_means(self, side, tail, use, n_pack):
+        n_had, n = (-(-n_tokens // side.segment) for n_tokens in (self.n_packed, self.n_packed + n_pack))
+        if n == n_had:
+            return side.means
+        new = centring.segment_means(tail, self.n_packed, side.segment)[:, :, self.n_packed % side.segment > 0:]
+        new = centring.stored(new[:, :, :n - n_had], use, self.config.seed)
+        return _write(side.means if n_had else None, n_had, new, 1 if side.segment > self.step else 8)
+
+    def _quantize(self, tails, means):
+        """Codes and scale of each side, [] and None for one that stays exact. One launch for both sides, unless keys
+        have means."""
+        out, seed = [(tail, None) for tail in tails], self.config.seed
+        by_segment = means[0] is not None
+        together = [i for i, side in enumerate(self._sides) if side.bits and not (i == 0 and by_segment)]
+        if by_segment:
+            out[0] = self._quantize_by_segment(tails[0], self._sides[0], means[0])
+        if together:
+            sides = [QuantizeSide(tails[i], self._sides[i].bits,
+                                  None if means[i] is None else centring.plain(means[i], seed)) for i in together]
+            for i, result in zip(together, ops.quantize_sides(sides, seed, scale=self.config.scale)):
                 out[i] = result
+        quantized = [i for i in (0, 1) if out[i][1] is not None]
+        if quantized:
+            require_finite([out[i][1] for i in quantized], [("keys", "values")[i] for i in quantized])
         return out
 
+    def _quantize_by_segment(self, x, side, means):
+        """Codes and scale of x [B, H, n, D], which become packed tokens n_packed ...: segments as if they were heads."""
+        (B, H, n, D), seed, segment = x.shape, self.config.seed, side.segment
+        begun, whole, rest = centring.spans(self.n_packed, n, segment)
+        at, s, parts = 0, self.n_packed // segment, []
+        for n_tokens, n_segments in (begun, 1), (whole * segment, whole), (rest, 1):
+            if n_tokens:
+                mean = centring.plain(means[:, :, s:s + n_segments], seed).reshape(B, H * n_segments, 1, D)
+                piece = x[:, :, at:at + n_tokens].reshape(B, H * n_segments, -1, D)
+                quantized, = ops.quantize_sides([QuantizeSide(piece, side.bits, mean)], seed, scale=self.config.scale)
+                parts.append([a.reshape(B, H, n_tokens, -1) for a in quantized])
+                at, s = at + n_tokens, s + n_segments
+        return tuple(mx.concatenate(a, axis=2) for a in zip(*parts))
+
+    # ---- auto ------------------------------------------------------------------------------------------------
+    def observe(self, queries, scale, sinks=None):
+        """See the queries [B, n_heads, L, Dk] of the newest L tokens: `auto` chooses by them. From attention.py."""
+        if not self.undecided:
+            return
+        queries = queries[:, :, -auto.N_QUERIES:]
+        if self._observed is not None and queries.shape[2] < auto.N_QUERIES:
+            queries = mx.concatenate([self._observed[0], queries], axis=2)[:, :, -auto.N_QUERIES:]
+        self._observed = queries, scale, sinks
+        if self.n_recent > self.config.recent + self.config.block:
+            self._decide()
+        else:
+            mx.async_eval(queries)
+
+    def _decide(self):
+        """Choose the bits of the keys, and pack what has waited for that. Without queries (nobody called `observe`) the
+        keys stand in for them."""
+        recents = [side.recent[:, :, :self.n_recent] for side in self._sides]
+        keys = recents[0] if not self.n_sink else mx.concatenate(
+            [self._sides[0].sink[:, :, :self.n_sink], recents[0]], axis=2)
+        queries, scale, sinks = self._observed or (None, None, None)
+        bits, self._errors = auto.choose_key_bits(queries, keys, self.config, scale, sinks)
+        self._sides[0].bits, self.undecided = bits, False
+        if self.n_recent > self.config.recent + self.config.block:
+            self._pack(recents)
+
     # ---- fetch -----------------------------------------------------------------------------------------------
-    def _fetch(self, n_packed=None, tails=None):
+    def _fetch(self, n_packed=None, tails=None, new=None):
         """All tokens of both sides as `LazyKV`: sink, the first n_packed packed ones, and the exact `tails`
-        (the recent ones, if not given)."""
+        (the recent ones, if not given). new: the same as arrays, if there are any."""
         sides, n_recent = [], self.n_recent if tails is None else tails[0].shape[2]
         for i, side in enumerate(self._sides):
             tail = side.recent if tails is None else mx.contiguous(tails[i])
-            sides.append(CachedSide(side.sink, side.codes, side.scale, tail, side.bits, side.head_dim))
+            sides.append(CachedSide(side.sink, side.codes, side.scale, tail, side.bits, side.head_dim, side.means,
+                                    side.segment))
         counts = self.n_sink, self.n_packed if n_packed is None else n_packed, n_recent
         view = KVView(*sides, counts, self.config.seed, self, self.version)
         if not any(side.bits for side in sides):
             return tuple(view.restore())  # nothing is packed: mlx-lm's own attention, to the bit
         packed = self._unread.get(view) if view.counts[1] else None
-        return tuple(LazyKV(x, view, i) for i, x in enumerate(view.restore(packed)))
+        return tuple(LazyKV(x, view, i) for i, x in enumerate(new or view.restore(packed)))
 
     def keys_and_values(self):
         """All tokens, [B, n_kv_heads, offset, D] of keys and of values, packed ones dequantized lazily."""
@@ -328,9 +428,10 @@ class TurboKVCache:
         return sum(side.nbytes for side in self._sides)
 
     def report(self):
-        """What the cache holds, as a dict of plain values: scheme; tokens, of which sink, packed and recent; nbytes;
-        uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would hold); packed_bits_per_value (of
-        keys and values, from the arrays themselves); backend; attention ("fused", or why a decode step is not)."""
+        """What the cache holds, as a dict of plain values: scheme (as it is, auto's choice included); tokens, of which
+        sink, packed and recent; nbytes; uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would
+        hold); packed_bits_per_value (of keys and values, from the arrays themselves); centred (sides with means);
+        auto (None, or how the bits were chosen); backend; attention ("fused", or why a decode step is not)."""
         values = packed_bits = uncompressed = 0
         for side in self._sides:
             if side.recent is None:
@@ -339,11 +440,22 @@ class TurboKVCache:
             values += per_token
             uncompressed += -(-self.offset // 256) * 256 * per_token * side.recent.dtype.size
             if side.codes is not None:
-                packed_bits += sum(8 * a.nbytes / a.shape[2] for a in (side.codes, side.scale) if a is not None)
-        return {"scheme": self.config.scheme.name, "tokens": self.offset, "sink": self.n_sink, "packed": self.n_packed,
+                arrays = [a for a in (side.codes, side.scale, side.means) if a is not None]
+                packed_bits += 8 * sum(a.nbytes for a in arrays) / side.codes.shape[2]
+        return {"scheme": Scheme(*(side.bits for side in self._sides)).name, "tokens": self.offset, "sink": self.n_sink, "packed": self.n_packed,
                 "recent": self.n_recent, "nbytes": self.nbytes, "uncompressed_nbytes": uncompressed,
-                "packed_bits_per_value": packed_bits / values if values else 0.0, "backend": get_backend().describe(),
+                "packed_bits_per_value": packed_bits / values if values else 0.0,
+                "centred": [name for name, side in zip(("keys", "values"), self._sides) if side.means is not None],
+                "auto": self._auto_report(), "backend": get_backend().describe(),
                 "attention": self._attention()}
+
+    def _auto_report(self):
+        if not _may_choose(self.config):
+            return None
+        report = {"undecided": self.undecided, "target": auto.TARGET, "error": dict(self._errors)}
+        if not self.undecided:
+            report["by"] = "the keys alone" if self._observed is None else "queries"
+        return report
 
     def _attention(self):
         if self.offset == 0 or not any(side.bits for side in self._sides):
@@ -356,42 +468,47 @@ class TurboKVCache:
         filled = self.offset > 0
         dims = [side.head_dim if filled else 0 for side in self._sides]
         dtypes = [ops.DTYPES.index(side.recent.dtype) if filled else 0 for side in self._sides]
+        n_means = [0 if side.means is None else -(-self.n_packed // side.segment) for side in self._sides]
         return [MAGIC, FORMAT_VERSION, scheme.key_bits, scheme.value_bits, config.sink, config.recent, config.block,
-                config.seed, self.n_sink, self.n_packed, self.n_recent, *dims, *dtypes]
+                config.seed, SCALES.index(config.scale), config.centre, config.auto,
+                -1 if self.undecided else self._sides[0].bits, self.n_sink, self.n_packed, self.n_recent, *dims, *dtypes,
+                *n_means]
 
     @property
     def state(self):
-        """Everything as a list of arrays: an int32 header, then per side sink, codes, scale and recent, cut to the
-        tokens they hold; parts without tokens are left out."""
+        """Everything as a list of arrays: an int32 header, then per side sink, codes, scale, means and recent, cut to
+        the tokens they hold; parts without tokens are left out."""
         arrays = [mx.array(self._header(), mx.int32)]
         for side in self._sides:
+            n_means = -(-self.n_packed // side.segment)
             parts = (side.sink, self.n_sink), (side.codes, self.n_packed), (side.scale, self.n_packed), \
-                (side.recent, self.n_recent)
+                (side.means, n_means), (side.recent, self.n_recent)
             arrays += [a[:, :, :n] for a, n in parts if a is not None and n]  # never the object we write into
         return arrays
 
     @state.setter
     def state(self, arrays):
         header = _read_header(arrays[0] if arrays else None)
-        config = TurboConfig(f"turbo{header['key_bits']}v{header['value_bits']}", header["sink"], header["recent"],
-                             header["block"], header["seed"])
+        config, key_bits = _read_config(header)
         rest = iter(arrays[1:])
-        sides = [_Side(config.scheme.key_bits), _Side(config.scheme.value_bits)]
+        sides = _make_sides(config, None if key_bits < 0 else key_bits)
         counts = header["n_sink"], header["n_packed"], header["n_recent"]
-        if min(counts) < 0 or counts[0] > config.sink or counts[2] > config.recent + config.block:
+        if min(counts) < 0 or counts[0] > config.sink or (counts[2] > config.recent + config.block and key_bits >= 0) \
+                or (key_bits < 0 and counts[1]):
             raise ValueError(f"state: the header names {counts} sink, packed and recent tokens, with {config}")
         try:
             for side, name in zip(sides, ("key", "value")):
-                _restore(side, rest, counts, header[f"{name}_dim"], header[f"{name}_dtype"], config)
+                _restore(side, rest, counts, header, name, config)
         except StopIteration:
             raise ValueError("state: arrays are missing") from None
         if next(rest, None) is not None:
             raise ValueError("state: more arrays than the header says")
         if sum(counts) and sides[0].recent.shape[:2] != sides[1].recent.shape[:2]:
             raise ValueError("state: keys and values have different batch sizes or numbers of kv heads")
-        self.config, self._sides = config, sides
+        self.config, self._sides, self.undecided = config, sides, key_bits < 0
         self.n_sink, self.n_packed, self.n_recent = counts
         self.version, self.attended_version, self._unread = 0, None, _Unread()
+        self._observed, self._errors = None, {}
         self._evaluate()
 
     @property
@@ -421,13 +538,29 @@ def _read_header(array):
     return dict(zip(_HEADER, numbers))
 
 
-def _restore(side, arrays, counts, head_dim, dtype, config):
-    """Fill `side` from the iterator `arrays`, as `state` wrote it; checks every shape and dtype."""
+def _read_config(header):
+    """(TurboConfig, the bits of keys: -1 while auto has not chosen)"""
+    if header["scale"] not in range(len(SCALES)):
+        raise ValueError(f"state: the header names scale rule {header['scale']}, there are {len(SCALES)}")
+    config = TurboConfig(f"turbo{header['key_bits']}v{header['value_bits']}", header["sink"], header["recent"],
+                         header["block"], header["seed"], SCALES[header["scale"]], bool(header["centre"]),
+                         auto=bool(header["auto"]))
+    chosen = header["chosen_key_bits"]
+    if chosen not in ((-1, *BITS) if _may_choose(config) else (config.scheme.key_bits,)):
+        raise ValueError(f"state: the header names {chosen} bits for keys, with {config}")
+    return config, chosen
+
+
+def _restore(side, arrays, counts, header, name, config):
+    """Fill `side` ("key" or "value") from the iterator `arrays`, as `state` wrote it; checks every shape and dtype."""
     n_sink, n_packed, n_recent = counts
     if not n_sink + n_packed + n_recent:
         return
+    head_dim, dtype, n_means = (header[f"{name}_{what}"] for what in ("dim", "dtype", "means"))
     if dtype not in range(len(ops.DTYPES)):
         raise ValueError(f"state: the header names dtype number {dtype}, there are {len(ops.DTYPES)}")
+    if n_means not in ((0, -(-n_packed // side.segment)) if side.bits else (0,)):
+        raise ValueError(f"state: the header names {n_means} means of {name}s, with {n_packed} packed tokens")
     dtype, batch = ops.DTYPES[dtype], None
 
     def take(n, width, want):
@@ -444,6 +577,8 @@ def _restore(side, arrays, counts, head_dim, dtype, config):
     if n_packed and side.bits:
         side.codes = take(n_packed, words_per_row(side.bits, head_dim), mx.uint32)
         side.scale = take(n_packed, 1, mx.float16)
+        if n_means:
+            side.means = take(n_means, head_dim, mx.float16)
     elif n_packed:
         side.codes = take(n_packed, head_dim, dtype)
     recent = take(n_recent, head_dim, dtype) if n_recent else mx.zeros((*batch, 0, head_dim), dtype)

@@ -45,7 +45,7 @@ class CachedSide(NamedTuple):
 
     sink, recent: exact tokens, [B, Hkv, capacity, head_dim] in the model's dtype. codes: uint32 [B, Hkv, capacity,
     words] and scale: float16 [B, Hkv, capacity, 1]; with 0 bits codes are exact vectors and scale is None.
-    mean: float32 [B, Hkv, 1, head_dim] that packed tokens are relative to, or None.
+    means: float16 [B, Hkv, S, head_dim], rotated: what packed token p is relative to is means[p // segment]. Or None.
     """
     sink: Optional[mx.array]
     codes: Optional[mx.array]
@@ -53,14 +53,16 @@ class CachedSide(NamedTuple):
     recent: Optional[mx.array]
     bits: int
     head_dim: int
-    mean: Optional[mx.array] = None
+    means: Optional[mx.array] = None
+    segment: int = 0
 
     def packed(self):
-        """Its packed rows, as the dequantize kernel takes them."""
-        return PackedSide(self.codes, self.scale, self.bits, self.head_dim, self.mean)
+        """Its packed rows, as the dequantize kernel takes them, without their means."""
+        return PackedSide(self.codes, self.scale, self.bits, self.head_dim)
 
 
 # ---- attention: what a launch looks like ---------------------------------------------------------------------
+ONE_SEGMENT = 1 << 30  # CachedSide.segment where all packed tokens share a mean
 MAX_QUERY_TOKENS = 16
 THREADGROUP_BYTES = 32768 - 1024  # what the kernel may declare, less its small arrays
 MERGE_SIMDGROUPS = 4

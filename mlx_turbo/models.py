@@ -31,7 +31,7 @@ def register():
 
 def _compress(cache, config, kv_cache):
     """Replace the plain KV caches of a prompt cache in a new list."""
-    return [TurboKVCache(config) if type(c) is kv_cache else c for c in cache]
+    return [TurboKVCache(config.for_layer(i, len(cache))) if type(c) is kv_cache else c for i, c in enumerate(cache)]
 
 
 def _reads_state(model, kv_cache):

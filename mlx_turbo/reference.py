@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import codebook, rotation as rotations
-from .scheme import bit_fields, words_per_row
-
-SCALES = ("least-squares", "norm", "matched-norm")
+from .scheme import SCALES, bit_fields, words_per_row
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 
 BITS = (0, 2, 3, 4, 8)  # per number; 0 = left in the model's dtype
+SCALES = ("least-squares", "norm", "matched-norm")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Scheme:
         if not match:
             raise ValueError(
                 f"scheme: got {name!r}, allowed are turboN and turboKvV with N, K, V in {BITS}, for example "
-                "'turbo4', 'turbo3', 'turbo8v4' (keys 8 bits, values 4), 'turbo0v4' (keys exact)")
+                "'turbo4', 'turbo3', 'turbo8v4' (keys 8 bits, values 4), 'turbo0v4' (keys exact), and 'auto': turbo4 "
+                "with more bits for the keys of layers that need them")
         return cls(*(int(b) for b in match.groups(default=match[1])))
 
     @property
@@ -47,25 +49,54 @@ class TurboConfig:
     """How a cache stores its tokens: [sink: exact][packed][recent: exact].
 
     scheme: bits of packed tokens, a `Scheme` or its name.
+        "auto" is turbo4 with `auto`.
     sink: so many first tokens stay exact.
     recent: at least so many of the newest tokens stay exact.
     block: decoding packs the oldest exact tokens in blocks of this many, once recent + block have gathered.
     seed: of the rotation's signs.
+    scale: how the scale of a packed vector is chosen, one of SCALES (reference.quantize).
+    centre: subtract a mean from keys and values where it carries most of their energy (centring.py).
+    boundary: the first and the last so many layers get keys of at least 8 bits.
+    auto: a layer whose attention errs too much on the first prompt chunk gets more bits for its keys (auto.py).
 
-    Raises ValueError for an unknown scheme, a negative size or a block below 1.
+    Raises ValueError for an unknown scheme, a negative size, a block below 1, or an unknown scale.
     """
     scheme: Scheme = field(default_factory=lambda: Scheme(4, 4))
     sink: int = 4
     recent: int = 64
     block: int = 64
     seed: int = 0
+    scale: str = SCALES[0]
+    centre: bool = True
+    boundary: int = 0
+    auto: bool = False
 
     def __post_init__(self):
+        if self.scheme == "auto":
+            object.__setattr__(self, "scheme", "turbo4")
+            object.__setattr__(self, "auto", True)
         object.__setattr__(self, "scheme", Scheme.parse(self.scheme))
-        for name, least in (("sink", 0), ("recent", 0), ("block", 1), ("seed", 0)):
+        for name, least in (("sink", 0), ("recent", 0), ("block", 1), ("seed", 0), ("boundary", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
                 raise ValueError(f"{name}: got {value!r}, allowed are whole numbers from {least} to 2**31 - 1")
+        for name, allowed in (("scale", SCALES), ("centre", (False, True)), ("auto", (False, True))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed are {allowed}")
+
+    @property
+    def name(self):
+        """"auto", "turbo8v4", ..."""
+        if not self.auto:
+            return self.scheme.name
+        return "auto" if self.scheme == Scheme(4, 4) else f"auto from {self.scheme.name}"
+
+    def for_layer(self, layer, n_layers):
+        """The configuration of one of a model's layers: more bits for keys at the boundary."""
+        keys = self.scheme.key_bits
+        if not keys or self.boundary <= layer < n_layers - self.boundary:
+            return self
+        return replace(self, scheme=Scheme(max(keys, 8), self.scheme.value_bits))
 
     @classmethod
     def of(cls, config, **options):
