@@ -191,16 +191,18 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
     [B, H, n, S], scale [B, H, n, 1] or None, (the dim of each of the S numbers, the number of each dim) or None if
     they are the dims). Rows are never un-rotated, and only a tile of them is restored at a time, merged by log-sum-exp
     with what came before: no more memory is taken than 5 * LOGIT_BYTES and 6 times a float32 tile of both sides.
+
+    Raises ValueError for values with more than one mean: that would need the weight of every segment.
     """
     n_packed, n_tokens = counts[1], sum(counts)
+    if values.means is not None and n_packed > values.segment:
+        raise ValueError(f"values: got segments of {values.segment} tokens, allowed is one mean for all {n_packed}")
     B, n_heads, L, _ = queries.shape
     H = keys.recent.shape[1]
     rows = B, H, n_heads // H * L
     q = queries.astype(mx.float32).reshape(*rows, -1) * scale
-    q_packed, q_mean, value_slots = q, None, None
-    if keys.bits and n_packed:
-        q_packed = rotate(q, seed)
-        q_mean = None if keys.mean is None else q @ keys.mean.swapaxes(-1, -2)
+    q_packed = q_rotated = rotate(q, seed) if keys.bits and n_packed else None
+    value_slots = None
     if isinstance(mask, str):
         mask = None if L == 1 else mx.arange(n_tokens) <= mx.arange(n_tokens - L, n_tokens)[:, None]
     if mask is not None:
@@ -223,7 +225,7 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
                 q_packed = _to_slots(q_packed, slots[0], k.shape[-1])
             x = q_packed @ k.swapaxes(-1, -2)
             x = x if gamma is None else x * gamma.swapaxes(-1, -2)
-            logits.append(x if q_mean is None else x + q_mean)
+            logits.append(x if keys.means is None else x + _mean_logits(q_rotated, keys, first, n))
         logits = _join(logits)
         if mask is not None:
             allowed = _join([mask[..., column:column + n] for _, _, n, column in tile])
@@ -242,7 +244,7 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
                 continue
             v, gamma, value_slots = read_rows(values, first, n)
             sums[3] = sums[3] + (w if gamma is None else w * gamma.swapaxes(-1, -2)) @ v
-            if values.mean is not None:
+            if values.means is not None:
                 sums[1] = sums[1] + w.sum(-1, keepdims=True)
         return top, sums
 
@@ -259,9 +261,10 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
             mx.eval(top, [a for a in sums if isinstance(a, mx.array)])  # or MLX would work on many tiles at a time
     total, packed_weight, plain, rotated = sums
     if values.bits and n_packed:
-        plain = plain + unrotate(rotated if value_slots is None else mx.take(rotated, value_slots[1], axis=-1), seed)
-        if values.mean is not None:
-            plain = plain + packed_weight * values.mean
+        rotated = rotated if value_slots is None else mx.take(rotated, value_slots[1], axis=-1)
+        if values.means is not None:
+            rotated = rotated + packed_weight * values.means[:, :, :1]
+        plain = plain + unrotate(rotated, seed)
     if sinks is not None:
         total = total + mx.exp(sinks - top)
     if mask is not None:
@@ -271,6 +274,16 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
 
 def _join(arrays):
     return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=-1)
+
+
+def _mean_logits(q, side, first, n):
+    """What the means add to the logits of n packed tokens from `first` on, [..., n], or [..., 1] if it is one mean."""
+    start, end = first // side.segment, -(-(first + n) // side.segment)
+    x = q @ side.means[:, :, start:end].astype(mx.float32).swapaxes(-1, -2)
+    if end - start == 1:
+        return x
+    x = mx.take(x, mx.arange(first, first + n, 64) // side.segment - start, axis=-1)  # tiles and segments start at
+    return mx.repeat(x, 64, axis=-1)[..., :n]                                          # multiples of 64
 
 
 def _to_slots(q, dim_of_slot, n_slots):

@@ -45,7 +45,8 @@ class CachedSide(NamedTuple):
 
     sink, recent: exact tokens, [B, Hkv, capacity, head_dim] in the model's dtype. codes: uint32 [B, Hkv, capacity,
     words] and scale: float16 [B, Hkv, capacity, 1]; with 0 bits codes are exact vectors and scale is None.
-    means: float16 [B, Hkv, S, head_dim], rotated: what packed token p is relative to is means[p // segment]. Or None.
+    means: float16 [B, Hkv, S, head_dim] in rotated space, a whole buffer: packed token p (counted among the packed ones)
+    stands for its row + means[p // segment]; or None. segment: a multiple of 128 for keys, ONE_SEGMENT for values.
     """
     sink: Optional[mx.array]
     codes: Optional[mx.array]
@@ -55,14 +56,17 @@ class CachedSide(NamedTuple):
     head_dim: int
     means: Optional[mx.array] = None
     segment: int = 0
+    mean = None  # until `attend` takes means
 
     def packed(self):
-        """Its packed rows, as the dequantize kernel takes them, without their means."""
+        """Its packed rows without the means, as the dequantize kernel takes them."""
         return PackedSide(self.codes, self.scale, self.bits, self.head_dim)
 
 
+ONE_SEGMENT = 1 << 30  # tokens: one mean for all
+
+
 # ---- attention: what a launch looks like ---------------------------------------------------------------------
-ONE_SEGMENT = 1 << 30  # CachedSide.segment where all packed tokens share a mean
 MAX_QUERY_TOKENS = 16
 THREADGROUP_BYTES = 32768 - 1024  # what the kernel may declare, less its small arrays
 MERGE_SIMDGROUPS = 4
@@ -278,7 +282,7 @@ class MetalBackend:
     def read_rows(self, side, first, n):
         """For fallback.tiled_attention: n packed rows of a `CachedSide` from token `first` on, scaled but still
         rotated, float32 [B, H, n, head_dim]; no scale and no other order of the dims."""
-        prepared = [(side.packed()._replace(mean=None), False)]
+        prepared = [(side.packed(), False)]
         self._test("dequantize", ((side.head_dim, side.bits, False, False),), mx.float32)
         return self._dequantize(prepared, first, n, mx.float32, seed=0)[0], None, None
 

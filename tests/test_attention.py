@@ -2,9 +2,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import to_numpy
+from conftest import BACKENDS, to_numpy
 
-from mlx_turbo import TurboKVCache, attention, enable, ops, reference
+from mlx_turbo import TurboKVCache, attention, enable, fallback, ops, reference, rotation
+from mlx_turbo.kernels import ONE_SEGMENT, CachedSide
 
 TOLERANCE = {mx.float32: 5e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}  # of the output type, relative to the largest
 # (8-bit keys lose some float32 digits where a large offset is taken off a dot product)
@@ -125,8 +126,6 @@ def test_wrong_queries_get_an_error_that_names_them():
 
 # ---- tiles ---------------------------------------------------------------------------------------------------
 def test_tiles_do_not_change_the_result(monkeypatch):
-    from mlx_turbo import fallback
-
     cache, (keys, values) = filled("turbo4", 700, chunk=350, sink=4, recent=8, block=8)
     q = random_array(np.random.default_rng(8), 1, 4, 20, 64)
     with ops.use_backend("cpu"):
@@ -163,6 +162,66 @@ def test_memory_of_prefill_and_decode_is_bounded_whatever_the_length():
     for L in (1, 256):
         bound = 6 * tile + 5 * 4 * 8 * L * 4096 + 8 * 4 * 8 * L * 128
         assert peaks[4096, L] <= bound and peaks[16384, L] <= bound
+
+
+# ---- means of segments ---------------------------------------------------------------------------------------
+def side_with_means(rng, batch, counts, bits, head_dim, segment, means=None, spare=2):
+    """A `CachedSide` of 2 heads whose packed tokens stand for their row plus a mean, and what that restores to."""
+    n_sink, n_packed, n_recent = counts
+    x = rng.standard_normal((batch, 2, sum(counts), head_dim))
+    n_segments = -(-n_packed // segment)
+    if means is None:
+        means = 3 * rng.standard_normal((batch, 2, n_segments, head_dim))
+    means = means.astype(np.float16)
+    packed = reference.quantize(x[:, :, n_sink:n_sink + n_packed], bits, rotation=5)
+    x = x.astype(np.float32).astype(np.float64)
+    x[:, :, n_sink:n_sink + n_packed] = reference.dequantize(packed) + rotation.unrotate(
+        means.astype(np.float64), 5).repeat(min(segment, n_packed), axis=2)[:, :, :n_packed]
+    spare = np.full((batch, 2, spare, head_dim), np.nan, np.float16)  # never read
+    exact = mx.array(x.astype(np.float32))
+    side = CachedSide(exact[:, :, :n_sink], mx.array(packed.packed()), mx.array(packed.scale[..., None].astype(np.float16)),
+                      exact[:, :, n_sink + n_packed:], bits, head_dim, mx.array(np.concatenate([means, spare], 2)), segment)
+    return side, x
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if hasattr(BACKENDS[name], "read_rows")])
+@pytest.mark.parametrize("segment, bits", [(128, (4, 4)), (256, (3, 2)), (ONE_SEGMENT, (8, 3))], ids=str)
+@pytest.mark.parametrize("tile", [64, 192, 4096])  # 192: segments end inside of tiles, tiles inside of segments
+def test_packed_tokens_are_relative_to_the_mean_of_their_segment(monkeypatch, tile, segment, bits, name):
+    monkeypatch.setattr(fallback, "MAX_TILE", tile)
+    rng, counts = np.random.default_rng(13), (3, 437, 20)
+    keys, k = side_with_means(rng, 2, counts, bits[0], 64, segment)
+    values, v = side_with_means(rng, 2, counts, bits[1], 80, ONE_SEGMENT)
+    for L, mask in ((1, None), (5, "causal"), (2, rng.random((2, 1, 2, 460)) < 0.7)):
+        q = random_array(rng, 2, 4, L, 64)
+        want = reference.attention(to_numpy(q), k, v, scale=0.1, mask=mask)
+        got = fallback.tiled_attention(q, keys, values, counts, BACKENDS[name].read_rows, scale=0.1, seed=5,
+                                       mask=mx.array(mask) if isinstance(mask, np.ndarray) else mask)
+        assert np.abs(to_numpy(got) - want).max() <= TOLERANCE[mx.float32] * np.abs(want).max()
+
+
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_one_side_may_have_means_and_means_of_zero_change_nothing(which):
+    rng, counts = np.random.default_rng(14), (3, 200, 9)
+    zeros = {s: np.zeros((1, 2, -(-200 // s), 64)) for s in (128, ONE_SEGMENT)}
+    sides, _ = zip(*(side_with_means(rng, 1, counts, 4, 64, s, zeros[s]) for s in (128, ONE_SEGMENT)))
+    sides, q = list(sides), random_array(rng, 1, 4, 3, 64)
+    outs = []
+    for means in (True, False):
+        i = ("keys", "values").index(which)
+        sides[i] = sides[i] if means else sides[i]._replace(means=None)
+        sides[1 - i] = sides[1 - i]._replace(means=None)
+        outs.append(to_numpy(fallback.tiled_attention(q, *sides, counts, ops.get_backend("cpu").read_rows, scale=0.1,
+                                                      mask="causal", seed=5)))
+    assert np.allclose(*outs, rtol=0, atol=1e-6 * np.abs(outs[1]).max())
+
+
+def test_values_with_a_mean_per_segment_are_an_error():
+    rng, counts = np.random.default_rng(15), (0, 200, 1)
+    (keys, _), (values, _) = (side_with_means(rng, 1, counts, 4, 64, 128) for _ in range(2))
+    with pytest.raises(ValueError, match="^values: got segments of 128 tokens, allowed is one mean for all 200"):
+        fallback.tiled_attention(random_array(rng, 1, 2, 1, 64), keys, values, counts, ops.get_backend("cpu").read_rows,
+                                 scale=1.0)
 
 
 # ---- the door ------------------------------------------------------------------------------------------------
