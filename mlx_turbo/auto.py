@@ -7,7 +7,7 @@ heads of a kv head, the worst kv head counting. Bits are raised along LADDER unt
 import mlx.core as mx
 
 from . import ops
-from .centring import SEGMENT, plain, segment_means, stored, worth_it
+from .centring import SEGMENT, plain, stored, summarize, worth_it
 from .kernels import PackedSide, QuantizeSide
 
 LADDER = (4, 8, 0)  # bits of keys; 0 = exact
@@ -53,8 +53,8 @@ def _error(x, bits, config):
     B, H, S, T, D = x.shape
     mean = None
     if config.centre:
-        tokens = mx.flatten(x, 2, 3)
-        mean = plain(stored(segment_means(tokens, 0, T), worth_it(tokens, T), config.seed), config.seed)
+        summary = summarize(mx.flatten(x, 2, 3), 0, T)
+        mean = plain(stored(summary[0], worth_it(*summary), config.seed), config.seed)
         mean = mean.reshape(B, H * S, 1, D)
     x = x.reshape(B, H * S, T, D)
     (codes, gamma), = ops.quantize_sides([QuantizeSide(x, bits, mean)], config.seed, scale=config.scale)

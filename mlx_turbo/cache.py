@@ -272,26 +272,25 @@ class TurboKVCache:
         Whether a row and head is centred is decided when its first tokens are packed, from all that are at hand; a
         segment's mean when its first token is packed.
         """
-        if not self.config.centre:
+        if not self.config.centre or self.n_packed and all(side.means is None for side in self._sides):
             return [None, None]
-        if self.n_packed == 0:
-            use = [centring.worth_it(tail, side.segment) if side.bits else mx.array(False)
-                   for side, tail in zip(self._sides, tails)]
-            centred = mx.stack([u.any() for u in use]).tolist()
+        means, seen = [side.means for side in self._sides], {}
+        n_had, n = ([-(-n_tokens // side.segment) for side in self._sides]
+                    for n_tokens in (self.n_packed, self.n_packed + n_pack))
+        for i, side in enumerate(self._sides):
+            if side.bits and n[i] > n_had[i] and (means[i] is not None or not self.n_packed):
+                seen[i] = centring.summarize(tails[i], self.n_packed, side.segment)
+        if self.n_packed:
+            use = {i: (means[i][:, :, :1] != 0).any(-1, keepdims=True) for i in seen}
         else:
-            centred = [side.means is not None for side in self._sides]
-            use = [(side.means[:, :, :1] != 0).any(-1, keepdims=True) if side.means is not None else None
-                   for side in self._sides]
-        return [self._side_means(side, tail, u, n_pack) if c else None
-                for side, tail, u, c in zip(self._sides, tails, use, centred)]
-
-    def _side_means(self, side, tail, use, n_pack):
-        n_had, n = (-(-n_tokens // side.segment) for n_tokens in (self.n_packed, self.n_packed + n_pack))
-        if n == n_had:
-            return side.means
-        new = centring.segment_means(tail, self.n_packed, side.segment)[:, :, self.n_packed % side.segment > 0:]
-        new = centring.stored(new[:, :, :n - n_had], use, self.config.seed)
-        return _write(side.means if n_had else None, n_had, new, 1 if side.segment > self.step else 8)
+            use = {i: centring.worth_it(*summary) for i, summary in seen.items()}
+            wanted = mx.stack([u.any() for u in use.values()]).tolist() if use else []
+            means, seen = [None, None], {i: summary for (i, summary), yes in zip(seen.items(), wanted) if yes}
+        for i, (new, _, _) in seen.items():
+            begun = 1 if self.n_packed % self._sides[i].segment else 0
+            new = centring.stored(new[:, :, begun:][:, :, :n[i] - n_had[i]], use[i], self.config.seed)
+            means[i] = _write(means[i], n_had[i], new, 1 if i else 8)
+        return means
 
     def _quantize(self, tails, means):
         """Codes and scale of each side, [] and None for one that stays exact. One launch for both sides, unless keys

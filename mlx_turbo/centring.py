@@ -14,6 +14,7 @@ from .fallback import rotate, unrotate
 from .kernels import ONE_SEGMENT
 
 SEGMENT = 128  # packed tokens that share a mean of keys: 16 / SEGMENT = 0.125 bits per number where it is used
+SLICE = 1024  # tokens that are summed at a time
 SHARE = 0.5  # of the energy of a head's tokens that their means must carry: below, centring gains less than 3 dB
 
 
@@ -30,26 +31,36 @@ def spans(first, n, segment):
     return begun, whole, n - begun - whole * segment
 
 
-def segment_means(x, first, segment):
-    """Means of x [B, H, T, D], to be packed as tokens first ..., by segment: float32 [B, H, S, D]."""
-    begun, whole, rest = spans(first, x.shape[2], segment)
-    x = x.astype(mx.float32)
-    parts = [x[:, :, :begun].mean(2, keepdims=True)] if begun else []
-    if whole:
-        parts.append(mx.unflatten(x[:, :, begun:begun + whole * segment], 2, (whole, segment)).mean(3))
-    if rest:
-        parts.append(x[:, :, x.shape[2] - rest:].mean(2, keepdims=True))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+def summarize(x, first, segment):
+    """Of x [B, H, T, D], to be packed as tokens first ...: (means by segment float32 [B, H, S, D], tokens of each
+    float32 [S, 1], energy of all [B, H, 1, 1]). Evaluates where there is more than a slice of SLICE tokens, so that no
+    float32 copy of a prompt chunk is made."""
+    unit = min(segment, SLICE)
+    begun, whole, rest = spans(first % unit if segment > unit else first, x.shape[2], unit)
+    group = SLICE // unit
+    pieces = [(begun, 1)] + [(min(group, whole - i) * unit, min(group, whole - i)) for i in range(0, whole, group)]
+    pieces, at, sums, energy, n_tokens = [p for p in [*pieces, (rest, 1)] if p[0]], 0, [], 0, []
+    for n, n_segments in pieces:
+        piece = mx.unflatten(x[:, :, at:at + n].astype(mx.float32), 2, (n_segments, -1))
+        sums.append(piece.sum(3))
+        energy = energy + mx.square(piece).sum((2, 3, 4), keepdims=True)[..., 0]
+        n_tokens += [n // n_segments] * n_segments
+        at += n
+        if len(pieces) > 1:
+            mx.eval(sums[-1], energy)
+    sums, n_tokens = mx.concatenate(sums, axis=2), mx.array(n_tokens, mx.float32)[:, None]
+    if segment > unit:
+        sums, n_tokens = sums.sum(2, keepdims=True), n_tokens.sum(0, keepdims=True)
+    return sums / n_tokens, n_tokens, energy
 
 
-def worth_it(x, segment):
-    """For each batch row and head, whether the means of x [B, H, T, D] carry more than SHARE of its energy: bool
-    [B, H, 1, 1]. Decided per row and head, so that what else is in the batch does not matter."""
-    _, whole, rest = spans(0, x.shape[2], segment)
-    tokens = mx.array([segment] * whole + [rest] * (rest > 0), mx.float32)[:, None]
-    means = segment_means(x, 0, segment)
-    energy = mx.square(x.astype(mx.float32)).sum((2, 3), keepdims=True)
-    return (tokens * mx.square(means)).sum((2, 3), keepdims=True) > SHARE * energy
+def worth_it(means, n_tokens, energy):
+    """From `summarize`: for each batch row and head, whether the means carry more than SHARE of the energy, apart from
+    the share that means of so few tokens have by chance: bool [B, H, 1, 1]. Decided per row and head, so that what else
+    is in the batch does not matter."""
+    by_chance = (n_tokens.shape[0] / n_tokens.sum()).astype(mx.float32)
+    carried = (n_tokens * mx.square(means)).sum((2, 3), keepdims=True)
+    return carried - by_chance * energy > SHARE * (1 - by_chance) * energy
 
 
 def stored(means, use, seed):
