@@ -2,9 +2,11 @@
 // Self-contained. The text above the line "// ==== body" is the header of mx.fast.metal_kernel, the rest its source.
 //
 // MATHEMATICS. The cache is [sink: exact][packed][recent: exact], in the order of the tokens. Packed rows are levels *
-//   scale of a rotated (and centred) vector: q.k = (R q).(levels * scale) + q.mean, and sum p v = R^T sum p (levels *
-//   scale) + (sum p) mean. So the query is rotated once, nothing is un-rotated inside the loop over tokens, and sums
-//   over packed values and over exact values are kept apart until the end, where the packed ones are un-rotated.
+//   scale of a rotated vector, plus a rotated mean: of the packed keys' segment (a stretch of tokens: RoPE turns a bias
+//   of the keys with the position), one mean for all packed values. q.k = (R q).(levels * scale) + (R q).mean, and
+//   sum p v = R^T (sum p (levels * scale) + (sum p) mean). So the query is rotated once, nothing is un-rotated inside
+//   the loop over tokens, a mean costs one addition per row and token, and sums over packed values and over exact
+//   values are kept apart until the end, where the packed ones are un-rotated.
 //   Logits, running maximum and sums are float32. Softmax is base 2: the query carries scale * log2 e. One maximum per
 //   row and tile; when it exceeds m, m becomes the maximum + SLACK = 8 and sums are rescaled: in practice on the first
 //   tile only. Weights are then at most 1 and the largest is 2^-8 or more in the tile that set m: harmless in float.
@@ -25,13 +27,16 @@
 //   k_sink, k_recent        T [B, Hkv, CAPACITY, DK], the tokens of a head one behind the other: whole buffers. v_: DV
 //   k_codes                 uint32 [B, Hkv, CAPACITY, WORDS]; with KB = 0 T [B, Hkv, CAPACITY, DK]. As k_sink. v_: DV
 //   k_scale, v_scale        float16 [B, Hkv, CAPACITY, 1], tokens contiguous. Not read with 0 bits
-//   k_mean, v_mean          float [B, Hkv, 1, D], row-contiguous. Read only if KM / VM
+//   k_means                 float16 [B, Hkv, CAPACITY, DK], rotated: row i is of the SEGMENT packed tokens from i *
+//                           SEGMENT on. As k_sink, read only if KM
+//   v_means                 float16 [B, Hkv, CAPACITY, DV], rotated: row 0 is of all tokens. Read only if VM
 //   diag                    float, the diagonals of the keys' rotation [ROUNDS, DK], then of the values' [ROUNDS, DV]
 //   mask                    bool or T [B, Hq, L, N], any strides, columns in order of the tokens. Read only if flag 2
 //   sinks                   T [Hq], a logit per head that takes weight and gives no value. Read only if flag 8 and ONE
 //   starts                  int32 [B], tokens before it are dead. Read only if flag 4
 //   dims                    int32 [12]: n_sink, n_packed, n_recent, X = exact blocks, blocks, RG, flags, L, Hq, Hkv,
-//                           scale * log2 e (bits of a float), 0.  flags: 1 causal, 2 mask, 4 starts, 8 sinks
+//                           scale * log2 e (bits of a float), SEGMENT, a multiple of 128.
+//                           flags: 1 causal, 2 mask, 4 starts, 8 sinks
 // OUTPUTS
 //   ONE:  acc = the output, T [B, Hq, L, DV]; ml is not written
 //   else: acc float [B, Hkv, R, blocks, DV], sums of 2^(logit - m) * value, of blocks >= X still rotated, without UNIT;
@@ -56,7 +61,7 @@
 //   Words are 0 where D does not fill them.
 //
 // REGISTERS (estimate, 32-bit, DV / E = 16): H*E accumulators + TPL*H logits + 2*H + decode 12*TPL + 15:
-//   H=1 47, H=2 66, H=4 100, H=8 135 (119 with TPL = 1).
+//   H=1 47, H=2 66, H=4 100, H=8 135 (119 with TPL = 1); with KM 2*H more.
 //   Threadgroup memory: 4 bytes * (H * DK + NS * 32 * TPL * H'), H' = 1, 2, 4 or 8 >= H, with ONE twice the queries, or
 //   NS * DV and more of the merge; with SHARED 4 bytes * NS * H * DK and a tile of 64 * TPL * (max(DK, DV) + 8) bytes.
 //   kernels.py keeps it below 31 KB.
@@ -412,18 +417,35 @@ METAL_FUNC void tq_sum_values(thread typename VALUES::Pointer &v, thread Weights
   }
 }
 
+// to[h] = query row h . mean; q carries UNIT, a mean does not.
+template <int H, int DK, class KEYS>
+METAL_FUNC void tq_mean_bias(const threadgroup float *q, const device half *mean, thread float *to, int lane) {
+  TQ_UNROLL for (int h = 0; h < H; h++) to[h] = 0;
+  for (int d = lane; d < DK; d += 32) {
+    float x = float(mean[d]) * (1.0f / KEYS::UNIT);
+    TQ_UNROLL for (int h = 0; h < H; h++) to[h] = fma(q[h * DK + d], x, to[h]);
+  }
+  TQ_UNROLL for (int h = 0; h < H; h++) to[h] = simd_sum(to[h]);
+}
+
 // Tokens begin .. end - 1 of a run. From token `safe` on masks and the end are looked at.
-// q: H rows of DK floats. weights: 32 * TPL * HP floats of this simdgroup. bias: of the raw and of the scaled logit.
+// q: H rows of DK floats. weights: 32 * TPL * HP floats of this simdgroup. bias: of the raw logit. means: of segments.
 template <int H, int HP, int TPL, int E, int NS, bool SHARED, int DK, int DV, bool KM, class KEYS, class VALUES,
           class M>
 METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, int split, int shift,
                        const threadgroup float *q, threadgroup float *weights, threadgroup half *tile,
-                       const threadgroup float *bias, const threadgroup float *mean_bias, Mask<M> mask,
+                       const threadgroup float *bias, const device half *means, int segment, Mask<M> mask,
                        thread Partial<H, E> &out, int sg, int lane) {
   constexpr int LV = DV / E, TV = 32 / LV, TILE = 32 * TPL, U = H <= 2 ? 8 : 4;
   constexpr int PITCH = tq_max(DK, DV) + 8;
   int u = uint(lane) % LV, tg = uint(lane) / LV;
   threadgroup float *mine = weights + lane * HP;
+  int turn = 0;                                                                 // the first token of the newest segment
+  float since[H], before[H];                                                    // what its mean adds, the last more
+  if (KM && begin < end) {
+    turn = begin / segment * segment;
+    tq_mean_bias<H, DK, KEYS>(q, means + (long)(begin / segment) * DK, since, lane);
+  }
   for (int t0 = begin; t0 < end; t0 += TILE) {
     // ---- keys: H dot products for TPL tokens
     float s[TPL * H];
@@ -446,6 +468,12 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
     }
 
     // ---- logits
+    if (KM && min(t0 + TILE, end) > turn + segment) {                           // a segment is no shorter than a tile
+      turn += segment;
+      TQ_UNROLL for (int h = 0; h < H; h++) before[h] = since[h];
+      tq_mean_bias<H, DK, KEYS>(q, means + (long)(turn / segment) * DK, since, lane);
+      TQ_UNROLL for (int h = 0; h < H; h++) before[h] -= since[h];
+    }
     float value_scale[TPL];
     TQ_UNROLL for (int i = 0; i < TPL; i++) {
       float key_scale = keys.scale(token[i]);
@@ -453,7 +481,12 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
       TQ_UNROLL for (int h = 0; h < H; h++) {
         if (KEYS::BITS == 8) s[i * H + h] -= bias[h];
         if (KEYS::BITS) s[i * H + h] *= key_scale;
-        if (KM) s[i * H + h] += mean_bias[h];
+        if (KM) s[i * H + h] += since[h];
+      }
+    }
+    if (KM && t0 < turn) {                                                      // the tile is in two segments
+      TQ_UNROLL for (int i = 0; i < TPL; i++) {
+        TQ_UNROLL for (int h = 0; h < H; h++) s[i * H + h] += token[i] < turn ? before[h] : 0.0f;
       }
     }
     if (t0 + TILE > safe) {
@@ -520,24 +553,23 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
 
 // ---- the query -------------------------------------------------------------------------------------------------
 // H rows of the query to threadgroup memory, times `factor`; rotated if ROTATE. With 8-bit keys bias[h] = 1152 times
-// the sum of the row; with a mean of the keys bias[H + h] = row . mean.
-template <int BITS, int D, int H, int NS, bool ROTATE, bool MEAN, class Q, class STRIDES>
+// the sum of the row.
+template <int BITS, int D, int H, int NS, bool ROTATE, class Q, class STRIDES>
 METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L, int first_row, int last_row,
-                              float factor, const device float *diag, const device float *mean, threadgroup float *to,
-                              threadgroup float *bias, int sg, int lane) {
+                              float factor, const device float *diag, threadgroup float *to, threadgroup float *bias,
+                              int sg, int lane) {
   typedef Row<4, D> R;
   constexpr int E = R::E, LANES = R::LANES, VECTORS = R::VECTORS, P = tq_power_of_two_from(D / 2 + 1);
   int t = uint(lane) % LANES;
   for (int h0 = sg * VECTORS; h0 < H; h0 += NS * VECTORS) {
     int h = h0 + uint(lane) / LANES, r = min(first_row + h, last_row), g = r / L, l = r - g * L;
     Q from = queries + (first_head + g) * strides[1] + l * strides[2];
-    float y[E], dot = 0;
+    float y[E];
     TQ_UNROLL for (int i = 0; i < E; i++) {
       int d = t * E + i;
       y[i] = 0;
       if (R::has(t, i)) {
         y[i] = factor * float(from[d * strides[3]]);
-        if (ROTATE && MEAN) dot = fma(y[i], mean[d], dot);
         if (ROTATE) y[i] *= diag[d];
       }
     }
@@ -561,21 +593,24 @@ METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L,
       TQ_UNROLL for (int k = 1; k < LANES; k *= 2) sum += simd_shuffle_xor(sum, ushort(k));
       if (h < H && t == 0) bias[h] = 1152.0f * sum;
     }
-    if (ROTATE && MEAN) {
-      TQ_UNROLL for (int k = 1; k < LANES; k *= 2) dot += simd_shuffle_xor(dot, ushort(k));
-      if (h < H && t == 0) bias[H + h] = dot;
-    }
   }
 }
 
 // ---- finish: the output of one row (the same text in attend.metal and merge.metal) ----
 // Lanes t = 0 .. LANES - 1 hold E dims each of the sums of packed values (rotated, without UNIT) and of exact ones.
+// mean: of the packed values, rotated; packed_sum: the sum of their weights.
 template <int BITS, int D, bool MEAN, class T>
 METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, float sum, float packed_sum,
-                          const device float *diag, const device float *mean, device T *out, bool live, int lane,
+                          const device float *diag, const device half *mean, device T *out, bool live, int lane,
                           int t) {
   typedef Row<4, D> R;
   constexpr int E = R::E, LANES = R::LANES, P = tq_power_of_two_from(D / 2 + 1);
+  if (MEAN) {
+    float weight = packed_sum * (1.0f / Levels<BITS ? BITS : 4>::UNIT);
+    TQ_UNROLL for (int i = 0; i < E; i++) {
+      if (R::has(t, i)) rotated[i] = fma(weight, float(mean[t * E + i]), rotated[i]);
+    }
+  }
   if (BITS) {
     if (P != D) {
       tq_hadamard<D, E, LANES, D - P, P>(rotated, lane, t);
@@ -591,7 +626,6 @@ METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, floa
     if (live && R::has(t, i)) {
       float y = exact[i];
       if (BITS) y = fma(diag[d] * Levels<BITS ? BITS : 4>::UNIT, rotated[i], y);
-      if (MEAN) y = fma(packed_sum, mean[d], y);
       out[d] = T(y * inverse);
     }
   }
@@ -604,7 +638,7 @@ constexpr int ALL_ROWS = SHARED ? NS * H : H, QUERIES = (ONE && KB ? 2 : 1) * AL
 constexpr int TILE_WORDS = SHARED ? 32 * TPL * (tq_max(DK, DV) + 8) / 2 : 0;
 constexpr int MEMORY = tq_max(QUERIES + NS * WEIGHTS + TILE_WORDS, ONE ? NS * TOGETHER * DV : 0);
 threadgroup float4 memory4[MEMORY / 4];
-threadgroup float bias[2 * ALL_ROWS], block_ml[ONE ? 2 * NS * H : 1];
+threadgroup float bias[ALL_ROWS], block_ml[ONE ? 2 * NS * H : 1];
 threadgroup float *memory = (threadgroup float *)memory4;
 int lane = thread_index_in_simdgroup, sg = thread_position_in_threadgroup.y, block = thread_position_in_grid.y;
 if (SHARED) block /= NS;
@@ -620,12 +654,11 @@ threadgroup float *q_rotated = memory + (ONE && KB ? H * DK : 0);
 const device float *v_diag = diag + (tq_power_of_two_from(DK / 2 + 1) == DK ? 1 : 2) * DK;
 float factor = as_type<float>(dims[10]);
 if (ONE || exact || KB == 0)
-  tq_load_query<0, DK, ALL_ROWS, NS, false, false>(queries + b * queries_strides[0], queries_strides, kvh * G, L,
-                                                   group_row, R - 1, factor, diag, diag, memory, bias, sg, lane);
+  tq_load_query<0, DK, ALL_ROWS, NS, false>(queries + b * queries_strides[0], queries_strides, kvh * G, L, group_row,
+                                            R - 1, factor, diag, memory, bias, sg, lane);
 if (KB && (ONE || !exact))
-  tq_load_query<KB, DK, ALL_ROWS, NS, KB != 0, KM>(queries + b * queries_strides[0], queries_strides, kvh * G, L,
-                                                   group_row, R - 1, factor, diag, k_mean + head * DK, q_rotated, bias,
-                                                   sg, lane);
+  tq_load_query<KB, DK, ALL_ROWS, NS, KB != 0>(queries + b * queries_strides[0], queries_strides, kvh * G, L, group_row,
+                                               R - 1, factor, diag, q_rotated, bias, sg, lane);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // ---- this simdgroup's run of tokens
@@ -646,21 +679,22 @@ Mask<decltype(mask)> masks = {mask + (flags & 2 ? b * mask_strides[0] : 0), mask
 threadgroup float *weights = memory + QUERIES + sg * WEIGHTS, *q = memory + (first_row - group_row) * DK;
 threadgroup half *tile = (threadgroup half *)(memory + QUERIES + NS * WEIGHTS);
 const threadgroup float *row_bias = bias + (first_row - group_row);
+const device half *key_means = k_means + b * k_means_strides[0] + kvh * k_means_strides[1];
 if (exact) {
   ExactRows<EXACT_K, DK> keys = {k_sink + b * k_sink_strides[0] + kvh * k_sink_strides[1],
                                  k_recent + b * k_recent_strides[0] + kvh * k_recent_strides[1], n_sink};
   ExactRows<EXACT_V, DV> values = {v_sink + b * v_sink_strides[0] + kvh * v_sink_strides[1],
                                    v_recent + b * v_recent_strides[0] + kvh * v_recent_strides[1], n_sink};
   tq_run<H, HP, TPL, E, NS, SHARED, DK, DV, false>(keys, values, begin, end, safe, split, shift, q, weights, tile,
-                                                   row_bias, row_bias, masks, out, sg, lane);
+                                                   row_bias, key_means, 0, masks, out, sg, lane);
 } else {
   auto keys = tq_rows<KB, DK>(k_codes + b * k_codes_strides[0] + kvh * k_codes_strides[1],
                               k_scale + b * k_scale_strides[0] + kvh * k_scale_strides[1]);
   auto values = tq_rows<VB, DV>(v_codes + b * v_codes_strides[0] + kvh * v_codes_strides[1],
                                 v_scale + b * v_scale_strides[0] + kvh * v_scale_strides[1]);
-  tq_run<H, HP, TPL, E, NS, SHARED, DK, DV, KM && KB != 0>(keys, values, begin, end, safe, split, shift,
+  tq_run<H, HP, TPL, E, NS, SHARED, DK, DV, KM>(keys, values, begin, end, safe, split, shift,
                                                            q + (q_rotated - memory), weights, tile, row_bias,
-                                                           row_bias + ALL_ROWS, masks, out, sg, lane);
+                                                           key_means, dims[11], masks, out, sg, lane);
 }
 
 // ---- results of the simdgroup: its sums over tokens in flight
@@ -733,8 +767,9 @@ if (!ONE) {
           }
         }
       }
-      tq_finish<VB, DV, VM && VB != 0>(rotated_y, exact_y, sum, packed_sum, v_diag, v_mean + head * DV,
-                                            acc + (((long)b * Hq + query_head) * L + (r - g * L)) * DV, live, lane, t);
+      tq_finish<VB, DV, VM>(rotated_y, exact_y, sum, packed_sum, v_diag,
+                            v_means + b * v_means_strides[0] + kvh * v_means_strides[1],
+                            acc + (((long)b * Hq + query_head) * L + (r - g * L)) * DV, live, lane, t);
     }
     if (h0 + TOGETHER < H) threadgroup_barrier(mem_flags::mem_threadgroup);     // the next rows overwrite these
   }

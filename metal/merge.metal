@@ -2,7 +2,7 @@
 // Self-contained. The text above the line "// ==== body" is the header of mx.fast.metal_kernel, the rest its source.
 //
 // MATHEMATICS, per row: with M the largest m (and the sink's logit), f = 2^(m - M) of each block:
-//   out = (sum over exact blocks f acc + R^T (sum over packed blocks f acc) + mean * (packed part of the sum)) / total,
+//   out = (sum over exact blocks f acc + R^T (sum over packed blocks f acc + mean * (packed part of the sum))) / total,
 //   total = sum f sum + 2^(sink - M). Exact blocks are those below X; the packed ones are still rotated, and without
 //   the UNIT of their levels.
 //
@@ -12,7 +12,7 @@
 //
 // INPUTS
 //   acc    float [B, Hkv, R, blocks, D], ml float [B, Hkv, R, blocks, 2]: as written by attend.metal; R = Hq / Hkv * L
-//   mean   float [B, Hkv, 1, D], row-contiguous: of the packed values. Read only if MEAN
+//   means  float16 [B, Hkv, CAPACITY, D], rows contiguous, rotated: row 0 is of all packed values. Read only if MEAN
 //   diag   float, the diagonals of the rotation [ROUNDS, D] from element OFFSET on. Read only if BITS
 //   sinks  any float type [Hq]: a logit per head that takes weight and gives no value. Read only if flag 8
 //   dims   int32 [12], the same array as attend.metal's
@@ -128,12 +128,19 @@ constant constexpr const float TQ_LOG2E = 1.44269504f, TQ_LOWEST = -1e29f;
 
 // ---- finish: the output of one row (the same text in attend.metal and merge.metal) ----
 // Lanes t = 0 .. LANES - 1 hold E dims each of the sums of packed values (rotated, without UNIT) and of exact ones.
+// mean: of the packed values, rotated; packed_sum: the sum of their weights.
 template <int BITS, int D, bool MEAN, class T>
 METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, float sum, float packed_sum,
-                          const device float *diag, const device float *mean, device T *out, bool live, int lane,
+                          const device float *diag, const device half *mean, device T *out, bool live, int lane,
                           int t) {
   typedef Row<4, D> R;
   constexpr int E = R::E, LANES = R::LANES, P = tq_power_of_two_from(D / 2 + 1);
+  if (MEAN) {
+    float weight = packed_sum * (1.0f / Levels<BITS ? BITS : 4>::UNIT);
+    TQ_UNROLL for (int i = 0; i < E; i++) {
+      if (R::has(t, i)) rotated[i] = fma(weight, float(mean[t * E + i]), rotated[i]);
+    }
+  }
   if (BITS) {
     if (P != D) {
       tq_hadamard<D, E, LANES, D - P, P>(rotated, lane, t);
@@ -149,7 +156,6 @@ METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, floa
     if (live && R::has(t, i)) {
       float y = exact[i];
       if (BITS) y = fma(diag[d] * Levels<BITS ? BITS : 4>::UNIT, rotated[i], y);
-      if (MEAN) y = fma(packed_sum, mean[d], y);
       out[d] = T(y * inverse);
     }
   }
@@ -162,7 +168,7 @@ threadgroup float sums[MS * 2 * D];
 int lane = thread_index_in_simdgroup, sg = thread_position_in_threadgroup.y, row = thread_position_in_grid.z;
 int exact_blocks = dims[3], blocks = dims[4], flags = dims[6], L = dims[7], Hq = dims[8], Hkv = dims[9];
 int G = Hq / Hkv, R = G * L, head = row / R, r = row - head * R, g = r / L, b = head / Hkv;
-int query_head = (head - b * Hkv) * G + g;
+int kvh = head - b * Hkv, query_head = kvh * G + g;
 ml += (long)row * blocks * 2;
 acc += (long)row * blocks * D;
 
@@ -220,6 +226,7 @@ if (sg == 0) {
       }
     }
   }
-  tq_finish<BITS, D, MEAN>(rotated_y, exact_y, sum, packed_sum, diag + OFFSET, mean + head * D,
-                              out + (((long)b * Hq + query_head) * L + (r - g * L)) * D, live, lane, t);
+  tq_finish<BITS, D, MEAN>(rotated_y, exact_y, sum, packed_sum, diag + OFFSET,
+                           means + b * means_strides[0] + kvh * means_strides[1],
+                           out + (((long)b * Hq + query_head) * L + (r - g * L)) * D, live, lane, t);
 }

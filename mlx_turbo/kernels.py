@@ -40,13 +40,16 @@ class PackedSide(NamedTuple):
     mean: Optional[mx.array] = None
 
 
+ONE_SEGMENT = 1 << 30  # of CachedSide: all packed tokens have the same mean
+
+
 class CachedSide(NamedTuple):
     """The keys or the values of a cache, as `attend` reads them: whole buffers, whatever their length, or None.
 
     sink, recent: exact tokens, [B, Hkv, capacity, head_dim] in the model's dtype. codes: uint32 [B, Hkv, capacity,
     words] and scale: float16 [B, Hkv, capacity, 1]; with 0 bits codes are exact vectors and scale is None.
-    means: float16 [B, Hkv, S, head_dim] in rotated space, a whole buffer: packed token p (counted among the packed ones)
-    stands for its row + means[p // segment]; or None. segment: a multiple of 128 for keys, ONE_SEGMENT for values.
+    means: float16 [B, Hkv, capacity, head_dim] in rotated space, added to packed token p: that of row p // segment.
+    segment: a multiple of 128 for keys, ONE_SEGMENT for values. Both are for packed sides (bits > 0) only.
     """
     sink: Optional[mx.array]
     codes: Optional[mx.array]
@@ -56,18 +59,19 @@ class CachedSide(NamedTuple):
     head_dim: int
     means: Optional[mx.array] = None
     segment: int = 0
-    mean = None  # until `attend` takes means
 
     def packed(self):
         """Its packed rows without the means, as the dequantize kernel takes them."""
         return PackedSide(self.codes, self.scale, self.bits, self.head_dim)
 
-
-ONE_SEGMENT = 1 << 30  # tokens: one mean for all
+    @property
+    def has_means(self):
+        return bool(self.bits) and self.means is not None
 
 
 # ---- attention: what a launch looks like ---------------------------------------------------------------------
 MAX_QUERY_TOKENS = 16
+SEGMENT_STEP = 128  # tokens of the largest tile, which meets two segments at most
 THREADGROUP_BYTES = 32768 - 1024  # what the kernel may declare, less its small arrays
 MERGE_SIMDGROUPS = 4
 
@@ -165,7 +169,8 @@ def _attend_diagonals(key_dim, value_dim, seed):
 @functools.lru_cache(maxsize=64)
 def _attend_dims(*values):
     """The same small array for all layers of a step."""
-    return mx.array(np.array(values[:-1] + (np.float32(values[-1] * LOG2_E).view(np.int32), 0), np.int32))
+    *integers, scale, segment = values
+    return mx.array(np.array([*integers, np.float32(scale * LOG2_E).view(np.int32), segment], np.int32))
 
 
 @functools.lru_cache(maxsize=None)
@@ -183,7 +188,7 @@ def _eight(array):
 
 LOG2_E = float(np.log2(np.e))
 ATTEND_INPUTS = ["queries", "k_sink", "k_codes", "k_scale", "k_recent", "v_sink", "v_codes", "v_scale", "v_recent",
-                 "k_mean", "v_mean", "diag", "mask", "sinks", "starts", "dims"]
+                 "k_means", "v_means", "diag", "mask", "sinks", "starts", "dims"]
 
 
 def metal_folder():
@@ -306,6 +311,8 @@ class MetalBackend:
         reason = attend_unsupported(keys.bits, values.bits, keys.head_dim, values.head_dim, n_query_tokens)
         if reason:
             raise ValueError(reason)
+        if keys.has_means and (keys.segment < 1 or keys.segment % SEGMENT_STEP):
+            raise ValueError(f"keys.segment: got {keys.segment}, expected a multiple of {SEGMENT_STEP}")
         one = self._one_launch(queries, keys, values, counts)
         self._test_attend(queries, keys, values, one)
         return self._attend(queries, keys, values, counts, scale, mask, sinks, starts, seed, one)
@@ -387,7 +394,7 @@ class MetalBackend:
                 mask = mask.astype(mx.bool_)
             mask = mx.broadcast_to(mask, (batch, n_heads, n_query_tokens, sum(counts)))
         dims = _attend_dims(n_sink, n_packed, n_recent, exact_blocks, blocks, row_groups, flags, n_query_tokens,
-                            n_heads, n_kv_heads, scale)
+                            n_heads, n_kv_heads, scale, keys.segment)
         diag = _attend_diagonals(key_dim, values.head_dim, seed)
         sides, exact_types = [], []
         for side in (keys, values):
@@ -400,11 +407,11 @@ class MetalBackend:
                       _nothing(mx.float16) if side.scale is None else side.scale,
                       exact if side.recent is None else side.recent]
             exact_types.append(exact.dtype)
-        means = [diag if side.mean is None else side.mean for side in (keys, values)]
+        means = [side.means if side.has_means else _nothing(mx.float16) for side in (keys, values)]
         template = [("T", queries.dtype if one else mx.float32), ("EXACT_K", exact_types[0]),
                     ("EXACT_V", exact_types[1]), ("KB", keys.bits), ("VB", values.bits), ("DK", key_dim),
-                    ("DV", values.head_dim), ("KM", bool(keys.bits) and keys.mean is not None),
-                    ("VM", bool(values.bits) and values.mean is not None), *shape._asdict().items(), ("ONE", one)]
+                    ("DV", values.head_dim), ("KM", keys.has_means), ("VM", values.has_means),
+                    *shape._asdict().items(), ("ONE", one)]
         out_shape = (batch, n_heads, n_query_tokens, values.head_dim)
         partial_shape = (batch, n_kv_heads, n_rows, blocks, values.head_dim)
         sinks_or_any = queries if sinks is None else sinks
@@ -418,11 +425,11 @@ class MetalBackend:
         if one:
             return acc
         rounds = len(rotation.windows(key_dim))
-        kernel = self._kernel("merge", ["acc", "ml", "mean", "diag", "sinks", "dims"], ["out"])
+        kernel = self._kernel("merge", ["acc", "ml", "means", "diag", "sinks", "dims"], ["out"])
         out, = kernel(
             inputs=[acc, ml, means[1], diag, sinks_or_any, dims],
             template=[("T", queries.dtype), ("D", values.head_dim), ("BITS", values.bits),
-                      ("MEAN", bool(values.bits) and values.mean is not None), ("OFFSET", rounds * key_dim),
+                      ("MEAN", values.has_means), ("OFFSET", rounds * key_dim),
                       ("MS", MERGE_SIMDGROUPS)],
             grid=(32, MERGE_SIMDGROUPS, batch * n_heads * n_query_tokens), threadgroup=(32, MERGE_SIMDGROUPS, 1),
             output_shapes=[out_shape], output_dtypes=[queries.dtype])
@@ -454,7 +461,7 @@ class MetalBackend:
         n_kv_heads = _n_kv_heads(keys)
         shape = attend_shape(self.tuning, keys.bits, values.bits, keys.head_dim, values.head_dim,
                              queries.shape[1] // n_kv_heads * queries.shape[2], one)
-        sides = tuple((side.bits, side.head_dim, side.mean is not None, _exact_dtype(side, queries.dtype))
+        sides = tuple((side.bits, side.head_dim, side.has_means, _exact_dtype(side, queries.dtype))
                       for side in (keys, values))
         key = ("attend", sides, shape, one, queries.dtype)
         if key in self._tested:
@@ -467,22 +474,25 @@ class MetalBackend:
 
     def _check_attend(self, sides, shape, one, dtype):
         """As many query heads as a simdgroup has rows, a few tokens of each kind, and one that is left out."""
-        rng, counts = np.random.default_rng(0), (3, 77, 20)
+        rng, counts = np.random.default_rng(0), (3, 150, 20)
         cached, restored = [], []
         for bits, head_dim, has_mean, exact_dtype in sides:
             x = rng.standard_normal((1, 1, sum(counts), head_dim)).astype(np.float32)
-            mean = rng.standard_normal((1, 1, 1, head_dim)).astype(np.float32) if has_mean else None
             exact = mx.array(x).astype(exact_dtype)
             x = np.array(exact.astype(mx.float32)).astype(np.float64)
             middle = slice(counts[0], counts[0] + counts[1])
-            codes, scale = exact[:, :, middle], None
+            codes, scale, means, segment = exact[:, :, middle], None, None, ONE_SEGMENT if cached else SEGMENT_STEP
             if bits:
-                want = reference.quantize(x[:, :, middle], bits, mean=mean)
+                want = reference.quantize(x[:, :, middle], bits)
                 x[:, :, middle] = reference.dequantize(want)
+                if has_mean:
+                    means = rng.standard_normal((1, 1, 2, head_dim)).astype(np.float16)
+                    x[:, :, middle] += rotation.unrotate(means[:, :, np.arange(counts[1]) // segment])
+                    means = mx.array(means)
                 codes, scale = mx.array(want.packed()), mx.array(want.scale[..., None].astype(np.float16))
             restored.append(x)
             cached.append(CachedSide(exact[:, :, :counts[0]], codes, scale, exact[:, :, -counts[2]:], bits, head_dim,
-                                     None if mean is None else mx.array(mean)))
+                                     means, segment))
         scale = sides[0][1] ** -0.5
         queries = mx.array(rng.standard_normal((1, shape.H * (shape.NS if shape.SHARED else 1), 1, sides[0][1])).astype(np.float32)).astype(dtype)
         got = self._attend(queries, *cached, counts, scale, None, None, mx.array([1] * 8, mx.int32), 0, one)

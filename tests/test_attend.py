@@ -132,9 +132,40 @@ def test_left_padding_is_skipped():
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (3, 8), (0, 2), (8, 0)], ids=str)
-def test_packed_tokens_may_be_relative_to_a_mean(bits):
-    check(make_case(bits=bits, dims=(64, 96), G=2, Hkv=2, B=2, means=True))
-    check(make_case(bits=bits, dims=(64, 96), G=2, means=True, counts=(0, 130, 0)))
+def test_packed_tokens_may_be_relative_to_means(bits):
+    check_means(bits, dims=(64, 96), G=2)
+
+
+def check_means(bits, **options):
+    """Several segments, one begins at each place of a tile; a start moves the tiles."""
+    options = dict(bits=bits, Hkv=2, B=2, means=True) | options
+    case = make_case(**options, counts=(4, 300, 33))
+    check(case, LAUNCHES.values(), starts=mx.array([37, 170], mx.int32))
+    check(make_case(**options, counts=(0, 257, 0)))  # the last segment is one token
+    for side in (case.keys, case.values):
+        assert side.means.shape[2] > -(-300 // side.segment)  # and beyond what is used, NaN
+    return case
+
+
+def test_many_rows_that_share_a_tile_have_their_own_means():
+    check_means((4, 8), dims=(64, 96), G=6, L=2)
+
+
+def test_segments_may_be_long_and_means_zero():
+    case = make_case(dims=(64, 96), G=2, Hkv=2, B=2, means=True, segment=256, counts=(4, 520, 33))
+    check(case)
+    without = case._replace(keys=case.keys._replace(means=None), values=case.values._replace(means=None))
+    zero = case._replace(keys=case.keys._replace(means=mx.zeros_like(case.keys.means)),
+                         values=case.values._replace(means=mx.zeros_like(case.values.means)))
+    for backend in LAUNCHES.values():
+        got = [to_numpy(backend.attend(*a[:4], scale=a.scale)) for a in (zero, without, case)]
+        assert np.abs(got[0] - got[1]).max() < 1e-6 < np.abs(got[2] - got[1]).max()
+
+
+def test_a_segment_that_is_shorter_than_a_tile_is_refused():
+    case = make_case(dims=(64, 96), G=2, means=True)
+    with pytest.raises(ValueError, match="keys.segment: got 64, expected a multiple of 128"):
+        TWO.attend(case.queries, case.keys._replace(segment=64), case.values, case.counts, scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
@@ -169,11 +200,11 @@ HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 256, 512)
 def combinations(draw):
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     L = pick(1, 1, 2, 3, 5)
-    counts = (pick(0, 1, 4, 33), draw(st.integers(0, 200)), draw(st.integers(L, 70)))
+    counts = (pick(0, 1, 4, 33), draw(st.integers(0, 400)), draw(st.integers(L, 70)))
     options = dict(bits=(pick(0, 2, 3, 4, 8), pick(0, 2, 3, 4, 8)), dims=(pick(*HEAD_DIMS), pick(*HEAD_DIMS)),
                    counts=counts, G=pick(1, 2, 3, 4, 5, 6, 7, 8, 12, 16), Hkv=pick(1, 2), B=pick(1, 2), L=L,
                    dtype=pick(mx.float32, mx.float16, mx.bfloat16), means=draw(st.booleans()),
-                   rng_seed=draw(st.integers(0, 99)))
+                   segment=pick(128, 256), rng_seed=draw(st.integers(0, 99)))
     return options, pick(None, "causal", "boolean", "additive"), draw(st.booleans()), draw(st.booleans()), pick(*ORDERS)
 
 
@@ -211,6 +242,13 @@ def test_many_combinations_agree_with_the_oracle(combination):
 def test_every_scheme_pair_agrees_with_the_oracle(key_bits, value_bits, order):
     with metalsim.configured(order=order, seed=1):
         check(make_case(bits=(key_bits, value_bits), dims=(128, 128), G=4, L=2), mask="causal")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key_bits, value_bits", list(itertools.product((0, 2, 3, 4, 8), repeat=2)))
+def test_every_scheme_pair_with_means_agrees_with_the_oracle(key_bits, value_bits):
+    for G, L in ((1, 1), (4, 2), (6, 2)):  # tiles of 128, of 64, shared ones of 32
+        check_means((key_bits, value_bits), dims=(128, 128), G=G, L=L)
 
 
 @pytest.mark.slow
@@ -389,11 +427,22 @@ CEILING = {
 }
 
 
+def operations(*launches):
+    return sum(sum(stats.ops.values()) for stats in launches)
+
+
+@pytest.mark.parametrize("bits, head_dim, G", [((4, 4), 128, 8), ((8, 4), 128, 4), ((4, 4), 64, 4)], ids=str)
+def test_means_of_keys_and_values_cost_less_than_two_percent(bits, head_dim, G):
+    case = make_case(bits=bits, dims=(head_dim, head_dim), G=G, counts=(0, 2048, 0), dtype=mx.float16, means=True)
+    without = case._replace(keys=case.keys._replace(means=None), values=case.values._replace(means=None))
+    assert operations(*Recorder().run(case).values()) <= 1.02 * operations(*Recorder().run(without).values())
+
+
 @pytest.mark.parametrize("bits, head_dim, G", [(b, d, g) for (b, d), row in CEILING.items() for g in row], ids=str)
 def test_operations_per_pair_stay_below_their_ceiling(bits, head_dim, G):
     case = make_case(bits=bits, dims=(head_dim, head_dim), G=G, counts=(0, 2048, 0), dtype=mx.float16)
     stats = Recorder().run(case)["attend"]
-    per_pair = sum(stats.ops.values()) / (2048 * head_dim)
+    per_pair = operations(stats) / (2048 * head_dim)
     assert per_pair <= CEILING[bits, head_dim][G]
     packed = [a[:, :, :2048] for side in (case.keys, case.values) for a in (side.codes, side.scale)]
     read = sum(stats.read_bytes[f"{side}_{part}"] for side in "kv" for part in ("codes", "scale"))
