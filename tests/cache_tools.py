@@ -2,7 +2,7 @@
 import mlx.core as mx
 import numpy as np
 from conftest import to_numpy
-from mlx_turbo import TurboKVCache, ops, reference
+from mlx_turbo import TurboKVCache, centring, ops, reference, rotation
 from mlx_turbo.cache import _HEADER
 from mlx_turbo.kernels import compare_quantized, compare_vectors
 
@@ -16,9 +16,11 @@ def vectors(rng, *shape, dtype=mx.float32):
     return mx.array(x.astype(np.float32)).astype(dtype)
 
 
-def random_tokens(rng, n, *, batch=1, heads=2, key_dim=32, value_dim=32, dtype=mx.float32):
-    """Keys and values of n tokens."""
-    return (vectors(rng, batch, heads, n, key_dim, dtype=dtype), vectors(rng, batch, heads, n, value_dim, dtype=dtype))
+def random_tokens(rng, n, *, batch=1, heads=2, key_dim=32, value_dim=32, dtype=mx.float32, bias=0):
+    """Keys and values of n tokens; bias: of every number in the last head of the last row."""
+    biased = mx.zeros((batch, heads, 1, 1))
+    biased[-1, -1] = bias
+    return tuple((vectors(rng, batch, heads, n, dim) + biased).astype(dtype) for dim in (key_dim, value_dim))
 
 
 def header(cache):
@@ -27,11 +29,11 @@ def header(cache):
 
 
 def stored(cache):
-    """What a cache's state holds: for keys and values a dict of sink, codes, scale, recent, as NumPy or None."""
+    """What a cache's state holds: for keys and values a dict of sink, codes, scale, means, recent, as NumPy or None."""
     head, arrays, sides = header(cache), iter(cache.state[1:]), []
-    for bits in (head["key_bits"], head["value_bits"]):
+    for bits, n_means in (head["chosen_key_bits"], head["key_means"]), (head["value_bits"], head["value_means"]):
         present = dict(sink=head["n_sink"], codes=head["n_packed"], scale=head["n_packed"] and bits,
-                       recent=head["n_recent"])
+                       means=n_means, recent=head["n_recent"])
         side = {}
         for name, n in present.items():
             array = next(arrays) if n else None
@@ -128,21 +130,30 @@ class ListModel:
         if self.untrimmed:
             assert head["n_recent"] >= min(config.recent, self.offset - head["n_sink"])
         first, last = head["n_sink"], head["n_sink"] + head["n_packed"]
-        for side, x, bits in zip(stored(cache), self.given, (config.scheme.key_bits, config.scheme.value_bits)):
+        bits = config.scheme.key_bits, config.scheme.value_bits
+        for i, (side, x, bits) in enumerate(zip(stored(cache), self.given, bits)):
             for part, want in (("sink", x[:, :, :first]), ("recent", x[:, :, last:])):
                 if want.shape[2]:
                     np.testing.assert_array_equal(side[part], want)
             if last > first and not bits:
                 np.testing.assert_array_equal(side["codes"], x[:, :, first:last])
             elif last > first:
-                want = reference.quantize(x[:, :, first:last], bits, rotation=config.seed)
+                want = reference.quantize(x[:, :, first:last], bits, rotation=config.seed,
+                                          mean=self._mean(side, i, last - first))
                 error = compare_quantized(side["codes"], side["scale"], want)
                 assert error is None, error
         self._check_fetched(cache.keys_and_values(), head["n_sink"], head["n_packed"])
 
+    def _mean(self, side, i, n):
+        """What the first n packed tokens are relative to: float64 [B, H, n, D], or None."""
+        if side["means"] is None:
+            return None
+        segment = centring.segment_of(i)
+        return rotation.unrotate(side["means"][:, :, np.arange(n) // segment].astype(np.float64), self.config.seed)
+
     def _check_fetched(self, fetched, n_sink, n_packed):
         bits = self.config.scheme.key_bits, self.config.scheme.value_bits
-        for x, want, side, b, dtype in zip(fetched, self.given, stored(self.cache), bits, self.dtypes):
+        for i, (x, want, side, b, dtype) in enumerate(zip(fetched, self.given, stored(self.cache), bits, self.dtypes)):
             assert x.dtype == dtype and tuple(x.shape) == want.shape
             x, first, last = to_numpy(x), n_sink, n_sink + n_packed
             np.testing.assert_array_equal(x[:, :, :first], want[:, :, :first])
@@ -152,6 +163,8 @@ class ListModel:
             elif n_packed:
                 restored = restore(side["codes"][:, :, :n_packed], side["scale"][:, :, :n_packed], b, x.shape[3],
                                    self.config.seed)
+                mean = self._mean(side, i, n_packed)
+                restored = restored if mean is None else restored + mean
                 error = compare_vectors(x[:, :, first:last], restored, dtype)
                 assert error is None, error
 

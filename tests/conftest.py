@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_turbo import ops, reference
+from mlx_turbo import ops, reference, rotation
 from mlx_turbo.fallback import CpuBackend
 from mlx_turbo.kernels import MetalBackend
 
@@ -26,7 +26,7 @@ class OracleBackend:
     def describe(self):
         return "oracle (NumPy, float64)"
 
-    def quantize(self, sides, seed=0):
+    def quantize(self, sides, seed=0, scale="least-squares"):
         outs = []
         for side in sides:
             mean = None if side.mean is None else np.array(side.mean)
@@ -34,9 +34,9 @@ class OracleBackend:
             finite = np.isfinite(x).all(-1, keepdims=True)
             with np.errstate(over="ignore"):
                 q = reference.quantize(np.where(finite, x, 0), side.bits, rotation=seed, mean=mean,
-                                       scale_dtype=np.float64)
-                scale = np.where(finite, q.scale[..., None], np.nan).astype(np.float16)
-            outs.append((mx.array(q.packed()), mx.array(scale)))
+                                       scale=scale, scale_dtype=np.float64)
+                gamma = np.where(finite, q.scale[..., None], np.nan).astype(np.float16)
+            outs.append((mx.array(q.packed()), mx.array(gamma)))
         return outs
 
     def dequantize(self, sides, first, length, dtype, seed=0):
@@ -59,10 +59,14 @@ class OracleBackend:
             middle = None
             if n_packed and side.bits:
                 middle, = self.dequantize([side.packed()], 0, n_packed, mx.float32, seed)
+                if side.means is not None:
+                    rows = to_numpy(side.means)[:, :, np.arange(n_packed) // side.segment].astype(np.float64)
+                    middle = to_numpy(middle) + rotation.unrotate(rows, seed)
             elif n_packed:
                 middle = side.codes[:, :, :n_packed]
             parts = [(side.sink, n_sink), (middle, n_packed), (side.recent, n_recent)]
-            restored.append(np.concatenate([to_numpy(a[:, :, :n]) for a, n in parts if n], axis=2))
+            restored.append(np.concatenate([a if isinstance(a, np.ndarray) else to_numpy(a[:, :, :n])
+                                            for a, n in parts if n], axis=2))
         if mask is not None and not isinstance(mask, str):
             mask = np.array(mask) if mask.dtype == mx.bool_ else to_numpy(mask)
         out = reference.attention(to_numpy(queries), *restored, scale=scale, mask=mask,

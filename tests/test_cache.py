@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from mlx_lm.models.cache import KVCache
 from mlx_turbo import Scheme, TurboConfig, TurboKVCache, ops
-from mlx_turbo.cache import FORMAT_VERSION
+from mlx_turbo.cache import _HEADER, FORMAT_VERSION
 from mlx_turbo.fallback import CpuBackend
 from mlx_turbo.kernels import compare_quantized, compare_vectors
 from mlx_turbo.reference import dequantize, quantize
@@ -450,7 +450,7 @@ def test_an_unknown_scheme_is_refused_with_the_known_ones(scheme):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(window=3), r"window: unknown option, allowed are \['scheme', 'sink', 'recent', 'block', 'seed'\]"),
+    (dict(window=3), r"window: unknown option, allowed are \['scheme', 'sink', 'recent', 'block', 'seed', 'scale', "),
     (dict(sink=-1), "sink: got -1, allowed are whole numbers from 0"),
     (dict(recent=2.5), "recent: got 2.5, allowed are whole numbers from 0"),
     (dict(block=0), "block: got 0, allowed are whole numbers from 1"),
@@ -584,12 +584,16 @@ def test_the_largest_and_smallest_numbers_survive(backend, dtype):
         assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
 
 
+def change(name, by):
+    """Adds to a number of the header."""
+    return lambda s: [s[0] + mx.array([by * (n == name) for n in _HEADER], mx.int32), *s[1:]]
+
+
 BAD_STATES = {
     "nothing": (lambda s: [], "header"),
     "another cache's": (lambda s: [mx.zeros((1, 2, 3, 4)), mx.zeros((1, 2, 3, 4))], "header"),
-    "no magic": (lambda s: [s[0] + mx.array([1] + [0] * 14, mx.int32), *s[1:]], "not the state of a TurboKVCache"),
-    "a newer version": (lambda s: [s[0] + mx.array([0, 1] + [0] * 13, mx.int32), *s[1:]],
-                        f"format version {FORMAT_VERSION + 1}.*reads {FORMAT_VERSION}"),
+    "no magic": (change("magic", 1), "not the state of a TurboKVCache"),
+    "a newer version": (change("version", 1), f"format version {FORMAT_VERSION + 1}.*reads {FORMAT_VERSION}"),
     "a longer header": (lambda s: [mx.concatenate([s[0], s[0][:1]]), *s[1:]], "format version"),
     "too few arrays": (lambda s: s[:-1], "arrays are missing"),
     "only the header": (lambda s: s[:1], "arrays are missing"),
@@ -597,10 +601,13 @@ BAD_STATES = {
     "a shorter array": (lambda s: [*s[:2], s[2][:, :, :-1], *s[3:]], "state: got .* expected"),
     "another dtype": (lambda s: [*s[:2], s[2].astype(mx.int32), *s[3:]], "state: got .* expected .*uint32"),
     "another order": (lambda s: [s[0], *s[:0:-1]], "state: got .* expected"),
-    "bits that are not ours": (lambda s: [s[0] + mx.array([0, 0, 1] + [0] * 12, mx.int32), *s[1:]], "allowed are"),
-    "more sink tokens than the sink has": (
-        lambda s: [s[0] + mx.array([0] * 4 + [-1] + [0] * 10, mx.int32), *s[1:]], "state: "),
-    "a negative count": (lambda s: [s[0] * mx.array([1] * 9 + [-1] + [1] * 5, mx.int32), *s[1:]], "state: "),
+    "bits that are not ours": (change("key_bits", 1), "allowed are"),
+    "more sink tokens than the sink has": (change("sink", -1), "state: "),
+    "a negative count": (change("n_packed", -40), "state: "),
+    "an unknown scale rule": (change("scale", 3), "state: the header names scale rule 3"),
+    "bits nobody chose": (change("chosen_key_bits", 4), "state: the header names 8 bits"),
+    "means that are not there": (change("key_means", 1), "state: got .* expected .*float16"),
+    "too many means": (change("key_means", 2), "state: the header names 2 means of keys"),
     "keys and values of another batch": (
         lambda s: [*s[:5], *(mx.concatenate([a, a]) for a in s[5:])], "state: "),
     "not arrays": (lambda s: [1, 2, 3], "state: "),
@@ -631,10 +638,10 @@ def test_the_cpu_backend_is_what_a_cache_uses_when_told_to():
     class Counting(CpuBackend):
         calls = 0
 
-        def quantize(self, sides, seed=0):
+        def quantize(self, sides, seed=0, scale="least-squares"):
             Counting.calls += 1
             assert len(sides) == 2  # keys and values in one launch
-            return super().quantize(sides, seed)
+            return super().quantize(sides, seed, scale)
 
     with ops.use_backend(Counting()):
         filled(40)
