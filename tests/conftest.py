@@ -26,7 +26,7 @@ class OracleBackend:
     def describe(self):
         return "oracle (NumPy, float64)"
 
-    def quantize(self, sides, seed=0):
+    def quantize(self, sides, seed=0, scale="least-squares"):
         outs = []
         for side in sides:
             mean = None if side.mean is None else np.array(side.mean)
@@ -34,9 +34,9 @@ class OracleBackend:
             finite = np.isfinite(x).all(-1, keepdims=True)
             with np.errstate(over="ignore"):
                 q = reference.quantize(np.where(finite, x, 0), side.bits, rotation=seed, mean=mean,
-                                       scale_dtype=np.float64)
-                scale = np.where(finite, q.scale[..., None], np.nan).astype(np.float16)
-            outs.append((mx.array(q.packed()), mx.array(scale)))
+                                       scale=scale, scale_dtype=np.float64)
+                scales = np.where(finite, q.scale[..., None], np.nan).astype(np.float16)
+            outs.append((mx.array(q.packed()), mx.array(scales)))
         return outs
 
     def dequantize(self, sides, first, length, dtype, seed=0):
