@@ -3,7 +3,8 @@
 //
 // MATHEMATICS, per vector x of D numbers:
 //   y = rotation of (x - mean);  code = nearest level of y * sqrt(D) / ||y||;  scale = <y, c> / <c, c> with c the
-//   levels of the codes (least squares). A zero vector gives scale 0; NaN or infinity in x gives a scale of NaN.
+//   levels of the codes (least squares), or another RULE. A zero vector gives scale 0; NaN or infinity in x gives a
+//   scale that is not finite.
 //   The rotation is ROUNDS rounds "multiply by a diagonal, Hadamard-transform a window": one round over all dims if D
 //   is a power of two, else two over the first and the last P dims, P the largest power of two below D. The diagonals
 //   carry the signs and the 1/sqrt(P).
@@ -21,7 +22,8 @@
 //   scale0/1      float16 [B, H, L, 1]
 // TEMPLATE  B0, B1 bits in {2, 3, 4, 8}; D0, D1 head_dim, multiple of 4, 32 to 576;
 //   ROTATE0/1: rotate here (the windows must start and end where a lane's dims do: D a multiple of 16 up to 512, of 32
-//   above), else x is already rotated and centred; MEAN0/1: subtract a mean (needs ROTATE).
+//   above), else x is already rotated and centred; MEAN0/1: subtract a mean (needs ROTATE);
+//   RULE: the scale of both sides, 0 <y, y> / <y, c>, 1 <y, c> / <c, c>, 2 ||y|| / sqrt(D), 3 ||y|| / ||c||.
 // LAUNCH  grid (32, S0 + S1, 1) with S = ceil(B * H * L / VECTORS) simdgroups per side, VECTORS = 32 / LANES;
 //   threadgroup (32, n, 1), any n. Lengths are data: nothing is compiled again when L changes.
 //
@@ -168,9 +170,10 @@ template <int LANES> METAL_FUNC float tq_sum_lanes(float v) {                   
 }
 
 // Quantizes the 32 / LANES vectors of simdgroup `sg`. x_shape, x_strides: of [B, H, L, D].
-template <int BITS, int D, bool ROTATE, bool MEAN, class X, class SHAPE, class STRIDES>
+template <int BITS, int D, bool ROTATE, bool MEAN, int RULE, class X, class SHAPE, class STRIDES>
 METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device float *shift,
                             const device float *diag, device uint *codes, device half *scale, int sg, int lane) {
+  static_assert(RULE >= 0 && RULE <= 3, "RULE is 0, 1, 2 or 3");
   typedef Row<BITS, D> R;
   constexpr int E = R::E, LANES = R::LANES, UNITS = E / 16, P = tq_power_of_two_from(D / 2 + 1);
   int H = x_shape[1], L = x_shape[2], n_vectors = x_shape[0] * H * L;
@@ -203,7 +206,8 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
   // ---- norm, codes
   float norm2 = 0;
   TQ_UNROLL for (int i = 0; i < E; i++) norm2 = fma(y[i], y[i], norm2);
-  float sigma = sqrt(tq_sum_lanes<LANES>(norm2) * (1.0f / D));
+  norm2 = tq_sum_lanes<LANES>(norm2);
+  float sigma = sqrt(norm2 * (1.0f / D));
   uint code[E];
   if (BITS == 8) {
     float inverse = sigma > 0 ? 1.0f / (sigma * Levels<8>::UNIT) : 0.0f;
@@ -223,7 +227,7 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
     if (!R::has(t, i)) code[i] = 0;
   }
 
-  // ---- pack, and <y, c>, <c, c> with the levels as every reader will compute them
+  // ---- pack, and <y, c> or <c, c> with the levels as every reader will compute them
   constexpr int PER_UNIT = BITS == 3 ? 1 : BITS / 2, ROW_UNITS = R::UNITS;
   constexpr int CODE_WORDS = BITS == 3 ? ROW_UNITS : R::WORDS;                  // without plane B
   device uint *row = codes + (long)vector * R::WORDS;
@@ -253,8 +257,8 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
     TQ_UNROLL for (int i = 0; i < 16; i++) {
       float c = float(level[i / 2][i % 2]);
       if (R::has(t, 16 * u + i)) {
-        yc = fma(y[16 * u + i], c, yc);
-        cc = fma(c, c, cc);
+        if (RULE <= 1) yc = fma(y[16 * u + i], c, yc);
+        if (RULE % 2) cc = fma(c, c, cc);
       }
     }
     TQ_UNROLL for (int k = 0; k < PER_UNIT; k++) {
@@ -269,9 +273,13 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
   }
 
   // ---- scale
-  yc = tq_sum_lanes<LANES>(yc);
-  cc = tq_sum_lanes<LANES>(cc);
-  float gamma = cc > 0 ? yc / (cc * Levels<BITS>::UNIT) : yc;                   // cc = 0: 8-bit codes of zeros
+  float gamma = sigma;
+  if (RULE <= 1) yc = tq_sum_lanes<LANES>(yc);
+  if (RULE % 2) cc = tq_sum_lanes<LANES>(cc);
+  // yc or cc = 0: a vector of zeros, or 8 bits and an infinite sigma
+  if (RULE == 0) gamma = yc > 0 ? norm2 / (yc * Levels<BITS>::UNIT) : sigma;
+  if (RULE == 1) gamma = cc > 0 ? yc / (cc * Levels<BITS>::UNIT) : BITS == 8 ? sigma : yc;
+  if (RULE == 3) gamma = cc > 0 ? sigma * (sqrt(D / cc) / Levels<BITS>::UNIT) : sigma;
   if (live && t == 0) scale[vector] = half(gamma);
 }
 // ==== body
@@ -279,6 +287,6 @@ constexpr int V0 = Row<B0, D0>::VECTORS;
 int lane = thread_index_in_simdgroup, sg = thread_position_in_grid.y;
 int S0 = uint(x0_shape[0] * x0_shape[1] * x0_shape[2] + V0 - 1) / V0;
 if (sg < S0)
-  tq_quantize<B0, D0, ROTATE0, MEAN0>(x0, x0_shape, x0_strides, shift0, diag0, codes0, scale0, sg, lane);
+  tq_quantize<B0, D0, ROTATE0, MEAN0, RULE>(x0, x0_shape, x0_strides, shift0, diag0, codes0, scale0, sg, lane);
 else
-  tq_quantize<B1, D1, ROTATE1, MEAN1>(x1, x1_shape, x1_strides, shift1, diag1, codes1, scale1, sg - S0, lane);
+  tq_quantize<B1, D1, ROTATE1, MEAN1, RULE>(x1, x1_shape, x1_strides, shift1, diag1, codes1, scale1, sg - S0, lane);

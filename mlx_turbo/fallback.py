@@ -6,6 +6,7 @@ import numpy as np
 
 from . import codebook, rotation
 from .kernels import device_name, diagonals
+from .scheme import SCALES
 
 
 @functools.lru_cache(maxsize=None)
@@ -125,35 +126,43 @@ def read_slots(words, bits, head_dim):
 
 
 # ---- the backend ---------------------------------------------------------------------------------------------
-def _quantize(x, bits, mean, seed):
+def _quantize(x, bits, mean, seed, rule):
     y = rotate(x if mean is None else x.astype(mx.float32) - mean, seed)
     sigma = mx.sqrt(mx.square(y).mean(-1, keepdims=True))
     if bits == 8:
         inverse = mx.where(sigma > 0, 1 / (sigma * codebook.UNIFORM_STEP), 0)
-        codes = (mx.clip(mx.round(y * inverse), -128, 127) + 128).astype(mx.uint32)
+        c = mx.round(y * inverse)
+        c = mx.where(c >= -128, mx.minimum(c, 127), -128)  # also for NaN, which as an index could be anything
+        codes = (c + 128).astype(mx.uint32)
     else:
         half, magnitude = 2 ** (bits - 1), mx.abs(y)
         midpoints = codebook.thresholds(codebook.product(bits))[half:]
         m = sum((magnitude >= sigma * float(t)).astype(mx.uint8) for t in midpoints)
         codes = (m ^ mx.where(y < 0, half - 1, half).astype(mx.uint8)).astype(mx.uint32)
     c = _constant(_levels, bits)[codes]
-    energy = mx.square(c).sum(-1, keepdims=True)
-    # 8-bit codes of zeros have no energy
-    scale = (y * c).sum(-1, keepdims=True) / mx.where(energy > 0, energy, 1)
+    dot, energy = (y * c).sum(-1, keepdims=True), mx.square(c).sum(-1, keepdims=True)
+    if rule == "inner-product":
+        scale = mx.square(y).sum(-1, keepdims=True) / dot
+    elif rule == "least-squares":
+        scale = dot / energy
+    else:
+        scale = sigma if rule == "norm" else sigma * mx.sqrt(x.shape[-1] / energy)
+    # a vector of zeros has no dot product; 8-bit codes are all 0 if sigma is 0 or infinite
+    scale = mx.where(dot > 0 if rule == "inner-product" else energy > 0, scale, sigma)
     return pack(codes, bits), scale.astype(mx.float16)
 
 
 SLICE_VALUES = 1 << 18  # quantized at a time: a prompt chunk's float32 intermediates would be 18 times the chunk
 
 
-def _quantize_in_slices(side, seed):
+def _quantize_in_slices(side, seed, rule):
     x, n = side.x, side.x.shape[2]
     step = max(1, SLICE_VALUES // (x.size // n))
     if step >= n:
-        return _quantize(x, side.bits, side.mean, seed)
+        return _quantize(x, side.bits, side.mean, seed, rule)
     slices = []
     for at in range(0, n, step):
-        slices.append(_quantize(x[:, :, at:at + step], side.bits, side.mean, seed))
+        slices.append(_quantize(x[:, :, at:at + step], side.bits, side.mean, seed, rule))
         mx.eval(slices[-1])
     return tuple(mx.concatenate(parts, axis=2) for parts in zip(*slices))
 
@@ -315,9 +324,9 @@ class CpuBackend:
         """What runs, for people: the backend, the device MLX uses, and the chip."""
         return f"cpu fallback (MLX operations on the {mx.default_device().type.name}, {device_name()})"
 
-    def quantize(self, sides, seed=0):
+    def quantize(self, sides, seed=0, scale=SCALES[0]):
         """As MetalBackend.quantize."""
-        return [_quantize_in_slices(side, seed) for side in sides]
+        return [_quantize_in_slices(side, seed, scale) for side in sides]
 
     def dequantize(self, sides, first, length, dtype, seed=0):
         """As MetalBackend.dequantize."""

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import codebook, reference, rotation
-from .scheme import words_per_row
+from .scheme import SCALES, words_per_row
 
 SIMDGROUPS_PER_THREADGROUP = 8
 BODY_MARKER = "// ==== body\n"
@@ -247,8 +247,8 @@ class MetalBackend:
         """What runs, for people: the backend and the chip."""
         return f"metal ({device_name()})"
 
-    def quantize(self, sides, seed=0):
-        """Quantize one or two `QuantizeSide` of equal [B, H, L] in one launch.
+    def quantize(self, sides, seed=0, scale=SCALES[0]):
+        """Quantize one or two `QuantizeSide` of equal [B, H, L] in one launch. scale: its rule, as reference.quantize.
 
         Returns per side (codes uint32 [B, H, L, words], scale float16 [B, H, L, 1]).
         """
@@ -264,8 +264,8 @@ class MetalBackend:
         if len({side.x.dtype for side, _ in prepared}) > 1:  # one input rotated beforehand, the other not
             prepared = [(side._replace(x=side.x.astype(mx.float32)), r) for side, r in prepared]
         self._test("quantize", tuple((s.x.shape[-1], s.bits, r, s.mean is not None) for s, r in prepared),
-                   prepared[0][0].x.dtype)
-        return self._quantize(prepared, seed)
+                   prepared[0][0].x.dtype, scale)
+        return self._quantize(prepared, seed, scale)
 
     def dequantize(self, sides, first, length, dtype, seed=0):
         """Restore tokens first .. first + length - 1 of one or two `PackedSide` in one launch.
@@ -325,11 +325,12 @@ class MetalBackend:
                 f"turbo_{name}", inputs, outputs, body, header=header, ensure_row_contiguous=False)
         return self._kernels[name]
 
-    def _quantize(self, prepared, seed):
+    def _quantize(self, prepared, seed, scale):
         kernel = self._kernel("quantize", ["x0", "x1", "shift0", "shift1", "diag0", "diag1"],
                               ["codes0", "codes1", "scale0", "scale1"])
         n = len(prepared)
-        xs, shifts, diags, template, code_shapes, scale_shapes = [], [], [], [], [], []
+        xs, shifts, diags, code_shapes, scale_shapes = [], [], [], [], []
+        template = [("RULE", SCALES.index(scale))]
         for i in (0, 1):
             (x, bits, mean), in_kernel = prepared[min(i, n - 1)]
             *batch, head_dim = x.shape
@@ -436,14 +437,14 @@ class MetalBackend:
         return out
 
     # ---- self-test -------------------------------------------------------------------------------------------
-    def _test(self, name, sides, dtype):
-        """Build and check a specialization once: `sides` of (head_dim, bits, rotates, has mean)."""
-        key = (name, sides, dtype)
+    def _test(self, name, sides, dtype, *rule):
+        """Build and check a specialization once: `sides` of (head_dim, bits, rotates, has mean); the scale's rule."""
+        key = (name, sides, dtype, *rule)
         if key in self._tested:
             return
         what = f"{name}.metal with " + " and ".join(
-            f"head_dim {d}, {b} bits{', mean' if m else ''}" for d, b, _, m in sides) + f", {dtype}"
-        self._run_check(what, lambda: getattr(self, f"_check_{name}")(sides, dtype))
+            f"head_dim {d}, {b} bits{', mean' if m else ''}" for d, b, _, m in sides) + "".join(f", {x}" for x in (dtype, *rule))
+        self._run_check(what, lambda: getattr(self, f"_check_{name}")(sides, dtype, *rule))
         self._tested.add(key)
 
     def _run_check(self, what, check):
@@ -502,15 +503,15 @@ class MetalBackend:
         allowed = ATTEND_TOLERANCE[sides[0][0]] + TOLERANCE[dtype] * (dtype != mx.float32)
         return None if error <= allowed else f"relative error {error:.1e}, allowed is {allowed:.0e}"
 
-    def _check_quantize(self, sides, dtype):
+    def _check_quantize(self, sides, dtype, rule):
         rng, prepared, wants = np.random.default_rng(0), [], []
         for head_dim, bits, in_kernel, has_mean in sides:
             mean = mx.array(rng.standard_normal((1, 3, 1, head_dim)).astype(np.float32)) if has_mean else None
             x = mx.array(rng.standard_normal((1, 3, 7, head_dim)).astype(np.float32)).astype(dtype)
             prepared.append((QuantizeSide(x, bits, mean), in_kernel))
             wants.append(reference.quantize(np.array(x.astype(mx.float32)), bits, rotation=0 if in_kernel else None,
-                                            mean=None if mean is None else np.array(mean)))
-        for (codes, scale), want in zip(self._quantize(prepared, seed=0), wants):
+                                            mean=None if mean is None else np.array(mean), scale=rule))
+        for (codes, scale), want in zip(self._quantize(prepared, 0, rule), wants):
             error = compare_quantized(np.array(codes), np.array(scale), want)
             if error:
                 return error

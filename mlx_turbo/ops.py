@@ -13,7 +13,7 @@ import mlx.core as mx
 from .fallback import CpuBackend
 from .kernels import BackendError, MetalBackend, PackedSide, QuantizeSide
 from .rotation import check_head_dim
-from .scheme import words_per_row
+from .scheme import SCALES, words_per_row
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 _backends = {}
@@ -90,12 +90,15 @@ def _check_mean(mean, batch, head_dim):
         raise ValueError(f"{name}: got {got}, expected float32 {want}")
 
 
-def quantize_sides(sides, seed=0, backend=None):
-    """Quantize one or two `QuantizeSide` of equal [B, H, L] and dtype in one launch, lazily and unchecked."""
+def quantize_sides(sides, seed=0, backend=None, scale=SCALES[0]):
+    """Quantize one or two `QuantizeSide` of equal [B, H, L] and dtype in one launch, lazily; only the scale's rule is
+    checked."""
+    if scale not in SCALES:
+        raise ValueError(f"scale: got {scale!r}, allowed are {SCALES}")
     if 0 in sides[0].x.shape[:3]:
         return [(mx.zeros((*s.x.shape[:3], words_per_row(s.bits, s.x.shape[3])), mx.uint32),
                  mx.zeros((*s.x.shape[:3], 1), mx.float16)) for s in sides]
-    return get_backend(backend).quantize(sides, seed)
+    return get_backend(backend).quantize(sides, seed, scale)
 
 
 def dequantize_sides(sides, first, length, dtype, seed=0, backend=None):
@@ -105,21 +108,22 @@ def dequantize_sides(sides, first, length, dtype, seed=0, backend=None):
     return get_backend(backend).dequantize(sides, first, length, dtype, seed)
 
 
-def quantize(x, bits=4, *, mean=None, seed=0, backend=None):
+def quantize(x, bits=4, *, mean=None, seed=0, backend=None, scale=SCALES[0]):
     """Quantize vectors x [B, H, L, head_dim] (float16, bfloat16 or float32) to `bits` (2, 3, 4 or 8) per number.
 
     mean: float32 [B, H, 1, head_dim], subtracted first. seed: of the rotation's signs. backend: see `get_backend`.
+    scale: the rule of the scale, one of scheme.SCALES; the formulas are in reference.quantize.
 
     Returns codes uint32 [B, H, L, words_per_row(bits, head_dim)] (layout: scheme.py) and scale float16 [B, H, L, 1],
-    as reference.quantize computes them. Raises ValueError, naming the argument, for a wrong shape, dtype, head_dim
-    or bits, and for NaN, infinity or numbers too large for a float16 scale in x (this evaluates x).
+    as reference.quantize computes them. Raises ValueError, naming the argument, for a wrong shape, dtype, head_dim,
+    bits or scale rule, and for NaN, infinity or numbers too large for a float16 scale in x (this evaluates x).
     """
     check_vectors(x, "x")
     _check_bits(bits)
     _check_mean(mean, x.shape[:2], x.shape[-1])
-    (codes, scale), = quantize_sides([QuantizeSide(x, bits, mean)], seed, backend)
-    require_finite([scale], ["x"])
-    return codes, scale
+    (codes, scales), = quantize_sides([QuantizeSide(x, bits, mean)], seed, backend, scale)
+    require_finite([scales], ["x"])
+    return codes, scales
 
 
 def require_finite(scales, names):

@@ -1,6 +1,6 @@
 """NumPy oracle: quantize, dequantize and attention over a packed cache, in float64. Imports no MLX.
 
-Formulas: arXiv 2504.19874 (TurboQuant), with a least-squares scale per vector instead of the norm.
+Formulas: arXiv 2504.19874 (TurboQuant), with a scale per vector that keeps inner products.
 Every backend is tested against this file.
 """
 from dataclasses import dataclass, replace
@@ -59,7 +59,7 @@ def _default_levels(levels, bits):
     return codebook.levels(levels, bits)
 
 
-def quantize(x, bits=4, *, rotation=0, levels=None, mean=None, scale="least-squares", scale_dtype=np.float16):
+def quantize(x, bits=4, *, rotation=0, levels=None, mean=None, scale=SCALES[0], scale_dtype=np.float16):
     """Quantize vectors x [..., head_dim] to `bits` per number: centre, rotate, nearest level, scale.
 
     bits: 1 to 8.
@@ -67,8 +67,9 @@ def quantize(x, bits=4, *, rotation=0, levels=None, mean=None, scale="least-squa
         y = R x, or None.
     levels: "product" (the kernels' levels; default at 2, 3, 4 and 8 bits), "lloyd-max", or an array [2**bits].
     mean: subtracted before rotation, broadcast against x; None = 0.
-    scale: "least-squares" <y, c> / <c, c> minimises the error; "norm" ||y|| / sqrt(head_dim) is the paper's;
-        "matched-norm" ||y|| / ||c|| keeps the norm of the vector.
+    scale: "inner-product" <y, y> / <y, c> keeps the vector's inner product with itself, so that a large logit is not
+        systematically too small; "least-squares" <y, c> / <c, c> minimises the error; "norm" ||y|| / sqrt(head_dim) is
+        the paper's; "matched-norm" ||y|| / ||c|| keeps the norm of the vector.
     scale_dtype: the scale is rounded to it; np.float64 to keep it.
 
     Returns a `Quantized`. Raises ValueError, naming the argument, for non-finite x, bad bits, levels, rotation or
@@ -86,7 +87,10 @@ def quantize(x, bits=4, *, rotation=0, levels=None, mean=None, scale="least-squa
     codes = np.searchsorted(codebook.thresholds(table), u, side="right").astype(np.uint8)
     c = table[codes]
     energy, norm = (c * c).sum(-1), norm[..., 0]
-    if scale == "least-squares":
+    if scale == "inner-product":
+        dot = (y * c).sum(-1)
+        gamma = np.divide(norm * norm, dot, out=np.zeros_like(norm), where=dot > 0)
+    elif scale == "least-squares":
         gamma = np.divide((y * c).sum(-1), energy, out=np.zeros_like(norm), where=(energy > 0) & (norm > 0))
     elif scale == "norm":
         gamma = norm / np.sqrt(head_dim)

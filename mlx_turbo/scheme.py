@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 
 BITS = (0, 2, 3, 4, 8)  # per number; 0 = left in the model's dtype
-SCALES = ("least-squares", "norm", "matched-norm")
+SCALES = ("inner-product", "least-squares", "norm", "matched-norm")  # rules, see reference.quantize; default first
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pytest
 from mlx_turbo import ops, reference, rotation
 from mlx_turbo.fallback import CpuBackend
 from mlx_turbo.kernels import MetalBackend
+from mlx_turbo.scheme import SCALES
 
 
 def to_numpy(x):
@@ -26,7 +27,7 @@ class OracleBackend:
     def describe(self):
         return "oracle (NumPy, float64)"
 
-    def quantize(self, sides, seed=0, scale="least-squares"):
+    def quantize(self, sides, seed=0, scale=SCALES[0]):
         outs = []
         for side in sides:
             mean = None if side.mean is None else np.array(side.mean)
@@ -35,8 +36,8 @@ class OracleBackend:
             with np.errstate(over="ignore"):
                 q = reference.quantize(np.where(finite, x, 0), side.bits, rotation=seed, mean=mean,
                                        scale=scale, scale_dtype=np.float64)
-                gamma = np.where(finite, q.scale[..., None], np.nan).astype(np.float16)
-            outs.append((mx.array(q.packed()), mx.array(gamma)))
+                scales = np.where(finite, q.scale[..., None], np.nan).astype(np.float16)
+            outs.append((mx.array(q.packed()), mx.array(scales)))
         return outs
 
     def dequantize(self, sides, first, length, dtype, seed=0):

@@ -52,8 +52,8 @@ def test_a_kernel_that_computes_something_wrong_is_an_error(name, fault):
                 return mx.where(keep, x, mx.zeros_like(x))
             return x * 1.02 if x.dtype != mx.uint32 else x
 
-        def _quantize(self, prepared, seed):
-            return [tuple(map(self._spoil, out)) for out in oracle.quantize([s for s, _ in prepared], seed)]
+        def _quantize(self, prepared, *options):
+            return [tuple(map(self._spoil, out)) for out in oracle.quantize([s for s, _ in prepared], *options)]
 
         def _dequantize(self, prepared, first, length, dtype, seed):
             return [self._spoil(x) for x in oracle.dequantize([s for s, _ in prepared], first, length, dtype, seed)]

@@ -246,7 +246,7 @@ def test_a_hub_id_that_does_not_exist_gets_one_line():
 class DoesNotBuild(CpuBackend):
     name = "metal"
 
-    def quantize(self, sides, seed=0):
+    def quantize(self, sides, seed=0, scale="least-squares"):
         raise mlx_turbo.BackendError("the kernel does not build\nprogram_source:7:3: error: expected ';'")
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_ops import check_round_trip, vectors
 
-from mlx_turbo import kernels, ops, rotation
+from mlx_turbo import kernels, ops, reference, rotation
 from mlx_turbo.kernels import PackedSide, QuantizeSide
 
 # (head_dim, vectors): one lane group, several, partly filled simdgroups; whole, cut and idle lanes; both roundings
@@ -14,7 +14,7 @@ SHAPES = [(32, 33), (72, 5), (80, 9), (100, 3), (128, 1), (128, 13), (512, 3), (
 
 def quantized(head_dim, n, bits=4, **options):
     x = vectors(1, 1, n, head_dim, dtype=mx.float16)
-    (codes, scale), = ops.quantize_sides([QuantizeSide(x, bits, **options)])
+    (codes, scale), = ops.quantize_sides([QuantizeSide(x, bits)], **options)
     return PackedSide(codes, scale, bits, head_dim)
 
 
@@ -93,6 +93,12 @@ def test_operations_per_value_stay_below_their_ceiling(simulated, head_dim, bits
     side = quantized(head_dim, n, bits)
     dequantize = counted(lambda: ops.dequantize_sides([side], 0, n, mx.float16), n * head_dim)
     assert dequantize <= DEQUANTIZE_CEILING[head_dim, bits]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_another_scale_rule_costs_no_more_than_least_squares(simulated, bits):
+    cost = {scale: counted(lambda: quantized(128, 64, bits, scale=scale), 64 * 128) for scale in reference.SCALES}
+    assert cost["norm"] < cost["matched-norm"] < cost["least-squares"]
 
 
 def test_the_kernel_transforms_every_head_dim_that_is_a_multiple_of_16_up_to_512_and_576():

@@ -16,14 +16,14 @@ def vectors(*shape, dtype=mx.float32, seed=0, scale=1.0):
     return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * scale).astype(dtype)
 
 
-def check_round_trip(sides, dtype=mx.float32, seed=0):
+def check_round_trip(sides, dtype=mx.float32, seed=0, scale="least-squares"):
     """Codes and scales equal the oracle's; what is restored from them equals what the oracle restores."""
     packed = []
-    for side, (codes, scale) in zip(sides, ops.quantize_sides(sides, seed)):
+    for side, (codes, scales) in zip(sides, ops.quantize_sides(sides, seed, scale=scale)):
         mean = None if side.mean is None else np.array(side.mean)
-        want = reference.quantize(to_numpy(side.x), side.bits, rotation=seed, mean=mean)
-        assert compare_quantized(np.array(codes), np.array(scale), want) is None
-        packed.append(PackedSide(codes, scale, side.bits, side.x.shape[-1], side.mean))
+        want = reference.quantize(to_numpy(side.x), side.bits, rotation=seed, mean=mean, scale=scale)
+        assert compare_quantized(np.array(codes), np.array(scales), want) is None
+        packed.append(PackedSide(codes, scales, side.bits, side.x.shape[-1], side.mean))
     length = sides[0].x.shape[2]
     for side, x in zip(packed, ops.dequantize_sides(packed, 0, length, dtype, seed)):
         q = reference.Quantized(reference.unpack(np.array(side.codes), side.bits, side.head_dim),
@@ -52,6 +52,40 @@ def test_a_mean_is_taken_off_before_and_added_after(backend, head_dim):
     mean = vectors(2, 3, 1, head_dim, seed=5, scale=20)
     x = vectors(2, 3, 4, head_dim) + mean
     check_round_trip([QuantizeSide(x, 4, mean), QuantizeSide(x, 8, mean)])
+
+
+@pytest.mark.parametrize("scale", reference.SCALES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("head_dim", [72, 80, 128, 576])
+def test_every_scale_rule_agrees_with_the_oracle(backend, scale, bits, head_dim):
+    mean = vectors(1, 2, 1, head_dim, seed=5)
+    x = vectors(1, 2, 5, head_dim, seed=head_dim)
+    large_and_zero = x * mx.array([1e-3, 1, 0, 30, 5])[:, None]
+    check_round_trip([QuantizeSide(large_and_zero, bits), QuantizeSide(x + mean, bits, mean)], scale=scale)
+
+
+@pytest.mark.parametrize("scale", reference.SCALES)
+def test_scale_rules_do_what_their_names_say(backend, scale):
+    x = vectors(1, 2, 40, 128)
+    codes, scales = ops.quantize(x, 2, scale=scale)
+    x, back = to_numpy(x), to_numpy(ops.dequantize(codes, scales, 2, head_dim=128))
+    norm, overlap = ((a * b).sum(-1) / (x * x).sum(-1) for a, b in ((back, back), (x, back)))
+    if scale == "matched-norm":
+        assert np.abs(norm - 1).max() < 2e-3
+    elif scale == "least-squares":  # what is lost is orthogonal to what is kept
+        assert np.abs(overlap - norm).max() < 2e-3 and norm.max() < 0.95
+    else:
+        assert np.allclose(to_numpy(scales)[..., 0], np.sqrt(np.square(x).mean(-1)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", reference.SCALES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_no_scale_rule_stores_what_is_not_finite(backend, scale, bits, bad):
+    x = np.ones((1, 1, 3, 64), np.float32)
+    x[0, 0, 1, 5] = bad
+    with pytest.raises(ValueError, match="^x: has NaN, infinity"):
+        ops.quantize(mx.array(x), bits, scale=scale)
 
 
 def test_a_mean_makes_biased_vectors_as_exact_as_unbiased_ones(backend):
@@ -152,6 +186,8 @@ C, S = mx.zeros((1, 1, 2, 8), mx.uint32), mx.zeros((1, 1, 2, 1), mx.float16)
     (lambda: ops.quantize(X, 5), "bits: got 5, allowed are 2, 3, 4 and 8"),
     (lambda: ops.quantize(X, True), "bits: got True"),
     (lambda: ops.quantize(X, 4, mean=mx.zeros((64,))), "mean: got mlx.core.float32 (64,), expected float32 (1, 1, 1, 64)"),
+    (lambda: ops.quantize(X, 4, scale="l2"), "scale: got 'l2', allowed are ('least-squares', 'norm', 'matched-norm')"),
+    (lambda: ops.quantize_sides([QuantizeSide(X[:, :, :0], 4)], scale=None), "scale: got None, allowed are ('least-"),
     (lambda: ops.quantize(X, 4, backend="cuda"), "backend: got 'cuda', allowed are 'metal' and 'cpu'"),
     (lambda: ops.dequantize(C, S, 3, head_dim=64), "codes: got mlx.core.uint32 (1, 1, 2, 8), expected uint32 [B, H, L, 6]"),
     (lambda: ops.dequantize(C, S[:, :, :1], 4, head_dim=64), "scale: got mlx.core.float16 (1, 1, 1, 1), expected"),
