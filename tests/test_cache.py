@@ -604,7 +604,7 @@ BAD_STATES = {
     "bits that are not ours": (change("key_bits", 1), "allowed are"),
     "more sink tokens than the sink has": (change("sink", -1), "state: "),
     "a negative count": (change("n_packed", -40), "state: "),
-    "an unknown scale rule": (change("scale", 3), "state: the header names scale rule 3"),
+    "an unknown scale rule": (change("scale", 4), "state: the header names scale rule 4"),
     "bits nobody chose": (change("chosen_key_bits", 4), "state: the header names 8 bits"),
     "means that are not there": (change("key_means", 1), "state: got .* expected .*float16"),
     "too many means": (change("key_means", 2), "state: the header names 2 means of keys"),

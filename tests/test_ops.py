@@ -72,6 +72,8 @@ def test_scale_rules_do_what_their_names_say(backend, scale):
     norm, overlap = ((a * b).sum(-1) / (x * x).sum(-1) for a, b in ((back, back), (x, back)))
     if scale == "matched-norm":
         assert np.abs(norm - 1).max() < 2e-3
+    elif scale == "inner-product":
+        assert np.abs(overlap - 1).max() < 2e-3 and norm.min() > 1.05
     elif scale == "least-squares":  # what is lost is orthogonal to what is kept
         assert np.abs(overlap - norm).max() < 2e-3 and norm.max() < 0.95
     else:
@@ -186,8 +188,8 @@ C, S = mx.zeros((1, 1, 2, 8), mx.uint32), mx.zeros((1, 1, 2, 1), mx.float16)
     (lambda: ops.quantize(X, 5), "bits: got 5, allowed are 2, 3, 4 and 8"),
     (lambda: ops.quantize(X, True), "bits: got True"),
     (lambda: ops.quantize(X, 4, mean=mx.zeros((64,))), "mean: got mlx.core.float32 (64,), expected float32 (1, 1, 1, 64)"),
-    (lambda: ops.quantize(X, 4, scale="l2"), "scale: got 'l2', allowed are ('least-squares', 'norm', 'matched-norm')"),
-    (lambda: ops.quantize_sides([QuantizeSide(X[:, :, :0], 4)], scale=None), "scale: got None, allowed are ('least-"),
+    (lambda: ops.quantize(X, 4, scale="l2"), "scale: got 'l2', allowed are ('inner-product', 'least-squares', 'norm', 'matched-norm')"),
+    (lambda: ops.quantize_sides([QuantizeSide(X[:, :, :0], 4)], scale=None), "scale: got None, allowed are ('inner-"),
     (lambda: ops.quantize(X, 4, backend="cuda"), "backend: got 'cuda', allowed are 'metal' and 'cpu'"),
     (lambda: ops.dequantize(C, S, 3, head_dim=64), "codes: got mlx.core.uint32 (1, 1, 2, 8), expected uint32 [B, H, L, 6]"),
     (lambda: ops.dequantize(C, S[:, :, :1], 4, head_dim=64), "scale: got mlx.core.float16 (1, 1, 1, 1), expected"),
