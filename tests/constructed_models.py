@@ -1,10 +1,10 @@
-"""Models that say the same as a given one and fill its cache with what real models do to caches: key biases a hundred
-times the signal, outlier channels, keys near zero, bad first and last layers. And attention sinks, which do change what
-the model says: there, caches are compared on the same model.
+"""Models that say the same as a given one and fill its cache with what real models do to caches: key biases thirty
+times the signal, outlier channels, keys near zero, bad first and last layers. And attention sinks, which do change
+what the model says: there, caches are compared on the same model.
 
-Each function takes an mlx-lm Qwen3 model (the embedded one, in float32: in half precision a bias of 600 rounds the signal
-away) and returns a changed copy. They can be applied one after another. The changes are made between RoPE and the cache,
-so that they work with any cache, and attention is called as mlx-lm's models call it.
+Each function takes an mlx-lm Qwen3 model (the embedded one, in float32: in half precision a bias of 600 rounds the
+signal away) and returns a changed copy. They can be applied one after another. The changes are made between RoPE and
+the cache, so that they work with any cache, and attention is called as mlx-lm's models call it.
 """
 import copy
 
@@ -15,7 +15,7 @@ import numpy as np
 
 EXTRA_DIMS = 128  # of keys that carry a turning bias: 128 + 128 is a power of two
 ROPE_BASE = 1e6  # of the biases; Qwen2.5's
-# The norms of real key biases: Qwen2.5-7B's first layer, its last, and its median layer, which is the signal's scale too
+# The norms of Qwen2.5-7B's key biases: first layer, last layer, and the median, which is the signal's scale too
 FIRST_LAYER_BIAS, LAST_LAYER_BIAS, MEDIAN_BIAS = 605, 921, 22
 
 
@@ -79,8 +79,8 @@ def bias_dims(where, head_dim):
 
 
 def turning_bias(n_kv_heads, n_tokens, *, norm, where, head_dim, offset=0, rope_base=ROPE_BASE, seed=0):
-    """What a bias of k_proj (Qwen2) adds to each key: a fixed vector of `norm` in the frequencies `where`, turned by RoPE.
-    float32 [1, n_kv_heads, n_tokens, head_dim]."""
+    """What a bias of k_proj (Qwen2) adds to each key: a fixed vector of `norm` in the frequencies `where`, turned by
+    RoPE. float32 [1, n_kv_heads, n_tokens, head_dim]."""
     b = _directions((n_kv_heads, head_dim), seed) * bias_dims(where, head_dim)
     b = mx.array(norm * b / np.linalg.norm(b, axis=-1, keepdims=True))[None, :, None]
     b = mx.broadcast_to(b, (1, n_kv_heads, n_tokens, head_dim))
