@@ -176,7 +176,7 @@ class TurboKVCache:
         self._sides = _make_sides(self.config)
         self.n_sink = self.n_packed = self.n_recent = 0
         self.undecided = _may_choose(self.config)  # auto has not chosen the bits of the keys yet; nothing is packed
-        self._observed, self._errors = None, {}
+        self._observed, self._errors, self._by = None, {}, None
 
     @property
     def offset(self):
@@ -200,10 +200,10 @@ class TurboKVCache:
         first = self.offset == 0
         n_to_sink = min(self.config.sink - self.n_sink, n_new)
         n_to_recent = n_new - n_to_sink
-        capacity = self.config.recent + self.config.block
-        if self.undecided and (self.n_recent > capacity or (self.n_recent + n_to_recent > capacity
-                                                            and n_to_recent <= self.config.block)):
+        if self.undecided and (self.n_recent > self._capacity() or (self.n_recent + n_to_recent > self._capacity()
+                                                                    and n_to_recent <= self.config.block)):
             self._decide()  # nobody showed us the queries of the chunk, or it is a decode step that must pack
+        capacity = self.config.recent + self.config.block
         if self.n_recent + n_to_recent <= capacity or self.undecided:
             view = None
         elif n_to_recent <= self.config.block:  # make room: what is appended stays exact until a later update
@@ -329,26 +329,35 @@ class TurboKVCache:
         """See the queries [B, n_heads, L, Dk] of the newest L tokens: `auto` chooses by them. From attention.py."""
         if not self.undecided:
             return
-        queries = queries[:, :, -auto.N_QUERIES:]
-        if self._observed is not None and queries.shape[2] < auto.N_QUERIES:
+        n = queries.shape[2]
+        sample = auto.sample_queries(n)
+        positions = [self.offset - n + i for i in sample]
+        queries = queries[:, :, sample[0]:] if len(sample) == n - sample[0] else mx.take(queries, mx.array(sample), axis=2)
+        if self._observed is not None and n < auto.N_QUERIES:
             queries = mx.concatenate([self._observed[0], queries], axis=2)[:, :, -auto.N_QUERIES:]
-        self._observed = queries, scale, sinks
-        if self.n_recent > self.config.recent + self.config.block:
+            positions = (self._observed[1] + positions)[-auto.N_QUERIES:]
+        self._observed = queries, positions, scale, sinks
+        if self.n_recent > self._capacity():
             self._decide()
         else:
             mx.async_eval(queries)
 
+    def _capacity(self):
+        """Tokens from which on recent ones are packed."""
+        capacity = self.config.recent + self.config.block
+        return max(capacity, auto.FEWEST) if self.undecided else capacity
+
     def _decide(self):
-        """Choose the bits of the keys, and pack what has waited for that. Without queries (nobody called `observe`) the
-        keys stand in for them."""
-        recents = [side.recent[:, :, :self.n_recent] for side in self._sides]
-        keys = recents[0] if not self.n_sink else mx.concatenate(
-            [self._sides[0].sink[:, :, :self.n_sink], recents[0]], axis=2)
-        queries, scale, sinks = self._observed or (None, None, None)
-        bits, self._errors = auto.choose_key_bits(queries, keys, self.config, scale, sinks)
-        self._sides[0].bits, self.undecided = bits, False
-        if self.n_recent > self.config.recent + self.config.block:
-            self._pack(recents)
+        """Choose the bits of the keys, and pack what has waited for that. Without queries (nobody called `observe`) by
+        the keys alone."""
+        parts = [(side.sink, side.recent[:, :, :self.n_recent]) for side in self._sides]
+        keys = mx.concatenate([parts[0][0][:, :, :self.n_sink], parts[0][1]], axis=2) if self.n_sink else parts[0][1]
+        observed = self._observed
+        bits, self._errors = auto.choose_key_bits(keys, self.config, observed)
+        self._by = "the keys alone" if observed is None else f"{len(observed[1])} queries"
+        self._sides[0].bits, self.undecided, self._observed = bits, False, None
+        if self.n_recent > self._capacity():
+            self._pack([recent for _, recent in parts])
 
     # ---- fetch -----------------------------------------------------------------------------------------------
     def _fetch(self, n_packed=None, tails=None, new=None):
@@ -451,10 +460,7 @@ class TurboKVCache:
     def _auto_report(self):
         if not _may_choose(self.config):
             return None
-        report = {"undecided": self.undecided, "target": auto.TARGET, "error": dict(self._errors)}
-        if not self.undecided:
-            report["by"] = "the keys alone" if self._observed is None else "queries"
-        return report
+        return {"undecided": self.undecided, "target": auto.TARGET, "error": dict(self._errors), "by": self._by}
 
     def _attention(self):
         if self.offset == 0 or not any(side.bits for side in self._sides):
@@ -507,7 +513,7 @@ class TurboKVCache:
         self.config, self._sides, self.undecided = config, sides, key_bits < 0
         self.n_sink, self.n_packed, self.n_recent = counts
         self.version, self.attended_version, self._unread = 0, None, _Unread()
-        self._observed, self._errors = None, {}
+        self._observed, self._errors, self._by = None, {}, None
         self._evaluate()
 
     @property
