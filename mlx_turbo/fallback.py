@@ -275,7 +275,7 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
     if values.bits and n_packed:
         out = _plus(out, rotated @ _rotation(values.head_dim, seed, value_order)[1])
         if values.means is not None:
-            out = out + packed_weight * unrotate(values.means[:, :, :1], seed)
+            out = out + packed_weight * (_exact(values, "means", 0, 1) @ _rotation(values.head_dim, seed, None)[1])
     if not one_softmax:
         if sinks is not None:
             total = total + mx.exp(sinks - top)
@@ -296,25 +296,26 @@ def _plus(a, b):
 def _mean_logits(q, side, first, n):
     """What the means add to the logits of n packed tokens from `first` on, [..., n], or [..., 1] if it is one mean."""
     start, end = first // side.segment, -(-(first + n) // side.segment)
-    x = q @ side.means[:, :, start:end].astype(mx.float32).swapaxes(-1, -2)
+    x, step = q @ _exact(side, "means", start, end - start).swapaxes(-1, -2), side.segment
     if end - start == 1:
         return x
-    x = mx.take(x, mx.arange(first, first + n, 64) // side.segment - start, axis=-1)  # tiles and segments start at
-    return mx.repeat(x, 64, axis=-1)[..., :n]                                          # multiples of 64
+    if first % step:  # a tile that starts within a segment: both start at multiples of 64
+        x, step = mx.take(x, mx.arange(first, first + n, 64) // step - start, axis=-1), 64
+    return mx.repeat(x, step, axis=-1)[..., :n]
 
 
 def _exact(side, part, first, n):
+    """Rows first .. first + n - 1 of a buffer, float32; one that is full is not sliced, which takes a microsecond."""
     buffer = getattr(side, part)
     if n < buffer.shape[2]:
         buffer = buffer[:, :, first:first + n]
     return buffer.astype(mx.float32)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=64)
 def _rotation(head_dim, seed, bits):
-    """The rotation as a matrix that vectors are multiplied by from the left, float32 [head_dim, S], and its transpose,
-    which takes them back: one operation where the transform and the order of the slots are many. bits: `slot_dims`,
-    where a slot without a dim meets zeros, or None for the dims."""
+    """M float32 [head_dim, S] and its transpose: x @ M is x rotated, in the order of the slots of `bits` (a slot without
+    a dim gets 0) or, with None, of the dims. One operation where the transform and a permutation are six."""
     matrix = np.pad(rotation.matrix(head_dim, seed).T, [(0, 0), (0, 1)])
     matrix = matrix[:, np.arange(head_dim) if bits is None else slot_dims(bits, head_dim)].astype(np.float32)
     arrays = mx.array(matrix), mx.array(np.ascontiguousarray(matrix.T))

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_turbo import ops, reference
+from mlx_turbo import ops, reference, rotation
 from mlx_turbo.fallback import CpuBackend
 from mlx_turbo.kernels import MetalBackend
 
@@ -59,6 +59,9 @@ class OracleBackend:
             middle = None
             if n_packed and side.bits:
                 middle, = self.dequantize([side.packed()], 0, n_packed, mx.float32, seed)
+                if side.means is not None:
+                    means = rotation.unrotate(to_numpy(side.means), seed).astype(np.float32)
+                    middle = middle + mx.array(means[:, :, np.arange(n_packed) // side.segment])
             elif n_packed:
                 middle = side.codes[:, :, :n_packed]
             parts = [(side.sink, n_sink), (middle, n_packed), (side.recent, n_recent)]
