@@ -314,8 +314,8 @@ def _exact(side, part, first, n):
 
 @functools.lru_cache(maxsize=64)
 def _rotation(head_dim, seed, bits):
-    """M float32 [head_dim, S] and its transpose: x @ M is x rotated, in the order of the slots of `bits` (a slot without
-    a dim gets 0) or, with None, of the dims. One operation where the transform and a permutation are six."""
+    """M float32 [head_dim, S] and its transpose: x @ M is x rotated, in the order of the slots of `bits` (0 in a slot
+    without a dim) or, with None, of the dims. One operation where the transform and a permutation are six."""
     matrix = np.pad(rotation.matrix(head_dim, seed).T, [(0, 0), (0, 1)])
     matrix = matrix[:, np.arange(head_dim) if bits is None else slot_dims(bits, head_dim)].astype(np.float32)
     arrays = mx.array(matrix), mx.array(np.ascontiguousarray(matrix.T))

@@ -180,9 +180,9 @@ def side_with_means(rng, batch, counts, bits, head_dim, segment, means=None, spa
     x[:, :, n_sink:n_sink + n_packed] = reference.dequantize(packed) + rotation.unrotate(
         means.astype(np.float64), 5).repeat(min(segment, n_packed), axis=2)[:, :, :n_packed]
     spare = np.full((batch, 2, spare, head_dim), np.nan, np.float16)  # never read
-    exact = mx.array(x.astype(np.float32))
-    side = CachedSide(exact[:, :, :n_sink], mx.array(packed.packed()), mx.array(packed.scale[..., None].astype(np.float16)),
-                      exact[:, :, n_sink + n_packed:], bits, head_dim, mx.array(np.concatenate([means, spare], 2)), segment)
+    exact, scale = mx.array(x.astype(np.float32)), mx.array(packed.scale[..., None].astype(np.float16))
+    side = CachedSide(exact[:, :, :n_sink], mx.array(packed.packed()), scale, exact[:, :, n_sink + n_packed:], bits,
+                      head_dim, mx.array(np.concatenate([means, spare], 2)), segment)
     return side, x
 
 
