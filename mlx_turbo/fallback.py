@@ -1,5 +1,6 @@
 """The same operations as kernels.py in MLX operations, on any device. float32 inside."""
 import functools
+import itertools
 
 import mlx.core as mx
 import numpy as np
@@ -173,13 +174,14 @@ LOGIT_BYTES = 64 << 20  # float32 logits of a tile, at most (but those of 64 tok
 MAX_TILE = 4096  # tokens
 
 
-def _tiles(counts, n_rows):
-    """The tokens in tiles, each a list of spans (part, first, n, column of the mask). Few exact tokens join a tile of
-    packed ones, so that a short cache is one tile."""
+@functools.lru_cache(maxsize=64)  # the layers of a step have the same
+def _tiles(counts, n_rows, max_tile, logit_bytes):
+    """The tokens in tiles: (spans, where to split the columns of a tile into those of its spans), a span being (buffer,
+    first, n, column of the mask). Few exact tokens join a tile of packed ones, so that a short cache is one tile."""
     n_sink, n_packed, n_recent = counts
-    most = int(min(MAX_TILE, max(64, LOGIT_BYTES // (4 * n_rows) // 64 * 64)))
+    most = int(min(max_tile, max(64, logit_bytes // (4 * n_rows) // 64 * 64)))
     tiles, room = [[]], most
-    for part, n_tokens, column in (("packed", n_packed, n_sink), ("sink", n_sink, 0),
+    for part, n_tokens, column in (("codes", n_packed, n_sink), ("sink", n_sink, 0),
                                    ("recent", n_recent, n_sink + n_packed)):
         for first in range(0, n_tokens, most):
             n = min(most, n_tokens - first)
@@ -190,15 +192,15 @@ def _tiles(counts, n_rows):
                 room += most // 16
             tiles[-1].append((part, first, n, column + first))
             room -= n
-    return tiles
+    return [(spans, list(itertools.accumulate(n for _, _, n, _ in spans))[:-1]) for spans in tiles]
 
 
 def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=None, sinks=None, seed=0):
     """Attention over a cache, tile by tile, float32 inside: as MetalBackend.attend, for any L.
 
     `read_rows(side, first, n)` gives the packed rows of tokens first .. first + n - 1 in rotated space: (rows float32
-    [B, H, n, S], scale [B, H, n, 1] or None, (the dim of each of the S numbers, the number of each dim) or None if
-    they are the dims). Rows are never un-rotated, and only a tile of them is restored at a time, merged by log-sum-exp
+    [B, H, n, S], scale [B, H, n, 1] or None, the bits of `slot_dims` if the S numbers are in that order or None if they
+    are the dims). Rows are never un-rotated, and only a tile of them is restored at a time, merged by log-sum-exp
     with what came before: no more memory is taken than 5 * LOGIT_BYTES and 6 times a float32 tile of both sides.
 
     Raises ValueError for values with more than one mean: that would need the weight of every segment.
@@ -209,9 +211,8 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
     B, n_heads, L, _ = queries.shape
     H = keys.recent.shape[1]
     rows = B, H, n_heads // H * L
-    q = queries.astype(mx.float32).reshape(*rows, -1) * scale
-    q_packed = q_rotated = rotate(q, seed) if keys.bits and n_packed else None
-    value_slots = None
+    q = (queries.astype(mx.float32) * scale).reshape(*rows, -1)
+    q_packed = q_rotated = value_order = None
     if isinstance(mask, str):
         mask = None if L == 1 else mx.arange(n_tokens) <= mx.arange(n_tokens - L, n_tokens)[:, None]
     if mask is not None:
@@ -219,98 +220,107 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
     if sinks is not None:
         sinks = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, H, -1, 1), (B, H, n_heads // H, L))
         sinks = sinks.reshape(*rows, 1)
+    tiles = _tiles(counts, B * n_heads * L, MAX_TILE, LOGIT_BYTES)
+    one_softmax = len(tiles) == 1 and mask is None and sinks is None
 
-    def attend_tile(tile, top):
+    def attend_tile(spans, splits, top):
         """The new maximum of the logits, and sums of weights, of packed weights, of weights * values, and of weights *
         rotated values."""
-        nonlocal q_packed, value_slots
+        nonlocal q_packed, q_rotated, value_order
         logits = []
-        for part, first, n, _ in tile:
-            if part != "packed" or not keys.bits:
+        for part, first, n, _ in spans:
+            if part != "codes" or not keys.bits:
                 logits.append(q @ _exact(keys, part, first, n).swapaxes(-1, -2))
                 continue
-            k, gamma, slots = read_rows(keys, first, n)
-            if slots is not None and first == 0:
-                q_packed = _to_slots(q_packed, slots[0], k.shape[-1])
+            k, gamma, order = read_rows(keys, first, n)
+            if q_packed is None:
+                q_packed = q @ _rotation(keys.head_dim, seed, order)[0]
+                q_rotated = None if keys.means is None else q @ _rotation(keys.head_dim, seed, None)[0]
             x = q_packed @ k.swapaxes(-1, -2)
             x = x if gamma is None else x * gamma.swapaxes(-1, -2)
             logits.append(x if keys.means is None else x + _mean_logits(q_rotated, keys, first, n))
         logits = _join(logits)
-        if mask is not None:
-            allowed = _join([mask[..., column:column + n] for _, _, n, column in tile])
-            logits = mx.where(allowed, logits, DEAD) if mask.dtype == mx.bool_ else mx.maximum(logits + allowed, DEAD)
-        highest = logits.max(-1, keepdims=True)
-        if mask is not None:
-            highest = mx.maximum(highest, DEAD / 2)  # the weight of a masked token is 0 also in a row of such
-        top = highest if top is None else mx.maximum(top, highest)
-        weights = mx.exp(logits - top)
-        sums, at = [weights.sum(-1, keepdims=True), 0, 0, 0], 0
-        for part, first, n, _ in tile:
-            w = weights if len(tile) == 1 else weights[..., at:at + n]
-            at += n
-            if part != "packed" or not values.bits:
-                sums[2] = sums[2] + w @ _exact(values, part, first, n)
+        if one_softmax:
+            sums = [1, 0, 0, 0]
+            weights = mx.softmax(logits, axis=-1)
+        else:
+            if mask is not None:
+                x = _join([mask[..., column:column + n] for _, _, n, column in spans])
+                logits = mx.where(x, logits, DEAD) if mask.dtype == mx.bool_ else mx.maximum(logits + x, DEAD)
+            highest = logits.max(-1, keepdims=True)
+            if mask is not None:
+                highest = mx.maximum(highest, DEAD / 2)  # the weight of a masked token is 0 also in a row of such
+            top = highest if top is None else mx.maximum(top, highest)
+            weights = mx.exp(logits - top)
+            sums = [weights.sum(-1, keepdims=True), 0, 0, 0]
+        for (part, first, n, _), w in zip(spans, mx.split(weights, splits, axis=-1) if splits else [weights]):
+            if part != "codes" or not values.bits:
+                sums[2] = _plus(sums[2], w @ _exact(values, part, first, n))
                 continue
-            v, gamma, value_slots = read_rows(values, first, n)
-            sums[3] = sums[3] + (w if gamma is None else w * gamma.swapaxes(-1, -2)) @ v
+            v, gamma, value_order = read_rows(values, first, n)
+            sums[3] = _plus(sums[3], (w if gamma is None else w * gamma.swapaxes(-1, -2)) @ v)
             if values.means is not None:
-                sums[1] = sums[1] + w.sum(-1, keepdims=True)
+                sums[1] = _plus(sums[1], w.sum(-1, keepdims=True))
         return top, sums
 
     top, sums = sinks, None
-    tiles = _tiles(counts, B * n_heads * L)
-    for tile in tiles:
+    for spans, splits in tiles:
         before = top
-        top, new = attend_tile(tile, top)
+        top, new = attend_tile(spans, splits, top)
         if sums is not None:
             fade = mx.exp(before - top)
             new = [a * fade + b for a, b in zip(sums, new)]
         sums = new
         if len(tiles) > 1:
             mx.eval(top, [a for a in sums if isinstance(a, mx.array)])  # or MLX would work on many tiles at a time
-    total, packed_weight, plain, rotated = sums
+    total, packed_weight, out, rotated = sums
     if values.bits and n_packed:
-        rotated = rotated if value_slots is None else mx.take(rotated, value_slots[1], axis=-1)
+        out = _plus(out, rotated @ _rotation(values.head_dim, seed, value_order)[1])
         if values.means is not None:
-            rotated = rotated + packed_weight * values.means[:, :, :1]
-        plain = plain + unrotate(rotated, seed)
-    if sinks is not None:
-        total = total + mx.exp(sinks - top)
-    if mask is not None:
-        total = mx.where(total > 0, total, 1)  # a row that attends to nothing gives 0
-    return (plain / total).reshape(B, n_heads, L, -1).astype(queries.dtype)
+            out = out + packed_weight * (_exact(values, "means", 0, 1) @ _rotation(values.head_dim, seed, None)[1])
+    if not one_softmax:
+        if sinks is not None:
+            total = total + mx.exp(sinks - top)
+        if mask is not None:
+            total = mx.where(total > 0, total, 1)  # a row that attends to nothing gives 0
+        out = out / total
+    return out.reshape(B, n_heads, L, -1).astype(queries.dtype)
 
 
 def _join(arrays):
     return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays, axis=-1)
 
 
+def _plus(a, b):
+    return b if isinstance(a, int) else a + b
+
+
 def _mean_logits(q, side, first, n):
     """What the means add to the logits of n packed tokens from `first` on, [..., n], or [..., 1] if it is one mean."""
     start, end = first // side.segment, -(-(first + n) // side.segment)
-    x = q @ side.means[:, :, start:end].astype(mx.float32).swapaxes(-1, -2)
+    x, step = q @ _exact(side, "means", start, end - start).swapaxes(-1, -2), side.segment
     if end - start == 1:
         return x
-    x = mx.take(x, mx.arange(first, first + n, 64) // side.segment - start, axis=-1)  # tiles and segments start at
-    return mx.repeat(x, 64, axis=-1)[..., :n]                                          # multiples of 64
-
-
-def _to_slots(q, dim_of_slot, n_slots):
-    """Queries in the order of read_slots; a slot without a dim meets a query of 0."""
-    if n_slots > q.shape[-1]:
-        q = mx.pad(q, [(0, 0)] * 3 + [(0, 1)])
-    return mx.take(q, dim_of_slot, axis=-1)
+    if first % step:  # a tile that starts within a segment: both start at multiples of 64
+        x, step = mx.take(x, mx.arange(first, first + n, 64) // step - start, axis=-1), 64
+    return mx.repeat(x, step, axis=-1)[..., :n]
 
 
 def _exact(side, part, first, n):
-    buffer = {"sink": side.sink, "packed": side.codes, "recent": side.recent}[part]
-    return buffer[:, :, first:first + n].astype(mx.float32)
+    """Rows first .. first + n - 1 of a buffer, float32; one that is full is not sliced, which takes a microsecond."""
+    buffer = getattr(side, part)
+    if n < buffer.shape[2]:
+        buffer = buffer[:, :, first:first + n]
+    return buffer.astype(mx.float32)
 
 
-@functools.lru_cache(maxsize=None)
-def _slots(bits, head_dim):
-    """(dim of each slot, slot of each dim) as evaluated arrays."""
-    arrays = mx.array(slot_dims(bits, head_dim).astype(np.int32)), mx.array(dim_slots(bits, head_dim))
+@functools.lru_cache(maxsize=64)
+def _rotation(head_dim, seed, bits):
+    """M float32 [head_dim, S] and its transpose: x @ M is x rotated, in the order of the slots of `bits` (0 in a slot
+    without a dim) or, with None, of the dims. One operation where the transform and a permutation are six."""
+    matrix = np.pad(rotation.matrix(head_dim, seed).T, [(0, 0), (0, 1)])
+    matrix = matrix[:, np.arange(head_dim) if bits is None else slot_dims(bits, head_dim)].astype(np.float32)
+    arrays = mx.array(matrix), mx.array(np.ascontiguousarray(matrix.T))
     mx.eval(*arrays)
     return arrays
 
@@ -332,15 +342,16 @@ class CpuBackend:
         """As MetalBackend.dequantize."""
         outs = []
         for side in sides:
-            rows, scale, (_, slot_of_dim) = self.read_rows(side, first, length)
-            x = unrotate(mx.take(rows, slot_of_dim, axis=-1) * scale.astype(mx.float32), seed)
+            rows, scale, _ = self.read_rows(side, first, length)
+            rows = mx.take(rows, _constant(dim_slots, side.bits, side.head_dim), axis=-1)
+            x = unrotate(rows * scale.astype(mx.float32), seed)
             outs.append((x if side.mean is None else x + side.mean).astype(dtype))
         return outs
 
     def read_rows(self, side, first, n):
         """For `tiled_attention`: levels as they lie in memory, and the scales, which go to logits and weights."""
         codes, scale = mx.contiguous(side.codes[:, :, first:first + n]), side.scale[:, :, first:first + n]
-        return read_slots(codes, side.bits, side.head_dim), scale, _slots(side.bits, side.head_dim)
+        return read_slots(codes, side.bits, side.head_dim), scale, side.bits
 
     def why_not_fused(self, keys, values, n_query_tokens):
         """There is no kernel here: attention.attend reads the packed rows tile by tile."""
