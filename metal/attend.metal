@@ -20,7 +20,8 @@
 //   SHARED, for more rows than a simdgroup has: the NS simdgroups of a threadgroup have H rows each and the same
 //         tokens, which all of them together decode to threadgroup memory, tile by tile.
 //   Exact tokens (sink and recent as one list) and packed ones are different runs of the same code: block < X is exact.
-//   What tells lengths and masks apart (causal, arrays, the end) is looked at once per tile.
+//   The tokens that some row sees (starts, ends, WINDOW) are divided over the blocks, others are not read. What tells
+//   rows and tokens apart (causal, WINDOW, arrays, the end) is looked at only in tiles that not all of them see.
 //
 // INPUTS  (T: any float type, a type for each)
 //   queries                 T [B, Hq, L, DK], any strides
@@ -34,9 +35,12 @@
 //   mask                    bool or T [B, Hq, L, N], any strides, columns in order of the tokens. Read only if flag 2
 //   sinks                   T [Hq], a logit per head that takes weight and gives no value. Read only if flag 8 and ONE
 //   starts                  int32 [B], tokens before it are dead. Read only if flag 4
-//   dims                    int32 [12]: n_sink, n_packed, n_recent, X = exact blocks, blocks, RG, flags, L, Hq, Hkv,
-//                           scale * log2 e (bits of a float), SEGMENT, a multiple of 128.
-//                           flags: 1 causal, 2 mask, 4 starts, 8 sinks
+//   ends                    int32 [B], tokens from there on are dead; N without it. Query l is token ends - L + l.
+//                           Read only if flag 16
+//   dims                    int32 [13]: n_sink, n_packed, n_recent, X = exact blocks, blocks, RG, flags, L, Hq, Hkv,
+//                           scale * log2 e (bits of a float), SEGMENT, a multiple of 128, WINDOW: a query that is token
+//                           i sees those after i - WINDOW (2^30: all). flags: 1 causal, 2 mask, 4 starts, 8 sinks, 16
+//                           ends
 // OUTPUTS
 //   ONE:  acc = the output, T [B, Hq, L, DV]; ml is not written
 //   else: acc float [B, Hkv, R, blocks, DV], sums of 2^(logit - m) * value, of blocks >= X still rotated, without UNIT;
@@ -339,11 +343,11 @@ template <class M> struct Mask {
   M mask;                                                                       // of this batch row
   long head_stride, token_stride, column_stride;
   bool causal, array;
-  int L, newest;                                                                // newest: the last column query 0 sees
+  int L, newest, window;                                                        // newest: the column of query 0
   int first_head, first_row, last_row;                                          // row r: head first_head + r / L
   METAL_FUNC float add(float logit, int h, int column) const {
     int r = min(first_row + h, last_row), g = r / L, l = r - g * L;
-    if (causal && column > newest + l) logit = TQ_DEAD;
+    if ((causal && column > newest + l) || column <= newest + l - window) logit = TQ_DEAD;
     if (!array) return logit;
     long at = (first_head + g) * head_stride + l * token_stride + column * column_stride;
     return max(logit + tq_mask(mask[at]), TQ_DEAD);
@@ -428,11 +432,11 @@ METAL_FUNC void tq_mean_bias(const threadgroup float *q, const device half *mean
   TQ_UNROLL for (int h = 0; h < H; h++) to[h] = simd_sum(to[h]);
 }
 
-// Tokens begin .. end - 1 of a run. From token `safe` on masks and the end are looked at.
+// Tokens begin .. end - 1 of a run. Every row sees all of a tile that begins at one of n_safe tokens from `safe` on.
 // q: H rows of DK floats. weights: 32 * TPL * HP floats of this simdgroup. bias: of the raw logit. means: of segments.
 template <int H, int HP, int TPL, int E, int NS, bool SHARED, int DK, int DV, bool KM, class KEYS, class VALUES,
           class M>
-METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, int split, int shift,
+METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, uint n_safe, int split, int shift,
                        const threadgroup float *q, threadgroup float *weights, threadgroup half *tile,
                        const threadgroup float *bias, const device half *means, int segment, Mask<M> mask,
                        thread Partial<H, E> &out, int sg, int lane) {
@@ -489,7 +493,7 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
         TQ_UNROLL for (int h = 0; h < H; h++) s[i * H + h] += token[i] < turn ? before[h] : 0.0f;
       }
     }
-    if (t0 + TILE > safe) {
+    if (uint(t0 - safe) >= n_safe) {
       TQ_UNROLL for (int i = 0; i < TPL; i++) {
         int column = token[i] + (token[i] < split ? 0 : shift);
         bool live = t0 + 32 * i + lane < end;
@@ -669,13 +673,18 @@ TQ_UNROLL for (int h = 0; h < H; h++) {
   TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = 0;
 }
 int n = exact ? n_sink + n_recent : n_packed, split = exact ? n_sink : 0, shift = exact ? n_packed : n_sink;
-int start = flags & 4 ? starts[b] : 0, first = tq_before(start, split, shift);
-int visible = flags & 1 ? tq_before(N - L + 1, split, shift) : n;               // tokens that every row may see
+int window = dims[12], start = max(flags & 4 ? starts[b] : 0, 0), stop = flags & 16 ? min(ends[b], N) : N;
+int first = tq_before(max(start, stop - L - window + 1), split, shift), last = min(tq_before(stop, split, shift), n);
 int of = exact ? exact_blocks : blocks - exact_blocks, index = exact ? block : block - exact_blocks;
-int tiles = (max(n - first, 0) + 32 * TPL - 1) / (32 * TPL), per = (tiles + of - 1) / of * 32 * TPL;
-int begin = first + index * per, end = min(begin + per, n), safe = flags & 2 ? 0 : min(visible, end);
+int tiles = (max(last - first, 0) + 32 * TPL - 1) / (32 * TPL), per = (tiles + of - 1) / of * 32 * TPL;
+int begin = first + index * per, end = min(begin + per, last);
+// tokens that every row sees
+int safe = tq_before(max(start, stop - window), split, shift);
+int safe_end = flags & 2 ? safe : min(flags & 1 ? tq_before(stop - L + 1, split, shift) : end, end);
+uint n_safe = max(safe_end - 32 * TPL + 1 - safe, 0);
 Mask<decltype(mask)> masks = {mask + (flags & 2 ? b * mask_strides[0] : 0), mask_strides[1], mask_strides[2],
-                              mask_strides[3], bool(flags & 1), bool(flags & 2), L, N - L, kvh * G, first_row, R - 1};
+                              mask_strides[3], bool(flags & 1), bool(flags & 2), L, stop - L, window, kvh * G,
+                              first_row, R - 1};
 threadgroup float *weights = memory + QUERIES + sg * WEIGHTS, *q = memory + (first_row - group_row) * DK;
 threadgroup half *tile = (threadgroup half *)(memory + QUERIES + NS * WEIGHTS);
 const threadgroup float *row_bias = bias + (first_row - group_row);
@@ -685,14 +694,14 @@ if (exact) {
                                  k_recent + b * k_recent_strides[0] + kvh * k_recent_strides[1], n_sink};
   ExactRows<EXACT_V, DV> values = {v_sink + b * v_sink_strides[0] + kvh * v_sink_strides[1],
                                    v_recent + b * v_recent_strides[0] + kvh * v_recent_strides[1], n_sink};
-  tq_run<H, HP, TPL, E, NS, SHARED, DK, DV, false>(keys, values, begin, end, safe, split, shift, q, weights, tile,
-                                                   row_bias, key_means, 0, masks, out, sg, lane);
+  tq_run<H, HP, TPL, E, NS, SHARED, DK, DV, false>(keys, values, begin, end, safe, n_safe, split, shift, q, weights,
+                                                   tile, row_bias, key_means, 0, masks, out, sg, lane);
 } else {
   auto keys = tq_rows<KB, DK>(k_codes + b * k_codes_strides[0] + kvh * k_codes_strides[1],
                               k_scale + b * k_scale_strides[0] + kvh * k_scale_strides[1]);
   auto values = tq_rows<VB, DV>(v_codes + b * v_codes_strides[0] + kvh * v_codes_strides[1],
                                 v_scale + b * v_scale_strides[0] + kvh * v_scale_strides[1]);
-  tq_run<H, HP, TPL, E, NS, SHARED, DK, DV, KM>(keys, values, begin, end, safe, split, shift,
+  tq_run<H, HP, TPL, E, NS, SHARED, DK, DV, KM>(keys, values, begin, end, safe, n_safe, split, shift,
                                                            q + (q_rotated - memory), weights, tile, row_bias,
                                                            key_means, dims[11], masks, out, sg, lane);
 }
