@@ -492,7 +492,7 @@ class MetalBackend:
         self._tested.add(key)
 
     def _check_attend(self, sides, shape, one, dtype):
-        """As many query heads as a simdgroup has rows, a few tokens of each kind, and one that is left out."""
+        """As many query heads as a simdgroup has rows, a few tokens of each kind, and one left out at either end."""
         rng, counts = np.random.default_rng(0), (3, 150, 20)
         cached, restored = [], []
         for bits, head_dim, has_mean, exact_dtype in sides:
@@ -514,9 +514,9 @@ class MetalBackend:
                                      means, segment))
         scale = sides[0][1] ** -0.5
         queries = mx.array(rng.standard_normal((1, shape.H * (shape.NS if shape.SHARED else 1), 1, sides[0][1])).astype(np.float32)).astype(dtype)
-        got = self._attend(queries, *cached, counts, scale, None, None, mx.array([1] * 8, mx.int32), None,
-                           None, 0, one)
-        x, y = (a[:, :, 1:] for a in restored)
+        got = self._attend(queries, *cached, counts, scale, None, None, mx.array([1] * 8, mx.int32),
+                           mx.array([sum(counts) - 1] * 8, mx.int32), None, 0, one)
+        x, y = (a[:, :, 1:-1] for a in restored)
         want = reference.attention(np.array(queries.astype(mx.float32)), x, y, scale=scale)
         error = np.abs(np.array(got.astype(mx.float32)) - want).max() / np.abs(want).max()
         allowed = ATTEND_TOLERANCE[sides[0][0]] + TOLERANCE[dtype] * (dtype != mx.float32)
