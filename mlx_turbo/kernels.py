@@ -88,6 +88,11 @@ class AttendTuning(NamedTuple):
     one_launch_tokens: int = 1024  # up to so many a threadgroup does a kv head alone and no merge is needed
 
 
+# Operations per (key, value) pair as counted at head_dim 128: for a row of queries, for a simdgroup that decodes for
+# itself or reads a tile, and for decoding a tile.
+ROW, DECODE_ALONE, READ_TILE, DECODE_TILE = 2.1, 8.0, 3.8, 6.3
+
+
 class AttendShape(NamedTuple):
     """Template values of attend.metal that follow from the tuning; none depends on the number of tokens."""
     H: int
@@ -95,6 +100,7 @@ class AttendShape(NamedTuple):
     E: int
     NS: int
     SHARED: bool = False
+    CHUNKS: int = 1
 
 
 @functools.lru_cache(maxsize=None)
@@ -106,13 +112,22 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, n_rows, one):
     if value_bits == 2 and n_rows <= 4 and 16 in dims:
         dims_per_lane = 16  # whole words
     most = min(8, max(1, tuning.accumulators // dims_per_lane))
-    if not one and n_rows > most:  # simdgroups side by side on the same tokens, which are decoded once for all
-        rows = -(-n_rows // -(-n_rows // most))
-        tile = 2 * 32 * (max(key_dim, value_dim) + 8)
-        for simdgroups in range(min(8, -(-n_rows // rows)), 1, -1):
-            if simdgroups * rows * 4 * key_dim + simdgroups * 128 * _padded(rows) + tile <= THREADGROUP_BYTES:
-                return AttendShape(rows, 1, dims_per_lane, simdgroups, True)
-    rows = -(-n_rows // -(-n_rows // most))
+    n_simdgroups = -(-n_rows // most)
+    rows = -(-n_rows // n_simdgroups)
+    if not one and n_simdgroups > 1:  # simdgroups side by side on the same tokens, which are decoded once for all
+        costs = {None: n_simdgroups * (rows * ROW + DECODE_ALONE)}
+        for side_by_side in range(2, min(8, n_simdgroups) + 1):
+            groups = -(-n_simdgroups // side_by_side)
+            each = -(-n_rows // (groups * side_by_side))
+            for chunks in (1, 2) if key_dim % 64 == 0 else (1,):  # of a tile, where it does not fit whole
+                tile = 2 * 32 * max(key_dim // chunks + 8, (value_dim + 8) // chunks)
+                if side_by_side * (each * 4 * key_dim + 128 * _padded(each)) + tile <= THREADGROUP_BYTES:
+                    shape = AttendShape(each, 1, dims_per_lane, side_by_side, True, chunks)
+                    costs[shape] = groups * (side_by_side * (each * ROW + READ_TILE) + DECODE_TILE)
+                    break
+        best = min(costs, key=costs.get)
+        if best:
+            return best
     tokens = tuning.tokens_per_lane_few_rows if rows <= 2 else tuning.tokens_per_lane
     simdgroups = tuning.simdgroups_one_launch if one else tuning.simdgroups
     queries = (2 if one and key_bits else 1) * 4 * rows * key_dim

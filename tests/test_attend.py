@@ -55,6 +55,8 @@ COMBINATIONS = [
     dict(bits=(2, 3), dims=(160, 112), G=2),
     dict(bits=(4, 8), dims=(576, 512), G=2),
     dict(bits=(4, 4), dims=(64, 64), G=1, L=16, counts=(3, 70, 40)),
+    dict(bits=(8, 4), dims=(256, 256), G=4, L=4, Hkv=2, counts=(3, 90, 40)),  # shared tiles in two chunks
+    dict(bits=(8, 4), dims=(192, 128), G=3, L=5, counts=(3, 70, 40)),
 ]
 
 
@@ -376,9 +378,10 @@ def test_a_window_costs_what_it_shows_and_blocks_are_made_for_it():
     assert cost <= 1.001 * enough
 
 
-@pytest.mark.parametrize("G, L", [(12, 1), (16, 1), (1, 16), (4, 8), (2, 16), (5, 3)])
-def test_many_rows_share_what_is_decoded_once(G, L):
-    case = make_case(dims=(128, 128), bits=(4, 3), G=G, L=L, counts=(0, 192, 32))
+@pytest.mark.parametrize("head_dim, G, L", [(128, 12, 1), (128, 16, 1), (128, 1, 16), (128, 4, 8), (128, 2, 16),
+                                            (128, 5, 3), (192, 3, 8), (256, 4, 4), (256, 2, 6)])
+def test_many_rows_share_what_is_decoded_once(head_dim, G, L):
+    case = make_case(dims=(head_dim, head_dim), bits=(4, 3), G=G, L=L, counts=(0, 192, 32))
     stats = Recorder(one_launch_tokens=0).run(case)["attend"]
     assert all(set(stats.reads[name][:len(stats.reads[name]) * 192 // 216]) == {1} for name in ("k_codes", "v_codes"))
 
@@ -496,6 +499,16 @@ def test_means_of_keys_and_values_cost_less_than_two_percent(bits, head_dim, G):
     case = make_case(bits=bits, dims=(head_dim, head_dim), G=G, counts=(0, 2048, 0), dtype=mx.float16, means=True)
     without = case._replace(keys=case.keys._replace(means=None), values=case.values._replace(means=None))
     assert operations(*Recorder().run(case).values()) <= 1.02 * operations(*Recorder().run(without).values())
+
+
+# The same for many rows, G = 8 and more query tokens: shared tiles, in two chunks at 256.
+ROWS_CEILING = {(128, 16): 47.3, (128, 32): 88.2, (256, 16): 47.1, (256, 32): 94.1}
+
+
+@pytest.mark.parametrize("head_dim, n_rows", ROWS_CEILING, ids=str)
+def test_operations_of_many_rows_stay_below_their_ceiling(head_dim, n_rows):
+    case = make_case(dims=(head_dim, head_dim), G=8, L=n_rows // 8, counts=(0, 1536, 0), dtype=mx.float16)
+    assert operations(Recorder().run(case)["attend"]) <= 1536 * head_dim * ROWS_CEILING[head_dim, n_rows]
 
 
 @pytest.mark.parametrize("bits, head_dim, G", [(b, d, g) for (b, d), row in CEILING.items() for g in row], ids=str)
