@@ -18,9 +18,11 @@
 //   Weights, times the values' scale, go through a piece of threadgroup memory of the simdgroup.
 //   Values: LV = DV / E lanes own E dims each, 32 / LV tokens in flight, H * E accumulators.
 //   SHARED, for more rows than a simdgroup has: the NS simdgroups of a threadgroup have H rows each and the same
-//         tokens, which all of them together decode to threadgroup memory, tile by tile.
+//         tokens, which all of them together decode to threadgroup memory, tile by tile, or in CHUNKS of one: of the
+//         keys' dims, of the values' tokens.
 //   Exact tokens (sink and recent as one list) and packed ones are different runs of the same code: block < X is exact.
-//   What tells lengths and masks apart (causal, arrays, the end) is looked at once per tile.
+//   The tokens that some row sees (starts, ends, WINDOW) are divided over the blocks, others are not read. What tells
+//   rows and tokens apart (causal, WINDOW, arrays, the end) is looked at only in tiles that not all of them see.
 //
 // INPUTS  (T: any float type, a type for each)
 //   queries                 T [B, Hq, L, DK], any strides
@@ -34,9 +36,12 @@
 //   mask                    bool or T [B, Hq, L, N], any strides, columns in order of the tokens. Read only if flag 2
 //   sinks                   T [Hq], a logit per head that takes weight and gives no value. Read only if flag 8 and ONE
 //   starts                  int32 [B], tokens before it are dead. Read only if flag 4
-//   dims                    int32 [12]: n_sink, n_packed, n_recent, X = exact blocks, blocks, RG, flags, L, Hq, Hkv,
-//                           scale * log2 e (bits of a float), SEGMENT, a multiple of 128.
-//                           flags: 1 causal, 2 mask, 4 starts, 8 sinks
+//   ends                    int32 [B], tokens from there on are dead; N without it. Query l is token ends - L + l.
+//                           Read only if flag 16
+//   dims                    int32 [13]: n_sink, n_packed, n_recent, X = exact blocks, blocks, RG, flags, L, Hq, Hkv,
+//                           scale * log2 e (bits of a float), SEGMENT, a multiple of 128, WINDOW: a query that is token
+//                           i sees those after i - WINDOW (2^30: all). flags: 1 causal, 2 mask, 4 starts, 8 sinks, 16
+//                           ends
 // OUTPUTS
 //   ONE:  acc = the output, T [B, Hq, L, DV]; ml is not written
 //   else: acc float [B, Hkv, R, blocks, DV], sums of 2^(logit - m) * value, of blocks >= X still rotated, without UNIT;
@@ -44,8 +49,8 @@
 // TEMPLATE  T type of acc; EXACT_K, EXACT_V types of exact keys and values; KB, VB bits in {0, 2, 3, 4, 8}; DK, DV head
 //   dims, multiples of 16, 32 to 576; KM, VM: packed keys / values have a mean; H rows per simdgroup (1..8); TPL tokens
 //   per lane (1, 2, 4); E dims per lane of the values: a multiple of 8 (of 16 if VB = 3) that divides DV with DV / E <=
-//   32; NS simdgroups per threadgroup; SHARED: they share decoded tiles; ONE: a threadgroup holds all blocks, merges
-//   them and writes the output (not with SHARED).
+//   32; NS simdgroups per threadgroup; SHARED: they share decoded tiles; CHUNKS of such a tile: 1, or 2 if 64 divides
+//   DK; ONE: a threadgroup holds all blocks, merges them and writes the output (not with SHARED).
 // LAUNCH  grid (32, blocks, B * Hkv * RG), threadgroup (32, NS, 1); RG = ceil(R / H) row groups, R = Hq / Hkv * L;
 //   blocks and X are multiples of NS (ONE: blocks = NS, any X <= NS). SHARED: grid (32, NS * blocks, B * Hkv * RG),
 //   RG = ceil(R / (NS * H)), any X <= blocks. How many tokens a block gets is computed here: lengths are data, nothing
@@ -63,7 +68,7 @@
 // REGISTERS (estimate, 32-bit, DV / E = 16): H*E accumulators + TPL*H logits + 2*H + decode 12*TPL + 15:
 //   H=1 47, H=2 66, H=4 100, H=8 135 (119 with TPL = 1); with KM 2*H more.
 //   Threadgroup memory: 4 bytes * (H * DK + NS * 32 * TPL * H'), H' = 1, 2, 4 or 8 >= H, with ONE twice the queries, or
-//   NS * DV and more of the merge; with SHARED 4 bytes * NS * H * DK and a tile of 64 * TPL * (max(DK, DV) + 8) bytes.
+//   NS * DV and more of the merge; with SHARED a tile of 64 * TPL * max(DK / CHUNKS + 8, (DV + 8) / CHUNKS) bytes.
 //   kernels.py keeps it below 31 KB.
 
 // ---- shared: layout and levels (the same text in every file that uses it; tests/test_metal_files.py) ----
@@ -283,10 +288,10 @@ METAL_FUNC ExactRows<T, D> tq_rows(const device T *rows, SCALE scale) {
   return {rows, rows, 0};
 }
 
-// Packed rows decoded to threadgroup memory, as levels: PITCH halves per row, so that lanes hit different banks.
-template <int D, int PITCH_> struct TileRows {
+// D dims of packed rows decoded to threadgroup memory, as levels: 8 halves more, so that lanes hit different banks.
+template <int D> struct TileRows {
   typedef const threadgroup half *Pointer;
-  static constant constexpr const int STRIDE = PITCH_;
+  static constant constexpr const int STRIDE = D + 8;
   struct Raw { half4 v[8]; };
   template <int N> static METAL_FUNC void read(Pointer row, int c, thread Raw &raw) {
     TQ_UNROLL for (int i = 0; i < N / 4; i++) raw.v[i] = ((const threadgroup half4 *)row)[c * 8 + i];
@@ -313,16 +318,18 @@ template <class ROWS, int N> METAL_FUNC void tq_decode_dims(typename ROWS::Point
                                                            half(y[4 * i + 2] - less), half(y[4 * i + 3] - less));
   }
 }
-// Rows t0 .. end - 1, at most 32 * TPL, by all threads of the threadgroup; less: what 8-bit codes are too high.
-template <int D, int PITCH, int TPL, int NS, class ROWS>
-METAL_FUNC void tq_decode(ROWS rows, int t0, int end, float less, threadgroup half *tile, int thread_index) {
-  for (int i = thread_index; i < 32 * TPL * (D / 32); i += 32 * NS) {
+// D dims, from 32 * first on, of rows t0 .. end - 1, at most N, by all threads of the threadgroup; less: what 8-bit
+// codes are too high.
+template <int D, int N, int NS, class ROWS>
+METAL_FUNC void tq_decode(ROWS rows, int t0, int end, int first, float less, threadgroup half *tile, int thread_index) {
+  for (int i = thread_index; i < N * (D / 32); i += 32 * NS) {
     int token = uint(i) / (D / 32), c = uint(i) % (D / 32);                     // unsigned: no division
-    if (t0 + token < end) tq_decode_dims<ROWS, 32>(rows.at(t0 + token), c, less, tile + token * PITCH + 32 * c);
+    if (t0 + token < end)
+      tq_decode_dims<ROWS, 32>(rows.at(t0 + token), first + c, less, tile + token * (D + 8) + 32 * c);
   }
   if (D % 32 != 0) {
-    for (int token = thread_index; token < min(32 * TPL, end - t0); token += 32 * NS)
-      tq_decode_dims<ROWS, 16>(rows.at(t0 + token), D / 32, less, tile + token * PITCH + D / 32 * 32);
+    for (int token = thread_index; token < min(N, end - t0); token += 32 * NS)
+      tq_decode_dims<ROWS, 16>(rows.at(t0 + token), first + D / 32, less, tile + token * (D + 8) + D / 32 * 32);
   }
 }
 
@@ -339,11 +346,11 @@ template <class M> struct Mask {
   M mask;                                                                       // of this batch row
   long head_stride, token_stride, column_stride;
   bool causal, array;
-  int L, newest;                                                                // newest: the last column query 0 sees
+  int L, newest, window;                                                        // newest: the column of query 0
   int first_head, first_row, last_row;                                          // row r: head first_head + r / L
   METAL_FUNC float add(float logit, int h, int column) const {
     int r = min(first_row + h, last_row), g = r / L, l = r - g * L;
-    if (causal && column > newest + l) logit = TQ_DEAD;
+    if ((causal && column > newest + l) || column <= newest + l - window) logit = TQ_DEAD;
     if (!array) return logit;
     long at = (first_head + g) * head_stride + l * token_stride + column * column_stride;
     return max(logit + tq_mask(mask[at]), TQ_DEAD);
@@ -375,14 +382,15 @@ METAL_FUNC void tq_dots(const thread typename KEYS::Pointer *row, int c, const t
   }
 }
 
-template <int H, int TPL, int DK, class KEYS>
+// ... of N dims.
+template <int H, int TPL, int DK, int N, class KEYS>
 METAL_FUNC void tq_all_dots(const thread typename KEYS::Pointer *row, const threadgroup float *q, thread float *s) {
-  constexpr int AT_ONCE = H <= 2 && DK % 64 == 0 ? 2 : 1;                       // more in a row: the code gets long
+  constexpr int AT_ONCE = H <= 2 && N % 64 == 0 ? 2 : 1;                       // more in a row: the code gets long
   const threadgroup float4 *q32 = (const threadgroup float4 *)q;
-  _Pragma("clang loop unroll(disable)") for (int c = 0; c < DK / 32; c += AT_ONCE, q32 += 8 * AT_ONCE) {
+  _Pragma("clang loop unroll(disable)") for (int c = 0; c < N / 32; c += AT_ONCE, q32 += 8 * AT_ONCE) {
     TQ_UNROLL for (int i = 0; i < AT_ONCE; i++) tq_dots<32, H, TPL, DK, KEYS>(row, c + i, q32 + 8 * i, s);
   }
-  if (DK % 32 != 0) tq_dots<16, H, TPL, DK, KEYS>(row, DK / 32, q32, s);
+  if (N % 32 != 0) tq_dots<16, H, TPL, DK, KEYS>(row, N / 32, q32, s);
 }
 
 template <int HP> METAL_FUNC void tq_weights(const threadgroup float *from, thread float *p) {
@@ -428,16 +436,15 @@ METAL_FUNC void tq_mean_bias(const threadgroup float *q, const device half *mean
   TQ_UNROLL for (int h = 0; h < H; h++) to[h] = simd_sum(to[h]);
 }
 
-// Tokens begin .. end - 1 of a run. From token `safe` on masks and the end are looked at.
+// Tokens begin .. end - 1 of a run. Every row sees all of a tile that begins at one of n_safe tokens from `safe` on.
 // q: H rows of DK floats. weights: 32 * TPL * HP floats of this simdgroup. bias: of the raw logit. means: of segments.
-template <int H, int HP, int TPL, int E, int NS, bool SHARED, int DK, int DV, bool KM, class KEYS, class VALUES,
-          class M>
-METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, int split, int shift,
+template <int H, int HP, int TPL, int E, int NS, bool SHARED, int CHUNKS, int DK, int DV, bool KM, class KEYS,
+          class VALUES, class M>
+METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, uint n_safe, int split, int shift,
                        const threadgroup float *q, threadgroup float *weights, threadgroup half *tile,
                        const threadgroup float *bias, const device half *means, int segment, Mask<M> mask,
                        thread Partial<H, E> &out, int sg, int lane) {
   constexpr int LV = DV / E, TV = 32 / LV, TILE = 32 * TPL, U = H <= 2 ? 8 : 4;
-  constexpr int PITCH = tq_max(DK, DV) + 8;
   int u = uint(lane) % LV, tg = uint(lane) / LV;
   threadgroup float *mine = weights + lane * HP;
   int turn = 0;                                                                 // the first token of the newest segment
@@ -457,14 +464,17 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
       TQ_UNROLL for (int h = 0; h < H; h++) s[i * H + h] = 0;
     }
     if (SHARED && KEYS::BITS) {
-      threadgroup_barrier(mem_flags::mem_threadgroup);                          // the tile's values are not needed now
-      tq_decode<DK, PITCH, TPL, NS>(keys, t0, end, 0.0f, tile, sg * 32 + lane);
-      threadgroup_barrier(mem_flags::mem_threadgroup);
+      constexpr int N = DK / CHUNKS;                                            // dims
       const threadgroup half *decoded[TPL];
-      TQ_UNROLL for (int i = 0; i < TPL; i++) decoded[i] = tile + min(32 * i + lane, end - 1 - t0) * PITCH;
-      tq_all_dots<H, TPL, DK, TileRows<DK, PITCH>>(decoded, q, s);
+      TQ_UNROLL for (int i = 0; i < TPL; i++) decoded[i] = tile + min(32 * i + lane, end - 1 - t0) * (N + 8);
+      _Pragma("clang loop unroll(disable)") for (int c = 0; c < DK; c += N) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);                        // what the tile holds is not needed now
+        tq_decode<N, TILE, NS>(keys, t0, end, c / 32, 0.0f, tile, sg * 32 + lane);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        tq_all_dots<H, TPL, DK, N, TileRows<N>>(decoded, q + c, s);
+      }
     } else {
-      tq_all_dots<H, TPL, DK, KEYS>(row, q, s);
+      tq_all_dots<H, TPL, DK, DK, KEYS>(row, q, s);
     }
 
     // ---- logits
@@ -489,7 +499,7 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
         TQ_UNROLL for (int h = 0; h < H; h++) s[i * H + h] += token[i] < turn ? before[h] : 0.0f;
       }
     }
-    if (t0 + TILE > safe) {
+    if (uint(t0 - safe) >= n_safe) {
       TQ_UNROLL for (int i = 0; i < TPL; i++) {
         int column = token[i] + (token[i] < split ? 0 : shift);
         bool live = t0 + 32 * i + lane < end;
@@ -520,23 +530,28 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, i
     TQ_UNROLL for (int i = 0; i < TPL; i++) {
       TQ_UNROLL for (int h = H; h < HP; h++) mine[32 * i * HP + h] = 0;
     }
-    if (SHARED && VALUES::BITS) {
-      threadgroup_barrier(mem_flags::mem_threadgroup);                          // the tile's keys are not needed now
-      tq_decode<DV, PITCH, TPL, NS>(values, t0, end, VALUES::BITS == 8 ? 1152.0f : 0.0f, tile, sg * 32 + lane);
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-    } else {
-      simdgroup_barrier(mem_flags::mem_threadgroup);
-    }
 
     // ---- values
     int n = min(TILE, end - t0);
-    if (LV * TV == 32 || tg < TV) {
+    if (SHARED && VALUES::BITS) {
+      constexpr int N = TILE / CHUNKS;                                          // tokens
+      _Pragma("clang loop unroll(disable)") for (int t = 0; t < n; t += N) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);                        // what the tile holds is not needed now
+        tq_decode<DV, N, NS>(values, t0 + t, end, 0, VALUES::BITS == 8 ? 1152.0f : 0.0f, tile, sg * 32 + lane);
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (LV * TV == 32 || tg < TV) {
+          Weights w = weights + (t + tg) * HP, stop = weights + min(t + N, n) * HP;
+          const threadgroup half *v = tile + tg * (DV + 8);
+          tq_sum_values<U, TV, HP, TileRows<DV>>(v, w, stop, u, out);
+          tq_sum_values<1, TV, HP, TileRows<DV>>(v, w, stop, u, out);
+        }
+      }
+    } else {
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    if (!(SHARED && VALUES::BITS) && (LV * TV == 32 || tg < TV)) {
       Weights w = weights + tg * HP, stop = weights + n * HP;
-      if (SHARED && VALUES::BITS) {
-        const threadgroup half *v = tile + tg * PITCH;
-        tq_sum_values<U, TV, HP, TileRows<DV, PITCH>>(v, w, stop, u, out);
-        tq_sum_values<1, TV, HP, TileRows<DV, PITCH>>(v, w, stop, u, out);
-      } else if (VALUES::BITS) {
+      if (VALUES::BITS) {
         typename VALUES::Pointer v = values.at(t0 + tg);
         tq_sum_values<U, TV, HP, VALUES>(v, w, stop, u, out);
         tq_sum_values<1, TV, HP, VALUES>(v, w, stop, u, out);
@@ -635,7 +650,7 @@ METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, floa
 constexpr int HP = H <= 1 ? 1 : H <= 2 ? 2 : H <= 4 ? 4 : 8, LV = DV / E, TV = 32 / LV;
 constexpr int TOGETHER = tq_max(1, tq_min(H, 4096 / (NS * DV)));                // rows that are merged at a time (ONE)
 constexpr int ALL_ROWS = SHARED ? NS * H : H, QUERIES = (ONE && KB ? 2 : 1) * ALL_ROWS * DK, WEIGHTS = 32 * TPL * HP;
-constexpr int TILE_WORDS = SHARED ? 32 * TPL * (tq_max(DK, DV) + 8) / 2 : 0;
+constexpr int TILE_WORDS = SHARED ? tq_max(32 * TPL * (DK / CHUNKS + 8), 32 * TPL / CHUNKS * (DV + 8)) / 2 : 0;
 constexpr int MEMORY = tq_max(QUERIES + NS * WEIGHTS + TILE_WORDS, ONE ? NS * TOGETHER * DV : 0);
 threadgroup float4 memory4[MEMORY / 4];
 threadgroup float bias[ALL_ROWS], block_ml[ONE ? 2 * NS * H : 1];
@@ -669,13 +684,18 @@ TQ_UNROLL for (int h = 0; h < H; h++) {
   TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = 0;
 }
 int n = exact ? n_sink + n_recent : n_packed, split = exact ? n_sink : 0, shift = exact ? n_packed : n_sink;
-int start = flags & 4 ? starts[b] : 0, first = tq_before(start, split, shift);
-int visible = flags & 1 ? tq_before(N - L + 1, split, shift) : n;               // tokens that every row may see
+int window = dims[12], start = max(flags & 4 ? starts[b] : 0, 0), stop = flags & 16 ? min(ends[b], N) : N;
+int first = tq_before(max(start, stop - L - window + 1), split, shift), last = min(tq_before(stop, split, shift), n);
 int of = exact ? exact_blocks : blocks - exact_blocks, index = exact ? block : block - exact_blocks;
-int tiles = (max(n - first, 0) + 32 * TPL - 1) / (32 * TPL), per = (tiles + of - 1) / of * 32 * TPL;
-int begin = first + index * per, end = min(begin + per, n), safe = flags & 2 ? 0 : min(visible, end);
+int tiles = (max(last - first, 0) + 32 * TPL - 1) / (32 * TPL), per = (tiles + of - 1) / of * 32 * TPL;
+int begin = first + index * per, end = min(begin + per, last);
+// tokens that every row sees
+int safe = tq_before(max(start, stop - window), split, shift);
+int safe_end = flags & 2 ? safe : min(flags & 1 ? tq_before(stop - L + 1, split, shift) : end, end);
+uint n_safe = max(safe_end - 32 * TPL + 1 - safe, 0);
 Mask<decltype(mask)> masks = {mask + (flags & 2 ? b * mask_strides[0] : 0), mask_strides[1], mask_strides[2],
-                              mask_strides[3], bool(flags & 1), bool(flags & 2), L, N - L, kvh * G, first_row, R - 1};
+                              mask_strides[3], bool(flags & 1), bool(flags & 2), L, stop - L, window, kvh * G,
+                              first_row, R - 1};
 threadgroup float *weights = memory + QUERIES + sg * WEIGHTS, *q = memory + (first_row - group_row) * DK;
 threadgroup half *tile = (threadgroup half *)(memory + QUERIES + NS * WEIGHTS);
 const threadgroup float *row_bias = bias + (first_row - group_row);
@@ -685,16 +705,17 @@ if (exact) {
                                  k_recent + b * k_recent_strides[0] + kvh * k_recent_strides[1], n_sink};
   ExactRows<EXACT_V, DV> values = {v_sink + b * v_sink_strides[0] + kvh * v_sink_strides[1],
                                    v_recent + b * v_recent_strides[0] + kvh * v_recent_strides[1], n_sink};
-  tq_run<H, HP, TPL, E, NS, SHARED, DK, DV, false>(keys, values, begin, end, safe, split, shift, q, weights, tile,
-                                                   row_bias, key_means, 0, masks, out, sg, lane);
+  tq_run<H, HP, TPL, E, NS, SHARED, CHUNKS, DK, DV, false>(keys, values, begin, end, safe, n_safe, split, shift, q,
+                                                           weights, tile, row_bias, key_means, 0, masks, out, sg,
+                                                           lane);
 } else {
   auto keys = tq_rows<KB, DK>(k_codes + b * k_codes_strides[0] + kvh * k_codes_strides[1],
                               k_scale + b * k_scale_strides[0] + kvh * k_scale_strides[1]);
   auto values = tq_rows<VB, DV>(v_codes + b * v_codes_strides[0] + kvh * v_codes_strides[1],
                                 v_scale + b * v_scale_strides[0] + kvh * v_scale_strides[1]);
-  tq_run<H, HP, TPL, E, NS, SHARED, DK, DV, KM>(keys, values, begin, end, safe, split, shift,
-                                                           q + (q_rotated - memory), weights, tile, row_bias,
-                                                           key_means, dims[11], masks, out, sg, lane);
+  tq_run<H, HP, TPL, E, NS, SHARED, CHUNKS, DK, DV, KM>(keys, values, begin, end, safe, n_safe, split, shift,
+                                                        q + (q_rotated - memory), weights, tile, row_bias, key_means,
+                                                        dims[11], masks, out, sg, lane);
 }
 
 // ---- results of the simdgroup: its sums over tokens in flight

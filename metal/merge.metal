@@ -15,7 +15,7 @@
 //   means  float16 [B, Hkv, CAPACITY, D], rows contiguous, rotated: row 0 is of all packed values. Read only if MEAN
 //   diag   float, the diagonals of the rotation [ROUNDS, D] from element OFFSET on. Read only if BITS
 //   sinks  any float type [Hq]: a logit per head that takes weight and gives no value. Read only if flag 8
-//   dims   int32 [12], the same array as attend.metal's
+//   dims   int32 [13], the same array as attend.metal's
 // OUTPUTS
 //   out    T [B, Hq, L, D]
 // TEMPLATE  T float type of the output; BITS of the values, 0 = exact; D their head dim, a multiple of 16, 32 to 576;

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from . import BackendError, __version__, attention, get_backend, ops, reference
+from . import BackendError, __version__, attention, get_backend, ops, reference, rotation
 from .cache import KVView
-from .kernels import (ATTEND_TOLERANCE, TOLERANCE, CachedSide, PackedSide, QuantizeSide, compare_quantized,
-                      compare_vectors)
+from .kernels import (ATTEND_TOLERANCE, ONE_SEGMENT, SEGMENT_STEP, TOLERANCE, CachedSide, PackedSide, QuantizeSide,
+                      compare_quantized, compare_vectors)
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 160, 192, 256, 512, 576)
 ATTEND_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
@@ -45,7 +45,7 @@ class Check(NamedTuple):
 
 class AttendCheck(NamedTuple):
     """Attention over one cache to compare with the oracle. keys, values: (bits, head_dim). n_tokens: 4 sink, the
-    packed ones, 20 recent. mask: None, "causal", "boolean" or "additive"."""
+    packed ones, 20 recent. mask: None, "causal", "boolean" or "additive". means: packed tokens are relative to some."""
     keys: tuple
     values: tuple
     heads_per_kv_head: int
@@ -53,6 +53,7 @@ class AttendCheck(NamedTuple):
     n_tokens: int
     mask: str
     sinks: bool
+    means: bool
     dtype: mx.Dtype
 
     @property
@@ -63,7 +64,8 @@ class AttendCheck(NamedTuple):
         sides = " and ".join(f"{name} of head_dim {d}, {b} bits"
                              for name, (b, d) in (("keys", self.keys), ("values", self.values)))
         return (f"attend {sides}, {self.heads_per_kv_head} heads per kv head, {self.n_queries} query tokens, "
-                f"{self.n_tokens} tokens, mask {self.mask}, sinks {self.sinks}, {_dtype_name(self.dtype)}")
+                f"{self.n_tokens} tokens, mask {self.mask}, sinks {self.sinks}, means {self.means}, "
+                f"{_dtype_name(self.dtype)}")
 
 
 def _dtype_name(dtype):
@@ -90,7 +92,7 @@ def all_checks():
     combinations += [((4, 4), (192, 128)), ((8, 4), (64, 256))]
     for i, ((k_bits, v_bits), (k_dim, v_dim)) in enumerate(combinations):
         checks.append(AttendCheck((k_bits, k_dim), (v_bits, v_dim), groups[i % 5], (1, 3, 40)[i % 3],
-                                  1100 if i % 6 == 3 else 90, masks[i % 4], i % 3 == 1,
+                                  1100 if i % 6 == 3 else 90, masks[i % 4], i % 3 == 1, i // 4 % 2 == 1,
                                   (mx.bfloat16, mx.float16, mx.float32)[i % 7 % 3]))
     return checks
 
@@ -111,23 +113,26 @@ def _to_mlx(x):
     return None if x is None else mx.array(x)
 
 
-def _cached_side(rng, bits, head_dim, n_tokens, dtype):
-    """A `CachedSide` of random tokens, and what it restores to, float64."""
+def _cached_side(rng, bits, head_dim, n_tokens, dtype, segment):
+    """A `CachedSide` of random tokens, and what it restores to, float64. segment: 0 for no means."""
     x = mx.array(rng.standard_normal((1, 2, n_tokens, head_dim)).astype(np.float32)).astype(dtype)
     restored = np.array(x.astype(mx.float32)).astype(np.float64)
-    codes, scale = x[:, :, 4:-20], None
+    codes, scale, means, n_packed = x[:, :, 4:-20], None, None, n_tokens - 24
     if bits:
         packed = reference.quantize(restored[:, :, 4:-20], bits)
         restored[:, :, 4:-20] = reference.dequantize(packed)
+        if segment:
+            means = rng.standard_normal((1, 2, -(-n_packed // segment), head_dim)).astype(np.float16)
+            restored[:, :, 4:-20] += rotation.unrotate(means[:, :, np.arange(n_packed) // segment])
         codes, scale = mx.array(packed.packed()), mx.array(packed.scale[..., None].astype(np.float16))
     parts = [None if a is None else mx.contiguous(a) for a in (x[:, :, :4], codes, scale, x[:, :, -20:])]
-    return CachedSide(*parts, bits, head_dim), restored
+    return CachedSide(*parts, bits, head_dim, _to_mlx(means), segment), restored
 
 
 def _run_attend_check(check, backend):
     rng = np.random.default_rng(0)
-    keys, k = _cached_side(rng, *check.keys, check.n_tokens, check.dtype)
-    values, v = _cached_side(rng, *check.values, check.n_tokens, check.dtype)
+    keys, k = _cached_side(rng, *check.keys, check.n_tokens, check.dtype, check.means * SEGMENT_STEP)
+    values, v = _cached_side(rng, *check.values, check.n_tokens, check.dtype, check.means * ONE_SEGMENT)
     shape = (1, 2 * check.heads_per_kv_head, check.n_queries)
     queries = mx.array(rng.standard_normal((*shape, check.keys[1])).astype(np.float32)).astype(check.dtype)
     mask = check.mask

@@ -88,6 +88,11 @@ class AttendTuning(NamedTuple):
     one_launch_tokens: int = 1024  # up to so many a threadgroup does a kv head alone and no merge is needed
 
 
+# Operations per (key, value) pair as counted at head_dim 128: for a row of queries, for a simdgroup that decodes for
+# itself or reads a tile, and for decoding a tile.
+ROW, DECODE_ALONE, READ_TILE, DECODE_TILE = 2.1, 8.0, 3.8, 6.3
+
+
 class AttendShape(NamedTuple):
     """Template values of attend.metal that follow from the tuning; none depends on the number of tokens."""
     H: int
@@ -95,6 +100,7 @@ class AttendShape(NamedTuple):
     E: int
     NS: int
     SHARED: bool = False
+    CHUNKS: int = 1
 
 
 @functools.lru_cache(maxsize=None)
@@ -106,13 +112,22 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, n_rows, one):
     if value_bits == 2 and n_rows <= 4 and 16 in dims:
         dims_per_lane = 16  # whole words
     most = min(8, max(1, tuning.accumulators // dims_per_lane))
-    if not one and n_rows > most:  # simdgroups side by side on the same tokens, which are decoded once for all
-        rows = -(-n_rows // -(-n_rows // most))
-        tile = 2 * 32 * (max(key_dim, value_dim) + 8)
-        for simdgroups in range(min(8, -(-n_rows // rows)), 1, -1):
-            if simdgroups * rows * 4 * key_dim + simdgroups * 128 * _padded(rows) + tile <= THREADGROUP_BYTES:
-                return AttendShape(rows, 1, dims_per_lane, simdgroups, True)
-    rows = -(-n_rows // -(-n_rows // most))
+    n_simdgroups = -(-n_rows // most)
+    rows = -(-n_rows // n_simdgroups)
+    if not one and n_simdgroups > 1:  # simdgroups side by side on the same tokens, which are decoded once for all
+        costs = {None: n_simdgroups * (rows * ROW + DECODE_ALONE)}
+        for side_by_side in range(2, min(8, n_simdgroups) + 1):
+            groups = -(-n_simdgroups // side_by_side)
+            each = -(-n_rows // (groups * side_by_side))
+            for chunks in (1, 2) if key_dim % 64 == 0 else (1,):  # of a tile, where it does not fit whole
+                tile = 2 * 32 * max(key_dim // chunks + 8, (value_dim + 8) // chunks)
+                if side_by_side * (each * 4 * key_dim + 128 * _padded(each)) + tile <= THREADGROUP_BYTES:
+                    shape = AttendShape(each, 1, dims_per_lane, side_by_side, True, chunks)
+                    costs[shape] = groups * (side_by_side * (each * ROW + READ_TILE) + DECODE_TILE)
+                    break
+        best = min(costs, key=costs.get)
+        if best:
+            return best
     tokens = tuning.tokens_per_lane_few_rows if rows <= 2 else tuning.tokens_per_lane
     simdgroups = tuning.simdgroups_one_launch if one else tuning.simdgroups
     queries = (2 if one and key_bits else 1) * 4 * rows * key_dim
@@ -145,6 +160,17 @@ def attend_blocks(tuning, shape, n_exact, n_packed, n_groups, one):
     return exact, exact + packed
 
 
+def seen_counts(counts, window, n_query_tokens, any_end):
+    """(n_sink, n_packed, n_recent) that some query may see, or with any_end (rows end anywhere) at most."""
+    if window is None:
+        return counts
+    left, seen = window + n_query_tokens - 1, []
+    for n in reversed(counts):
+        seen.append(min(n, left))
+        left -= 0 if any_end else seen[-1]
+    return tuple(reversed(seen))
+
+
 @functools.lru_cache(maxsize=None)
 def attend_unsupported(key_bits, value_bits, key_dim, value_dim, n_query_tokens):
     """Why the attention kernel does not cover this, or None if it does."""
@@ -169,8 +195,8 @@ def _attend_diagonals(key_dim, value_dim, seed):
 @functools.lru_cache(maxsize=64)
 def _attend_dims(*values):
     """The same small array for all layers of a step."""
-    *integers, scale, segment = values
-    return mx.array(np.array([*integers, np.float32(scale * LOG2_E).view(np.int32), segment], np.int32))
+    *integers, scale, segment, window = values
+    return mx.array(np.array([*integers, np.float32(scale * LOG2_E).view(np.int32), segment, window], np.int32))
 
 
 @functools.lru_cache(maxsize=None)
@@ -186,9 +212,10 @@ def _eight(array):
     return array if array.size >= 8 else mx.pad(array, [(0, 0), (0, 0), (0, 8), (0, 0)])
 
 
+NO_WINDOW = 1 << 30
 LOG2_E = float(np.log2(np.e))
 ATTEND_INPUTS = ["queries", "k_sink", "k_codes", "k_scale", "k_recent", "v_sink", "v_codes", "v_scale", "v_recent",
-                 "k_means", "v_means", "diag", "mask", "sinks", "starts", "dims"]
+                 "k_means", "v_means", "diag", "mask", "sinks", "starts", "ends", "dims"]
 
 
 def metal_folder():
@@ -295,17 +322,21 @@ class MetalBackend:
         """Why `attend` does not cover this, or None if it does. keys, values: (bits, head_dim)."""
         return attend_unsupported(keys[0], values[0], keys[1], values[1], n_query_tokens)
 
-    def attend(self, queries, keys, values, counts, *, scale, mask=None, sinks=None, starts=None, seed=0):
+    def attend(self, queries, keys, values, counts, *, scale, mask=None, sinks=None, starts=None, ends=None,
+               window=None, seed=0):
         """softmax(scale * q k^T + mask) v over a cache's exact and packed tokens, in at most two launches.
 
-        queries: [B, Hq, L, key_dim], any strides, L <= 16; the last L tokens are the query's own.
+        queries: [B, Hq, L, key_dim], any strides, L <= 16; the queries are the last L tokens, of a row that has an
+        end those before it.
         keys, values: `CachedSide`. counts: (n_sink, n_packed, n_recent), which is also the order of the tokens.
         mask: None, "causal", or boolean (True = attend) or additive [.., L, n_tokens], broadcast.
         sinks: [Hq], a logit per head that takes weight and gives no value. starts: int32 [B], tokens before it are
-        dead (left padding).
+        dead (left padding). ends: int32 [B], tokens from there on are dead (rows of different lengths). window: a query
+        that is token i sees only tokens after i - window.
 
         Returns [B, Hq, L, value_dim] in the dtype of the queries. A row that attends to nothing gives 0. Raises
-        ValueError for what `attend_unsupported` names.
+        ValueError for what `attend_unsupported` names, a segment of the keys that is no multiple of 128, and a window
+        below 1.
         """
         n_query_tokens = queries.shape[2]
         reason = attend_unsupported(keys.bits, values.bits, keys.head_dim, values.head_dim, n_query_tokens)
@@ -313,9 +344,11 @@ class MetalBackend:
             raise ValueError(reason)
         if keys.has_means and (keys.segment < 1 or keys.segment % SEGMENT_STEP):
             raise ValueError(f"keys.segment: got {keys.segment}, expected a multiple of {SEGMENT_STEP}")
-        one = self._one_launch(queries, keys, values, counts)
+        if window is not None and window < 1:
+            raise ValueError(f"window: got {window}, expected a positive number of tokens or None")
+        one = self._one_launch(queries, keys, values, seen_counts(counts, window, n_query_tokens, ends is not None))
         self._test_attend(queries, keys, values, one)
-        return self._attend(queries, keys, values, counts, scale, mask, sinks, starts, seed, one)
+        return self._attend(queries, keys, values, counts, scale, mask, sinks, starts, ends, window, seed, one)
 
     # ---- launches --------------------------------------------------------------------------------------------
     def _kernel(self, name, inputs, outputs):
@@ -376,7 +409,7 @@ class MetalBackend:
         n_rows = queries.shape[1] // _n_kv_heads(keys) * queries.shape[2]
         return sum(counts) <= self.tuning.one_launch_tokens and n_rows <= 2 * (self.tuning.accumulators // shape.E)
 
-    def _attend(self, queries, keys, values, counts, scale, mask, sinks, starts, seed, one):
+    def _attend(self, queries, keys, values, counts, scale, mask, sinks, starts, ends, window, seed, one):
         batch, n_heads, n_query_tokens, key_dim = queries.shape
         n_kv_heads = _n_kv_heads(keys)
         n_sink, n_packed, n_recent = counts
@@ -384,9 +417,10 @@ class MetalBackend:
         shape = attend_shape(self.tuning, keys.bits, values.bits, key_dim, values.head_dim, n_rows, one)
         row_groups = -(-n_rows // (shape.H * (shape.NS if shape.SHARED else 1)))
         n_groups = batch * n_kv_heads * row_groups
-        exact_blocks, blocks = attend_blocks(self.tuning, shape, n_sink + n_recent, n_packed, n_groups, one)
+        seen_sink, seen_packed, seen_recent = seen_counts(counts, window, n_query_tokens, ends is not None)
+        exact_blocks, blocks = attend_blocks(self.tuning, shape, seen_sink + seen_recent, seen_packed, n_groups, one)
 
-        flags = 4 * (starts is not None) + 8 * (sinks is not None)
+        flags = 4 * (starts is not None) + 8 * (sinks is not None) + 16 * (ends is not None)
         if isinstance(mask, str):
             flags, mask = flags + (n_query_tokens > 1), None  # one query token sees all
         if mask is not None:
@@ -395,7 +429,7 @@ class MetalBackend:
                 mask = mask.astype(mx.bool_)
             mask = mx.broadcast_to(mask, (batch, n_heads, n_query_tokens, sum(counts)))
         dims = _attend_dims(n_sink, n_packed, n_recent, exact_blocks, blocks, row_groups, flags, n_query_tokens,
-                            n_heads, n_kv_heads, scale, keys.segment)
+                            n_heads, n_kv_heads, scale, keys.segment, window or NO_WINDOW)
         diag = _attend_diagonals(key_dim, values.head_dim, seed)
         sides, exact_types = [], []
         for side in (keys, values):
@@ -419,7 +453,7 @@ class MetalBackend:
         kernel = self._kernel("attend", ATTEND_INPUTS, ["acc", "ml"])
         acc, ml = kernel(
             inputs=[queries, *sides, *means, diag, queries if mask is None else mask, sinks_or_any,
-                    dims if starts is None else starts, dims],
+                    *(dims if a is None else a for a in (starts, ends)), dims],
             template=template, grid=(32, blocks * (shape.NS if shape.SHARED else 1), n_groups), threadgroup=(32, shape.NS, 1),
             output_shapes=[out_shape if one else partial_shape, (1,) if one else (*partial_shape[:-1], 2)],
             output_dtypes=[queries.dtype if one else mx.float32, mx.float32])
@@ -474,7 +508,7 @@ class MetalBackend:
         self._tested.add(key)
 
     def _check_attend(self, sides, shape, one, dtype):
-        """As many query heads as a simdgroup has rows, a few tokens of each kind, and one that is left out."""
+        """As many query heads as a simdgroup has rows, a few tokens of each kind, and one left out at either end."""
         rng, counts = np.random.default_rng(0), (3, 150, 20)
         cached, restored = [], []
         for bits, head_dim, has_mean, exact_dtype in sides:
@@ -496,8 +530,9 @@ class MetalBackend:
                                      means, segment))
         scale = sides[0][1] ** -0.5
         queries = mx.array(rng.standard_normal((1, shape.H * (shape.NS if shape.SHARED else 1), 1, sides[0][1])).astype(np.float32)).astype(dtype)
-        got = self._attend(queries, *cached, counts, scale, None, None, mx.array([1] * 8, mx.int32), 0, one)
-        x, y = (a[:, :, 1:] for a in restored)
+        got = self._attend(queries, *cached, counts, scale, None, None, mx.array([1] * 8, mx.int32),
+                           mx.array([sum(counts) - 1] * 8, mx.int32), None, 0, one)
+        x, y = (a[:, :, 1:-1] for a in restored)
         want = reference.attention(np.array(queries.astype(mx.float32)), x, y, scale=scale)
         error = np.abs(np.array(got.astype(mx.float32)) - want).max() / np.abs(want).max()
         allowed = ATTEND_TOLERANCE[sides[0][0]] + TOLERANCE[dtype] * (dtype != mx.float32)

@@ -66,22 +66,20 @@ def make_case(bits=(4, 4), dims=(128, 128), counts=(4, 150, 33), G=4, Hkv=1, B=1
     return Case(queries, keys, values, counts, dims[0] ** -0.5, (k, v))
 
 
-def expected(case, mask=None, sinks=None, starts=None):
+def expected(case, mask=None, sinks=None, starts=None, ends=None, window=None):
     """float64 [B, Hq, L, Dv]."""
     q = np.array(case.queries.astype(mx.float32)).astype(np.float64)
     k, v = case.restored
-    n = k.shape[2]
-    if starts is not None:
-        alive = np.arange(n) >= np.array(starts)[:len(q), None, None, None]
-        if mask is None:
-            mask = alive
-        elif isinstance(mask, str):
-            mask = alive & (np.arange(n) <= np.arange(n - q.shape[2], n)[:, None])
-        elif mask.dtype == mx.bool_:
-            mask = alive & np.array(mask)
-        else:
-            mask = np.where(alive, np.array(mask.astype(mx.float32)), -np.inf)
-    elif isinstance(mask, mx.array):
-        mask = np.array(mask if mask.dtype == mx.bool_ else mask.astype(mx.float32))
+    B, n, L = len(q), k.shape[2], q.shape[2]
+    first, end = (np.full(B, fill) if a is None else np.array(a)[:B] for a, fill in ((starts, 0), (ends, n)))
+    first, end = (a[:, None, None, None] for a in (first, end))
+    token, position = np.arange(n), end - L + np.arange(L)[:, None]
+    alive = (token >= first) & (token < end) & (token > position - (window or 2 * n))
+    if isinstance(mask, str):
+        alive &= token <= position
+    elif mask is not None and mask.dtype == mx.bool_:
+        alive = alive & np.array(mask)
+    elif mask is not None:
+        alive = np.where(alive, np.array(mask.astype(mx.float32)), -np.inf)
     sinks = None if sinks is None else np.array(sinks.astype(mx.float32))
-    return reference.attention(q, k, v, scale=case.scale, mask=mask, sinks=sinks)
+    return reference.attention(q, k, v, scale=case.scale, mask=alive, sinks=sinks)

@@ -28,12 +28,12 @@ TOLERANCE = kernels.ATTEND_TOLERANCE
 ROUNDING = {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}
 
 
-def check(case, backends=LAUNCHES.values(), tolerance=1.0, mask=None, sinks=None, starts=None):
-    want = expected(case, mask, sinks, starts)
+def check(case, backends=LAUNCHES.values(), tolerance=1.0, mask=None, sinks=None, **rows):
+    want = expected(case, mask, sinks, **rows)
     allowed = tolerance * TOLERANCE[case.keys.bits] + ROUNDING[case.queries.dtype]
     for backend in backends:
         out = backend.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask,
-                             sinks=sinks, starts=starts)
+                             sinks=sinks, **rows)
         assert out.dtype == case.queries.dtype and tuple(out.shape) == want.shape
         got = to_numpy(out)
         largest = np.abs(want).max() or 1.0
@@ -55,6 +55,8 @@ COMBINATIONS = [
     dict(bits=(2, 3), dims=(160, 112), G=2),
     dict(bits=(4, 8), dims=(576, 512), G=2),
     dict(bits=(4, 4), dims=(64, 64), G=1, L=16, counts=(3, 70, 40)),
+    dict(bits=(8, 4), dims=(256, 256), G=4, L=4, Hkv=2, counts=(3, 90, 40)),  # shared tiles in two chunks
+    dict(bits=(8, 4), dims=(192, 128), G=3, L=5, counts=(3, 70, 40)),
 ]
 
 
@@ -131,6 +133,41 @@ def test_left_padding_is_skipped():
     check(case, starts=mx.array([0, 200, 0, 0, 0], mx.int32))  # nothing left: gives 0
 
 
+def test_rows_may_end_anywhere():
+    case = make_case(dims=(64, 64), G=2, L=3, B=5, counts=(4, 150, 33))
+    some = mx.array(np.random.default_rng(1).random((5, 1, 3, 187)) < 0.7)
+    for ends in ([187, 186, 154, 153, 90], [3, 4, 5, 0, 1], [187, 2, 60, 100, 177]):
+        ends = mx.array(ends, mx.int32)
+        for mask in (None, "causal", some):
+            want = check(case, mask=mask, ends=ends)
+            check(case, mask=mask, ends=ends, starts=mx.array([0, 5, 50, 100, 120], mx.int32))
+    assert want[1].any() and not check(case, ends=mx.zeros(8, mx.int32)).any()
+
+
+@pytest.mark.parametrize("options", [dict(G=2), dict(G=4, L=16), dict(G=3, L=4, bits=(8, 0))], ids=str)
+def test_a_sliding_window(options):
+    """Of one token, within the recent ones, to a packed token, to a sink, beyond all."""
+    case = make_case(**{"dims": (64, 64), "counts": (4, 290, 33), "B": 2, **options})
+    heads, L = case.queries.shape[1:3]
+    rng = np.random.default_rng(2)
+    for window in (1, 20, 40, 200, 325, 400):
+        check(case, mask="causal", window=window)
+    bias = mx.array(rng.standard_normal((1, heads, L, 327)).astype(np.float32))
+    sinks = mx.array(rng.standard_normal(heads).astype(np.float32))
+    starts, ends = mx.array([3, 150], mx.int32), mx.array([250, 300], mx.int32)
+    for window in (7, 180):
+        check(case, window=window)
+        check(case, mask="causal", window=window, ends=ends, sinks=sinks)
+        check(case, mask=bias, window=window, starts=starts, ends=ends)
+        check(case, mask="causal", window=window, starts=ends, ends=starts)  # nothing left: gives 0
+
+
+def test_a_window_below_one_is_refused():
+    case = make_case(dims=(64, 64), G=2)
+    with pytest.raises(ValueError, match="window: got 0"):
+        ONE.attend(case.queries, case.keys, case.values, case.counts, scale=1.0, window=0)
+
+
 @pytest.mark.parametrize("bits", [(4, 4), (3, 8), (0, 2), (8, 0)], ids=str)
 def test_packed_tokens_may_be_relative_to_means(bits):
     check_means(bits, dims=(64, 96), G=2)
@@ -205,10 +242,11 @@ def combinations(draw):
                    counts=counts, G=pick(1, 2, 3, 4, 5, 6, 7, 8, 12, 16), Hkv=pick(1, 2), B=pick(1, 2), L=L,
                    dtype=pick(mx.float32, mx.float16, mx.bfloat16), means=draw(st.booleans()),
                    segment=pick(128, 256), rng_seed=draw(st.integers(0, 99)))
-    return options, pick(None, "causal", "boolean", "additive"), draw(st.booleans()), draw(st.booleans()), pick(*ORDERS)
+    rows = {name: draw(st.booleans()) for name in ("starts", "ends")} | {"window": pick(None, None, 1, 16, 100, 300)}
+    return options, pick(None, "causal", "boolean", "additive"), draw(st.booleans()), rows, pick(*ORDERS)
 
 
-def check_combination(options, mask, sinks, starts, order):
+def check_combination(options, mask, sinks, rows, order):
     case = make_case(**options)
     rng = np.random.default_rng(options["rng_seed"])
     B, heads, L, _ = case.queries.shape
@@ -218,9 +256,10 @@ def check_combination(options, mask, sinks, starts, order):
     elif mask == "additive":
         mask = mx.array(rng.standard_normal((1, heads, L, n)).astype(np.float32)).astype(options["dtype"])
     sinks = mx.array(rng.standard_normal(heads).astype(np.float32)) if sinks else None
-    starts = mx.array(rng.integers(0, n - L + 1, B), mx.int32) if starts else None
+    for name in ("starts", "ends"):
+        rows[name] = mx.array(rng.integers(0, n + 1, B), mx.int32) if rows[name] else None
     with metalsim.configured(order=order, seed=options["rng_seed"]):
-        check(case, mask=mask, sinks=sinks, starts=starts)
+        check(case, mask=mask, sinks=sinks, **rows)
 
 
 @settings(max_examples=4, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
@@ -285,10 +324,11 @@ class Recorder(MetalBackend):
             return outs
         return launch
 
-    def run(self, case, mask=None):
+    def run(self, case, mask=None, **rows):
         """The counts of each launch for `case`, and of no self-test."""
-        self._attend(case.queries, case.keys, case.values, case.counts, case.scale, mask, None, None, 0,
-                     self._one_launch(case.queries, case.keys, case.values, case.counts))
+        run_check, self._run_check = self._run_check, lambda what, check: None
+        self.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask, **rows)
+        self._run_check = run_check
         return self.stats
 
 
@@ -316,9 +356,32 @@ def test_packed_bytes_are_read_once_and_outputs_written_once(options, one):
         assert set(stats[name].writes[output]) == {1}, output
 
 
-@pytest.mark.parametrize("G, L", [(12, 1), (16, 1), (1, 16), (4, 8), (2, 16), (5, 3)])
-def test_many_rows_share_what_is_decoded_once(G, L):
-    case = make_case(dims=(128, 128), bits=(4, 3), G=G, L=L, counts=(0, 192, 32))
+@pytest.mark.parametrize("one", [False, True], ids=["two launches", "one launch"])
+def test_tokens_that_no_row_sees_are_not_read(one):
+    case = make_case(dims=(64, 64), G=2, L=3, B=3, counts=(4, 400, 60))
+    starts, ends = [0, 300, 100], [464, 350, 90]
+    recorder = Recorder(one_launch_tokens=1024 * one, tokens_per_block=64)
+    reads = recorder.run(case, "causal", starts=mx.array(starts, mx.int32), ends=mx.array(ends, mx.int32),
+                         window=150)["attend"].reads
+    for part, first, n in (("sink", 0, 4), ("codes", 4, 400), ("recent", 404, 60)):
+        for side in "kv":
+            read = reads[f"{side}_{part}"].reshape(3, n + 24, -1).any(-1)
+            seen = [[t < n and max(start, end - 152) <= first + t < end for t in range(n + 24)]
+                    for start, end in zip(starts, ends)]
+            assert np.array_equal(read, seen)
+
+
+def test_a_window_costs_what_it_shows_and_blocks_are_made_for_it():
+    case = make_case(dims=(128, 128), G=4, counts=(0, 4096, 0), dtype=mx.float16)
+    short = make_case(dims=(128, 128), G=4, counts=(0, 2000, 0), dtype=mx.float16)
+    cost, enough = (operations(*Recorder().run(c, window=2000).values()) for c in (case, short))
+    assert cost <= 1.001 * enough
+
+
+@pytest.mark.parametrize("head_dim, G, L", [(128, 12, 1), (128, 16, 1), (128, 1, 16), (128, 4, 8), (128, 2, 16),
+                                            (128, 5, 3), (192, 3, 8), (256, 4, 4), (256, 2, 6)])
+def test_many_rows_share_what_is_decoded_once(head_dim, G, L):
+    case = make_case(dims=(head_dim, head_dim), bits=(4, 3), G=G, L=L, counts=(0, 192, 32))
     stats = Recorder(one_launch_tokens=0).run(case)["attend"]
     assert all(set(stats.reads[name][:len(stats.reads[name]) * 192 // 216]) == {1} for name in ("k_codes", "v_codes"))
 
@@ -436,6 +499,16 @@ def test_means_of_keys_and_values_cost_less_than_two_percent(bits, head_dim, G):
     case = make_case(bits=bits, dims=(head_dim, head_dim), G=G, counts=(0, 2048, 0), dtype=mx.float16, means=True)
     without = case._replace(keys=case.keys._replace(means=None), values=case.values._replace(means=None))
     assert operations(*Recorder().run(case).values()) <= 1.02 * operations(*Recorder().run(without).values())
+
+
+# The same for many rows, G = 8 and more query tokens: shared tiles, in two chunks at 256.
+ROWS_CEILING = {(128, 16): 47.3, (128, 32): 88.2, (256, 16): 47.1, (256, 32): 94.1}
+
+
+@pytest.mark.parametrize("head_dim, n_rows", ROWS_CEILING, ids=str)
+def test_operations_of_many_rows_stay_below_their_ceiling(head_dim, n_rows):
+    case = make_case(dims=(head_dim, head_dim), G=8, L=n_rows // 8, counts=(0, 1536, 0), dtype=mx.float16)
+    assert operations(Recorder().run(case)["attend"]) <= 1536 * head_dim * ROWS_CEILING[head_dim, n_rows]
 
 
 @pytest.mark.parametrize("bits, head_dim, G", [(b, d, g) for (b, d), row in CEILING.items() for g in row], ids=str)
