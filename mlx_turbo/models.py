@@ -5,7 +5,7 @@ import warnings
 
 from . import attention
 from .cache import TurboKVCache
-from .scheme import TurboConfig
+from .scheme import Scheme, TurboConfig
 
 logger = logging.getLogger("mlx_turbo")
 OLDEST_MLX_LM = (0, 31, 2)
@@ -112,15 +112,27 @@ def reports(prompt_cache):
 
 def describe(prompt_cache):
     """One line on a prompt cache: how many layers are compressed, and what the others keep and why."""
-    kept = {}
-    for _, cache, report in reports(prompt_cache):
+    kept, chosen, by, undecided = {}, {}, set(), 0
+    for i, cache, report in reports(prompt_cache):
         if report is None:
-            kept.setdefault(type(cache).__name__, 0)
-            kept[type(cache).__name__] += 1
+            kept[type(cache).__name__] = kept.get(type(cache).__name__, 0) + 1
+        elif report["auto"] and report["auto"]["undecided"]:
+            undecided += 1
+        elif report["auto"]:
+            chosen.setdefault(Scheme.parse(report["scheme"]).key_bits, []).append(i)
+            by.add(report["auto"]["by"])
     n = len(prompt_cache)
     text = f"{n - sum(kept.values())} of {n} layers compressed"
     if set(kept) == {"KVCache"}:
         text += ": this is mlx-lm's own cache"
     elif kept:
         text += "; not a plain KV cache and left as it is: " + ", ".join(f"{k} ({v})" for k, v in kept.items())
+    if undecided:
+        text += f"; auto: not yet decided in {undecided} layers, nothing of them is packed"
+    if chosen:
+        raised = sorted(chosen, key=lambda bits: bits or 16)
+        texts = [f"{f'at {bits} bits' if bits else 'exact'} in {len(chosen[bits])}" for bits in raised]
+        texts[0] += " layers"
+        texts[1:] = [f"{t} ({', '.join(map(str, chosen[bits]))})" for t, bits in zip(texts[1:], raised[1:])]
+        text += f"; auto: keys {', '.join(texts)}, chosen by {' and '.join(sorted(filter(None, by))) or 'another process'}"
     return text
