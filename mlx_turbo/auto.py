@@ -7,6 +7,8 @@ heads, the worst kv head counting. Bits are raised along LADDER until error <= T
 TARGET is calibrated on the embedded model and on copies of it with hostile keys (tests/constructed_models.py): a layer
 at 0.02 costs the model's output a KL divergence of 0.003; healthy layers have 0.0001 to 0.008.
 """
+import math
+
 import mlx.core as mx
 
 from . import ops
@@ -100,5 +102,7 @@ def choose_key_bits(keys, config, observed=None):
             queries, positions, scale, sinks = observed
             error = attention_error(queries, positions, keys, bits, config, scale, sinks)
         errors[bits] = error.item()
+        if not math.isfinite(errors[bits]):
+            ops.require_finite([keys], ["keys"])
         if errors[bits] <= TARGET:  # not so for NaN
             return bits, errors
