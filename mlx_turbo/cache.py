@@ -356,6 +356,11 @@ class TurboKVCache:
         capacity = self.config.recent + self.config.block
         return max(capacity, auto.FEWEST) if self.undecided else capacity
 
+    @property
+    def packs_beyond(self):
+        """As long as the cache holds no more tokens than this, all are exact."""
+        return self.config.sink + self._capacity()
+
     def _decide(self):
         """Choose the bits of the keys, and pack what has waited for that. Without queries (nobody called `observe`) by
         the keys alone."""

@@ -17,8 +17,8 @@ from . import describe, get_backend, make_prompt_cache, use_backend
 
 DEMO_MODEL = Path(__file__).resolve().with_name("demo_model")
 DEMO_PROMPT = "Once upon a time"
-DEFAULT_SCHEME = "turbo4"
-FLAGS = {"scheme": "--kv", "sink": "--kv-sink", "recent": "--kv-recent"}  # of TurboConfig's fields
+DEFAULT_SCHEME = "auto"
+FLAGS = {"scheme": "--kv", "name": "--kv", "sink": "--kv-sink", "recent": "--kv-recent"}  # of TurboConfig's fields
 
 
 class CliError(Exception):
@@ -168,8 +168,7 @@ class TurboProgram:
             raise CliError(f"--prompt-cache-file: cannot read {file!r}: {_one_line(e)}") from e
         cache, *rest = result if isinstance(result, tuple) else (result,)
         for held in (c.config for c in cache if isinstance(c, TurboKVCache)):
-            for name, given in (("scheme", self.args.kv), ("sink", self.args.kv_sink),
-                                ("recent", self.args.kv_recent)):
+            for name, given in (("name", self.args.kv), ("sink", self.args.kv_sink), ("recent", self.args.kv_recent)):
                 made_with = getattr(held, name)
                 if given is not None and (self.config is None or getattr(self.config, name) != made_with):
                     raise CliError(f"{FLAGS[name]}: got {given}, but {file!r} was made with {made_with}; "
@@ -185,10 +184,10 @@ def compress_prompt_cache(prompt_cache, config):
     from mlx_lm.models.cache import KVCache
 
     out = []
-    for cache in prompt_cache:
+    for i, cache in enumerate(prompt_cache):
         if type(cache) is KVCache and not cache.empty():
             keys, values = (a[:, :, :cache.offset] for a in (cache.keys, cache.values))
-            cache = TurboKVCache(config)
+            cache = TurboKVCache(config.for_layer(i, len(prompt_cache)))
             cache.update_and_fetch(keys, values)
         out.append(cache)
     return out
@@ -209,8 +208,8 @@ def summarize(prompt_cache):
     summary = {"nbytes": held, "uncompressed_nbytes": kept + sum(r["uncompressed_nbytes"] for r in ours),
                "n_compressed": len(ours), "layers": describe(prompt_cache)}
     if ours:
-        summary |= {name: ours[0][name] for name in ("scheme", "tokens", "sink", "packed", "recent",
-                                                   "attention")}
+        summary |= {name: ours[0][name] for name in ("tokens", "sink", "packed", "recent", "attention")}
+        summary["scheme"] = next(c.config.name for c in prompt_cache if isinstance(c, TurboKVCache))
         packed = [r["packed_bits_per_value"] for r in ours if r["packed"]]
         summary["packed_bits_per_value"] = sum(packed) / len(packed) if packed else None
     return summary
@@ -238,8 +237,8 @@ def report_lines(prompt_cache, scheme):
     ratio = s["uncompressed_nbytes"] / s["nbytes"] if s["nbytes"] else 1.0
     size = f"KV cache bytes: {held} held, {uncompressed} uncompressed, ratio {ratio:.2f}"
     if not s["packed"]:
-        config = next(c.config for c in prompt_cache if isinstance(c, TurboKVCache))
-        size += f" (packing starts at {config.sink + config.recent + config.block} tokens)"
+        starts = next(c.packs_beyond for c in prompt_cache if isinstance(c, TurboKVCache))
+        size += f" (packing starts beyond {starts} tokens)"
     return [f"KV cache: {s['scheme']}, {s['tokens']} tokens ({s['sink']} sink exact, {packed}, "
             f"{s['recent']} recent exact); {s['layers']}; attention of a decode step: {s['attention']}", size]
 
@@ -257,8 +256,9 @@ def _generate_parser(module):
     group = add_cache_arguments(parser)
     group.add_argument("--kv", metavar="SCHEME",
                        help="bits per number of the KV cache: turbo4, turbo3, turbo2, turbo8v4 (keys 8, "
-                            f"values 4), ..., or none: mlx-lm's own cache (default: {DEFAULT_SCHEME}). A "
-                            "draft model's cache is compressed too. Rotating caches (--max-kv-size) are not.")
+                            "values 4), ...; auto: turbo4, with more bits for the keys of layers that turn out to "
+                            f"need them; or none: mlx-lm's own cache (default: {DEFAULT_SCHEME}). A draft "
+                            "model's cache is compressed too. Rotating caches (--max-kv-size) are not.")
     return parser
 
 

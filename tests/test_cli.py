@@ -80,7 +80,7 @@ def test_it_runs_as_a_module_and_reads_the_prompt_from_stdin(tmp_path):
     out = subprocess.run([sys.executable, "-c", command, "generate", "--prompt", "-", "-m", "8"],
                          input="Tom had a red ball.", capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0, out.stderr
-    assert "Generation: 8 tokens" in out.stdout and "KV cache: turbo4" in out.stdout
+    assert "Generation: 8 tokens" in out.stdout and "KV cache: auto" in out.stdout
     assert "embedded demo model" in out.stderr
 
 
@@ -129,14 +129,15 @@ def test_generate_ends_with_speed_and_what_the_cache_really_holds(run):
 
 def test_a_report_before_anything_is_packed_says_when_packing_starts(run):
     _, out, _ = run("generate", "-m", 5)
-    assert "0 packed," in out and "packing starts at 132 tokens" in out
+    assert "0 packed," in out and "packing starts beyond 260 tokens" in out
+    assert "packing starts beyond 132 tokens" in run("generate", "-m", 5, "--kv", "turbo4")[1]
 
 
 def test_not_verbose_prints_the_response_and_nothing_else_on_stdout(run):
     code, out, err = run("generate", "-m", 12, "--verbose", "False")
     assert code == 0
     assert out == streamed_text(run("generate", "-m", 12)[1]) + "\n"
-    assert "KV cache: turbo4" in err
+    assert "KV cache: auto" in err
 
 
 def test_a_draft_model_s_cache_is_compressed_and_reported_too(run):
@@ -151,7 +152,7 @@ def test_a_draft_model_s_cache_is_compressed_and_reported_too(run):
 def test_max_kv_size_makes_rotating_caches_and_the_report_says_they_are_not_compressed(run):
     code, out, err = run("generate", "-m", 5, "--max-kv-size", 64)
     assert code == 0
-    assert "turbo4 was asked for, but 0 of 4 layers compressed" in out and "RotatingKVCache (4)" in out
+    assert "auto was asked for, but 0 of 4 layers compressed" in out and "RotatingKVCache (4)" in out
     assert "warning: nothing is compressed" in err
 
 
@@ -163,7 +164,8 @@ def test_mlx_lm_s_own_quantized_cache_still_works_with_kv_none(run):
 
 @pytest.mark.parametrize("scheme", [None, "turbo3"])
 def test_a_prompt_cache_file_is_used_and_a_plain_one_compressed(run, prompt_cache_file, scheme):
-    code, out, err = run("generate", "-p", " Then", "-m", 5, "--prompt-cache-file", prompt_cache_file(scheme))
+    given = [] if scheme else ["--kv", "turbo4"]
+    code, out, err = run("generate", "-p", " Then", "-m", 5, "--prompt-cache-file", prompt_cache_file(scheme), *given)
     assert code == 0, err
     assert int(re.search(r"Prompt: (\d+)", out)[1]) < 5  # the story itself comes from the file
     packed = int(re.search(rf"KV cache: {scheme or 'turbo4'}, .* (\d+) packed", out)[1])
@@ -185,7 +187,7 @@ def test_a_text_beyond_the_model_s_context_works_with_a_warning(run, tmp_path):
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
     code, out, err = run("generate", "--model", model, "-p", STORY[:80], "-m", 5)
     assert code == 0
-    assert "KV cache: turbo4" in out and "the model was made for 16" in err
+    assert "KV cache: auto" in out and "the model was made for 16" in err
     assert "embedded" not in err
 
 
@@ -252,7 +254,7 @@ class DoesNotBuild(CpuBackend):
 
 def test_a_kernel_that_does_not_build_ends_the_program_with_the_compiler_s_message(run):
     with mlx_turbo.use_backend(DoesNotBuild()):
-        code, out, err = run("generate", "-p", LONG_STORY, "-m", 5)
+        code, out, err = run("generate", "-p", LONG_STORY, "-m", 5, "--kv", "turbo4")
     assert code == 1
     assert "program_source:7:3: error: expected ';'" in err and "Traceback" not in err
     assert "Generation" not in out
