@@ -298,7 +298,7 @@ class TurboKVCache:
         for i, (new, _, _) in seen.items():
             begun = 1 if self.n_packed % self._sides[i].segment else 0
             new = centring.stored(new[:, :, begun:][:, :, :n[i] - n_had[i]], use[i], self.config.seed)
-            means[i] = _write(means[i], n_had[i], new, 1 if i else 8)
+            means[i] = _write(means[i], n_had[i], new, max(self.step // self._sides[i].segment, 1))
         return means
 
     def _quantize(self, tails, means):
