@@ -1,0 +1,138 @@
+"""Every model family of the installed mlx-lm, small and random: our caches against mlx-lm's own, through prefill,
+decode, verification of draft tokens and trimming."""
+import functools
+import warnings
+
+import families
+import mlx.core as mx
+import mlx_lm
+import mlx_lm.models.cache as lm_cache
+import numpy as np
+import pytest
+from cache_tools import FAST_BACKENDS
+from conftest import to_numpy
+from mlx_turbo import TurboConfig, TurboKVCache, describe, make_prompt_cache
+
+TOKENS = mx.array(np.random.default_rng(0).integers(0, families.VOCABULARY, (1, 60)))
+WINDOW = dict(sink=2, recent=4, block=4)  # so small that each chunk of the prompt is packed
+PACKED = ("turbo8", "turbo4", "turbo3", "turbo2")
+NAMES = families.all_names()
+REST = [n for n in NAMES if n not in families.NAMED and n not in families.NOT_BUILT]
+each_family = pytest.mark.parametrize(
+    "name", [*(n for n in families.NAMED if n in NAMES), *(pytest.param(n, marks=pytest.mark.slow) for n in REST)])
+pytestmark = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+
+
+@functools.lru_cache(1)
+def mlx_lm_s(name):
+    """(model, its logits with mlx-lm's own cache) of a family."""
+    model = families.build(name)
+    return model, walk(model, lambda: lm_cache.make_prompt_cache(model))
+
+
+def walk(model, make_cache):
+    """Logits by phase, {phase: [L, vocabulary]}: of a prompt's first chunk, of one that attends to packed tokens
+    ("prefill"), of single tokens ("decode"), of three at once ("verify"), and after two were taken back ("trim").
+
+    Rings that are full cannot be trimmed, so models with sliding windows trim a shorter text; without "trim" where no
+    text can be (linear and state-space layers)."""
+    phases, cache, at = {}, make_cache(), 0
+
+    def run(phase, *lengths):
+        nonlocal at
+        for n in lengths:
+            logits = to_numpy(model(TOKENS[:, at:at + n], cache=cache)[0])
+            phases[phase] = np.concatenate([phases[phase], logits]) if phase in phases else logits
+            at += n
+
+    run("prompt", 24)
+    run("prefill", 11)
+    run("decode", *[1] * 6)
+    run("verify", 3)
+    if not lm_cache.can_trim_prompt_cache(cache):
+        cache, at = make_cache(), 0
+        run("short prompt", 12, 1)
+    if lm_cache.can_trim_prompt_cache(cache):
+        assert lm_cache.trim_prompt_cache(cache, 2) == 2
+        at -= 2
+        run("trim", 1, 1)
+    return phases
+
+
+def members(prompt_cache):
+    """The caches of a prompt cache, those of a CacheList one by one."""
+    return [m for c in prompt_cache for m in (members(c.caches) if hasattr(c, "caches") else [c])]
+
+
+def compressed(model, scheme):
+    """Our prompt cache for a model; a warning that nothing is compressed has to be true."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache = make_prompt_cache(model, TurboConfig(scheme, **WINDOW))
+    nothing = not any(isinstance(c, TurboKVCache) for c in members(cache))
+    assert [str(w.message)[:21] for w in caught] == ["nothing is compressed"] * nothing
+    return cache
+
+
+def error(got, want):
+    """Relative error of the logits of a token, the median over those that attend to packed tokens: an expert or a
+    top-k that flips at one token does not decide."""
+    a, b = (np.concatenate([p[phase] for phase in ("prefill", "decode", "verify")]) for p in (got, want))
+    held = np.isfinite(b[0])  # phi3small's special tokens have -inf
+    return np.median(np.linalg.norm(a[:, held] - b[:, held], axis=1) / np.linalg.norm(b[:, held], axis=1))
+
+
+@each_family
+def test_a_lossless_scheme_gives_mlx_lm_s_logits(backend, name):
+    model, want = mlx_lm_s(name)
+    got = walk(model, lambda: compressed(model, "turbo0"))
+    assert list(got) == list(want)  # trimmed where mlx-lm can trim
+    for phase in want:
+        np.testing.assert_allclose(got[phase], want[phase], rtol=1e-5, atol=1e-5, err_msg=phase)
+
+
+@each_family
+def test_packed_schemes_stay_as_close_as_their_bits_allow(backend, name):
+    model, want = mlx_lm_s(name)
+    errors = {}
+    for scheme in PACKED:
+        caches = []
+        got = walk(model, lambda: caches.append(compressed(model, scheme)) or caches[-1])
+        assert list(got) == list(want)
+        assert not any(np.isnan(logits).any() for logits in got.values())
+        errors[scheme] = error(got, want)
+        packed = [c.report()["packed"] for c in members(caches[0]) if isinstance(c, TurboKVCache)]
+        assert all(n >= 30 for n in packed), packed
+    if not packed:
+        assert set(errors.values()) == {0}
+        return
+    assert 0 < errors["turbo8"] < 0.1, errors
+    assert errors["turbo8"] < errors["turbo2"] / 4 and errors["turbo4"] < errors["turbo2"], errors
+
+
+@each_family
+def test_every_plain_layer_is_compressed_and_the_others_are_named(backend, name):
+    model, _ = mlx_lm_s(name)
+    theirs, ours = lm_cache.make_prompt_cache(model), compressed(model, "turbo4")
+    kept = [c for c in ours if not any(isinstance(m, TurboKVCache) for m in members([c]))]
+    assert len(ours) == len(theirs)
+    for ours_, theirs_ in zip(ours, theirs):
+        assert type(ours_) is (TurboKVCache if type(theirs_) is lm_cache.KVCache else type(theirs_))
+    text = describe(ours)
+    assert text.startswith(f"{len(ours) - len(kept)} of {len(ours)} layers compressed")
+    for kind in {type(c).__name__ for c in kept}:
+        assert f"{kind} ({sum(type(c).__name__ == kind for c in kept)})" in text
+    assert ("not a plain KV cache" in text) == bool(kept)
+
+
+@pytest.mark.parametrize("name", [n for n in families.NOT_BUILT if n in NAMES])
+def test_a_family_is_left_out_only_if_it_cannot_run_here(backend, name):
+    if backend.name == "metal" and name in families.ONLY_METAL:
+        return
+    with pytest.raises((AttributeError, RuntimeError, ValueError, SystemExit)):
+        families.build(name)(TOKENS[:, :4])
+
+
+def test_no_named_family_is_missing(backend):
+    if tuple(map(int, mlx_lm.__version__.split(".")[:2])) >= (0, 32):  # 0.31 does not know all of them
+        assert set(families.NAMED) <= set(NAMES)
