@@ -62,8 +62,8 @@ FAMILIES = dict(
     dbrx=dict(ffn_config=dict(ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2),
               attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0)),
     deepseek_v2=dict(rope_scaling=YARN, topk_method="group_limited_greedy"),
-    deepseek_v32=dict(index_head_dim=32, index_n_heads=2, index_topk=8),
-    deepseek_v41=dict(head_dim=64, index_head_dim=32, index_n_heads=2, index_topk=8, o_groups=2, o_lora_rank=32,
+    deepseek_v32=dict(index_head_dim=32, index_n_heads=2, index_topk=24),
+    deepseek_v41=dict(head_dim=64, index_head_dim=32, index_n_heads=2, index_topk=24, o_groups=2, o_lora_rank=32,
                       compress_ratios=(1, 4, 1, 4), kv_source_layer_ids=(0, 1, 2, 3),
                       index_source_layer_ids=(0, 1, 2, 3)),
     exaone4=dict(sliding_window_pattern="LLLG", rope_scaling=None),
@@ -81,7 +81,7 @@ FAMILIES = dict(
     gemma4_text=dict(num_hidden_layers=6, global_head_dim=64, vocab_size_per_layer_input=VOCABULARY,
                      num_kv_shared_layers=2, hidden_size_per_layer_input=16, sliding_window_pattern=2),
     glm4_moe=dict(rope_scaling=None),
-    glm_moe_dsa=dict(index_head_dim=32, index_n_heads=2, index_topk=8,
+    glm_moe_dsa=dict(index_head_dim=32, index_n_heads=2, index_topk=24,
                      rope_parameters=dict(rope_theta=10000.0, rope_type="default")),
     gpt_oss=dict(layer_types=["sliding_attention", "full_attention"] * 2),
     granitemoehybrid=dict(layer_types=["mamba", "attention"] * 2, position_embedding_type="rope"),
@@ -101,7 +101,8 @@ FAMILIES = dict(
         block_dim=128, block_multiple_of=32, block_ffn_dim_multiplier=1.0, block_auto_adjust_ff_dim=False,
         full_attn_idxs=[1, 3]))},
     **{"lille-130m": dict(block_size=512)},
-    llama4=dict(text_config=dict(num_experts_per_tok=1, attention_chunk_size=16, interleave_moe_layer_step=2, rope_scaling=None)),
+    llama4=dict(text_config=dict(num_experts_per_tok=1, attention_chunk_size=16, interleave_moe_layer_step=2,
+                                 rope_scaling=None)),
     llama4_text=dict(no_rope_layers=[1, 1, 1, 0]),
     lfm2_moe=dict(full_attn_idxs=[1, 3], use_expert_bias=True),
     longcat_flash=dict(attention_method="MLA", zero_expert_type="identity", zero_expert_num=2,
@@ -162,8 +163,8 @@ def module_of(name):
 
 def all_names():
     """Every module of mlx_lm.models that has a model."""
-    helpers = {"activations", "base", "bitlinear_layers", "cache", "gated_delta", "mla", "pipeline", "rope_utils", "ssm",
-               "switch_layers"}
+    helpers = {"activations", "base", "bitlinear_layers", "cache", "gated_delta", "mla", "pipeline", "rope_utils",
+               "ssm", "switch_layers"}
     return [m.name for m in pkgutil.iter_modules(mlx_lm.models.__path__) if m.name not in helpers]
 
 

@@ -64,11 +64,11 @@ def members(prompt_cache):
     return [m for c in prompt_cache for m in (members(c.caches) if hasattr(c, "caches") else [c])]
 
 
-def compressed(model, scheme):
+def compressed(model, config):
     """Our prompt cache for a model; a warning that nothing is compressed has to be true."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        cache = make_prompt_cache(model, TurboConfig(scheme, **WINDOW))
+        cache = make_prompt_cache(model, TurboConfig.of(config, **WINDOW))
     nothing = not any(isinstance(c, TurboKVCache) for c in members(cache))
     assert [str(w.message)[:21] for w in caught] == ["nothing is compressed"] * nothing
     return cache
