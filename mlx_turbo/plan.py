@@ -65,7 +65,7 @@ def _from_hub(name, download):
         files = huggingface_hub.HfApi().model_info(name, files_metadata=True).siblings
         sizes = [f.size or 0 for f in files if f.rfilename.startswith("model") and f.rfilename.endswith(".safetensors")]
         return file, sum(sizes), "Hub"
-    except (OSError, ValueError, errors.HfHubHTTPError):
+    except Exception:  # whatever its HTTP library raises: without sizes they are computed
         return file, None, None
 
 
@@ -146,7 +146,7 @@ class Layer:
             return f"{self.kind}: {_size(self.constant)}{growing}"
         heads, key_dim, value_dim = self.shape
         text = f"{self.kind}: {heads} kv head{'s' * (heads > 1)}, keys {key_dim}, values {value_dim}, {self.dtype}"
-        return text + f", at most {self.window:,} tokens" * bool(self.window)
+        return f"{text}, at most {self.window:,} tokens" if self.window else text
 
 
 def _size(nbytes):

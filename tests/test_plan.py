@@ -298,6 +298,13 @@ def test_of_a_model_on_the_hub_only_configuration_and_index_are_read(hub, name, 
     assert (p["caches"], p["weights_source"]) == (4, "index" if source == "index" else "computed")
 
 
+@pytest.mark.slow  # huggingface_hub tries again for half a minute
+def test_a_hub_that_is_gone(hub):
+    assert hub("tiny/single").returncode == 0
+    done = hub("tiny/single", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 0 and json.loads(done.stdout)["weights_source"] == "computed", done.stderr
+
+
 def test_models_the_hub_does_not_have(hub):
     done = hub("tiny/absent")
     assert done.returncode == 2 and "'tiny/absent' is neither a folder here nor on the Hugging Face Hub" in done.stderr
