@@ -20,6 +20,7 @@ from .cli import DEMO_MODEL, CliError, Parser, _one_line, _why_not_loaded, kv_co
 from .ops import use_backend
 
 SCHEMES = ("none", "turbo8v4", "turbo4", "turbo3", "turbo2")
+FEW = 8  # tokens that fill states of constant size: convolutions, n-grams
 STEP = 256  # tokens by which mlx-lm's caches and ours grow
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -180,13 +181,15 @@ def layers_of(model):
     from mlx_lm.models import cache as lm_cache
 
     layers, unknown = [], []
-    for i, cache in enumerate(_call(model, 1)):
+    for i, cache in enumerate(_call(model, FEW)):
         kind, keys, values = type(cache).__name__, getattr(cache, "keys", None), getattr(cache, "values", None)
         if isinstance(cache, (lm_cache.KVCache, lm_cache.RotatingKVCache, lm_cache.ChunkedKVCache)):
             if keys is None:  # the model never uses it
                 layers.append(Layer(kind, None, "", 0.0))
                 continue
-            window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
+            window = getattr(cache, "max_size", None)
+            if chunk := getattr(cache, "chunk_size", None):
+                window = chunk + STEP  # it forgets when it has to grow
             layers.append(Layer(kind, (keys.shape[1], keys.shape[3], values.shape[3]), str(keys.dtype).split(".")[-1],
                                 (keys.nbytes + values.nbytes) / keys.shape[2], window=window))
         else:
@@ -205,8 +208,10 @@ def configs_of(model, scheme):
 
     scheme: a TurboConfig, or None for mlx-lm's own caches.
     """
+    from mlx_lm.models.cache import make_prompt_cache
+
     if scheme is None:
-        return [None] * len(_call(model, 1))
+        return [None] * len(_members(make_prompt_cache(model)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "nothing is compressed": the table shows it
         cache = models.make_prompt_cache(model, scheme)
