@@ -1,5 +1,6 @@
 """Every model family of the installed mlx-lm, small and random: our caches against mlx-lm's own, through prefill,
 decode, verification of draft tokens and trimming."""
+import copy
 import functools
 import warnings
 
@@ -10,8 +11,8 @@ import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
 from cache_tools import FAST_BACKENDS
-from conftest import to_numpy
-from mlx_turbo import TurboConfig, TurboKVCache, describe, make_prompt_cache
+from conftest import BACKENDS, to_numpy
+from mlx_turbo import TurboConfig, TurboKVCache, describe, make_prompt_cache, use_backend
 
 TOKENS = mx.array(np.random.default_rng(0).integers(0, families.VOCABULARY, (1, 60)))
 WINDOW = dict(sink=2, recent=4, block=4)  # so small that each chunk of the prompt is packed
@@ -124,6 +125,21 @@ def test_every_plain_layer_is_compressed_and_the_others_are_named(backend, name)
     assert bool(left) == ("; " in text)  # the reason follows
     for kind in left:
         assert f"{kind} ({left.count(kind)})" in text or f"CacheList ({len(kept)})" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in families.NAMED if n in NAMES])
+@pytest.mark.parametrize("kernels", [n for n in ("simulated", "metal") if n in BACKENDS])
+def test_the_kernels_agree_with_the_fallback(backend, name, kernels):
+    """On the shapes, masks and sinks of whole models: the fused kernel, in the simulator where there is no GPU."""
+    model, _ = mlx_lm_s(name)
+    for scheme in ("turbo4", "turbo8v4"):
+        logits = []
+        for chosen in (BACKENDS["cpu"], BACKENDS[kernels]):
+            with use_backend(chosen):
+                cache = compressed(model, scheme)
+                logits.append(walk(model, lambda: copy.deepcopy(cache)))
+        assert error(*logits) < 1e-3
 
 
 @pytest.mark.parametrize("name", [n for n in families.NOT_BUILT if n in NAMES])
