@@ -188,7 +188,9 @@ def build(name, seed=0):
     def weight(path, x):
         if not mx.issubdtype(x.dtype, mx.floating):
             return x
-        # matrices large enough for attention to differ from token to token; norms, biases and sinks nearly as made
+        if "sink" in path:  # enough to take a good part of the weight
+            return x + 3
+        # matrices large enough for attention to differ from token to token; norms and biases nearly as made
         return mx.random.normal(x.shape) * 0.1 if x.ndim > 1 else x + mx.random.normal(x.shape) * 0.05
 
     model.update(tree_map_with_path(weight, model.parameters()))

@@ -16,6 +16,7 @@ from mlx_turbo import TurboConfig, TurboKVCache, describe, make_prompt_cache, us
 
 TOKENS = mx.array(np.random.default_rng(0).integers(0, families.VOCABULARY, (1, 60)))
 WINDOW = dict(sink=2, recent=4, block=4)  # so small that each chunk of the prompt is packed
+TRIM = 9  # reaches into the packed tokens
 PACKED = ("turbo8", "turbo4", "turbo3", "turbo2")
 NAMES = families.all_names()
 REST = [n for n in NAMES if n not in families.NAMED and n not in families.NOT_BUILT]
@@ -33,7 +34,7 @@ def mlx_lm_s(name):
 
 def walk(model, make_cache):
     """Logits by phase, {phase: [L, vocabulary]}: of a prompt's first chunk, of one that attends to packed tokens
-    ("prefill"), of single tokens ("decode"), of three at once ("verify"), and after two were taken back ("trim").
+    ("prefill"), of single tokens ("decode"), of three at once ("verify"), and after some were taken back ("trim").
 
     Rings that are full cannot be trimmed, so models with sliding windows trim a shorter text; without "trim" where no
     text can be (linear and state-space layers)."""
@@ -54,9 +55,9 @@ def walk(model, make_cache):
         cache, at = make_cache(), 0
         run("short prompt", 12, 1)
     if lm_cache.can_trim_prompt_cache(cache):
-        assert lm_cache.trim_prompt_cache(cache, 2) == 2
-        at -= 2
-        run("trim", 1, 1)
+        assert lm_cache.trim_prompt_cache(cache, TRIM) == TRIM
+        at -= TRIM
+        run("trim", 1, 1, 5, 1)
     return phases
 
 
@@ -78,7 +79,8 @@ def compressed(model, config):
 def error(got, want):
     """Relative error of the logits of a token, the median over those that attend to packed tokens: an expert or a
     top-k that flips at one token does not decide."""
-    a, b = (np.concatenate([p[phase] for phase in ("prefill", "decode", "verify")]) for p in (got, want))
+    phases = [phase for phase in ("prefill", "decode", "verify", "trim") if phase in want]
+    a, b = (np.concatenate([p[phase] for phase in phases]) for p in (got, want))
     held = np.isfinite(b[0])  # phi3small's special tokens have -inf
     return np.median(np.linalg.norm(a[:, held] - b[:, held], axis=1) / np.linalg.norm(b[:, held], axis=1))
 

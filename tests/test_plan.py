@@ -202,7 +202,8 @@ def test_without_memory_it_is_this_machine_s(run, monkeypatch):
 
 @pytest.mark.parametrize("argv, says", [
     (["--tokens", "0"], "--tokens: got 0"), (["--batch", "0"], "--batch: got 0"),
-    (["--memory", "x"], "--memory: got 'x'"), (["--kv", "turbo5"], "--kv: got 'turbo5'"), (["--memory", "1MB"], "--memory: the weights alone are 4.54 MB"),
+    (["--memory", "x"], "--memory: got 'x'"), (["--kv", "turbo5"], "--kv: got 'turbo5'"),
+    (["--memory", "1MB"], "--memory: the weights alone are 4.54 MB"),
     (["--model", "no such folder"], "there is no folder 'no such folder'"),
     (["--kv-recent", "-1"], "--kv-recent: got -1")])
 def test_wrong_input_is_one_line(run, argv, says):
