@@ -2,7 +2,10 @@
 decode, verification of draft tokens and trimming."""
 import copy
 import functools
+import re
+import sys
 import warnings
+from pathlib import Path
 
 import families
 import mlx.core as mx
@@ -155,3 +158,18 @@ def test_a_family_is_left_out_only_if_it_cannot_run_here(backend, name):
 def test_no_named_family_is_missing(backend):
     if tuple(map(int, mlx_lm.__version__.split(".")[:2])) >= (0, 32):  # 0.31 does not know all of them
         assert set(families.NAMED) <= set(NAMES)
+
+
+@pytest.mark.slow
+def test_the_table_of_models_says_what_happens(backend):
+    """For the families that are in docs/models.md and here, with an mlx-lm like the one it was printed with."""
+    if tuple(map(int, mlx_lm.__version__.split(".")[:2])) < (0, 32):
+        return
+    sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+    import model_table
+
+    page = re.findall(r"^\| (.*) \| (.*) \| (.*) \|$", model_table.PAGE.read_text(), re.M)
+    said = {name: row[:2] for row in page[1:] for name in row[2].split()}
+    found = {name: tuple(kind or "nothing" for kind in row[:2]) for row in model_table.rows() for name in row[2]}
+    assert set(families.NAMED) <= set(said) & set(found)
+    assert {name: said[name] for name in found if name in said} == {name: found[name] for name in found if name in said}
