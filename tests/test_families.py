@@ -122,6 +122,9 @@ def test_every_plain_layer_is_compressed_and_the_others_are_named(backend, name)
     theirs, ours = lm_cache.make_prompt_cache(model), compressed(model, "turbo4")
     kept = [c for c in ours if not any(isinstance(m, TurboKVCache) for m in members([c]))]
     assert len(ours) == len(theirs)
+    if not hasattr(lm_cache.KVCache, "keys_and_values") and name in ("afm7", "gemma3n"):
+        assert kept == ours  # mlx-lm 0.31 unpacks the state of these
+        return
     for ours_, theirs_ in zip(ours, theirs):
         assert type(ours_) is (TurboKVCache if type(theirs_) is lm_cache.KVCache else type(theirs_))
     text = describe(ours)
