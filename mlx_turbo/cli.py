@@ -401,9 +401,17 @@ def doctor(argv):
     return doctor_main(argv)
 
 
+def plan(argv):
+    """`mlx-turbo plan`."""
+    from .plan import main as plan_main
+
+    return plan_main(argv)
+
+
 COMMANDS = {
     "generate": (generate, "write text with a compressed KV cache (every flag of mlx_lm.generate)"),
     "eval": (evaluate, "perplexity and KL divergence of a compressed cache against an uncompressed one"),
+    "plan": (plan, "how many tokens fit into a memory size with each scheme, from a model's configuration"),
     "doctor": (doctor, "build every kernel and check it against the oracle on this machine"),
 }
 
