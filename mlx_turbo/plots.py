@@ -30,8 +30,9 @@ def check_plot(file):
 def quality_plot(file, points, title, subtitle, footer):
     """KL divergence (log axis) against bits per value, a labelled point each.
 
-    points: (label, group, bits, kld, standard error of kld or None); a group shares a colour, and a line if its
-    label says so (joined in the order of bits). Points with a KLD of 0 have no place on a log axis and are left out.
+    points: (label, group, bits, kld, standard error of kld or None); a group shares colour and marker. Points with a
+    KLD of 0 have no place on a log axis and are left out. title, subtitle and footer should say what was measured, on
+    what and by whom. Raises PlotError if nothing is left to show or the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -63,7 +64,7 @@ def quality_plot(file, points, title, subtitle, footer):
     axes.set_xlabel("bits per number resident in a KV cache of 32,768 tokens (uncompressed: 16)")
     axes.set_ylabel("KL divergence from the uncompressed cache\nnats per token, lower is better")
     if len(groups) > 1:
-        axes.legend(frameon=False, loc="upper right")
+        axes.legend(frameon=False, loc="best")
     axes.set_title(f"{title}\n", loc="left", fontsize=13, fontweight="bold")
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9, color="#444444")
     figure.supxlabel("\n".join(textwrap.wrap(footer, 130)), x=0.01, ha="left", fontsize=7, color="#666666")
