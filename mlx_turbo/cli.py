@@ -6,14 +6,13 @@ import argparse
 import contextlib
 import functools
 import importlib
-import json
 import logging
 import sys
 import warnings
 from pathlib import Path
 
 from . import BackendError, TurboConfig, TurboKVCache, __version__, models
-from . import describe, get_backend, make_prompt_cache, use_backend
+from . import describe, make_prompt_cache, use_backend
 
 DEMO_MODEL = Path(__file__).resolve().with_name("demo_model")
 DEMO_PROMPT = "Once upon a time"

@@ -1,11 +1,11 @@
 """`mlx-turbo eval`: perplexity, KL divergence, agreement and recall of caches, against the uncompressed one."""
+import argparse
 import importlib
 import json
 import logging
 import re
 import shlex
 import subprocess
-import sys
 import time
 import warnings
 from dataclasses import replace
@@ -25,24 +25,25 @@ NEEDLE_CHUNK = 128
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
 TEXT_TYPES = (".txt", ".jsonl", ".parquet")
 NOTE = f"""\
-resident: 8 * bytes of the caches' buffers / numbers held, at the measured length, exact tokens in --dtype.
+resident: 8 * bytes of the caches' buffers / numbers held, at the measured length. Exact tokens and the scales of
+  mlx8 and mlx4 are in --dtype.
 at 32K: the same caches with {fidelity.PROJECTED_TOKENS:,} tokens in a 16-bit model: (packed * room for the packed
   tokens + 16 * (sink + recent + block)) / {fidelity.PROJECTED_TOKENS:,}.
-packed: of one packed number, scales included, as a 16-bit model's cache holds it."""
+packed: of one packed number in a 16-bit model, scales included."""
 
 
 def _parser():
     parser = Parser(
         prog="mlx-turbo eval",
-        formatter_class=importlib.import_module("argparse").RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Perplexity of a text, and how far the model's output moves from the uncompressed cache's: KL\n"
                     "divergence (nats per token) and how often the likeliest token is the same. The text passes\n"
                     "through the cache in chunks, so all but the newest tokens come from it.",
         epilog="Bits per number (bits/value) in the table:\n" + NOTE)
     add = parser.add_argument
     add("--model", help="a local folder or a Hugging Face id (default: the embedded demo model)")
-    add("--text", metavar="TEXT", help="a file (.txt, .jsonl, .parquet) or a dataset on the Hugging Face Hub, owner/name "
-                                       "or owner/name/file (default: held-out stories of the demo model)")
+    add("--text", help="a file (.txt, .jsonl, .parquet) or a dataset on the Hugging Face Hub, owner/name or "
+                       "owner/name/file (default: held-out stories of the demo model)")
     add("--tokens", type=int, default=2048, metavar="N", help="per window, at most so many (default: 2048)")
     add("--windows", type=int, default=1, metavar="N",
         help="so many windows of the text, each read with fresh caches; two or more give the KL divergence a "
@@ -87,7 +88,7 @@ def read_text(source):
             texts = [path.read_text(encoding="utf-8")]
         return "\n\n".join(texts), name
     except (KeyError, TypeError) as e:
-        raise CliError(f"--text: the lines of {name!r} have no field 'text'") from e
+        raise CliError(f"--text: {name!r} has no field 'text', or one that is no text") from e
     except (OSError, ValueError) as e:
         raise CliError(f"--text: cannot read {str(path)!r}: {_one_line(e)}") from e
 
@@ -97,6 +98,8 @@ def _parquet_texts(path):
         from pyarrow import parquet
     except ImportError as e:
         raise CliError(f"--text: {path.name!r} needs pyarrow, which is not installed: pip install pyarrow") from e
+    if "text" not in parquet.read_schema(path).names:
+        raise KeyError("text")
     return parquet.read_table(path, columns=["text"])["text"].to_pylist()
 
 

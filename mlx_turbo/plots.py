@@ -37,6 +37,10 @@ def quality_plot(file, points, title, subtitle, footer):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
+    from numpy import format_float_positional
+
+    def plain(y):  # 0.000033, not 3.3e-05
+        return format_float_positional(y, 2, fractional=False, trim="-")
 
     points = [p for p in points if p[3] > 0]
     if not points:
@@ -50,13 +54,13 @@ def quality_plot(file, points, title, subtitle, footer):
         axes.errorbar(bits, kld, yerr=None if None in error else error, color=colour, marker=marker, markersize=8,
                       linewidth=0, elinewidth=1.4, capsize=3, label=group)
         for name, x, y in zip(label, bits, kld):
-            axes.annotate(f"{name}\n{x:.2f} bits, {y:.2g}", (x, y), xytext=(9, 0), textcoords="offset points",
+            axes.annotate(f"{name}\n{x:.2f} bits, {plain(y)}", (x, y), xytext=(9, 0), textcoords="offset points",
                           va="center", fontsize=9, color=colour)
     axes.set_yscale("log")
     low, high = min(p[3] for p in points), max(p[3] for p in points)
     axes.set_ylim(low / 2.5, high * 2.5)
     axes.set_xlim(0, max(p[2] for p in points) * 1.25)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: plain(y)))
     axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -67,7 +71,8 @@ def quality_plot(file, points, title, subtitle, footer):
         axes.legend(frameon=False, loc="best")
     axes.set_title(f"{title}\n", loc="left", fontsize=13, fontweight="bold")
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9, color="#444444")
-    figure.supxlabel("\n".join(textwrap.wrap(footer, 130)), x=0.01, ha="left", fontsize=7, color="#666666")
+    footer = "\n".join(textwrap.wrap(footer, 140, break_on_hyphens=False))
+    figure.supxlabel(footer, x=0.01, ha="left", fontsize=7, color="#666666")
     try:
         figure.savefig(file, format="png")
     except OSError as e:

@@ -39,8 +39,8 @@ def measured(tmp_path_factory):
     png = tmp_path_factory.mktemp("eval") / "quality.png"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.main(["eval", "--tokens", "144", "--windows", "2", "--chunk", "48", "--kv-recent", "16", "--kv-block", "16",
-                         "--kv", *SCHEMES, "--json", "--png", str(png)])
+        code = cli.main(["eval", "--tokens", "144", "--windows", "2", "--chunk", "48", "--kv-recent", "16",
+                         "--kv-block", "16", "--kv", *SCHEMES, "--json", "--png", str(png)])
     assert code == 0, err.getvalue()
     return json.loads(out.getvalue()), err.getvalue(), png
 
@@ -197,7 +197,8 @@ def test_documents_are_in_the_words_the_embedded_model_was_trained_on():
     assert fidelity.NAMES == script["NAMES"] and list(fidelity.WHAT) == script["DIGIT_ATTRS"]
     assert {f.strip().format(what="{attr}", name="{name}", digits="0").replace(" 0", "{val}")
             for f in fidelity.FACTS} == set(script["FACTS"])
-    assert {q.strip().format(what="{attr}", name="{name}") + "{val}." for q in fidelity.QUESTIONS} == set(script["ASKS"])
+    assert {q.strip().format(what="{attr}", name="{name}") + "{val}."
+            for q in fidelity.QUESTIONS} == set(script["ASKS"])
 
 
 def test_a_text_without_sentences_serves_and_one_without_room_is_refused(demo):
@@ -411,7 +412,8 @@ def hub(monkeypatch, tmp_path):
 
 def test_a_dataset_s_test_split_is_taken_or_the_file_that_is_named(hub):
     hub["owner/name"] = {"README.md": "", "data/train.jsonl": '{"text": "seen"}\n',
-                         "data/validation.txt": "valid", "data/test-00000.jsonl": '{"text": "one"}\n\n{"text": "two"}\n'}
+                         "data/validation.txt": "valid",
+                         "data/test-00000.jsonl": '{"text": "one"}\n\n{"text": "two"}\n'}
     assert evaluate.read_text("owner/name") == ("one\n\ntwo", "owner/name/data/test-00000.jsonl")
     assert evaluate.read_text("owner/name/data/validation.txt") == ("valid", "owner/name/data/validation.txt")
     hub["owner/name"].pop("data/test-00000.jsonl")
@@ -422,7 +424,7 @@ def test_a_dataset_s_test_split_is_taken_or_the_file_that_is_named(hub):
     ("no/body", "no file here is called 'no/body', and there is no dataset 'no/body' on the Hugging Face Hub"),
     ("owner/name/b.txt", "the dataset 'owner/name' on the Hugging Face Hub has no 'b.txt'"),
     ("owner/name", r"no test or validation split .* owner/name/FILE: it has train.txt"),
-    ("owner/odd/test.jsonl", "have no field 'text'"), ("owner/odd/bad-test.jsonl", "cannot read"),
+    ("owner/odd/test.jsonl", "'owner/odd/test.jsonl' has no field 'text'"), ("owner/odd/bad-test.jsonl", "cannot read"),
     ("/no/such/file", "cannot read '/no/such/file'")])
 def test_texts_that_are_not_there_are_named(hub, source, message):
     hub["owner/name"] = {"train.txt": "seen"}
@@ -442,9 +444,14 @@ def test_parquet_is_read_with_pyarrow_and_refused_without(hub, monkeypatch):
     hub["owner/name"] = {"test.parquet": ""}
     table = types.SimpleNamespace(to_pylist=lambda: ["one", "two"])
     fake = types.ModuleType("pyarrow")
-    fake.parquet = types.SimpleNamespace(read_table=lambda path, columns: {columns[0]: table})
+    names = ["id", "text"]
+    fake.parquet = types.SimpleNamespace(read_table=lambda path, columns: {columns[0]: table},
+                                         read_schema=lambda path: types.SimpleNamespace(names=names))
     monkeypatch.setitem(sys.modules, "pyarrow", fake)
     assert evaluate.read_text("owner/name") == ("one\n\ntwo", "owner/name/test.parquet")
+    names.remove("text")
+    with pytest.raises(CliError, match="'owner/name/test.parquet' has no field 'text'"):
+        evaluate.read_text("owner/name")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(CliError, match="'test.parquet' needs pyarrow, which is not installed: pip install pyarrow"):
         evaluate.read_text("owner/name")
