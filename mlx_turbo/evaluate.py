@@ -118,13 +118,14 @@ def _from_hub(repo, file):
                                f"a file, {repo}/FILE: it has {', '.join(texts or there) or 'none'}")
             file = splits[0]
         return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")), f"{repo}/{file}"
-    except (errors.EntryNotFoundError, errors.RepositoryNotFoundError) as e:
-        if isinstance(e, errors.LocalEntryNotFoundError):
-            raise CliError(f"--text: {repo!r} is not in the Hugging Face cache, and the Hub cannot be reached") from e
-        what = f"the dataset {repo!r} on the Hugging Face Hub"
-        raise CliError(f"--text: no file here is called {repo if file is None else f'{repo}/{file}'!r}, and " + (
-            f"there is no {what.removeprefix('the ')} (or it is private or gated)"
-            if isinstance(e, errors.RepositoryNotFoundError) else f"{what} has no {file!r}")) from e
+    except errors.LocalEntryNotFoundError as e:
+        raise CliError(f"--text: {repo!r} is not in the Hugging Face cache, and the Hub cannot be reached") from e
+    except errors.EntryNotFoundError as e:
+        raise CliError(f"--text: no file here is called '{repo}/{file}', and the dataset {repo!r} on the Hugging Face "
+                       f"Hub has no {file!r}") from e
+    except errors.RepositoryNotFoundError as e:
+        raise CliError(f"--text: {repo!r} is neither a file here nor a dataset on the Hugging Face Hub (or it is "
+                       "private or gated)") from e
     except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: httpx and requests, by way of huggingface_hub
         raise CliError(f"--text: cannot get {repo!r} from the Hugging Face Hub: {_one_line(e)}") from e
 

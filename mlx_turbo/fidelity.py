@@ -228,7 +228,7 @@ def needle_documents(text, tokenizer, length, n_documents=10, n_facts=10, seed=0
     return out
 
 
-def recalls(model, tokenizer, document, make_cache, chunk=128, max_tokens=16, progress=None):
+def recalls(model, tokenizer, document, make_cache, chunk=128, max_tokens=32, progress=None):
     """Whether the model answers each question about a document, a list of bool.
 
     The document passes through the cache in chunks, so that it is packed as it would be; then each question is asked

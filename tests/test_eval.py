@@ -1,5 +1,6 @@
 """`mlx-turbo eval`: its figures against figures computed another way, its texts, its picture, and what it refuses."""
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -384,7 +385,7 @@ def test_a_picture_of_nothing_is_a_warning_and_the_figures_are_printed(run, tmp_
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub of datasets, {repo: {file: text}}; there is no network in a test."""
-    repos = {}
+    repos, real = {}, inspect.signature(huggingface_hub.hf_hub_download)
 
     def http_error(kind, message):
         error = kind.__new__(kind, message)
@@ -398,6 +399,7 @@ def hub(monkeypatch, tmp_path):
         return list(repos[repo])
 
     def hf_hub_download(repo, file, repo_type):
+        assert real.bind(repo, file, repo_type=repo_type)
         if file not in list_repo_files(None, repo, repo_type):
             raise http_error(errors.EntryNotFoundError, "404")
         path = tmp_path / repo / file
@@ -421,7 +423,7 @@ def test_a_dataset_s_test_split_is_taken_or_the_file_that_is_named(hub):
 
 
 @pytest.mark.parametrize("source, message", [
-    ("no/body", "no file here is called 'no/body', and there is no dataset 'no/body' on the Hugging Face Hub"),
+    ("no/body", "'no/body' is neither a file here nor a dataset on the Hugging Face Hub"),
     ("owner/name/b.txt", "the dataset 'owner/name' on the Hugging Face Hub has no 'b.txt'"),
     ("owner/name", r"no test or validation split .* owner/name/FILE: it has train.txt"),
     ("owner/odd/test.jsonl", "'owner/odd/test.jsonl' has no field 'text'"), ("owner/odd/bad-test.jsonl", "cannot read"),
