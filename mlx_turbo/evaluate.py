@@ -57,7 +57,8 @@ def _parser():
     add("--needle-lengths", type=int, nargs="+", default=[512, 1024, 2048], metavar="N",
         help="tokens of a document (default: 512 1024 2048)")
     add("--needle-documents", type=int, default=10, metavar="N",
-        help="per length, with 10 facts each (default: 10, so one fact is one point)")
+        help="per length (default: 10, so that a fact is a point)")
+    add("--needle-facts", type=int, default=10, metavar="N", help="in each document (default: 10)")
     add("--json", action="store_true", help="JSON instead of a table")
     add("--png", metavar="FILE", help="also a picture: KL divergence against bits per number")
     add("--quiet", action="store_true", help="no progress bar (there is none either where stderr is no terminal)")
@@ -229,13 +230,13 @@ def _recall_rows(model, tokenizer, text, make_caches, args, progress):
     """Needles: a row per cache and length."""
     rows = []
     for length in args.needle_lengths:
-        documents = fidelity.needle_documents(text, tokenizer, length, args.needle_documents)
+        documents = fidelity.needle_documents(text, tokenizer, length, args.needle_documents, args.needle_facts)
         for name, make in make_caches.items():
             right = [fidelity.recalls(model, tokenizer, document, make, NEEDLE_CHUNK, progress=progress)
                      for document in documents]
             by_depth = [sum(column) / len(documents) for column in zip(*right)]
-            rows.append({"kv": name, "length": length, "questions": sum(map(len, right)),
-                         "recalled": sum(map(sum, right)), "accuracy": sum(by_depth) / len(by_depth),
+            n, recalled = sum(map(len, right)), sum(map(sum, right))
+            rows.append({"kv": name, "length": length, "questions": n, "recalled": recalled, "accuracy": recalled / n,
                          "by_depth": by_depth})
     return rows
 
@@ -293,7 +294,8 @@ def _plot(report, file):
 
 # ---- the command ---------------------------------------------------------------------------------------------
 def _check(args):
-    for name, least in (("tokens", 2), ("windows", 1), ("chunk", 1), ("needle_documents", 1)):
+    for name, least in (("tokens", 2), ("windows", 1), ("chunk", 1), ("needle_documents", 1),
+                        ("needle_facts", 1)):
         if getattr(args, name) < least:
             raise CliError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, allowed are whole numbers from "
                            f"{least} on")
@@ -363,7 +365,8 @@ def main(argv):
 def _check_needles(text, tokenizer, args):
     for length in args.needle_lengths:
         try:
-            fidelity.needle_documents(text, tokenizer, length, 1)
+            fidelity.needle_documents(text, tokenizer, length, 1, args.needle_facts)
         except ValueError as e:
             name, _, rest = str(e).partition(":")
-            raise CliError(f"--{'needle-lengths' if name == 'length' else name}:{rest}") from e
+            flag = {"length": "needle-lengths", "n_facts": "needle-facts"}.get(name, name)
+            raise CliError(f"--{flag}:{rest}") from e

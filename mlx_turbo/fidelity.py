@@ -189,13 +189,15 @@ def needle_documents(text, tokenizer, length, n_documents=10, n_facts=10, seed=0
 
     length: tokens of a document with a question. The same arguments give the same documents.
 
-    Raises ValueError for a text without tokens, or a length that has no room for n_facts facts.
+    Raises ValueError for a text without tokens, too many facts, or a length that has no room for them.
     """
     def encode(piece):
         return tokenizer.encode(piece, add_special_tokens=False)
 
     rng = random.Random(f"{seed} {length}")
     pieces, ids = [p for p in SENTENCE_END.split(text) if p.strip()], {}
+    if n_facts > len(NAMES) * len(WHAT):
+        raise ValueError(f"n_facts: got {n_facts}, at most {len(NAMES) * len(WHAT)} have names of their own")
     if not pieces:
         raise ValueError("text: there is none to hide facts in")
     out, start = [], tokenizer.encode("")  # a model that wants one has its first token there
