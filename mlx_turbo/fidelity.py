@@ -93,24 +93,24 @@ def compare(model, windows, make_caches, chunk=32, progress=None):
 
 # ---- bits per number -----------------------------------------------------------------------------------------
 def _sides_of(cache):
-    """Keys and values of one layer's cache as (arrays that grow with the tokens, head_dim, batch * kv heads), or None
-    for a cache that holds no plain keys and values."""
+    """Keys and values of one layer's cache as ([(array that grows with the tokens, tokens per row)], head_dim, batch *
+    kv heads), or None for a cache that holds no plain keys and values."""
     from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
     if type(cache) not in (KVCache, QuantizedKVCache, TurboKVCache) or cache.offset == 0:
         return None
     if isinstance(cache, TurboKVCache):
-        return [([a for a in (side.codes, side.scale) if a is not None], side.head_dim,
-                 side.recent.shape[0] * side.recent.shape[1]) for side in cache._sides]
+        return [([(a, n) for a, n in ((side.codes, 1), (side.scale, 1), (side.means, side.segment)) if a is not None],
+                 side.head_dim, side.recent.shape[0] * side.recent.shape[1]) for side in cache._sides]
     if isinstance(cache, QuantizedKVCache):
-        return [(list(side), side[0].shape[-1] * 32 // cache.bits, side[0].shape[0] * side[0].shape[1])
+        return [([(a, 1) for a in side], side[0].shape[-1] * 32 // cache.bits, side[0].shape[0] * side[0].shape[1])
                 for side in (cache.keys, cache.values)]
-    return [([a], a.shape[-1], a.shape[0] * a.shape[1]) for a in (cache.keys, cache.values)]
+    return [([(a, 1)], a.shape[-1], a.shape[0] * a.shape[1]) for a in (cache.keys, cache.values)]
 
 
 def _bytes_per_token(arrays):
-    """Of buffers [B, H, capacity, *] as a 16-bit model's cache would hold them: float32 counts half."""
-    return sum(a.nbytes / a.shape[2] / (2 if a.dtype == mx.float32 else 1) for a in arrays)
+    """Of buffers [B, H, rows, *] as a 16-bit model's cache would hold them: float32 counts half."""
+    return sum(a.nbytes / a.shape[2] / n / (2 if a.dtype == mx.float32 else 1) for a, n in arrays)
 
 
 def resident_bits(prompt_cache):
@@ -120,7 +120,7 @@ def resident_bits(prompt_cache):
         if sides := _sides_of(cache):
             values += cache.offset * sum(head_dim * heads for _, head_dim, heads in sides)
             ours = isinstance(cache, TurboKVCache)
-            held += cache.nbytes if ours else sum(a.nbytes for arrays, _, _ in sides for a in arrays)
+            held += cache.nbytes if ours else sum(a.nbytes for arrays, _, _ in sides for a, _ in arrays)
     return 8 * held / values if values else None
 
 

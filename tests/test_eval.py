@@ -158,10 +158,11 @@ def test_bits_count_what_the_caches_hold(measured):
     rows = rows_of(measured[0])
     # 144 - 1 tokens in buffers for 256, float32
     assert rows["none"]["resident_bits_per_value"] == pytest.approx(32 * 256 / 143)
-    assert [rows[kv]["packed_bits_per_value"] for kv in SCHEMES] == [4.5, 6.125, 4.125, 3.125, 16]
+    for kv, bits in zip(SCHEMES, [4.5, 6.125, 4.125, 3.125, 16]):  # means of keys add up to 16 / 128 on one side
+        assert bits <= rows[kv]["packed_bits_per_value"] <= bits + (16 / 128 / 2 if kv in ("turbo8v4", "turbo4", "turbo3") else 0)
     for kv in SCHEMES[1:]:
         assert rows[kv]["resident_bits_per_value"] == pytest.approx(8 * rows[kv]["nbytes"] / (4 * 2 * 2 * 128 * 143))
-    assert 4.125 < rows["turbo4"]["resident_bits_per_value_32k"] < 4.2 < rows["mlx4"]["resident_bits_per_value_32k"]
+    assert 4.125 < rows["turbo4"]["resident_bits_per_value_32k"] < 4.26 < rows["mlx4"]["resident_bits_per_value_32k"]
 
 
 def test_layers_without_plain_keys_and_values_are_not_counted():
@@ -274,7 +275,7 @@ def test_the_table_has_a_row_per_cache_and_says_where_it_comes_from(run, tmp_pat
         assert part in out
     number = r" +-?[\d.]+%?"
     assert re.search(rf"^none{number * 3} +-{number * 3} +-$", out, re.MULTILINE)
-    assert re.search(rf"^turbo4{number * 3} +-{number * 3} +4\.125$", out, re.MULTILINE)
+    assert re.search(rf"^turbo4{number * 3} +-{number * 3} +4\.1\d+$", out, re.MULTILINE)
 
 
 def test_a_cache_that_packed_nothing_is_pointed_out(run):
