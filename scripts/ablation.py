@@ -25,21 +25,23 @@ from mlx_turbo import TurboConfig, cli, fidelity, get_backend, models
 from mlx_turbo.kernels import device_name
 
 LEAST = dict(scale="least-squares", centre=False)  # the cache without any of the protections
-NOTHING = dict(sink=0, recent=0, block=16)
+NOTHING = dict(sink=0, recent=0, block=1)  # exact but for the current chunk: as severe as can be
 ROWS = {
     "4 bits, the paper's scale, nothing else": TurboConfig("turbo4", scale="norm", centre=False, **NOTHING),
     "+ least-squares scale": TurboConfig("turbo4", **LEAST, **NOTHING),
     "+ inner-product scale": TurboConfig("turbo4", centre=False, **NOTHING),
     "+ centring": TurboConfig("turbo4", **NOTHING),
-    "+ sink 4": TurboConfig("turbo4", sink=4, recent=0, block=16),
+    "+ sink 4": TurboConfig("turbo4", sink=4, recent=0, block=1),
     "+ recent 64 = the default": TurboConfig("turbo4"),
     "default without sink": TurboConfig("turbo4", sink=0),
-    "default without recent": TurboConfig("turbo4", recent=0, block=16),
+    "default without recent": TurboConfig("turbo4", recent=0, block=1),
     "default without centring": TurboConfig("turbo4", centre=False),
     "default with least squares": TurboConfig("turbo4", scale="least-squares"),
     "sink 64": TurboConfig("turbo4", sink=64),
     "recent 32": TurboConfig("turbo4", recent=32),
     "recent 128": TurboConfig("turbo4", recent=128),
+    "recent 256": TurboConfig("turbo4", recent=256),
+    "auto": TurboConfig("auto"),
     "first and last layer's keys at 8 bits": TurboConfig("turbo4", boundary=1),
     "turbo3": TurboConfig("turbo3"),
     "turbo3, least squares, uncentred": TurboConfig("turbo3", **LEAST),
