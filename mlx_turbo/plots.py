@@ -73,6 +73,38 @@ def quality_plot(file, points, title, subtitle, footer):
     axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9, color="#444444")
     footer = "\n".join(textwrap.wrap(footer, 140, break_on_hyphens=False))
     figure.supxlabel(footer, x=0.01, ha="left", fontsize=7, color="#666666")
+    _save(figure, file)
+
+
+def bar_plot(file, rows, title, subtitle, footer):
+    """KL divergence (log axis) of each row, from top to bottom. rows: (label, kld, standard error or None, note)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not rows or min(row[1] for row in rows) <= 0:
+        raise PlotError("every row needs a KL divergence above 0 on a log axis")
+    figure = Figure(figsize=(9, 1.5 + 0.27 * len(rows)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    labels, kld, error, notes = zip(*rows)
+    axes.barh(range(len(rows)), kld, xerr=None if None in error else error, color="#c8641e", ecolor="#444444", height=0.65)
+    for y, (x, bar, note) in enumerate(zip(kld, error, notes)):
+        axes.text((x + (bar or 0)) * 1.15, y, f"{x:.2g}, {note}", va="center", fontsize=8, color="#444444")
+    axes.set_yticks(range(len(rows)), labels, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(min(kld) / 2, max(kld) * 8)
+    axes.set_xlabel("KL divergence from the uncompressed cache, nats per token: shorter is better")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.set_title(f"{title}\n", loc="left", fontsize=13, fontweight="bold")
+    axes.text(0, 1.01, subtitle, transform=axes.transAxes, fontsize=9, color="#444444")
+    figure.supxlabel("\n".join(textwrap.wrap(footer, 140, break_on_hyphens=False)), x=0.01, ha="left", fontsize=7,
+                     color="#666666")
+    _save(figure, file)
+
+
+def _save(figure, file):
     try:
         figure.savefig(file, format="png")
     except OSError as e:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What each protection of the cache contributes, alone and together: KL divergence of the embedded model's output.
 
-    python scripts/ablation.py [--tokens 768] [--windows 2] [--chunk 16] [--json] [--png FILE]
+    python scripts/ablation.py [--tokens 2048] [--windows 2] [--chunk 32] [--json] [--png FILE]
     python scripts/ablation.py --auto-cost
 
 A row is a configuration; windows of held-out stories are read through its cache and an uncompressed one, in chunks of
-16, in float32. Bits are resident bits per value: 8 * bytes of the cache / numbers it stands for, at the end of the
+32, in float32. Bits are resident bits per value: 8 * bytes of the cache / numbers it stands for, at the end of the
 window in float32, and projected to 32,768 tokens of a 16-bit model. Exact tokens are many of 768 and few of 32,768. --auto-cost: how much longer the first prompt
 chunk takes with `auto` than with turbo4.
 """
@@ -15,14 +15,16 @@ import statistics
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
 from mlx_lm.models.cache import KVCache
 from tqdm import tqdm
 
-from mlx_turbo import TurboConfig, cli, fidelity, get_backend, models
-from mlx_turbo.kernels import device_name
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from mlx_turbo import TurboConfig, cli, fidelity, get_backend, models, plots  # noqa: E402
+from mlx_turbo.kernels import device_name  # noqa: E402
 
 LEAST = dict(scale="least-squares", centre=False)  # the cache without any of the protections
 NOTHING = dict(sink=0, recent=0, block=1)  # exact but for the current chunk: as severe as can be
@@ -78,12 +80,16 @@ def auto_cost(model, tokens, repeats=9):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=768)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=2)
-    parser.add_argument("--chunk", type=int, default=16)
+    parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--png")
     parser.add_argument("--auto-cost", action="store_true")
     args = parser.parse_args()
+    if args.png:
+        plots.check_plot(args.png)
     model, tokens = load()
     where = f"{device_name()}, mlx {mx.__version__}, {get_backend().describe()}"
     if args.auto_cost:
@@ -93,19 +99,24 @@ def main():
         return
     windows = [tokens[i * args.tokens:(i + 1) * args.tokens].tolist() for i in range(args.windows)]
     make = {"uncompressed": lambda: [KVCache() for _ in model.layers]}
-    make |= {name: partial(models.make_prompt_cache, model, config) for name, config in ROWS.items()}
+    make |= {name: partial(models.make_prompt_cache, model, config) for name, config in ROWS.items() if name in args.rows}
     with tqdm(total=sum(len(w) - 1 for w in windows), disable=not sys.stderr.isatty()) as bar:
         results = fidelity.compare(model, windows, make, args.chunk, bar.update)
     rows = [{"configuration": name, "kld": measured["kld"], "kld_se": measured["kld_se"],
              "bits_here": fidelity.resident_bits(cache), "bits_32k": fidelity.projected_bits(cache)}
             for name, (measured, cache) in results.items()][1:]
+    what = f"{args.windows} x {args.tokens:,} tokens of held-out stories in chunks of {args.chunk}, embedded model, float32"
+    if args.png:
+        plots.bar_plot(args.png, [(r["configuration"], r["kld"], r["kld_se"], f"{r['bits_32k']:.2f} bits") for r in rows],
+                       "What each protection of the cache contributes", what,
+                       f"scripts/ablation.py, {where}. Bits: per number, in a cache of 32,768 tokens.")
     if args.json:
         print(json.dumps({"where": where, "tokens": args.tokens, "chunk": args.chunk, "rows": rows}, indent=1))
         return
-    print(f"| Configuration | KLD (nats) | bits per value, {args.tokens} tokens of float32 | 32,768 of float16 |\n|---|---|---|---|")
+    print(f"| Configuration | KLD (nats) | bits per value, {args.tokens:,} tokens of float32 | 32,768 of float16 |\n|---|---|---|---|")
     for row in rows:
         print(f"| {row['configuration']} | {row['kld']:.6f} | {row['bits_here']:.2f} | {row['bits_32k']:.3f} |")
-    print(f"\n{where}")
+    print(f"\n{what}; {where}")
 
 
 if __name__ == "__main__":
