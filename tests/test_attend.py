@@ -264,7 +264,7 @@ def test_chosen_combinations_agree_with_the_oracle(combination):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(combinations())
 def test_many_combinations_agree_with_the_oracle(combination):
     check_combination(*combination)
