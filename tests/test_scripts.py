@@ -86,3 +86,10 @@ def test_ablation_measures_what_each_protection_contributes(tmp_path):
     assert 0 < default < scale / 2 < paper / 3  # measured on 2,048 tokens: docs/quality.md
     assert all(4.1 < r["bits_32k"] < 4.4 < r["bits_here"] for r in out["rows"][2:])
     assert picture.stat().st_size > 10_000
+
+
+def test_centring_measures_that_a_bias_that_turns_needs_means_by_segment():
+    rows = {r["bias"]: r for r in json.loads(run("centring.py", "--tokens", "4096", "--json").stdout)}
+    unbiased, low = rows["none"]["not centred"], rows["low frequencies, base 1e4"]
+    assert low["per 128"] < 2 * unbiased < 50 * unbiased < min(low["not centred"], low["first 2,048"])
+    assert rows["constant after RoPE"]["first 2,048"] < 1.5 * unbiased
