@@ -278,14 +278,13 @@ def test_means_count_in_the_report(backend):
 
 @fast
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["turbo4", "turbo3"])
-def test_centring_costs_a_healthy_model_nothing(backend, scheme):
-    """The embedded model normalises its keys; measured on 2 x 2,048 tokens centring lowers its KLD (docs/quality.md)."""
+def test_centring_costs_a_healthy_model_nothing(backend):
+    """The embedded model normalises its keys; centring lowers its KLD all the same (docs/quality.md)."""
     model, tokenizer = cli.load_model(mlx_lm.load, cli.DEMO_MODEL, "--model")
     model.set_dtype(mx.float32)
     tokens = tokenizer.encode((cli.DEMO_MODEL / "stories.txt").read_text())
     make = {"uncompressed": lambda: [KVCache() for _ in model.layers]}
     for centre in (True, False):
-        make[centre] = partial(make_prompt_cache, model, TurboConfig(scheme, centre=centre))
-    results = fidelity.compare(model, [tokens[:1024], tokens[3000:4024]], make, 32)
+        make[centre] = partial(make_prompt_cache, model, TurboConfig("turbo4", centre=centre))
+    results = fidelity.compare(model, [tokens[:1024]], make, 32)
     assert results[True][0]["kld"] <= 1.02 * results[False][0]["kld"]
