@@ -1,0 +1,303 @@
+"""BatchTurboKVCache: every row of a batch is what it would be alone, whatever else is in the batch."""
+import copy
+
+import mlx.core as mx
+import mlx_lm
+import mlx_lm.models.cache as lm_cache
+import numpy as np
+import pytest
+from cache_tools import FAST_BACKENDS, filled, held_nbytes, random_tokens, same
+from conftest import to_numpy
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from test_auto import queries_for, turning
+from test_centring import short_segments  # noqa: F401
+from test_models import demo, llama, tokens_of  # noqa: F401
+
+from mlx_turbo import BatchTurboKVCache, TurboConfig, TurboKVCache, attention, describe, disable, enable, make_prompt_cache
+
+fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+quick = settings(max_examples=40, deadline=None, derandomize=True,
+                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+SMALL = TurboConfig("turbo4", sink=2, recent=4, block=4)
+
+
+def state_of(cache):
+    """A cache's state in NumPy."""
+    return [np.array(a) if a.dtype in (mx.int32, mx.uint32) else to_numpy(a) for a in cache.state]
+
+
+class Rows:
+    """A batch cache and, beside it, each of its rows alone in a TurboKVCache; compares them after every step."""
+
+    def __init__(self, config, n_rows, seed=0, **shape):
+        self.config, self.shape, self.rng = config, shape, np.random.default_rng(seed)
+        self.alone = [TurboKVCache(config) for _ in range(n_rows)]
+        self.batch = TurboKVCache.merge(self.alone)
+        self.bias = [float(i % 3 == 1) * 20 for i in range(n_rows)]
+
+    def update(self, lengths, left=None):
+        """Feed row b lengths[b] tokens, padded at the right, or at the left where `left` says how many."""
+        B, width = len(self.alone), max(n + pad for n, pad in zip(lengths, left or [0] * len(lengths)))
+        left = left or [0] * B
+        rows = [random_tokens(self.rng, width, **self.shape, bias=bias) for bias in self.bias]
+        new = [mx.concatenate(side) for side in zip(*rows)]
+        if any(left):
+            self.batch.prepare(left_padding=left)
+        right = [width - pad - n for n, pad in zip(lengths, left)]
+        if any(right):
+            self.batch.prepare(lengths=[width - n for n in right], right_padding=right)
+        before, mask = [c.offset for c in self.alone], self.batch.make_mask(width)
+        assert self.batch.offset.tolist() == [n - pad for n, pad in zip(before, left)]
+        fetched = self.batch.update_and_fetch(*new)
+        self.batch.finalize()
+        assert mask.dtype == mx.bool_ and mask.shape == (B, 1, width, fetched[0].shape[2])
+        for b, (n, pad, cache) in enumerate(zip(lengths, left, self.alone)):
+            if n == 0:
+                continue
+            want = cache.update_and_fetch(*(x[b:b + 1, :, pad:pad + n] for x in new))
+            columns = [np.flatnonzero(row) for row in np.array(mask[b, 0])[pad:pad + n]]
+            for i, seen in enumerate(columns):
+                assert same(seen, columns[-1][:before[b] + i + 1])
+            for got, x in zip(fetched, want):
+                assert got.dtype == x.dtype and same(to_numpy(got)[b:b + 1, :, columns[-1]], to_numpy(x))
+        self.check()
+
+    def check(self):
+        batch, alone = self.batch, self.alone
+        assert batch.offset.dtype == mx.int32 and batch.offset.tolist() == [c.offset for c in alone]
+        assert batch.size() == max(c.offset for c in alone) and batch.empty() == all(c.empty() for c in alone)
+        assert batch.nbytes == held_nbytes(batch._sides)
+        for b, cache in enumerate(alone):
+            assert same(state_of(batch.extract(b)), state_of(cache)), b
+        if not batch.empty():
+            live, fetched = np.array(batch.make_mask(0))[:, 0, 0], batch.keys_and_values()
+            for b, cache in enumerate(alone):
+                if cache.offset:
+                    for got, want in zip(fetched, cache.keys_and_values()):
+                        assert same(to_numpy(got)[b:b + 1, :, live[b]], to_numpy(want))
+
+    def extend(self, other):
+        before = state_of(other.batch)
+        self.batch.extend(other.batch)
+        assert same(state_of(other.batch), before)
+        self.alone += other.alone
+        self.bias += other.bias
+        self.check()
+
+    def filter(self, rows):
+        self.batch.filter(rows)
+        self.alone, self.bias = [self.alone[b] for b in rows], [self.bias[b] for b in rows]
+        self.check()
+
+    def trim(self, n):
+        assert self.batch.trim(n) == max(cache.trim(n) for cache in self.alone)
+        self.check()
+
+
+# ---- rows alone ----------------------------------------------------------------------------------------------
+@fast
+@pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3", "turbo0v2", "turbo3v0", "turbo0"])
+@pytest.mark.parametrize("centre", [True, False], ids=["centred", ""])
+def test_rows_of_different_lengths_are_what_they_are_alone(backend, short_segments, scheme, centre):  # noqa: F811
+    rows = Rows(TurboConfig(scheme, 2, 4, 4, centre=centre), 4)
+    rows.update([31, 7, 1, 18])
+    assert [c.report()["packed"] for c in rows.alone] == [25, 0, 0, 12]
+    for _ in range(23):
+        rows.update([1] * 4)
+    rows.update([9, 20, 3, 0])
+    if centre and scheme in ("turbo4", "turbo8v3"):
+        assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"], [], []]
+        assert rows.batch.report()["centred"] == ["keys", "values"]
+
+
+@fast
+def test_left_padding_is_neither_packed_nor_seen(backend):
+    rows = Rows(SMALL, 3)
+    rows.update([20, 3, 11], left=[0, 17, 9])
+    for _ in range(9):
+        rows.update([1, 1, 1])
+    with pytest.raises(ValueError, match="left_padding"):
+        rows.batch.prepare(left_padding=[1, 0, 0])
+
+
+@fast
+def test_padding_may_span_chunks(backend):
+    """Left padding longer than the first chunk, right padding longer than the last one."""
+    keys, values = random_tokens(np.random.default_rng(0), 30, batch=2)
+    batch, alone = BatchTurboKVCache(SMALL, left_padding=[0, 14]), [TurboKVCache(SMALL) for _ in range(2)]
+    batch.prepare(lengths=[12, 30], right_padding=[18, 0])
+    for at in range(0, 30, 10):
+        batch.update_and_fetch(keys[:, :, at:at + 10], values[:, :, at:at + 10])
+        assert batch.offset.tolist() == [min(at + 10, 12), at + 10 - 14]
+    batch.finalize()
+    for b, chunks in enumerate([[(0, 10), (10, 12)], [(14, 20), (20, 30)]]):
+        for first, last in chunks:
+            alone[b].update_and_fetch(*(x[b:b + 1, :, first:last] for x in (keys, values)))
+        assert same(state_of(batch.extract(b)), state_of(alone[b]))
+
+
+@fast
+def test_a_window_is_counted_in_tokens_of_the_row(backend):
+    rows = Rows(SMALL, 2)
+    rows.update([30, 5])
+    rows.update([1, 1])
+    for n, window in ((1, 7), (3, 4), (3, 50)):
+        mask, plain = (np.array(rows.batch.make_mask(n, window_size=w))[:, 0] for w in (window, None))
+        for b, offset in enumerate((31, 6)):
+            for i in range(n):
+                assert same(np.flatnonzero(mask[b, i]), np.flatnonzero(plain[b, i])[-window:])
+                assert plain[b, i].sum() == offset + i + 1
+
+
+@fast
+def test_an_extracted_row_goes_on_alone(backend):
+    rows = Rows(SMALL, 3)
+    rows.update([25, 4, 12])
+    caches, rng = [rows.batch.extract(b) for b in range(3)], np.random.default_rng(1)
+    for n in (1, 1, 14, 1):
+        for cache, alone in zip(caches, rows.alone):
+            new = random_tokens(rng, n)
+            cache.update_and_fetch(*new)
+            alone.update_and_fetch(*new)
+            assert same(state_of(cache), state_of(alone))
+    assert rows.batch.offset.tolist() == [25, 4, 12]
+
+
+@fast
+def test_merged_caches_stay_as_they_are(backend):
+    caches = [*(filled(n, seed=n) for n in (40, 3, 17)), TurboKVCache(SMALL)]
+    before = [state_of(c) for c in caches]
+    batch = TurboKVCache.merge(caches)
+    for n in (1, 1, 9):
+        batch.update_and_fetch(*random_tokens(np.random.default_rng(0), n, batch=4))
+    assert all(same(state_of(c), want) for c, want in zip(caches, before))
+
+
+@fast
+def test_a_copy_and_a_state_go_their_own_way(backend, short_segments):  # noqa: F811
+    rows = Rows(SMALL, 3)
+    rows.update([30, 2, 11])
+    before, twins = state_of(rows.batch), [copy.deepcopy(rows.batch), BatchTurboKVCache.from_state(rows.batch.state)]
+    for twin in twins:
+        assert same(state_of(twin), before)
+        rng = np.random.default_rng(0)
+        for n in (1, 12, 1):
+            twin.update_and_fetch(*random_tokens(rng, n, batch=3))
+        assert same(state_of(rows.batch), before)
+    assert same(*map(state_of, twins))
+    rows.check()
+
+
+@fast
+def test_what_does_not_belong_together_is_refused(backend):
+    with pytest.raises(ValueError, match="one configuration"):
+        TurboKVCache.merge([TurboKVCache("turbo4"), TurboKVCache("turbo3")])
+    with pytest.raises(ValueError, match="head_dim and dtype"):
+        TurboKVCache.merge([filled(9), filled(9, key_dim=64)])
+    with pytest.raises(ValueError, match="caches of one row"):
+        TurboKVCache.merge([filled(9, batch=2)])
+    batch = TurboKVCache.merge([filled(9), filled(30)])
+    with pytest.raises(ValueError, match="batch size 3"):
+        batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
+    with pytest.raises(ValueError, match="batch size 3"):
+        BatchTurboKVCache("turbo4", [0, 0]).update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
+    with pytest.raises(ValueError, match="lengths"):
+        batch.prepare(right_padding=[0, 3])
+    for spoil in (lambda s: s[:1], lambda s: [s[0], s[1][:1], *s[2:]], lambda s: [s[0], s[1] + 9, *s[2:]],
+                  lambda s: s[:-1], lambda s: [*s, s[-1]], lambda s: [mx.array([1, 2], mx.int32), *s[1:]]):
+        with pytest.raises(ValueError, match="state: "):
+            BatchTurboKVCache.from_state(spoil(batch.state))
+    with pytest.raises(ValueError, match="not the state of a TurboKVCache"):
+        TurboKVCache.from_state(batch.state)
+
+
+@fast
+def test_an_update_that_cannot_be_packed_leaves_the_tokens_as_they_were(backend):
+    rows = Rows(SMALL, 2)
+    rows.update([30, 5])
+    before = [state_of(c) for c in rows.alone]
+    keys, values = random_tokens(np.random.default_rng(0), 20, batch=2)
+    keys[1, 0, 3, 0] = float("nan")
+    with pytest.raises(ValueError, match="keys: has NaN"):
+        rows.batch.update_and_fetch(keys, values)
+    rows.check()
+    assert all(same(state_of(c), want) for c, want in zip(rows.alone, before))
+    rows.update([20, 20])
+
+
+@fast
+@pytest.mark.parametrize("n", [1, 7])
+def test_rows_of_one_length_give_batchkvcache_s_arrays_to_the_bit(backend, n):
+    """turbo0 packs nothing away, and without dead tokens the columns are the same."""
+    ours, theirs, rng = BatchTurboKVCache("turbo0", [0, 0, 0], sink=2, recent=4, block=4), \
+        lm_cache.BatchKVCache([0, 0, 0]), np.random.default_rng(0)
+    for _ in range(12):
+        new = random_tokens(rng, n, batch=3)
+        masks = ours.make_mask(n), theirs.make_mask(n)
+        for a, b in zip(ours.update_and_fetch(*new), theirs.update_and_fetch(*new)):
+            assert a.dtype == b.dtype and same(to_numpy(a), to_numpy(b))
+        assert same(*(np.broadcast_to(np.array(m), (3, 1, n, a.shape[2])) for m in masks))
+        assert ours.offset.tolist() == theirs.offset.tolist() and ours.size() == theirs.size()
+
+
+# ---- any history ---------------------------------------------------------------------------------------------
+class BatchMachine(RuleBasedStateMachine):
+    """Everything mlx-lm does to a batch of caches, in any order."""
+
+    @initialize(keys=st.sampled_from([0, 2, 4, 8]), values=st.sampled_from([0, 3, 4]), sink=st.integers(0, 3),
+                recent=st.integers(0, 6), block=st.integers(1, 6), n=st.integers(1, 3), centre=st.booleans())
+    def start(self, keys, values, sink, recent, block, n, centre):
+        self.config = TurboConfig(f"turbo{keys}v{values}", sink, recent, block, centre=centre)
+        self.rows, self.n_made = Rows(self.config, n), 0
+
+    @rule(n=st.integers(1, 5))
+    def decode(self, n):
+        for _ in range(n):
+            self.rows.update([1] * len(self.rows.alone))
+
+    @rule(data=st.data())
+    def prompt(self, data):
+        B = len(self.rows.alone)
+        lengths = data.draw(st.lists(st.integers(0, 24), min_size=B, max_size=B).filter(any))
+        self.rows.update(lengths)
+
+    @precondition(lambda self: len(self.rows.alone) < 5)
+    @rule(data=st.data(), n=st.integers(1, 2), padded=st.booleans())
+    def extend(self, data, n, padded):
+        self.n_made += 1
+        other = Rows(self.config, n, seed=self.n_made)
+        lengths = data.draw(st.lists(st.integers(0, 24), min_size=n, max_size=n))
+        if any(lengths):
+            other.update(lengths, [max(lengths) - k for k in lengths] if padded else None)
+        if data.draw(st.booleans()):
+            other, self.rows = self.rows, other
+        self.rows.extend(other)
+
+    @rule(data=st.data())
+    def filter(self, data):
+        every = st.permutations(range(len(self.rows.alone)))
+        rows = data.draw(every)
+        self.rows.filter(rows[:data.draw(st.integers(1, len(rows)))])
+
+    @rule()
+    def merge_what_is_extracted(self):
+        self.rows.batch = TurboKVCache.merge([self.rows.batch.extract(b) for b in range(len(self.rows.alone))])
+        self.rows.check()
+
+    @rule(n=st.one_of(st.integers(0, 4), st.integers(0, 40)))
+    def trim(self, n):
+        self.rows.trim(n)
+
+    @rule(by_state=st.booleans())
+    def go_on_with_a_copy(self, by_state):
+        batch = self.rows.batch
+        self.rows.batch = BatchTurboKVCache.from_state(batch.state) if by_state else copy.deepcopy(batch)
+        self.rows.check()
+
+
+@fast
+@pytest.mark.parametrize("examples, steps", [(20, 12), pytest.param(150, 40, marks=pytest.mark.slow)])
+def test_any_history_leaves_each_row_as_it_is_alone(backend, short_segments, examples, steps):  # noqa: F811
+    run_state_machine_as_test(BatchMachine, settings=settings(quick, max_examples=examples, stateful_step_count=steps))
