@@ -11,11 +11,13 @@ from conftest import to_numpy
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from test_attention import TOLERANCE
 from test_auto import queries_for, turning
 from test_centring import short_segments  # noqa: F401
 from test_models import demo, llama, tokens_of  # noqa: F401
 
-from mlx_turbo import BatchTurboKVCache, TurboConfig, TurboKVCache, attention, describe, disable, enable, make_prompt_cache
+from mlx_turbo import (BatchTurboKVCache, TurboConfig, TurboKVCache, attention, auto, describe, disable, enable,
+                       make_prompt_cache)
 
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 quick = settings(max_examples=40, deadline=None, derandomize=True,
@@ -301,3 +303,227 @@ class BatchMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("examples, steps", [(20, 12), pytest.param(150, 40, marks=pytest.mark.slow)])
 def test_any_history_leaves_each_row_as_it_is_alone(backend, short_segments, examples, steps):  # noqa: F811
     run_state_machine_as_test(BatchMachine, settings=settings(quick, max_examples=examples, stateful_step_count=steps))
+
+
+# ---- auto: rows may want different bits ------------------------------------------------------------------------
+AUTO = TurboConfig("auto", sink=4, recent=16, block=16)
+
+
+def fed(batch, new, queries):
+    """Update and let it see the queries, as attention.py does."""
+    batch.update_and_fetch(*new)
+    batch.observe(queries, 0.125)
+
+
+@fast
+def test_auto_chooses_for_the_most_demanding_row(backend):
+    """Two prompts of one batch, one with keys that 4 bits do not hold, then the same alone."""
+    rows = [turning(300, norm=0), turning(300, seed=1)]
+    queries = [queries_for(keys, seed=b) for b, (keys, _) in enumerate(rows)]
+    alone = [TurboKVCache(AUTO) for _ in rows]
+    batch = TurboKVCache.merge(alone)
+    for first, last in ((0, 290), (290, 291), (291, 300)):
+        new = [mx.concatenate([r[side][:, :, first:last] for r in rows]) for side in (0, 1)]
+        fed(batch, new, mx.concatenate([q[:, :, first:last] for q in queries]))
+        for b, cache in enumerate(alone):
+            fed(cache, [x[:, :, first:last] for x in rows[b]], queries[b][:, :, first:last])
+    easy, hard = (c._sides[0].bits for c in alone)
+    assert (easy, hard) == (4, batch._sides[0].bits) and hard != 4
+    assert same(state_of(batch.extract(1)), state_of(alone[1]))
+    assert batch.report()["auto"] == alone[1].report()["auto"]
+    assert batch.report()["scheme"] == alone[1].report()["scheme"]
+
+
+@fast
+def test_undecided_rows_stay_undecided_and_decide_as_alone(backend):
+    """Short prompts: what was observed before merging, filtering and extracting counts."""
+    keys, values = turning(320)
+    queries = queries_for(keys)
+    alone = TurboKVCache(AUTO)
+    fed(alone, (keys[:, :, :200], values[:, :, :200]), queries[:, :, :200])
+    short = TurboKVCache(AUTO)
+    fed(short, turning(30, norm=0), queries[:, :, :30])
+    batch = TurboKVCache.merge([short, alone])
+    batch.filter([1])
+    assert batch.undecided and batch.extract(0).undecided
+    caches = [alone, batch, batch.extract(0)]
+    for at in range(200, 320):
+        for cache in caches:
+            fed(cache, (keys[:, :, at:at + 1], values[:, :, at:at + 1]), queries[:, :, at:at + 1])
+    want = state_of(alone)
+    assert not alone.undecided and same(state_of(caches[2]), want) and same(state_of(batch.extract(0)), want)
+
+
+def chosen(monkeypatch, bits, n=400, seed=0):
+    """A cache of n tokens with key biases, for whose keys auto chose `bits`."""
+    cache = TurboKVCache(AUTO)
+    monkeypatch.setattr(auto, "choose_key_bits", lambda *_: (bits, {}))
+    keys, values = random_tokens(np.random.default_rng(seed), n, bias=9)
+    for at in range(0, n, 300):
+        cache.update_and_fetch(keys[:, :, at:at + 300], values[:, :, at:at + 300])
+    return cache
+
+
+@fast
+@pytest.mark.parametrize("bits", [8, 0])
+def test_rows_of_fewer_bits_are_brought_to_more(backend, monkeypatch, bits):
+    """Nothing is lost but what quantizing restored keys again costs."""
+    easy, hard = chosen(monkeypatch, 4), chosen(monkeypatch, bits, seed=1)
+    assert easy.report()["centred"] == ["keys", "values"] and easy.report()["packed"] > 300
+    before = state_of(easy), [to_numpy(x) for x in easy.keys_and_values()]
+    batch = TurboKVCache.merge([easy, hard])
+    assert batch._sides[0].bits == bits and same(state_of(easy), before[0])
+    assert same(state_of(batch.extract(1)), state_of(hard))
+    keys, values = (to_numpy(x) for x in batch.extract(0).keys_and_values())
+    error = np.linalg.norm(keys - before[1][0]) / np.linalg.norm(before[1][0])
+    assert error == 0 if bits == 0 else 0 < error < 0.01, error
+    assert same(values, before[1][1])
+    new = random_tokens(np.random.default_rng(2), 40, batch=2)
+    batch.update_and_fetch(*new)
+    hard.update_and_fetch(*(x[1:] for x in new))
+    assert same(state_of(batch.extract(1)), state_of(hard))
+
+
+@fast
+def test_an_undecided_row_follows_the_others_if_it_is_short_and_decides_if_it_is_not(backend, monkeypatch):
+    for n, want in ((9, 8), (256, 0)):
+        waiting, decided = TurboKVCache(AUTO), chosen(monkeypatch, 8)
+        waiting.update_and_fetch(*random_tokens(np.random.default_rng(0), n))
+        monkeypatch.setattr(auto, "choose_key_bits", lambda *_: (0, {}))
+        batch = TurboKVCache.merge([waiting, decided])
+        assert not batch.undecided and batch._sides[0].bits == want and waiting.undecided
+        batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=2))
+
+
+# ---- attention -------------------------------------------------------------------------------------------------
+class Recorder:
+    """A backend that notes which rows its fused kernel was given."""
+
+    def __init__(self, backend):
+        self.backend, self.calls = backend, []
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def attend(self, queries, *args, **options):
+        self.calls.append((queries.shape, options["mask"].shape))
+        return self.backend.attend(queries, *args, **options)
+
+
+@pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3"])
+def test_a_decode_step_of_a_batch_runs_the_fused_kernel(simulated, short_segments, monkeypatch, scheme):  # noqa: F811
+    monkeypatch.setattr("mlx_turbo.centring.SEGMENT", 128)  # the kernel's
+    recorder = Recorder(simulated)
+    lengths, rng = [150, 3, 41], np.random.default_rng(0)
+    config = TurboConfig(scheme, 4, 16, 16)
+    caches = []
+    for b, n in enumerate(lengths):
+        caches.append(TurboKVCache(config))
+        caches[-1].update_and_fetch(*random_tokens(rng, n, key_dim=64, value_dim=64, bias=20 * (b == 0)))
+    batch = TurboKVCache.merge(caches)
+    assert batch.report()["centred"] == ["keys", "values"] and batch.report()["attention"] == "fused"
+    for n_new in (1, 3):
+        new, queries = random_tokens(rng, n_new, batch=3, key_dim=64, value_dim=64), mx.random.normal((3, 4, n_new, 64))
+        mask = batch.make_mask(n_new)
+        view = attention.view_of(*batch.update_and_fetch(*new))
+        got = to_numpy(attention.attend(queries, view, scale=0.1, mask=mask, backend=recorder))
+        assert recorder.calls.pop() == (queries.shape, mask.shape) and not recorder.calls
+        for b, cache in enumerate(caches):
+            keys, values = cache.update_and_fetch(*(x[b:b + 1] for x in new))
+            want = to_numpy(mx.fast.scaled_dot_product_attention(
+                queries[b:b + 1], keys, values, scale=0.1, mask="causal" if n_new > 1 else None))
+            assert np.abs(got[b] - want[0]).max() < TOLERANCE[mx.float32] * np.abs(want).max()
+
+
+# ---- models ------------------------------------------------------------------------------------------------------
+def close(got, want):
+    return np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
+@fast
+@pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3", "turbo0"])
+def test_logits_of_a_batch_are_those_of_its_rows_alone(backend, scheme):
+    """Right-padded prompts in chunks, decode, another row that joins, one that leaves, one that goes on alone."""
+    model, config = llama(), TurboConfig(scheme, 4, 8, 8)
+    texts = [np.random.default_rng(b).integers(0, 100, 120) for b in range(3)]
+    alone, at = [make_prompt_cache(model, config) for _ in texts], [0, 0, 0]
+    made = [make_prompt_cache(model, config) for _ in texts]
+    batch = [layer[0].merge(list(layer)) for layer in zip(*made[:2])]
+    worst = 0.0
+
+    def step(cache, rows, lengths, chunk=16):
+        nonlocal worst
+        width = max(lengths)
+        tokens = np.zeros((len(rows), width), np.int64)
+        for i, (b, n) in enumerate(zip(rows, lengths)):
+            tokens[i, :n] = texts[b][at[b]:at[b] + n]
+            at[b] += n
+        if len(set(lengths)) > 1:
+            for c in cache:
+                c.prepare(lengths=lengths, right_padding=[width - n for n in lengths])
+        got = [to_numpy(model(mx.array(tokens[:, i:i + chunk]), cache=cache)) for i in range(0, width, chunk)]
+        for c in cache if hasattr(cache[0], "finalize") else []:
+            c.finalize()
+        got = np.concatenate(got, axis=1)
+        for i, (b, n) in enumerate(zip(rows, lengths)):
+            want = [model(mx.array(tokens[i:i + 1, s:min(s + chunk, n)]), cache=alone[b]) for s in range(0, n, chunk)]
+            assert close(got[i:i + 1, :n], to_numpy(mx.concatenate(want, axis=1)))
+
+    step(batch, [0, 1], [50, 21])
+    for _ in range(10):
+        step(batch, [0, 1], [1, 1])
+    other = [layer[0].merge(list(layer)) for layer in zip(made[2])]
+    step(other, [2], [37])
+    for mine, new in zip(batch, other):
+        mine.extend(new)
+    for _ in range(10):
+        step(batch, [0, 1, 2], [1, 1, 1])
+    assert len({c.offset for c, *_ in alone}) == 3
+    gone = [c.extract(1) for c in batch]
+    for c in batch:
+        c.filter([2, 0])
+    for _ in range(10):
+        step(batch, [2, 0], [1, 1])
+    packed = [c.report()["packed"] for c in batch]
+    assert packed[0] == packed[1] > 60
+    alone[1] = copy.deepcopy(alone[1])
+    step(gone, [1], [9])
+
+
+PROMPTS = ["Once upon a time, a little girl named Lily found a shiny stone in the garden. She", "The dog",
+           "Tom and his sister Sue went to the park with a big red ball. They wanted to play, but it began to rain. " * 3]
+
+
+@fast
+@pytest.mark.parametrize("config", ["auto", TurboConfig("turbo4", 4, 16, 16), "turbo0"], ids=str)
+def test_batch_generate_writes_what_each_prompt_gets_alone(backend, demo, config):  # noqa: F811
+    model, tokenizer = demo
+    enable(model, config)
+    try:
+        prompts = [tokenizer.encode(p) for p in PROMPTS]
+        got = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=[40, 25, 50], return_prompt_caches=True)
+        want = [mlx_lm.generate(model, tokenizer, p, max_tokens=n) for p, n in zip(prompts, [40, 25, 50])]
+    finally:
+        disable(model)
+    assert [t.lstrip() for t in got.texts] == want  # a streaming detokenizer drops the first space
+    assert all(type(c) is TurboKVCache for cache in got.caches for c in cache)
+    more = [tokenizer.encode(" Then") for _ in prompts]
+    again = mlx_lm.batch_generate(model, tokenizer, more, max_tokens=10, prompt_caches=got.caches)
+    for cache, prompt, text in zip(got.caches, more, again.texts):
+        assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=10, prompt_cache=copy.deepcopy(cache)) == text.lstrip()
+
+
+@fast
+def test_a_batch_cache_is_saved_loaded_and_described(backend, tmp_path):
+    model = llama()
+    caches = [make_prompt_cache(model, SMALL) for _ in range(2)]
+    for cache, n in zip(caches, (40, 9)):
+        model(tokens_of(n), cache=cache)
+    batch = [layer[0].merge(list(layer)) for layer in zip(*caches)]
+    lm_cache.save_prompt_cache(str(tmp_path / "batch.safetensors"), batch)
+    loaded = lm_cache.load_prompt_cache(str(tmp_path / "batch.safetensors"))
+    assert all(type(c) is BatchTurboKVCache and same(state_of(c), state_of(b)) for c, b in zip(loaded, batch))
+    assert describe(loaded) == "2 of 2 layers compressed"
+    report = loaded[0].report()
+    assert (report["tokens"], report["sink"], report["packed"], report["recent"]) == (49, 4, 34, 11)
+    assert report["nbytes"] == loaded[0].nbytes
