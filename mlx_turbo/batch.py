@@ -530,8 +530,7 @@ class BatchTurboKVCache(TurboKVCache):
         """A cache of the same arrays that can get other ones without this one noticing."""
         twin = type(self)(self.config, self._pad)
         twin.__dict__.update(self.__dict__)
-        twin._unread, twin._centred = _Unread(), tuple(list(c) for c in self._centred)
-        twin._sides = _make_sides(self.config)
+        twin._unread, twin._sides = _Unread(), _make_sides(self.config)
         for mine, side in zip(twin._sides, self._sides):
             mine.__dict__.update(side.__dict__)
         return twin

@@ -1,27 +1,33 @@
 """BatchTurboKVCache: every row of a batch is what it would be alone, whatever else is in the batch."""
+import concurrent.futures
 import copy
+import http.server
+import json
+import sys
+import threading
+import urllib.request
 
 import mlx.core as mx
 import mlx_lm
 import mlx_lm.models.cache as lm_cache
+import mlx_lm.server
 import numpy as np
 import pytest
 from cache_tools import FAST_BACKENDS, filled, held_nbytes, random_tokens, same
 from conftest import to_numpy
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from test_attention import TOLERANCE
 from test_auto import queries_for, turning
+from test_cache import SHAPES, quick
 from test_centring import short_segments  # noqa: F401
-from test_models import demo, llama, tokens_of  # noqa: F401
+from test_models import DEMO_MODEL, demo, llama, tokens_of  # noqa: F401
 
 from mlx_turbo import (BatchTurboKVCache, TurboConfig, TurboKVCache, attention, auto, describe, disable, enable,
                        make_prompt_cache)
 
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
-quick = settings(max_examples=40, deadline=None, derandomize=True,
-                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 SMALL = TurboConfig("turbo4", sink=2, recent=4, block=4)
 
 
@@ -54,6 +60,7 @@ class Rows:
         assert self.batch.offset.tolist() == [n - pad for n, pad in zip(before, left)]
         fetched = self.batch.update_and_fetch(*new)
         self.batch.finalize()
+        self.batch.attended_version = self.batch.version  # as if attention.attend had read them
         assert mask.dtype == mx.bool_ and mask.shape == (B, 1, width, fetched[0].shape[2])
         for b, (n, pad, cache) in enumerate(zip(lengths, left, self.alone)):
             if n == 0:
@@ -112,6 +119,29 @@ def test_rows_of_different_lengths_are_what_they_are_alone(backend, short_segmen
     if centre and scheme in ("turbo4", "turbo8v3"):
         assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"], [], []]
         assert rows.batch.report()["centred"] == ["keys", "values"]
+
+
+@fast
+def test_a_row_that_is_no_longer_centred_has_no_means(backend, short_segments):  # noqa: F811
+    rows = Rows(SMALL, 3)
+    rows.bias = [20, 20, 0]
+    rows.update([30, 60, 20])
+    rows.bias = [0, 0, 0]
+    rows.trim(28)
+    rows.update([30, 1, 5])
+    assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"], []]
+    for _ in range(9):
+        rows.update([1, 1, 1])
+    rows.filter([2, 0])
+    assert rows.batch.report()["centred"] == []
+
+
+@fast
+def test_a_long_row_without_means_beside_a_short_one_with_them(backend, short_segments):  # noqa: F811
+    rows = Rows(SMALL, 2)
+    rows.update([700, 30])
+    assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"]]
+    rows.filter([1, 0])
 
 
 @fast
@@ -249,10 +279,12 @@ class BatchMachine(RuleBasedStateMachine):
     """Everything mlx-lm does to a batch of caches, in any order."""
 
     @initialize(keys=st.sampled_from([0, 2, 4, 8]), values=st.sampled_from([0, 3, 4]), sink=st.integers(0, 3),
-                recent=st.integers(0, 6), block=st.integers(1, 6), n=st.integers(1, 3), centre=st.booleans())
-    def start(self, keys, values, sink, recent, block, n, centre):
+                recent=st.integers(0, 6), block=st.integers(1, 6), n=st.integers(1, 3), centre=st.booleans(),
+                shape=SHAPES)
+    def start(self, keys, values, sink, recent, block, n, centre, shape):
         self.config = TurboConfig(f"turbo{keys}v{values}", sink, recent, block, centre=centre)
-        self.rows, self.n_made = Rows(self.config, n), 0
+        self.shape = {name: x for name, x in shape.items() if name != "batch"}
+        self.rows, self.n_made = Rows(self.config, n, **self.shape), 0
 
     @rule(n=st.integers(1, 5))
     def decode(self, n):
@@ -269,7 +301,7 @@ class BatchMachine(RuleBasedStateMachine):
     @rule(data=st.data(), n=st.integers(1, 2), padded=st.booleans())
     def extend(self, data, n, padded):
         self.n_made += 1
-        other = Rows(self.config, n, seed=self.n_made)
+        other = Rows(self.config, n, seed=self.n_made, **self.shape)
         lengths = data.draw(st.lists(st.integers(0, 24), min_size=n, max_size=n))
         if any(lengths):
             other.update(lengths, [max(lengths) - k for k in lengths] if padded else None)
@@ -491,7 +523,7 @@ def test_logits_of_a_batch_are_those_of_its_rows_alone(backend, scheme):
 
 
 PROMPTS = ["Once upon a time, a little girl named Lily found a shiny stone in the garden. She", "The dog",
-           "Tom and his sister Sue went to the park with a big red ball. They wanted to play, but it began to rain. " * 3]
+           "Tom and his sister Sue went to the park with a big red ball. They wanted to play, but it began to rain. " * 12]
 
 
 @fast
@@ -527,3 +559,50 @@ def test_a_batch_cache_is_saved_loaded_and_described(backend, tmp_path):
     report = loaded[0].report()
     assert (report["tokens"], report["sink"], report["packed"], report["recent"]) == (49, 4, 34, 11)
     assert report["nbytes"] == loaded[0].nbytes
+
+
+@pytest.fixture
+def server(demo, monkeypatch):  # noqa: F811
+    """The address of mlx-lm's own server with the embedded model, compressed with SMALL as the server loads it."""
+    provider = []
+    monkeypatch.setattr(mlx_lm.server, "load", lambda *args, **options: (enable(demo[0], SMALL), demo[1], {})[
+        :3 if options.get("return_config") else 2])
+    monkeypatch.setattr(mlx_lm.server, "run", lambda host, port, made: provider.append(made))
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.server", "--model", str(DEMO_MODEL)])
+    mlx_lm.server.main()
+    generator = mlx_lm.server.ResponseGenerator(provider[0], lm_cache.LRUPromptCache(10))
+    httpd = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *args, **options: mlx_lm.server.APIHandler(generator, *args, **options))
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1/completions"
+    httpd.shutdown()
+    httpd.server_close()
+    generator.stop_and_join()
+    disable(demo[0])
+
+
+def complete(address, prompt, n):
+    """(text, prompt tokens that were in the server's prompt cache) of a completion of n tokens."""
+    body = json.dumps(dict(model="default_model", prompt=prompt, max_tokens=n, temperature=0)).encode()
+    with urllib.request.urlopen(urllib.request.Request(address, body, {"Content-Type": "application/json"}), timeout=120) as r:
+        answer = json.load(r)
+    return answer["choices"][0]["text"], answer["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0)
+
+
+@fast
+def test_mlx_lm_s_server_batches_our_caches(backend, server, demo, monkeypatch):  # noqa: F811
+    """Three requests at once, then each again with more text, from the server's prompt cache."""
+    n_rows, update = [], BatchTurboKVCache.update_and_fetch
+
+    def counted(cache, keys, values):
+        n_rows.append(keys.shape[0])
+        return update(cache, keys, values)
+    monkeypatch.setattr(BatchTurboKVCache, "update_and_fetch", counted)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first = list(pool.map(lambda prompt: complete(server, prompt, 50), PROMPTS))
+        more = [f"{prompt} {text} They all" for prompt, (text, _) in zip(PROMPTS, first)]
+        again = list(pool.map(lambda prompt: complete(server, prompt, 20), more))
+    assert max(n_rows) == 3
+    assert all(text and n_cached > 45 for text, n_cached in again)
+    for prompt, (text, _) in zip(PROMPTS, first):
+        assert text.lstrip() == mlx_lm.generate(*demo, prompt, max_tokens=50)
