@@ -98,6 +98,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._centred = [False] * B, [False] * B  # of keys, of values: whether the row has means
         self._until = None  # per row, how many tokens come before right padding
         self._n_columns = 0  # of the recent tokens
+        self._n_free = 0  # so many tokens can be appended to every row and nothing else happens
         self._observed, self._observed_with, self._last = [[] for _ in range(B)], None, []
         self._set_offset()
 
@@ -119,10 +120,13 @@ class BatchTurboKVCache(TurboKVCache):
         return self._offset
 
     def _set_offset(self):
-        self._offset = mx.array([self._tokens(b) - pad for b, pad in enumerate(self._pad)], mx.int32)
+        sink = self.config.sink
+        self._offset = mx.array([(sink + n_packed if n_packed else 0) + n_recent - pad for n_packed, n_recent, pad in
+                                 zip(self._n_packed, self._n_recent, self._pad)], mx.int32)
 
     def _changed(self):
         self.version += 1
+        self._n_free = 0
         self._set_offset()
 
     def _columns(self, n_packed):
@@ -182,32 +186,42 @@ class BatchTurboKVCache(TurboKVCache):
         new, n_new = (keys, values), keys.shape[2]
         if n_new == 0:
             return self.keys_and_values() if self._n_columns or any(self._n_packed) else new
+        if n_new <= self._n_free:
+            return self._append(new, n_new)
         plan = self._plan(n_new)
         if plan.decide:
             self._decide()
         self._pack_recent(plan.before)
         self._cut_recent(plan.columns[2])
-        R, tails = plan.columns[2], None
-        first = not any(plan.columns)
-        if any(plan.after) or any(span != (0, n_new) for span in plan.spans):
-            tails = [x if not R else mx.concatenate([_first(side.recent, R), x], axis=2)
-                     for side, x in zip(self._sides, new)]
-            self._take_over(tails, plan, R)
-        else:
-            for side, x in zip(self._sides, new):
-                side.recent = _write(side.recent, R, x, self._room())
-            self._n_recent = [n + n_new for n in self._n_recent]
-            self._n_columns = R + n_new
+        R, first = plan.columns[2], not any(plan.columns)
+        if not first and not any(plan.after) and all(span == (0, n_new) for span in plan.spans):
+            fetched = self._append(new, n_new)
+            self._n_free = 0 if self.undecided else \
+                self.config.recent + self.config.block - max(n_recent for *_, n_recent in self._counts())
+            return fetched
+        tails = [x if not R else mx.concatenate([_first(side.recent, R), x], axis=2) for side, x in zip(self._sides, new)]
+        self._take_over(tails, plan, R)
         self._pad = [pad - min(pad, n_new) for pad in self._pad]
         if self._until is not None:
             self._until = [max(n - n_new, 0) for n in self._until]
         self._last = plan.spans
         self._changed()
-        if first or tails:
-            self._evaluate()
+        self._evaluate()
         if first and not self.undecided:
             return new
         return self._fetch((*plan.columns[:2], R + n_new), tails, new if first else None)
+
+    def _append(self, new, n_new):
+        """The new tokens of all rows are recent ones, without padding."""
+        for side, x in zip(self._sides, new):
+            side.recent = _write(side.recent, self._n_columns, x, self._room())
+        self._n_recent = [n + n_new for n in self._n_recent]
+        self._n_columns += n_new
+        self._n_free -= n_new
+        self._last = [(0, n_new)] * self._n_rows
+        self.version += 1
+        self._set_offset()
+        return self._fetch((*self._columns(self._n_packed), self._n_columns))
 
     def _room(self):
         config = self.config
@@ -407,7 +421,7 @@ class BatchTurboKVCache(TurboKVCache):
         if right_padding is not None and max(right_padding) > 0:
             if lengths is None:
                 raise ValueError("lengths: right_padding needs them, or the cache cannot tell padding from tokens")
-            self._until = [int(n) for n in lengths]
+            self._until, self._n_free = [int(n) for n in lengths], 0
 
     def finalize(self):
         """The padded prompt has come: its padding is already gone."""
