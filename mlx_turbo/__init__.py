@@ -4,6 +4,7 @@
     cache = mlx_turbo.make_prompt_cache(model, "turbo4")     # beside mlx_lm's function of that name
     mlx_turbo.enable(model, "turbo4")                        # for applications that make their own caches
 """
+from .batch import BatchTurboKVCache
 from .cache import TurboKVCache
 from .kernels import BackendError
 from .models import describe, disable, enable, make_prompt_cache
@@ -12,5 +13,5 @@ from .scheme import Scheme, TurboConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "Scheme", "TurboConfig", "TurboKVCache", "dequantize", "describe", "disable", "enable",
+__all__ = ["BackendError", "BatchTurboKVCache", "Scheme", "TurboConfig", "TurboKVCache", "dequantize", "describe", "disable", "enable",
            "get_backend", "make_prompt_cache", "quantize", "use_backend"]

@@ -443,6 +443,13 @@ class TurboKVCache:
 
         return create_attention_mask(*args, offset=self.offset, **kwargs)
 
+    @classmethod
+    def merge(cls, caches):
+        """A BatchTurboKVCache whose rows are `caches`: mlx-lm batches caches that have this."""
+        from .batch import BatchTurboKVCache
+
+        return BatchTurboKVCache.merge(caches)
+
     def size(self):
         return self.offset
 
@@ -454,23 +461,29 @@ class TurboKVCache:
         """Bytes of all buffers, unused room included."""
         return sum(side.nbytes for side in self._sides)
 
+    def _counts(self):
+        """(n_sink, n_packed, n_recent) of each sequence."""
+        return [(self.n_sink, self.n_packed, self.n_recent)]
+
     def report(self):
         """What the cache holds, as a dict of plain values: scheme (as it is, auto's choice included); tokens, of which
         sink, packed and recent; nbytes; uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would
         hold); packed_bits_per_value (of keys and values, from the arrays themselves); centred (sides with means);
         auto (None, or how the bits were chosen); backend; attention ("fused", or why a decode step is not)."""
         values = packed_bits = uncompressed = 0
+        n_tokens = [sum(counts) for counts in self._counts()]
+        n_sink, n_packed, n_recent = map(sum, zip(*self._counts()))
         for side in self._sides:
             if side.recent is None:
                 continue
             per_token = side.recent.shape[0] * side.recent.shape[1] * side.head_dim
             values += per_token
-            uncompressed += -(-self.offset // 256) * 256 * per_token * side.recent.dtype.size
+            uncompressed += -(-max(n_tokens) // 256) * 256 * per_token * side.recent.dtype.size
             if side.codes is not None:
                 arrays = [a for a in (side.codes, side.scale, side.means) if a is not None]
                 packed_bits += 8 * sum(a.nbytes for a in arrays) / side.codes.shape[2]
-        return {"scheme": Scheme(*(side.bits for side in self._sides)).name, "tokens": self.offset, "sink": self.n_sink, "packed": self.n_packed,
-                "recent": self.n_recent, "nbytes": self.nbytes, "uncompressed_nbytes": uncompressed,
+        return {"scheme": Scheme(*(side.bits for side in self._sides)).name, "tokens": sum(n_tokens), "sink": n_sink,
+                "packed": n_packed, "recent": n_recent, "nbytes": self.nbytes, "uncompressed_nbytes": uncompressed,
                 "packed_bits_per_value": packed_bits / values if values else 0.0,
                 "centred": [name for name, side in zip(("keys", "values"), self._sides) if side.means is not None],
                 "auto": self._auto_report(), "backend": get_backend().describe(),
@@ -482,33 +495,35 @@ class TurboKVCache:
         return {"undecided": self.undecided, "target": auto.TARGET, "error": dict(self._errors), "by": self._by}
 
     def _attention(self):
-        if self.offset == 0 or not any(side.bits for side in self._sides):
+        if self.empty() or not any(side.bits for side in self._sides):
             return "mlx-lm's own: nothing is packed"
         return get_backend().why_not_fused(*((side.bits, side.head_dim) for side in self._sides), 1) or "fused"
 
     # ---- state -----------------------------------------------------------------------------------------------
-    def _header(self):
+    def _header(self, counts, magic=MAGIC):
         scheme, config = self.config.scheme, self.config
-        filled = self.offset > 0
+        filled = sum(counts) > 0
         dims = [side.head_dim if filled else 0 for side in self._sides]
         dtypes = [ops.DTYPES.index(side.recent.dtype) if filled else 0 for side in self._sides]
-        n_means = [0 if side.means is None else -(-self.n_packed // side.segment) for side in self._sides]
-        return [MAGIC, FORMAT_VERSION, scheme.key_bits, scheme.value_bits, config.sink, config.recent, config.block,
+        n_means = [0 if side.means is None else -(-counts[1] // side.segment) for side in self._sides]
+        return [magic, FORMAT_VERSION, scheme.key_bits, scheme.value_bits, config.sink, config.recent, config.block,
                 config.seed, SCALES.index(config.scale), config.centre, config.auto,
-                -1 if self.undecided else self._sides[0].bits, self.n_sink, self.n_packed, self.n_recent, *dims, *dtypes,
-                *n_means]
+                -1 if self.undecided else self._sides[0].bits, *counts, *dims, *dtypes, *n_means]
+
+    def _arrays(self, counts):
+        arrays, (n_sink, n_packed, n_recent) = [], counts
+        for side in self._sides:
+            parts = (side.sink, n_sink), (side.codes, n_packed), (side.scale, n_packed), \
+                (side.means, -(-n_packed // side.segment)), (side.recent, n_recent)
+            arrays += [a[:, :, :n] for a, n in parts if a is not None and n]  # never the object we write into
+        return arrays
 
     @property
     def state(self):
         """Everything as a list of arrays: an int32 header, then per side sink, codes, scale, means and recent, cut to
         the tokens they hold; parts without tokens are left out."""
-        arrays = [mx.array(self._header(), mx.int32)]
-        for side in self._sides:
-            n_means = -(-self.n_packed // side.segment)
-            parts = (side.sink, self.n_sink), (side.codes, self.n_packed), (side.scale, self.n_packed), \
-                (side.means, n_means), (side.recent, self.n_recent)
-            arrays += [a[:, :, :n] for a, n in parts if a is not None and n]  # never the object we write into
-        return arrays
+        counts = self.n_sink, self.n_packed, self.n_recent
+        return [mx.array(self._header(counts), mx.int32), *self._arrays(counts)]
 
     @state.setter
     def state(self, arrays):
@@ -551,12 +566,12 @@ class TurboKVCache:
         return cache
 
 
-def _read_header(array):
+def _read_header(array, magic=MAGIC, name="TurboKVCache"):
     if not isinstance(array, mx.array) or array.dtype != mx.int32 or array.ndim != 1 or array.size < 2:
-        raise ValueError("state: the first array is not the header of a TurboKVCache")
+        raise ValueError(f"state: the first array is not the header of a {name}")
     numbers = array.tolist()
-    if numbers[0] != MAGIC:
-        raise ValueError("state: not the state of a TurboKVCache")
+    if numbers[0] != magic:
+        raise ValueError(f"state: not the state of a {name}")
     if numbers[1] != FORMAT_VERSION or len(numbers) != len(_HEADER):
         raise ValueError(f"state: format version {numbers[1]}, this version of mlx_turbo reads {FORMAT_VERSION}")
     return dict(zip(_HEADER, numbers))

@@ -4,6 +4,7 @@ import re
 import warnings
 
 from . import attention
+from .batch import BatchTurboKVCache
 from .cache import TurboKVCache
 from .scheme import Scheme, TurboConfig
 
@@ -12,7 +13,7 @@ OLDEST_MLX_LM = (0, 31, 2)
 
 
 def register():
-    """Open the door: our class where mlx_lm.load_prompt_cache looks classes up by name, and our attention where its
+    """Open the door: our classes where mlx_lm.load_prompt_cache looks classes up by name, and our attention where its
     models look theirs up. Returns mlx_lm.models.cache.
 
     Raises ImportError for an mlx-lm that is too old.
@@ -24,7 +25,7 @@ def register():
     if version < OLDEST_MLX_LM:
         raise ImportError(f"mlx_turbo needs mlx-lm {'.'.join(map(str, OLDEST_MLX_LM))} or newer, "
                           f"this is {mlx_lm.__version__}: pip install -U mlx-lm")
-    module.TurboKVCache = TurboKVCache
+    module.TurboKVCache, module.BatchTurboKVCache = TurboKVCache, BatchTurboKVCache
     attention.install()
     return module
 

@@ -1,0 +1,608 @@
+"""BatchTurboKVCache: every row of a batch is what it would be alone, whatever else is in the batch."""
+import concurrent.futures
+import copy
+import http.server
+import json
+import sys
+import threading
+import urllib.request
+
+import mlx.core as mx
+import mlx_lm
+import mlx_lm.models.cache as lm_cache
+import mlx_lm.server
+import numpy as np
+import pytest
+from cache_tools import FAST_BACKENDS, filled, held_nbytes, random_tokens, same
+from conftest import to_numpy
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from test_attention import TOLERANCE
+from test_auto import queries_for, turning
+from test_cache import SHAPES, quick
+from test_centring import short_segments  # noqa: F401
+from test_models import DEMO_MODEL, demo, llama, tokens_of  # noqa: F401
+
+from mlx_turbo import (BatchTurboKVCache, TurboConfig, TurboKVCache, attention, auto, describe, disable, enable,
+                       make_prompt_cache)
+
+fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+SMALL = TurboConfig("turbo4", sink=2, recent=4, block=4)
+
+
+def state_of(cache):
+    """A cache's state in NumPy."""
+    return [np.array(a) if a.dtype in (mx.int32, mx.uint32) else to_numpy(a) for a in cache.state]
+
+
+class Rows:
+    """A batch cache and, beside it, each of its rows alone in a TurboKVCache; compares them after every step."""
+
+    def __init__(self, config, n_rows, seed=0, **shape):
+        self.config, self.shape, self.rng = config, shape, np.random.default_rng(seed)
+        self.alone = [TurboKVCache(config) for _ in range(n_rows)]
+        self.batch = TurboKVCache.merge(self.alone)
+        self.bias = [float(i % 3 == 1) * 20 for i in range(n_rows)]
+
+    def update(self, lengths, left=None):
+        """Feed row b lengths[b] tokens, padded at the right, or at the left where `left` says how many."""
+        B, width = len(self.alone), max(n + pad for n, pad in zip(lengths, left or [0] * len(lengths)))
+        left = left or [0] * B
+        rows = [random_tokens(self.rng, width, **self.shape, bias=bias) for bias in self.bias]
+        new = [mx.concatenate(side) for side in zip(*rows)]
+        if any(left):
+            self.batch.prepare(left_padding=left)
+        right = [width - pad - n for n, pad in zip(lengths, left)]
+        if any(right):
+            self.batch.prepare(lengths=[width - n for n in right], right_padding=right)
+        before, mask = [c.offset for c in self.alone], self.batch.make_mask(width)
+        assert self.batch.offset.tolist() == [n - pad for n, pad in zip(before, left)]
+        fetched = self.batch.update_and_fetch(*new)
+        self.batch.finalize()
+        self.batch.attended_version = self.batch.version  # as if attention.attend had read them
+        assert mask.dtype == mx.bool_ and mask.shape == (B, 1, width, fetched[0].shape[2])
+        for b, (n, pad, cache) in enumerate(zip(lengths, left, self.alone)):
+            if n == 0:
+                continue
+            want = cache.update_and_fetch(*(x[b:b + 1, :, pad:pad + n] for x in new))
+            columns = [np.flatnonzero(row) for row in np.array(mask[b, 0])[pad:pad + n]]
+            for i, seen in enumerate(columns):
+                assert same(seen, columns[-1][:before[b] + i + 1])
+            for got, x in zip(fetched, want):
+                assert got.dtype == x.dtype and same(to_numpy(got)[b:b + 1, :, columns[-1]], to_numpy(x))
+        self.check()
+
+    def check(self):
+        batch, alone = self.batch, self.alone
+        assert batch.offset.dtype == mx.int32 and batch.offset.tolist() == [c.offset for c in alone]
+        assert batch.size() == max(c.offset for c in alone) and batch.empty() == all(c.empty() for c in alone)
+        assert batch.nbytes == held_nbytes(batch._sides)
+        for b, cache in enumerate(alone):
+            assert same(state_of(batch.extract(b)), state_of(cache)), b
+        if not batch.empty():
+            live, fetched = np.array(batch.make_mask(0))[:, 0, 0], batch.keys_and_values()
+            for b, cache in enumerate(alone):
+                if cache.offset:
+                    for got, want in zip(fetched, cache.keys_and_values()):
+                        assert same(to_numpy(got)[b:b + 1, :, live[b]], to_numpy(want))
+
+    def extend(self, other):
+        before = state_of(other.batch)
+        self.batch.extend(other.batch)
+        assert same(state_of(other.batch), before)
+        self.alone += other.alone
+        self.bias += other.bias
+        self.check()
+
+    def filter(self, rows):
+        self.batch.filter(rows)
+        self.alone, self.bias = [self.alone[b] for b in rows], [self.bias[b] for b in rows]
+        self.check()
+
+    def trim(self, n):
+        assert self.batch.trim(n) == max(cache.trim(n) for cache in self.alone)
+        self.check()
+
+
+# ---- rows alone ----------------------------------------------------------------------------------------------
+@fast
+@pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3", "turbo0v2", "turbo3v0", "turbo0"])
+@pytest.mark.parametrize("centre", [True, False], ids=["centred", ""])
+def test_rows_of_different_lengths_are_what_they_are_alone(backend, short_segments, scheme, centre):  # noqa: F811
+    rows = Rows(TurboConfig(scheme, 2, 4, 4, centre=centre), 4)
+    rows.update([31, 7, 1, 18])
+    assert [c.report()["packed"] for c in rows.alone] == [25, 0, 0, 12]
+    for _ in range(23):
+        rows.update([1] * 4)
+    rows.update([9, 20, 3, 0])
+    if centre and scheme in ("turbo4", "turbo8v3"):
+        assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"], [], []]
+        assert rows.batch.report()["centred"] == ["keys", "values"]
+
+
+@fast
+def test_a_row_that_is_no_longer_centred_has_no_means(backend, short_segments):  # noqa: F811
+    rows = Rows(SMALL, 3)
+    rows.bias = [20, 20, 0]
+    rows.update([30, 60, 20])
+    rows.bias = [0, 0, 0]
+    rows.trim(28)
+    rows.update([30, 1, 5])
+    assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"], []]
+    for _ in range(9):
+        rows.update([1, 1, 1])
+    rows.filter([2, 0])
+    assert rows.batch.report()["centred"] == []
+
+
+@fast
+def test_a_long_row_without_means_beside_a_short_one_with_them(backend, short_segments):  # noqa: F811
+    rows = Rows(SMALL, 2)
+    rows.update([700, 30])
+    assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"]]
+    rows.filter([1, 0])
+
+
+@fast
+def test_left_padding_is_neither_packed_nor_seen(backend):
+    rows = Rows(SMALL, 3)
+    rows.update([20, 3, 11], left=[0, 17, 9])
+    for _ in range(9):
+        rows.update([1, 1, 1])
+    with pytest.raises(ValueError, match="left_padding"):
+        rows.batch.prepare(left_padding=[1, 0, 0])
+
+
+@fast
+def test_padding_may_span_chunks(backend):
+    """Left padding longer than the first chunk, right padding longer than the last one."""
+    keys, values = random_tokens(np.random.default_rng(0), 30, batch=2)
+    batch, alone = BatchTurboKVCache(SMALL, left_padding=[0, 14]), [TurboKVCache(SMALL) for _ in range(2)]
+    batch.prepare(lengths=[12, 30], right_padding=[18, 0])
+    for at in range(0, 30, 10):
+        batch.update_and_fetch(keys[:, :, at:at + 10], values[:, :, at:at + 10])
+        assert batch.offset.tolist() == [min(at + 10, 12), at + 10 - 14]
+    batch.finalize()
+    for b, chunks in enumerate([[(0, 10), (10, 12)], [(14, 20), (20, 30)]]):
+        for first, last in chunks:
+            alone[b].update_and_fetch(*(x[b:b + 1, :, first:last] for x in (keys, values)))
+        assert same(state_of(batch.extract(b)), state_of(alone[b]))
+
+
+@fast
+def test_a_window_is_counted_in_tokens_of_the_row(backend):
+    rows = Rows(SMALL, 2)
+    rows.update([30, 5])
+    rows.update([1, 1])
+    for n, window in ((1, 7), (3, 4), (3, 50)):
+        mask, plain = (np.array(rows.batch.make_mask(n, window_size=w))[:, 0] for w in (window, None))
+        for b, offset in enumerate((31, 6)):
+            for i in range(n):
+                assert same(np.flatnonzero(mask[b, i]), np.flatnonzero(plain[b, i])[-window:])
+                assert plain[b, i].sum() == offset + i + 1
+
+
+@fast
+def test_an_extracted_row_goes_on_alone(backend):
+    rows = Rows(SMALL, 3)
+    rows.update([25, 4, 12])
+    caches, rng = [rows.batch.extract(b) for b in range(3)], np.random.default_rng(1)
+    for n in (1, 1, 14, 1):
+        for cache, alone in zip(caches, rows.alone):
+            new = random_tokens(rng, n)
+            cache.update_and_fetch(*new)
+            alone.update_and_fetch(*new)
+            assert same(state_of(cache), state_of(alone))
+    assert rows.batch.offset.tolist() == [25, 4, 12]
+
+
+@fast
+def test_merged_caches_stay_as_they_are(backend):
+    caches = [*(filled(n, seed=n) for n in (40, 3, 17)), TurboKVCache(SMALL)]
+    before = [state_of(c) for c in caches]
+    batch = TurboKVCache.merge(caches)
+    for n in (1, 1, 9):
+        batch.update_and_fetch(*random_tokens(np.random.default_rng(0), n, batch=4))
+    assert all(same(state_of(c), want) for c, want in zip(caches, before))
+
+
+@fast
+def test_a_copy_and_a_state_go_their_own_way(backend, short_segments):  # noqa: F811
+    rows = Rows(SMALL, 3)
+    rows.update([30, 2, 11])
+    before, twins = state_of(rows.batch), [copy.deepcopy(rows.batch), BatchTurboKVCache.from_state(rows.batch.state)]
+    for twin in twins:
+        assert same(state_of(twin), before)
+        rng = np.random.default_rng(0)
+        for n in (1, 12, 1):
+            twin.update_and_fetch(*random_tokens(rng, n, batch=3))
+        assert same(state_of(rows.batch), before)
+    assert same(*map(state_of, twins))
+    rows.check()
+
+
+@fast
+def test_what_does_not_belong_together_is_refused(backend):
+    with pytest.raises(ValueError, match="one configuration"):
+        TurboKVCache.merge([TurboKVCache("turbo4"), TurboKVCache("turbo3")])
+    with pytest.raises(ValueError, match="head_dim and dtype"):
+        TurboKVCache.merge([filled(9), filled(9, key_dim=64)])
+    with pytest.raises(ValueError, match="caches of one row"):
+        TurboKVCache.merge([filled(9, batch=2)])
+    batch = TurboKVCache.merge([filled(9), filled(30)])
+    with pytest.raises(ValueError, match="batch size 3"):
+        batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
+    with pytest.raises(ValueError, match="batch size 3"):
+        BatchTurboKVCache("turbo4", [0, 0]).update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
+    with pytest.raises(ValueError, match="lengths"):
+        batch.prepare(right_padding=[0, 3])
+    for spoil in (lambda s: s[:1], lambda s: [s[0], s[1][:1], *s[2:]], lambda s: [s[0], s[1] + 9, *s[2:]],
+                  lambda s: s[:-1], lambda s: [*s, s[-1]], lambda s: [mx.array([1, 2], mx.int32), *s[1:]]):
+        with pytest.raises(ValueError, match="state: "):
+            BatchTurboKVCache.from_state(spoil(batch.state))
+    with pytest.raises(ValueError, match="not the state of a TurboKVCache"):
+        TurboKVCache.from_state(batch.state)
+
+
+@fast
+def test_an_update_that_cannot_be_packed_leaves_the_tokens_as_they_were(backend):
+    rows = Rows(SMALL, 2)
+    rows.update([30, 5])
+    before = [state_of(c) for c in rows.alone]
+    keys, values = random_tokens(np.random.default_rng(0), 20, batch=2)
+    keys[1, 0, 3, 0] = float("nan")
+    with pytest.raises(ValueError, match="keys: has NaN"):
+        rows.batch.update_and_fetch(keys, values)
+    rows.check()
+    assert all(same(state_of(c), want) for c, want in zip(rows.alone, before))
+    rows.update([20, 20])
+
+
+@fast
+@pytest.mark.parametrize("n", [1, 7])
+def test_rows_of_one_length_give_batchkvcache_s_arrays_to_the_bit(backend, n):
+    """turbo0 packs nothing away, and without dead tokens the columns are the same."""
+    ours, theirs, rng = BatchTurboKVCache("turbo0", [0, 0, 0], sink=2, recent=4, block=4), \
+        lm_cache.BatchKVCache([0, 0, 0]), np.random.default_rng(0)
+    for _ in range(12):
+        new = random_tokens(rng, n, batch=3)
+        masks = ours.make_mask(n), theirs.make_mask(n)
+        for a, b in zip(ours.update_and_fetch(*new), theirs.update_and_fetch(*new)):
+            assert a.dtype == b.dtype and same(to_numpy(a), to_numpy(b))
+        assert same(*(np.broadcast_to(np.array(m), (3, 1, n, a.shape[2])) for m in masks))
+        assert ours.offset.tolist() == theirs.offset.tolist() and ours.size() == theirs.size()
+
+
+# ---- any history ---------------------------------------------------------------------------------------------
+class BatchMachine(RuleBasedStateMachine):
+    """Everything mlx-lm does to a batch of caches, in any order."""
+
+    @initialize(keys=st.sampled_from([0, 2, 4, 8]), values=st.sampled_from([0, 3, 4]), sink=st.integers(0, 3),
+                recent=st.integers(0, 6), block=st.integers(1, 6), n=st.integers(1, 3), centre=st.booleans(),
+                shape=SHAPES)
+    def start(self, keys, values, sink, recent, block, n, centre, shape):
+        self.config = TurboConfig(f"turbo{keys}v{values}", sink, recent, block, centre=centre)
+        self.shape = {name: x for name, x in shape.items() if name != "batch"}
+        self.rows, self.n_made = Rows(self.config, n, **self.shape), 0
+
+    @rule(n=st.integers(1, 5))
+    def decode(self, n):
+        for _ in range(n):
+            self.rows.update([1] * len(self.rows.alone))
+
+    @rule(data=st.data())
+    def prompt(self, data):
+        B = len(self.rows.alone)
+        lengths = data.draw(st.lists(st.integers(0, 24), min_size=B, max_size=B).filter(any))
+        self.rows.update(lengths)
+
+    @precondition(lambda self: len(self.rows.alone) < 5)
+    @rule(data=st.data(), n=st.integers(1, 2), padded=st.booleans())
+    def extend(self, data, n, padded):
+        self.n_made += 1
+        other = Rows(self.config, n, seed=self.n_made, **self.shape)
+        lengths = data.draw(st.lists(st.integers(0, 24), min_size=n, max_size=n))
+        if any(lengths):
+            other.update(lengths, [max(lengths) - k for k in lengths] if padded else None)
+        if data.draw(st.booleans()):
+            other, self.rows = self.rows, other
+        self.rows.extend(other)
+
+    @rule(data=st.data())
+    def filter(self, data):
+        every = st.permutations(range(len(self.rows.alone)))
+        rows = data.draw(every)
+        self.rows.filter(rows[:data.draw(st.integers(1, len(rows)))])
+
+    @rule()
+    def merge_what_is_extracted(self):
+        self.rows.batch = TurboKVCache.merge([self.rows.batch.extract(b) for b in range(len(self.rows.alone))])
+        self.rows.check()
+
+    @rule(n=st.one_of(st.integers(0, 4), st.integers(0, 40)))
+    def trim(self, n):
+        self.rows.trim(n)
+
+    @rule(by_state=st.booleans())
+    def go_on_with_a_copy(self, by_state):
+        batch = self.rows.batch
+        self.rows.batch = BatchTurboKVCache.from_state(batch.state) if by_state else copy.deepcopy(batch)
+        self.rows.check()
+
+
+@fast
+@pytest.mark.parametrize("examples, steps", [(20, 12), pytest.param(150, 40, marks=pytest.mark.slow)])
+def test_any_history_leaves_each_row_as_it_is_alone(backend, short_segments, examples, steps):  # noqa: F811
+    run_state_machine_as_test(BatchMachine, settings=settings(quick, max_examples=examples, stateful_step_count=steps))
+
+
+# ---- auto: rows may want different bits ------------------------------------------------------------------------
+AUTO = TurboConfig("auto", sink=4, recent=16, block=16)
+
+
+def fed(batch, new, queries):
+    """Update and let it see the queries, as attention.py does."""
+    batch.update_and_fetch(*new)
+    batch.observe(queries, 0.125)
+
+
+@fast
+def test_auto_chooses_for_the_most_demanding_row(backend):
+    """Two prompts of one batch, one with keys that 4 bits do not hold, then the same alone."""
+    rows = [turning(300, norm=0), turning(300, seed=1)]
+    queries = [queries_for(keys, seed=b) for b, (keys, _) in enumerate(rows)]
+    alone = [TurboKVCache(AUTO) for _ in rows]
+    batch = TurboKVCache.merge(alone)
+    for first, last in ((0, 290), (290, 291), (291, 300)):
+        new = [mx.concatenate([r[side][:, :, first:last] for r in rows]) for side in (0, 1)]
+        fed(batch, new, mx.concatenate([q[:, :, first:last] for q in queries]))
+        for b, cache in enumerate(alone):
+            fed(cache, [x[:, :, first:last] for x in rows[b]], queries[b][:, :, first:last])
+    easy, hard = (c._sides[0].bits for c in alone)
+    assert (easy, hard) == (4, batch._sides[0].bits) and hard != 4
+    assert same(state_of(batch.extract(1)), state_of(alone[1]))
+    assert batch.report()["auto"] == alone[1].report()["auto"]
+    assert batch.report()["scheme"] == alone[1].report()["scheme"]
+
+
+@fast
+def test_undecided_rows_stay_undecided_and_decide_as_alone(backend):
+    """Short prompts: what was observed before merging, filtering and extracting counts."""
+    keys, values = turning(320)
+    queries = queries_for(keys)
+    alone = TurboKVCache(AUTO)
+    fed(alone, (keys[:, :, :200], values[:, :, :200]), queries[:, :, :200])
+    short = TurboKVCache(AUTO)
+    fed(short, turning(30, norm=0), queries[:, :, :30])
+    batch = TurboKVCache.merge([short, alone])
+    batch.filter([1])
+    assert batch.undecided and batch.extract(0).undecided
+    caches = [alone, batch, batch.extract(0)]
+    for at in range(200, 320):
+        for cache in caches:
+            fed(cache, (keys[:, :, at:at + 1], values[:, :, at:at + 1]), queries[:, :, at:at + 1])
+    want = state_of(alone)
+    assert not alone.undecided and same(state_of(caches[2]), want) and same(state_of(batch.extract(0)), want)
+
+
+def chosen(monkeypatch, bits, n=400, seed=0):
+    """A cache of n tokens with key biases, for whose keys auto chose `bits`."""
+    cache = TurboKVCache(AUTO)
+    monkeypatch.setattr(auto, "choose_key_bits", lambda *_: (bits, {}))
+    keys, values = random_tokens(np.random.default_rng(seed), n, bias=9)
+    for at in range(0, n, 300):
+        cache.update_and_fetch(keys[:, :, at:at + 300], values[:, :, at:at + 300])
+    return cache
+
+
+@fast
+@pytest.mark.parametrize("bits", [8, 0])
+def test_rows_of_fewer_bits_are_brought_to_more(backend, monkeypatch, bits):
+    """Nothing is lost but what quantizing restored keys again costs."""
+    easy, hard = chosen(monkeypatch, 4), chosen(monkeypatch, bits, seed=1)
+    assert easy.report()["centred"] == ["keys", "values"] and easy.report()["packed"] > 300
+    before = state_of(easy), [to_numpy(x) for x in easy.keys_and_values()]
+    batch = TurboKVCache.merge([easy, hard])
+    assert batch._sides[0].bits == bits and same(state_of(easy), before[0])
+    assert same(state_of(batch.extract(1)), state_of(hard))
+    keys, values = (to_numpy(x) for x in batch.extract(0).keys_and_values())
+    error = np.linalg.norm(keys - before[1][0]) / np.linalg.norm(before[1][0])
+    assert error == 0 if bits == 0 else 0 < error < 0.01, error
+    assert same(values, before[1][1])
+    new = random_tokens(np.random.default_rng(2), 40, batch=2)
+    batch.update_and_fetch(*new)
+    hard.update_and_fetch(*(x[1:] for x in new))
+    assert same(state_of(batch.extract(1)), state_of(hard))
+
+
+@fast
+def test_an_undecided_row_follows_the_others_if_it_is_short_and_decides_if_it_is_not(backend, monkeypatch):
+    for n, want in ((9, 8), (256, 0)):
+        waiting, decided = TurboKVCache(AUTO), chosen(monkeypatch, 8)
+        waiting.update_and_fetch(*random_tokens(np.random.default_rng(0), n))
+        monkeypatch.setattr(auto, "choose_key_bits", lambda *_: (0, {}))
+        batch = TurboKVCache.merge([waiting, decided])
+        assert not batch.undecided and batch._sides[0].bits == want and waiting.undecided
+        batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=2))
+
+
+# ---- attention -------------------------------------------------------------------------------------------------
+class Recorder:
+    """A backend that notes which rows its fused kernel was given."""
+
+    def __init__(self, backend):
+        self.backend, self.calls = backend, []
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def attend(self, queries, *args, **options):
+        self.calls.append((queries.shape, options["mask"].shape))
+        return self.backend.attend(queries, *args, **options)
+
+
+@pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3"])
+def test_a_decode_step_of_a_batch_runs_the_fused_kernel(simulated, short_segments, monkeypatch, scheme):  # noqa: F811
+    monkeypatch.setattr("mlx_turbo.centring.SEGMENT", 128)  # the kernel's
+    recorder = Recorder(simulated)
+    lengths, rng = [150, 3, 41], np.random.default_rng(0)
+    config = TurboConfig(scheme, 4, 16, 16)
+    caches = []
+    for b, n in enumerate(lengths):
+        caches.append(TurboKVCache(config))
+        caches[-1].update_and_fetch(*random_tokens(rng, n, key_dim=64, value_dim=64, bias=20 * (b == 0)))
+    batch = TurboKVCache.merge(caches)
+    assert batch.report()["centred"] == ["keys", "values"] and batch.report()["attention"] == "fused"
+    for n_new in (1, 3):
+        new, queries = random_tokens(rng, n_new, batch=3, key_dim=64, value_dim=64), mx.random.normal((3, 4, n_new, 64))
+        mask = batch.make_mask(n_new)
+        view = attention.view_of(*batch.update_and_fetch(*new))
+        got = to_numpy(attention.attend(queries, view, scale=0.1, mask=mask, backend=recorder))
+        assert recorder.calls.pop() == (queries.shape, mask.shape) and not recorder.calls
+        for b, cache in enumerate(caches):
+            keys, values = cache.update_and_fetch(*(x[b:b + 1] for x in new))
+            want = to_numpy(mx.fast.scaled_dot_product_attention(
+                queries[b:b + 1], keys, values, scale=0.1, mask="causal" if n_new > 1 else None))
+            assert np.abs(got[b] - want[0]).max() < TOLERANCE[mx.float32] * np.abs(want).max()
+
+
+# ---- models ------------------------------------------------------------------------------------------------------
+def close(got, want):
+    return np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
+@fast
+@pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3", "turbo0"])
+def test_logits_of_a_batch_are_those_of_its_rows_alone(backend, scheme):
+    """Right-padded prompts in chunks, decode, another row that joins, one that leaves, one that goes on alone."""
+    model, config = llama(), TurboConfig(scheme, 4, 8, 8)
+    texts = [np.random.default_rng(b).integers(0, 100, 120) for b in range(3)]
+    alone, at = [make_prompt_cache(model, config) for _ in texts], [0, 0, 0]
+    made = [make_prompt_cache(model, config) for _ in texts]
+    batch = [layer[0].merge(list(layer)) for layer in zip(*made[:2])]
+    worst = 0.0
+
+    def step(cache, rows, lengths, chunk=16):
+        nonlocal worst
+        width = max(lengths)
+        tokens = np.zeros((len(rows), width), np.int64)
+        for i, (b, n) in enumerate(zip(rows, lengths)):
+            tokens[i, :n] = texts[b][at[b]:at[b] + n]
+            at[b] += n
+        if len(set(lengths)) > 1:
+            for c in cache:
+                c.prepare(lengths=lengths, right_padding=[width - n for n in lengths])
+        got = [to_numpy(model(mx.array(tokens[:, i:i + chunk]), cache=cache)) for i in range(0, width, chunk)]
+        for c in cache if hasattr(cache[0], "finalize") else []:
+            c.finalize()
+        got = np.concatenate(got, axis=1)
+        for i, (b, n) in enumerate(zip(rows, lengths)):
+            want = [model(mx.array(tokens[i:i + 1, s:min(s + chunk, n)]), cache=alone[b]) for s in range(0, n, chunk)]
+            assert close(got[i:i + 1, :n], to_numpy(mx.concatenate(want, axis=1)))
+
+    step(batch, [0, 1], [50, 21])
+    for _ in range(10):
+        step(batch, [0, 1], [1, 1])
+    other = [layer[0].merge(list(layer)) for layer in zip(made[2])]
+    step(other, [2], [37])
+    for mine, new in zip(batch, other):
+        mine.extend(new)
+    for _ in range(10):
+        step(batch, [0, 1, 2], [1, 1, 1])
+    assert len({c.offset for c, *_ in alone}) == 3
+    gone = [c.extract(1) for c in batch]
+    for c in batch:
+        c.filter([2, 0])
+    for _ in range(10):
+        step(batch, [2, 0], [1, 1])
+    packed = [c.report()["packed"] for c in batch]
+    assert packed[0] == packed[1] > 60
+    alone[1] = copy.deepcopy(alone[1])
+    step(gone, [1], [9])
+
+
+PROMPTS = ["Once upon a time, a little girl named Lily found a shiny stone in the garden. She", "The dog",
+           "Tom and his sister Sue went to the park with a big red ball. They wanted to play, but it began to rain. " * 12]
+
+
+@fast
+@pytest.mark.parametrize("config", ["auto", TurboConfig("turbo4", 4, 16, 16), "turbo0"], ids=str)
+def test_batch_generate_writes_what_each_prompt_gets_alone(backend, demo, config):  # noqa: F811
+    model, tokenizer = demo
+    enable(model, config)
+    try:
+        prompts = [tokenizer.encode(p) for p in PROMPTS]
+        got = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=[40, 25, 50], return_prompt_caches=True)
+        want = [mlx_lm.generate(model, tokenizer, p, max_tokens=n) for p, n in zip(prompts, [40, 25, 50])]
+    finally:
+        disable(model)
+    assert [t.lstrip() for t in got.texts] == want  # a streaming detokenizer drops the first space
+    assert all(type(c) is TurboKVCache for cache in got.caches for c in cache)
+    more = [tokenizer.encode(" Then") for _ in prompts]
+    again = mlx_lm.batch_generate(model, tokenizer, more, max_tokens=10, prompt_caches=got.caches)
+    for cache, prompt, text in zip(got.caches, more, again.texts):
+        assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=10, prompt_cache=copy.deepcopy(cache)) == text.lstrip()
+
+
+@fast
+def test_a_batch_cache_is_saved_loaded_and_described(backend, tmp_path):
+    model = llama()
+    caches = [make_prompt_cache(model, SMALL) for _ in range(2)]
+    for cache, n in zip(caches, (40, 9)):
+        model(tokens_of(n), cache=cache)
+    batch = [layer[0].merge(list(layer)) for layer in zip(*caches)]
+    lm_cache.save_prompt_cache(str(tmp_path / "batch.safetensors"), batch)
+    loaded = lm_cache.load_prompt_cache(str(tmp_path / "batch.safetensors"))
+    assert all(type(c) is BatchTurboKVCache and same(state_of(c), state_of(b)) for c, b in zip(loaded, batch))
+    assert describe(loaded) == "2 of 2 layers compressed"
+    report = loaded[0].report()
+    assert (report["tokens"], report["sink"], report["packed"], report["recent"]) == (49, 4, 34, 11)
+    assert report["nbytes"] == loaded[0].nbytes
+
+
+@pytest.fixture
+def server(demo, monkeypatch):  # noqa: F811
+    """The address of mlx-lm's own server with the embedded model, compressed with SMALL as the server loads it."""
+    provider = []
+    monkeypatch.setattr(mlx_lm.server, "load", lambda *args, **options: (enable(demo[0], SMALL), demo[1], {})[
+        :3 if options.get("return_config") else 2])
+    monkeypatch.setattr(mlx_lm.server, "run", lambda host, port, made: provider.append(made))
+    monkeypatch.setattr(sys, "argv", ["mlx_lm.server", "--model", str(DEMO_MODEL)])
+    mlx_lm.server.main()
+    generator = mlx_lm.server.ResponseGenerator(provider[0], lm_cache.LRUPromptCache(10))
+    httpd = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *args, **options: mlx_lm.server.APIHandler(generator, *args, **options))
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1/completions"
+    httpd.shutdown()
+    httpd.server_close()
+    generator.stop_and_join()
+    disable(demo[0])
+
+
+def complete(address, prompt, n):
+    """(text, prompt tokens that were in the server's prompt cache) of a completion of n tokens."""
+    body = json.dumps(dict(model="default_model", prompt=prompt, max_tokens=n, temperature=0)).encode()
+    with urllib.request.urlopen(urllib.request.Request(address, body, {"Content-Type": "application/json"}), timeout=120) as r:
+        answer = json.load(r)
+    return answer["choices"][0]["text"], answer["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0)
+
+
+@fast
+def test_mlx_lm_s_server_batches_our_caches(backend, server, demo, monkeypatch):  # noqa: F811
+    """Three requests at once, then each again with more text, from the server's prompt cache."""
+    n_rows, update = [], BatchTurboKVCache.update_and_fetch
+
+    def counted(cache, keys, values):
+        n_rows.append(keys.shape[0])
+        return update(cache, keys, values)
+    monkeypatch.setattr(BatchTurboKVCache, "update_and_fetch", counted)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        first = list(pool.map(lambda prompt: complete(server, prompt, 50), PROMPTS))
+        more = [f"{prompt} {text} They all" for prompt, (text, _) in zip(PROMPTS, first)]
+        again = list(pool.map(lambda prompt: complete(server, prompt, 20), more))
+    assert max(n_rows) == 3
+    assert all(text and n_cached > 45 for text, n_cached in again)
+    for prompt, (text, _) in zip(PROMPTS, first):
+        assert text.lstrip() == mlx_lm.generate(*demo, prompt, max_tokens=50)
