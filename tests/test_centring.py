@@ -1,6 +1,5 @@
 """Centring: it is exact, it engages only where a mean carries energy, and it takes a large bias out of 4-bit keys."""
 import copy
-from functools import partial
 
 import mlx.core as mx
 import mlx_lm
@@ -10,10 +9,9 @@ from cache_tools import FAST_BACKENDS, ListModel, header, random_tokens, same, s
 from conftest import to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_lm.models.cache import KVCache
 from test_cache import CHUNKS, CONFIGS, SHAPES, quick
 
-from mlx_turbo import TurboConfig, TurboKVCache, attention, centring, cli, fidelity, make_prompt_cache, reference, rotation
+from mlx_turbo import TurboConfig, TurboKVCache, attention, centring, cli, make_prompt_cache, reference, rotation
 
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 ROPE_BASE = 1e6
@@ -124,9 +122,9 @@ def test_tokens_without_a_mean_are_stored_as_without_centring(backend, sizes, sh
     assert same(*states)
 
 
-@pytest.mark.parametrize("share, engages", [(0.15, False), (0.35, True)])
+@pytest.mark.parametrize("share, engages", [(0.4, False), (0.6, True)])
 @fast
-def test_the_mean_must_carry_a_quarter_of_the_energy(backend, share, engages):
+def test_the_mean_must_carry_half_of_the_energy(backend, share, engages):
     rng, D = np.random.default_rng(0), 64
     mean = rng.standard_normal(D)
     mean *= np.sqrt(share * D) / np.linalg.norm(mean)
@@ -277,14 +275,13 @@ def test_means_count_in_the_report(backend):
 
 
 @fast
-@pytest.mark.slow
-def test_centring_costs_a_healthy_model_nothing(backend):
-    """The embedded model normalises its keys; centring lowers its KLD all the same (docs/quality.md)."""
+def test_centring_leaves_a_healthy_model_alone(backend):
+    """The embedded model normalises its keys: no head's means carry half of the energy, whatever the windows."""
     model, tokenizer = cli.load_model(mlx_lm.load, cli.DEMO_MODEL, "--model")
     model.set_dtype(mx.float32)
-    tokens = tokenizer.encode((cli.DEMO_MODEL / "stories.txt").read_text())
-    make = {"uncompressed": lambda: [KVCache() for _ in model.layers]}
-    for centre in (True, False):
-        make[centre] = partial(make_prompt_cache, model, TurboConfig("turbo4", centre=centre))
-    results = fidelity.compare(model, [tokens[:1024]], make, 32)
-    assert results[True][0]["kld"] <= 1.02 * results[False][0]["kld"]
+    tokens = mx.array(tokenizer.encode((cli.DEMO_MODEL / "stories.txt").read_text()[:4000])[:400])
+    for options in {}, dict(recent=0), dict(sink=0, recent=0, block=16):
+        cache = make_prompt_cache(model, TurboConfig("turbo4", **options))
+        for at in range(0, 400, 32):
+            mx.eval(model(tokens[None, at:at + 32], cache=cache))
+        assert all(c.report()["packed"] and not c.report()["centred"] for c in cache)
