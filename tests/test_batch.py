@@ -24,6 +24,7 @@ from test_cache import SHAPES, quick
 from test_centring import short_segments  # noqa: F401
 from test_models import DEMO_MODEL, demo, llama, tokens_of  # noqa: F401
 
+from mlx_lm.utils import dequantize_model
 from mlx_turbo import (BatchTurboKVCache, TurboConfig, TurboKVCache, attention, auto, describe, disable, enable,
                        make_prompt_cache)
 
@@ -562,11 +563,16 @@ def test_a_batch_cache_is_saved_loaded_and_described(backend, tmp_path):
 
 
 @pytest.fixture
-def server(demo, monkeypatch):  # noqa: F811
-    """The address of mlx-lm's own server with the embedded model, compressed with SMALL as the server loads it."""
-    provider = []
-    monkeypatch.setattr(mlx_lm.server, "load", lambda *args, **options: (enable(demo[0], SMALL), demo[1], {})[
-        :3 if options.get("return_config") else 2])
+def server(monkeypatch):
+    """The address of mlx-lm's own server with the embedded model, in float32 and enabled as the server loads it."""
+    provider, load = [], mlx_lm.server.load
+
+    def load_enabled(*args, **options):
+        model, *rest = load(*args, **options)
+        model = dequantize_model(model)
+        model.set_dtype(mx.float32)
+        return enable(model, SMALL), *rest
+    monkeypatch.setattr(mlx_lm.server, "load", load_enabled)
     monkeypatch.setattr(mlx_lm.server, "run", lambda host, port, made: provider.append(made))
     monkeypatch.setattr(sys, "argv", ["mlx_lm.server", "--model", str(DEMO_MODEL)])
     mlx_lm.server.main()
@@ -578,17 +584,18 @@ def server(demo, monkeypatch):  # noqa: F811
     httpd.shutdown()
     httpd.server_close()
     generator.stop_and_join()
-    disable(demo[0])
 
 
 def complete(address, prompt, n):
     """(text, prompt tokens that were in the server's prompt cache) of a completion of n tokens."""
     body = json.dumps(dict(model="default_model", prompt=prompt, max_tokens=n, temperature=0)).encode()
-    with urllib.request.urlopen(urllib.request.Request(address, body, {"Content-Type": "application/json"}), timeout=120) as r:
+    with urllib.request.urlopen(urllib.request.Request(address, body, {"Content-Type": "application/json"}), timeout=60) as r:
         answer = json.load(r)
     return answer["choices"][0]["text"], answer["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0)
 
 
+@pytest.mark.skipif(mlx_lm.__version__ < "0.32", reason="0.31's server loads the model in another thread than it runs "
+                    "it in, which today's MLX refuses: no answer with mlx-lm's own caches either")
 @fast
 def test_mlx_lm_s_server_batches_our_caches(backend, server, demo, monkeypatch):  # noqa: F811
     """Three requests at once, then each again with more text, from the server's prompt cache."""
@@ -605,4 +612,5 @@ def test_mlx_lm_s_server_batches_our_caches(backend, server, demo, monkeypatch):
     assert max(n_rows) == 3
     assert all(text and n_cached > 45 for text, n_cached in again)
     for prompt, (text, _) in zip(PROMPTS, first):
-        assert text.lstrip() == mlx_lm.generate(*demo, prompt, max_tokens=50)
+        cache = make_prompt_cache(demo[0], SMALL)
+        assert text.lstrip() == mlx_lm.generate(*demo, prompt, max_tokens=50, prompt_cache=cache)
