@@ -13,6 +13,7 @@ A row has sinks and packed tokens, or neither: until it packs for the first time
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from . import auto, centring
 from .cache import (KVView, LazyKV, TurboKVCache, _first, _make_sides, _may_choose, _read_config, _read_header,
@@ -36,6 +37,16 @@ class _Plan(NamedTuple):
     n_packed: list
     n_recent: list
     columns: tuple
+
+    def edges(self, b):
+        """Columns of row b between which all are dead: (after its packed tokens, of its first recent one)."""
+        front = self.columns[0] + self.n_packed[b] if self.n_packed[b] else 0
+        return front, sum(self.columns) - self.n_recent[b] + self.spans[b][0]
+
+    def live(self, b):
+        """The columns with the tokens of row b, in their order, the new ones included: int [n]."""
+        front, back = self.edges(b)
+        return np.r_[:front, back:sum(self.columns) + sum(self.spans[b])]
 
 
 def _precision(bits):
@@ -98,6 +109,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._centred = [False] * B, [False] * B  # of keys, of values: whether the row has means
         self._until = None  # per row, how many tokens come before right padding
         self._n_columns = 0  # of the recent tokens
+        self._shown = None  # the plan of the last update, if that left other columns than it returned
         self._n_free = 0  # so many tokens can be appended to every row and nothing else happens
         self._observed, self._observed_with, self._last = [[] for _ in range(B)], None, []
         self._set_offset()
@@ -126,7 +138,7 @@ class BatchTurboKVCache(TurboKVCache):
 
     def _changed(self):
         self.version += 1
-        self._n_free = 0
+        self._n_free, self._shown = 0, None
         self._set_offset()
 
     def _columns(self, n_packed):
@@ -206,6 +218,7 @@ class BatchTurboKVCache(TurboKVCache):
             self._until = [max(n - n_new, 0) for n in self._until]
         self._last = plan.spans
         self._changed()
+        self._shown, self._n_new = plan, n_new
         self._evaluate()
         if first and not self.undecided:
             return new
@@ -220,6 +233,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_free -= n_new
         self._last = [(0, n_new)] * self._n_rows
         self.version += 1
+        self._shown = None
         self._set_offset()
         return self._fetch((*self._columns(self._n_packed), self._n_columns))
 
@@ -377,32 +391,35 @@ class BatchTurboKVCache(TurboKVCache):
         return tuple(LazyKV(x, view, i) for i, x in enumerate(new or view.restore(packed)))
 
     def keys_and_values(self):
-        """The tokens of all rows, [B, n_kv_heads, columns, D] of keys and of values, packed ones dequantized lazily. The
-        columns are those of `make_mask(0)`."""
+        """The tokens of all rows, [B, n_kv_heads, columns, D] of keys and of values, packed ones dequantized lazily. After
+        an update in its columns, so that layers without a cache of their own can attend with the same mask."""
         if self._sides[0].recent is None:
             raise ValueError("the cache is empty: it does not know the shape of its keys and values yet")
-        return self._fetch((*self._columns(self._n_packed), self._n_columns))
+        fetched = self._fetch((*self._columns(self._n_packed), self._n_columns))
+        if self._shown is None:
+            return fetched
+        now = self._plan(0)
+        index = np.zeros((self._n_rows, sum(self._shown.columns) + self._n_new), np.int32)
+        for b, row in enumerate(index):
+            row[self._shown.live(b)] = now.live(b)
+        index = mx.array(index)[:, None, :, None]
+        return tuple(mx.take_along_axis(x, index, axis=2) for x in fetched)
 
     def make_mask(self, N, return_array=False, window_size=None):
-        """The mask for the next N tokens: bool [B, 1, N, columns] (with N = 0 [B, 1, 1, columns]: what is no dead token),
-        True where a token is to be attended to. return_array is ignored: there are always dead tokens to mask."""
-        if N:
-            plan = self._plan(N)
-            n_packed, n_recent, (n_sink, most, R) = plan.n_packed, plan.n_recent, plan.columns
-        else:
-            n_packed, n_recent, R = self._n_packed, self._n_recent, self._n_columns
-            n_sink, most = self._columns(n_packed)
-        base = n_sink + most + R  # the column of the first new token
-        rows = [(n_sink + n if n else 0, base - recent + min(pad, N), offset) for n, recent, pad, offset in zip(
-            n_packed, n_recent, self._pad, (self._tokens(b) - pad for b, pad in enumerate(self._pad)))]
-        front, back, offset = mx.split(mx.array(rows, mx.int32)[:, :, None, None, None], 3, axis=1)
-        front, back, offset = (a.squeeze(1) for a in (front, back, offset))
+        """The mask for the next N tokens: bool [B, 1, N, columns], True where a token is to be attended to. return_array is
+        ignored: there may always be dead tokens to mask."""
+        plan = self._plan(N)
+        n_sink, n_packed, _ = plan.columns
+        base = sum(plan.columns)  # the column of the first new token
+        offset = [self._tokens(b) - pad for b, pad in enumerate(self._pad)]
+        rows = [(*plan.edges(b), offset[b]) for b in range(self._n_rows)]
+        front, back, offset = (mx.array(numbers, mx.int32)[:, None, None, None] for numbers in zip(*rows))
         column, query = mx.arange(base + N), mx.arange(N)[:, None]
         mask = (column < front) | (column >= back)
         if N > 1:
             mask = mask & (column <= base + query)
-        if N and window_size is not None:
-            position = mx.where(column < n_sink + most, column, offset + column - base)
+        if window_size is not None:
+            position = mx.where(column < n_sink + n_packed, column, offset + column - base)
             mask = mask & (offset + query < position + window_size)
         return mask
 
