@@ -211,7 +211,8 @@ class BatchTurboKVCache(TurboKVCache):
             self._n_free = 0 if self.undecided else \
                 self.config.recent + self.config.block - max(n_recent for *_, n_recent in self._counts())
             return fetched
-        tails = [x if not R else mx.concatenate([_first(side.recent, R), x], axis=2) for side, x in zip(self._sides, new)]
+        tails = [mx.concatenate([_first(side.recent, R), x], axis=2) if R else x
+                 for side, x in zip(self._sides, new)]
         self._take_over(tails, plan, R)
         self._pad = [pad - min(pad, n_new) for pad in self._pad]
         if self._until is not None:
@@ -268,7 +269,8 @@ class BatchTurboKVCache(TurboKVCache):
         groups, done = {}, []
         for b, n in enumerate(n_pack):
             if n:
-                groups.setdefault((n, n_exact[b], ends[b], self._n_packed[b], *(c[b] for c in self._centred)), []).append(b)
+                situation = n, n_exact[b], ends[b], self._n_packed[b], *(c[b] for c in self._centred)
+                groups.setdefault(situation, []).append(b)
         for (n, exact, end, n_packed, *centred), rows in groups.items():
             like = TurboKVCache(self.config)  # these rows alone: what is packed does not depend on the others
             like.n_packed, sinks = n_packed, 0 if n_packed else self.config.sink
@@ -277,7 +279,8 @@ class BatchTurboKVCache(TurboKVCache):
                 mine.means = _rows(side.means, rows) if yes and n_packed else None
             exact = [_rows(tail, rows)[:, :, end - exact:end] for tail in tails]
             means = like._means([x[:, :, sinks:] for x in exact], n)
-            done.append((rows, n, sinks, exact, means, like._quantize([x[:, :, sinks:sinks + n] for x in exact], means)))
+            packed = like._quantize([x[:, :, sinks:sinks + n] for x in exact], means)
+            done.append((rows, n, sinks, exact, means, packed))
         self._n_recent = list(n_exact)
         for rows, n, sinks, exact, means, packed in done:
             at = self._n_packed[rows[0]]
@@ -343,7 +346,8 @@ class BatchTurboKVCache(TurboKVCache):
         asked = [b for b, n in enumerate(tokens) if n >= min(auto.FEWEST, max(tokens))]
         choices = []
         for b in asked:
-            keys, observed = self._sides[0].recent[b:b + 1, :, self._n_columns - tokens[b]:self._n_columns], self._observed_of(b)
+            keys = self._sides[0].recent[b:b + 1, :, self._n_columns - tokens[b]:self._n_columns]
+            observed = self._observed_of(b)
             by = "the keys alone" if observed is None else f"{len(observed[1])} queries"
             choices.append((*auto.choose_key_bits(keys, self.config, observed), by))
         bits, errors, by = max(choices, key=lambda choice: _precision(choice[0]))
@@ -391,8 +395,8 @@ class BatchTurboKVCache(TurboKVCache):
         return tuple(LazyKV(x, view, i) for i, x in enumerate(new or view.restore(packed)))
 
     def keys_and_values(self):
-        """The tokens of all rows, [B, n_kv_heads, columns, D] of keys and of values, packed ones dequantized lazily. After
-        an update in its columns, so that layers without a cache of their own can attend with the same mask."""
+        """The tokens of all rows, [B, n_kv_heads, columns, D] of keys and of values, packed ones dequantized lazily.
+        After an update in its columns, so that layers without a cache of their own can attend with the same mask."""
         if self._sides[0].recent is None:
             raise ValueError("the cache is empty: it does not know the shape of its keys and values yet")
         fetched = self._fetch((*self._columns(self._n_packed), self._n_columns))
@@ -406,8 +410,8 @@ class BatchTurboKVCache(TurboKVCache):
         return tuple(mx.take_along_axis(x, index, axis=2) for x in fetched)
 
     def make_mask(self, N, return_array=False, window_size=None):
-        """The mask for the next N tokens: bool [B, 1, N, columns], True where a token is to be attended to. return_array is
-        ignored: there may always be dead tokens to mask."""
+        """The mask for the next N tokens: bool [B, 1, N, columns], True where a token is to be attended to.
+        return_array is ignored: there may always be dead tokens to mask."""
         plan = self._plan(N)
         n_sink, n_packed, _ = plan.columns
         base = sum(plan.columns)  # the column of the first new token
