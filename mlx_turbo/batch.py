@@ -25,11 +25,12 @@ _ROW = ("n_packed", "n_recent", "n_pad", "key_means", "value_means")
 
 
 class _Plan(NamedTuple):
-    """What an update with L tokens does; the mask must know before. Lists are per row.
+    """What an update with n_new tokens does; the mask must know before. Lists are per row.
 
     spans: (first, n), the tokens that are not padding. before, after: how many are packed before and after attention.
     n_packed, n_recent: as attention finds them, without the new tokens, and columns: (sink, packed, recent) then.
     """
+    n_new: int
     decide: bool
     spans: list
     before: list
@@ -177,7 +178,7 @@ class BatchTurboKVCache(TurboKVCache):
         n_packed = [n + more for n, more in zip(self._n_packed, before)]
         n_recent = [recent - more - (config.sink if more and not packed else 0)
                     for recent, more, packed in zip(self._n_recent, before, self._n_packed)]
-        return _Plan(decide, spans, before, after, n_packed, n_recent,
+        return _Plan(n_new, decide, spans, before, after, n_packed, n_recent,
                      (*self._columns(n_packed), self._compacted(n_recent)))
 
     def _compacted(self, n_recent):
@@ -219,7 +220,7 @@ class BatchTurboKVCache(TurboKVCache):
             self._until = [max(n - n_new, 0) for n in self._until]
         self._last = plan.spans
         self._changed()
-        self._shown, self._n_new = plan, n_new
+        self._shown = plan
         self._evaluate()
         if first and not self.undecided:
             return new
@@ -403,7 +404,7 @@ class BatchTurboKVCache(TurboKVCache):
         if self._shown is None:
             return fetched
         now = self._plan(0)
-        index = np.zeros((self._n_rows, sum(self._shown.columns) + self._n_new), np.int32)
+        index = np.zeros((self._n_rows, sum(self._shown.columns) + self._shown.n_new), np.int32)
         for b, row in enumerate(index):
             row[self._shown.live(b)] = now.live(b)
         index = mx.array(index)[:, None, :, None]
@@ -461,6 +462,8 @@ class BatchTurboKVCache(TurboKVCache):
     @classmethod
     def _of(cls, cache):
         """A TurboKVCache as a batch of one row; buffers are shared as long as nothing is appended."""
+        if type(cache) is not TurboKVCache:
+            raise ValueError(f"caches: got a {type(cache).__name__}, allowed are TurboKVCaches")
         batch = cls(cache.config)
         batch.undecided, batch._errors, batch._by = cache.undecided, dict(cache._errors), cache._by
         unpacked = not cache.n_packed

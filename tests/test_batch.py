@@ -234,6 +234,8 @@ def test_what_does_not_belong_together_is_refused(backend):
         TurboKVCache.merge([filled(9), filled(9, key_dim=64)])
     with pytest.raises(ValueError, match="caches of one row"):
         TurboKVCache.merge([filled(9, batch=2)])
+    with pytest.raises(ValueError, match="got a KVCache"):
+        TurboKVCache.merge([filled(9), lm_cache.KVCache()])
     batch = TurboKVCache.merge([filled(9), filled(30)])
     with pytest.raises(ValueError, match="batch size 3"):
         batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
@@ -429,6 +431,55 @@ def test_an_undecided_row_follows_the_others_if_it_is_short_and_decides_if_it_is
         batch = TurboKVCache.merge([waiting, decided])
         assert not batch.undecided and batch._sides[0].bits == want and waiting.undecided
         batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=2))
+
+
+@fast
+@pytest.mark.parametrize("seed", range(6))
+def test_tokens_stay_in_order_while_rows_decide(backend, monkeypatch, seed):
+    """Against lists of tokens: auto keeps all exact here, but rows decide, and pack, at any time and in any company."""
+    monkeypatch.setattr(auto, "FEWEST", 24)
+    monkeypatch.setattr(auto, "choose_key_bits", lambda *_: (0, {}))
+    rng, config = np.random.default_rng(seed), TurboConfig("turbo4v0", 2, 4, 4, auto=True)
+    cache, rows, n_decided = BatchTurboKVCache(config, [0]), [np.zeros((1, 2, 0, 32))], 0
+    for step in range(80):
+        B, steps = len(rows), ["decode", "prompt", "extend", "filter", "trim", "copy"]
+        what = rng.choice(steps, p=[.4, .2, .2, .1, .05, .05])
+        if what in ("decode", "prompt"):
+            width = 1 if what == "decode" else int(rng.integers(1, 40))
+            lengths = [width if what == "decode" else int(rng.integers(0, width + 1)) for _ in rows]
+            new = random_tokens(rng, width, batch=B)
+            cache.prepare(lengths=lengths, right_padding=[width - n for n in lengths])
+            mask = np.array(cache.make_mask(width))
+            fetched = cache.update_and_fetch(*new)
+            cache.observe(mx.zeros((B, 2, width, 32)), 1.0)
+            cache.finalize()
+            rows = [np.concatenate([row, to_numpy(new[0])[b:b + 1, :, :n]], axis=2)
+                    for b, (row, n) in enumerate(zip(rows, lengths))]
+            for b, n in enumerate(lengths):
+                if n:
+                    assert same(to_numpy(fetched[0])[b:b + 1, :, mask[b, 0, n - 1]], rows[b].astype(np.float32))
+        elif what == "extend" and B < 4:
+            other = TurboKVCache(config)
+            keys, values = random_tokens(rng, int(rng.integers(1, 40)))
+            other.update_and_fetch(keys, values)
+            cache.extend(TurboKVCache.merge([other]))
+            rows.append(to_numpy(keys))
+        elif what == "filter":
+            keep = rng.permutation(B)[:rng.integers(1, B + 1)].tolist()
+            cache.filter(keep)
+            rows = [rows[b] for b in keep]
+        elif what == "trim":
+            n = int(rng.integers(1, 9))
+            cache.trim(n)
+            rows = [row[:, :, :max(row.shape[2] - n, 0)] for row in rows]
+        elif what == "copy":
+            cache = copy.deepcopy(cache) if step % 2 else BatchTurboKVCache.from_state(cache.state)
+        assert cache.offset.tolist() == [row.shape[2] for row in rows]
+        n_decided += not cache.undecided
+        for b, row in enumerate(rows):
+            if row.shape[2]:
+                assert same(to_numpy(cache.extract(b).keys_and_values()[0]), row.astype(np.float32))
+    assert 5 < n_decided < 80
 
 
 # ---- attention -------------------------------------------------------------------------------------------------
