@@ -325,21 +325,18 @@ class BatchTurboKVCache(TurboKVCache):
             if not n:
                 continue
             sample = auto.sample_queries(n)
-            positions, columns = ([start + i for i in sample] for start in (self._tokens(b) - n, first))
-            seen = queries, b, columns, positions
-            if queries.shape[2] > auto.N_QUERIES:  # do not keep those of a whole chunk
-                seen = mx.take(queries[b:b + 1], mx.array(columns), axis=2), 0, list(range(len(sample))), positions
+            positions = [self._tokens(b) - n + i for i in sample]
+            seen = queries, b, positions
+            if queries.shape[2] > 1:  # one token's queries are evaluated with the step, and kept as they are
+                seen = mx.take(queries[b:b + 1], mx.array([first + i for i in sample]), axis=2), 0, positions
                 mx.async_eval(seen[0])
-            self._observed[b] = [*([] if n >= auto.N_QUERIES else self._observed[b]), seen][-auto.N_QUERIES:]
+            self._observed[b] = auto.newest([*self._observed[b], seen])
 
     def _observed_of(self, b):
-        """What a TurboKVCache of row b would have observed: (queries, positions, scale, sinks) or None."""
+        """What a TurboKVCache of row b would have observed: ([(queries, positions)], scale, sinks) or None."""
         if not self._observed[b]:
             return None
-        queries = mx.concatenate([q[row:row + 1, :, columns[0]:columns[-1] + 1]
-                                  for q, row, columns, _ in self._observed[b]], axis=2)
-        positions = [p for *_, some in self._observed[b] for p in some]
-        return queries[:, :, -auto.N_QUERIES:], positions[-auto.N_QUERIES:], *self._observed_with
+        return [(q[row:row + 1], positions) for q, row, positions in self._observed[b]], *self._observed_with
 
     def _decide(self):
         """The bits of the keys that the most demanding row needs; rows with too few tokens to tell are not asked."""
@@ -348,9 +345,7 @@ class BatchTurboKVCache(TurboKVCache):
         choices = []
         for b in asked:
             keys = self._sides[0].recent[b:b + 1, :, self._n_columns - tokens[b]:self._n_columns]
-            observed = self._observed_of(b)
-            by = "the keys alone" if observed is None else f"{len(observed[1])} queries"
-            choices.append((*auto.choose_key_bits(keys, self.config, observed), by))
+            choices.append(auto.choose_by(keys, self.config, self._observed_of(b)))
         bits, errors, by = max(choices, key=lambda choice: _precision(choice[0]))
         self._decided(bits, errors, by)
 
@@ -483,8 +478,8 @@ class BatchTurboKVCache(TurboKVCache):
         batch._n_packed, batch._n_recent = [cache.n_packed], [cache.n_recent + (cache.n_sink if unpacked else 0)]
         batch._n_columns = batch._n_recent[0]
         if cache._observed is not None:
-            queries, positions, *rest = cache._observed
-            batch._observed, batch._observed_with = [[(queries, 0, list(range(len(positions))), positions)]], rest
+            seen, *batch._observed_with = cache._observed
+            batch._observed = [[(queries, 0, positions) for queries, positions in seen]]
         batch._set_offset()
         return batch
 

@@ -339,17 +339,16 @@ class TurboKVCache:
         if not self.undecided:
             return
         n = queries.shape[2]
-        sample = auto.sample_queries(n)
-        positions = [self.offset - n + i for i in sample]
-        queries = queries[:, :, sample[0]:] if len(sample) == n - sample[0] else mx.take(queries, mx.array(sample), axis=2)
-        if self._observed is not None and n < auto.N_QUERIES:
-            queries = mx.concatenate([self._observed[0], queries], axis=2)[:, :, -auto.N_QUERIES:]
-            positions = (self._observed[1] + positions)[-auto.N_QUERIES:]
-        self._observed = queries, positions, scale, sinks
+        if n > 1:  # one token's queries are evaluated with the step, and kept as they are
+            sample = auto.sample_queries(n)
+            queries, positions = mx.take(queries, mx.array(sample), axis=2), [self.offset - n + i for i in sample]
+            mx.async_eval(queries)
+        else:
+            positions = [self.offset - 1]
+        seen = self._observed[0] if self._observed else []
+        self._observed = auto.newest([*seen, (queries, positions)]), scale, sinks
         if self.n_recent > self._capacity():
             self._decide()
-        else:
-            mx.async_eval(queries)
 
     def _capacity(self):
         """Tokens from which on recent ones are packed."""
@@ -366,9 +365,7 @@ class TurboKVCache:
         the keys alone."""
         parts = [(side.sink, side.recent[:, :, :self.n_recent]) for side in self._sides]
         keys = mx.concatenate([parts[0][0][:, :, :self.n_sink], parts[0][1]], axis=2) if self.n_sink else parts[0][1]
-        observed = self._observed
-        bits, self._errors = auto.choose_key_bits(keys, self.config, observed)
-        self._by = "the keys alone" if observed is None else f"{len(observed[1])} queries"
+        bits, self._errors, self._by = auto.choose_by(keys, self.config, self._observed)
         self._sides[0].bits, self.undecided, self._observed = bits, False, None
         if self.n_recent > self._capacity():
             self._pack([recent for _, recent in parts])

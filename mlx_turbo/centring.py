@@ -16,7 +16,7 @@ from .kernels import ONE_SEGMENT
 SEGMENT = 128  # packed tokens that share a mean of keys: 16 / SEGMENT = 0.125 bits per number where it is used
 SLICE = 1024  # tokens that are summed at a time
 SHARE = 0.25  # of the energy of a head's tokens that their means must carry: at 0.16 the error falls as by 0.125 bits
-FEWEST = 32  # tokens from which it can be told
+FEWEST = 16  # tokens from which it can be told
 
 
 def segment_of(side):

@@ -6,14 +6,13 @@ import argparse
 import contextlib
 import functools
 import importlib
-import json
 import logging
 import sys
 import warnings
 from pathlib import Path
 
 from . import BackendError, TurboConfig, TurboKVCache, __version__, models
-from . import describe, get_backend, make_prompt_cache, use_backend
+from . import describe, make_prompt_cache, use_backend
 
 DEMO_MODEL = Path(__file__).resolve().with_name("demo_model")
 DEMO_PROMPT = "Once upon a time"
@@ -310,90 +309,14 @@ def generate(argv):
     return 0
 
 
-# ---- eval --------------------------------------------------------------------------------------------------
-def _progress(done, total):
-    if sys.stderr.isatty():
-        bar, end = "#" * (40 * done // total), "\n" if done == total else ""
-        print(f"\r[{bar:.<40}] {done}/{total} tokens", end=end, file=sys.stderr, flush=True)
-
-
-def _eval_parser():
-    parser = Parser(
-        prog="mlx-turbo eval",
-        description="Perplexity of a text, and how far the model's output moves from the uncompressed "
-                    "cache's: KL divergence (nats per token) and how often the likeliest token is the same. "
-                    "The text passes through the cache in chunks, so all but the newest tokens come from it.")
-    add = parser.add_argument
-    add("--model", help="a local folder or a Hugging Face id (default: the embedded demo model)")
-    add("--text", metavar="FILE", help="text to read (default: held-out stories of the demo model)")
-    add("--tokens", type=int, default=2048, metavar="N", help="at most so many (default: 2048)")
-    add("--chunk", type=int, default=32, metavar="N", help="tokens per step (default: 32)")
-    add("--dtype", choices=["float32", "bfloat16", "float16", "model"],
-        help="of the model's parameters (default: float32 on the CPU, else the model's own; bfloat16 noise "
-             "alone is a KL divergence of about 0.003)")
-    add("--json", action="store_true", help="JSON instead of a table")
-    add_cache_arguments(parser).add_argument(
-        "--kv", nargs="+", action="extend", metavar="SCHEME",
-        help=f"schemes to compare with the uncompressed cache (default: {DEFAULT_SCHEME})")
-    return parser
-
-
-def evaluate(argv):
-    """`mlx-turbo eval`: fidelity.compare as a table or as JSON."""
-    args = _eval_parser().parse_args(argv)
-    for name, least in (("tokens", 2), ("chunk", 1)):
-        if getattr(args, name) < least:
-            raise CliError(f"--{name}: got {getattr(args, name)}, allowed are whole numbers from {least} on")
-    configs = {scheme: kv_config(scheme, args) for scheme in args.kv or [DEFAULT_SCHEME]}
-    configs.pop("none", None)  # it is what the others are compared with
-    path = Path(args.text or DEMO_MODEL / "stories.txt")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise CliError(f"--text: cannot read {str(path)!r}: {_one_line(e)}") from e
-
-    import mlx.core as mx
-
-    from . import fidelity
-    load = importlib.import_module("mlx_lm.utils").load
-    model, tokenizer = load_model(load, args.model or DEMO_MODEL, "--model")
-    model_name = args.model or "embedded demo model"
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    dtype = args.dtype or ("float32" if on_cpu else "model")
-    if dtype != "model":
-        model.set_dtype(getattr(mx, dtype))
-    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
-    tokens = tokenizer.encode(text)[:args.tokens]
-    if len(tokens) < 2:
-        raise CliError(f"--text: {str(path)!r} has {len(tokens)} tokens, at least 2 are needed")
-    _warn_beyond_context(model, len(tokens), 0)
-    with use_backend(args.backend):
-        results = fidelity.compare(model, tokens, configs, args.chunk, _progress)
-        backend = get_backend().describe()
-    rows = []
-    for name, (measured, cache) in results.items():
-        rows.append({"kv": name, **measured, **summarize(cache)})
-        if name == "none":
-            del rows[0]["layers"]
-        rows[-1]["perplexity_change"] = measured["perplexity"] / rows[0]["perplexity"] - 1
-    if args.json:
-        print(json.dumps({"model": model_name, "text": str(path), "tokens": len(tokens), "chunk": args.chunk,
-                          "dtype": dtype, "backend": backend, "results": rows}, indent=2))
-        return 0
-    print(f"{model_name}, {len(tokens)} tokens of {path.name} in chunks of {args.chunk}, dtype {dtype}\n")
-    print(f"{'kv':<10}{'perplexity':>11}{'change':>9}{'KLD nats':>11}{'same top-1':>12}{'cache MB':>10}"
-          f"{'bits/value':>12}")
-    for row in rows:
-        bits = row.get("packed_bits_per_value")
-        print(f"{row['kv']:<10}{row['perplexity']:>11.4f}{row['perplexity_change']:>9.2%}{row['kld']:>11.6f}"
-              f"{row['top1']:>12.2%}{row['nbytes'] / 1e6:>10.3f}{f'{bits:.3f}' if bits else '-':>12}")
-    print(f"\nbits/value: of packed tokens, scale included. Backend: {backend}")
-    for layers in dict.fromkeys(row["layers"] for row in rows[1:]):
-        print(layers)
-    return 0
-
-
 # ---- the command -------------------------------------------------------------------------------------------
+def evaluate(argv):
+    """`mlx-turbo eval`."""
+    from .evaluate import main as evaluate_main
+
+    return evaluate_main(argv)
+
+
 def doctor(argv):
     """`mlx-turbo doctor`."""
     from .doctor import main as doctor_main
@@ -410,7 +333,7 @@ def plan(argv):
 
 COMMANDS = {
     "generate": (generate, "write text with a compressed KV cache (every flag of mlx_lm.generate)"),
-    "eval": (evaluate, "perplexity and KL divergence of a compressed cache against an uncompressed one"),
+    "eval": (evaluate, "perplexity, KL divergence and recall of compressed caches against the uncompressed one"),
     "plan": (plan, "how many tokens fit into a memory size with each scheme, from a model's configuration"),
     "doctor": (doctor, "build every kernel and check it against the oracle on this machine"),
 }

@@ -1,15 +1,24 @@
-"""How far a compressed cache moves a model's output: perplexity, KL divergence, agreement of the top token.
+"""How far a compressed cache moves a model's output: perplexity, KL divergence, agreement of the top token, recall of
+facts hidden in a long text, and the bits that the cache holds per number for it.
 
-All numbers are teacher-forced: the model reads a given text chunk by chunk through its cache, so that it
-attends to tokens which the cache gives back. Small chunks matter: the tokens of the chunk itself are exact.
+The first three are teacher-forced: the model reads a given text chunk by chunk through its cache, so that it attends
+to tokens which the cache gives back. Small chunks matter: in ours the tokens of the chunk itself are exact.
 """
+import copy
+import itertools
 import math
+import random
+import re
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from .models import make_prompt_cache
+from .cache import TurboKVCache
+
+PROJECTED_TOKENS = 32768
 
 
+# ---- distance between outputs --------------------------------------------------------------------------------
 def log_probabilities(logits):
     """log softmax of logits [..., vocabulary], float32."""
     logits = logits.astype(mx.float32)
@@ -36,31 +45,213 @@ def same_top1(log_p, log_q):
     return log_p.argmax(-1) == log_q.argmax(-1)
 
 
-def compare(model, tokens, configs, chunk=32, progress=None):
-    """Read `tokens` through an uncompressed cache and through one per configuration, side by side.
+def standard_error(samples):
+    """Of the mean of independent samples; None for fewer than two."""
+    n = len(samples)
+    if n < 2:
+        return None
+    mean = sum(samples) / n
+    return math.sqrt(sum((x - mean) ** 2 for x in samples) / (n - 1) / n)
 
-    tokens: token ids of one text, at least 2. configs: name -> scheme, Scheme or TurboConfig. chunk: tokens
-    per step. progress: called with (tokens done, tokens in all).
 
-    Returns name -> ({"perplexity", "kld" (mean, nats per token), "top1" (fraction)}, prompt cache), first
-    "none", the uncompressed cache.
+def compare(model, windows, make_caches, chunk=32, progress=None):
+    """Read each window through one fresh cache of every kind, side by side.
+
+    windows: lists of token ids, each at least 2 long, read independently. make_caches: name -> function that makes a
+    prompt cache; the first is what the others are compared with. chunk: tokens per step. progress: called with the
+    number of tokens done since the last call.
+
+    Returns name -> ({"perplexity", "kld" (mean, nats per token), "kld_se" (standard error of the windows' means, None
+    for one window), "top1" (fraction)}, the prompt cache after the last window).
     """
-    from mlx_lm.models.cache import make_prompt_cache as make_plain_cache
+    sums = {name: [] for name in make_caches}  # per window: [nll, kld, same top-1], each per token
+    for window in windows:
+        caches = {name: make() for name, make in make_caches.items()}
+        tokens, n = mx.array(window), len(window) - 1
+        totals = {name: mx.zeros(3) for name in caches}
+        for start in range(0, n, chunk):
+            inputs, targets = tokens[start:min(start + chunk, n)], tokens[start + 1:start + chunk + 1]
+            log_p = None
+            for name, cache in caches.items():
+                log_q = log_probabilities(model(inputs[None], cache=cache)[0])
+                log_p = log_q if log_p is None else log_p
+                totals[name] += mx.stack([negative_log_likelihood(log_q, targets).sum(),
+                                          kl_divergence(log_p, log_q).sum(),
+                                          same_top1(log_p, log_q).sum().astype(mx.float32)])
+                mx.eval(totals[name])
+            if progress:
+                progress(len(inputs))
+        for name, total in totals.items():
+            sums[name].append([x / n for x in total.tolist()])
+    n_tokens, results = [len(window) - 1 for window in windows], {}
+    for name, rows in sums.items():
+        nll, kld, top1 = (sum(n * x for n, x in zip(n_tokens, column)) / sum(n_tokens) for column in zip(*rows))
+        results[name] = ({"perplexity": perplexity(nll), "kld": kld, "kld_se": standard_error([r[1] for r in rows]),
+                          "top1": top1}, caches[name])
+    return results
 
-    caches = {"none": make_plain_cache(model)}
-    caches |= {name: make_prompt_cache(model, config) for name, config in configs.items()}
-    totals = {name: [0.0, 0.0, 0.0] for name in caches}
-    tokens, n = mx.array(tokens), len(tokens) - 1
-    for start in range(0, n, chunk):
-        inputs, targets = tokens[start:min(start + chunk, n)], tokens[start + 1:start + chunk + 1]
-        log_p = None
-        for name, cache in caches.items():
-            log_q = log_probabilities(model(inputs[None], cache=cache)[0])
-            log_p = log_q if log_p is None else log_p
-            sums = mx.stack([negative_log_likelihood(log_q, targets).sum(), kl_divergence(log_p, log_q).sum(),
-                             same_top1(log_p, log_q).sum().astype(mx.float32)]).tolist()
-            totals[name] = [a + b for a, b in zip(totals[name], sums)]
+
+# ---- bits per number -----------------------------------------------------------------------------------------
+def _sides_of(cache):
+    """Keys and values of one layer's cache as ([(array that grows with the tokens, tokens per row)], head_dim, batch *
+    kv heads), or None for a cache that holds no plain keys and values."""
+    from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+    if type(cache) not in (KVCache, QuantizedKVCache, TurboKVCache) or cache.offset == 0:
+        return None
+    if isinstance(cache, TurboKVCache):
+        return [([(a, n) for a, n in ((side.codes, 1), (side.scale, 1), (side.means, side.segment)) if a is not None],
+                 side.head_dim, side.recent.shape[0] * side.recent.shape[1]) for side in cache._sides]
+    if isinstance(cache, QuantizedKVCache):
+        return [([(a, 1) for a in side], side[0].shape[-1] * 32 // cache.bits, side[0].shape[0] * side[0].shape[1])
+                for side in (cache.keys, cache.values)]
+    return [([(a, 1)], a.shape[-1], a.shape[0] * a.shape[1]) for a in (cache.keys, cache.values)]
+
+
+def _bytes_per_token(arrays):
+    """Of buffers [B, H, rows, *] as a 16-bit model's cache would hold them: float32 counts half."""
+    return sum(a.nbytes / a.shape[2] / n / (2 if a.dtype == mx.float32 else 1) for a, n in arrays)
+
+
+def resident_bits(prompt_cache):
+    """8 * bytes of all buffers / numbers held, over the layers with plain keys and values; None if there are none."""
+    held = values = 0
+    for cache in prompt_cache:
+        if sides := _sides_of(cache):
+            values += cache.offset * sum(head_dim * heads for _, head_dim, heads in sides)
+            ours = isinstance(cache, TurboKVCache)
+            held += cache.nbytes if ours else sum(a.nbytes for arrays, _, _ in sides for a, _ in arrays)
+    return 8 * held / values if values else None
+
+
+def packed_bits(prompt_cache):
+    """Bits per number of the tokens that are not in an exact window, scales included, in the cache of a 16-bit model,
+    from the buffers as they are; None if there are no such tokens yet."""
+    total = values = 0
+    for sides in filter(None, map(_sides_of, prompt_cache)):
+        if not all(arrays for arrays, _, _ in sides):
+            return None
+        total += 8 * sum(_bytes_per_token(arrays) for arrays, _, _ in sides)
+        values += sum(head_dim * heads for _, head_dim, heads in sides)
+    return total / values if values else None
+
+
+def projected_bits(prompt_cache, n_tokens=PROJECTED_TOKENS):
+    """`resident_bits` of the same caches of a 16-bit model with n_tokens: buffers of exact tokens (sink, recent +
+    block) at 16 bits, the rest as packed now, in buffers that grow in steps. None if nothing is packed yet."""
+    total = values = 0
+    for cache in prompt_cache:
+        sides = _sides_of(cache)
+        if not sides:
+            continue
+        if not all(arrays for arrays, _, _ in sides):
+            return None
+        numbers = sum(head_dim * heads for _, head_dim, heads in sides)
+        exact = n_rest = 0
+        if isinstance(cache, TurboKVCache):
+            exact, n_rest = cache.config.sink + cache.config.recent + cache.config.block, \
+                cache.config.sink + cache.config.recent
+        capacity = -(-(n_tokens - n_rest) // cache.step) * cache.step
+        total += 8 * capacity * sum(_bytes_per_token(arrays) for arrays, _, _ in sides) + 16 * exact * numbers
+        values += n_tokens * numbers
+    return total / values if values else None
+
+
+# ---- needles -------------------------------------------------------------------------------------------------
+# The wording on which the embedded model was trained (scripts/train_demo_model.py); any other model reads it too.
+NAMES = ("Lily Tom Ben Anna Max Mia Sam Tim Lucy Jack Sara Timmy Sue Bob Amy Leo Emma Jane Billy Daisy Spot Bella "
+         "Mark Joe Molly Fred Kate Nick Rose Kim Zoe Pete Ella Dan Ruby Luke Nina Finn Roxy Milo Ollie Polly Jim "
+         "Sally Mary John Lola Buddy Rex Grace").split()
+WHAT = ("secret number", "magic number", "lucky number", "door code")
+FACTS = (" The {what} of {name} is {digits}.", " {name}'s {what} is {digits}.",
+         " Remember, the {what} of {name} is {digits}.")
+QUESTIONS = ("\n\nQuestion: What is the {what} of {name}? Answer:", "\n\nQuestion: What is {name}'s {what}? Answer:")
+SENTENCE_END = re.compile(r"""(?<=[.!?])(?=\s)|(?<=[.!?]["'])(?=\s)|(?=\n)""")
+LONGEST_PIECE = 64  # tokens; a text without sentences is cut into these
+
+
+class Question(NamedTuple):
+    """tokens: as asked after the document. number: the four digits to answer. depth: of the fact, 0 = start."""
+    tokens: list
+    number: str
+    depth: float
+
+
+class NeedleDocument(NamedTuple):
+    """tokens: the text with its facts, without a question."""
+    tokens: list
+    questions: list
+
+
+def needle_documents(text, tokenizer, length, n_documents=10, n_facts=10, seed=0):
+    """Documents of sentences from `text` with n_facts facts hidden in each ("The secret number of Milo is 8 7 2 6."),
+    and a question about each fact. The depths of all n_documents * n_facts facts are spread evenly over 0..1.
+
+    length: tokens of a document with a question. The same arguments give the same documents.
+
+    Raises ValueError for a text without tokens, too many facts, or a length that has no room for them.
+    """
+    def encode(piece):
+        return tokenizer.encode(piece, add_special_tokens=False)
+
+    rng = random.Random(f"{seed} {length}")
+    pieces, ids = [p for p in SENTENCE_END.split(text) if p.strip()], {}
+    if n_facts > len(NAMES) * len(WHAT):
+        raise ValueError(f"n_facts: got {n_facts}, at most {len(NAMES) * len(WHAT)} have names of their own")
+    if not pieces:
+        raise ValueError("text: there is none to hide facts in")
+    out, start = [], tokenizer.encode("")  # a model that wants one has its first token there
+    for i in range(n_documents):
+        pairs = rng.sample([(name, what) for name in NAMES for what in WHAT], n_facts)
+        numbers = ["".join(rng.choices("0123456789", k=4)) for _ in pairs]
+        facts = [encode(rng.choice(FACTS).format(name=name, what=what, digits=" ".join(number)))
+                 for (name, what), number in zip(pairs, numbers)]
+        asked = [encode(rng.choice(QUESTIONS).format(name=name, what=what)) for name, what in pairs]
+        depths = [(j + (i + 0.5) / n_documents) / n_facts for j in range(n_facts)]
+        n_filler = length - len(start) - sum(map(len, facts)) - max(map(len, asked))
+        if n_filler < n_facts:
+            raise ValueError(f"length: got {length}, too short for {n_facts} facts and a question")
+        filler, at = [], rng.randrange(len(pieces))
+        while sum(map(len, filler)) < n_filler:
+            at %= len(pieces)
+            if at not in ids:
+                ids[at] = encode(pieces[at])
+            filler += [ids[at][k:k + LONGEST_PIECE] for k in range(0, len(ids[at]), LONGEST_PIECE)]
+            at += 1
+        filler[-1] = filler[-1][:len(filler[-1]) - (sum(map(len, filler)) - n_filler)]
+        boundaries = [0, *itertools.accumulate(map(len, filler))]
+        where = [min(range(len(boundaries)), key=lambda k: abs(boundaries[k] - depth * n_filler)) for depth in depths]
+        tokens = list(start)
+        for k, piece in enumerate([*filler, []]):
+            for fact, place in zip(facts, where):
+                tokens += fact if place == k else []
+            tokens += piece
+        out.append(NeedleDocument(tokens, [Question(*q) for q in zip(asked, numbers, depths)]))
+    return out
+
+
+def recalls(model, tokenizer, document, make_cache, chunk=128, max_tokens=32, progress=None):
+    """Whether the model answers each question about a document, a list of bool.
+
+    The document passes through the cache in chunks, so that it is packed as it would be; then each question is asked
+    after a copy of that cache and answered greedily. Right is an answer whose first digits are the number.
+    """
+    cache = make_cache()
+    for start in range(0, len(document.tokens), chunk):
+        piece = mx.array(document.tokens[start:start + chunk])
+        mx.eval(model(piece[None], cache=cache))
         if progress:
-            progress(min(start + chunk, n), n)
-    return {name: ({"perplexity": perplexity(nll / n), "kld": kld / n, "top1": top1 / n}, caches[name])
-            for name, (nll, kld, top1) in totals.items()}
+            progress(piece.size)
+    out = []
+    for question in document.questions:
+        used, tokens, digits = copy.deepcopy(cache), [], ""
+        logits = model(mx.array(question.tokens)[None], cache=used)
+        while len(tokens) < max_tokens and len(digits) < len(question.number):
+            tokens.append(logits[0, -1].argmax().item())
+            if tokens[-1] in tokenizer.eos_token_ids:
+                break
+            digits = re.sub(r"\D", "", tokenizer.decode(tokens))
+            if len(digits) < len(question.number):
+                logits = model(mx.array(tokens[-1:])[None], cache=used)
+        out.append(digits.startswith(question.number))
+    return out

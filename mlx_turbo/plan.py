@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import models
@@ -235,7 +235,8 @@ def _measured(config, key_dim, value_dim, dtype):
 
 def cache_bytes(layers, configs, tokens):
     """Bytes of a prompt cache that holds so many tokens of one sequence. layers, configs: as from `layers_of` and
-    `configs_of`. A compressed layer counts at least sink + recent + STEP tokens.
+    `configs_of`. A compressed layer counts at least sink + recent + STEP tokens; what depends on the text, means and the
+    key bits that `auto` chooses, is not counted.
 
     Raises ValueError for a head_dim that cannot be packed.
     """
@@ -244,7 +245,7 @@ def cache_bytes(layers, configs, tokens):
         if config is None or layer.shape is None:
             total += layer.nbytes(tokens)
             continue
-        least, step = _measured(config, *layer.shape[1:], layer.dtype)
+        least, step = _measured(replace(config, auto=False), *layer.shape[1:], layer.dtype)
         packed = max(tokens - config.sink - config.recent, 1)
         total += layer.shape[0] * (least + step * (-(-packed // STEP) - 1))
     return total
@@ -366,6 +367,8 @@ def _table(p, memory_is):
                   f"{_size(r['total_bytes']):>14}{'yes' if r['fits'] else 'no':>6}")
     print("\ncompressed: so many of the caches; the others stay as mlx-lm makes them. bytes/token: of a further token "
           "of a sequence.\nNot counted: the working memory of a prompt chunk.")
+    if any(r["kv"] == "auto" for r in p["results"]):
+        print("auto: if turbo4 is enough for every layer; it decides on the first prompt chunk, and keys can take more.")
     most = max((r["tokens"] or 0 for r in p["results"]), default=0) if p["tokens"] is None else p["tokens"]
     if p["context"] and most > p["context"]:
         print(f"The model was made for {p['context']:,} tokens.")

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_turbo import ops, reference, rotation
+from mlx_turbo import cli, ops, reference, rotation
 from mlx_turbo.fallback import CpuBackend
 from mlx_turbo.kernels import MetalBackend
 from mlx_turbo.scheme import SCALES
@@ -113,3 +113,18 @@ def generated_texts(monkeypatch):
         return out
     monkeypatch.setattr(metalsim.launch, "generate", remember)
     return texts
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*argv) -> (exit code, stdout, stderr) of the command, in this process."""
+
+    def run(*argv):
+        capsys.readouterr()
+        try:
+            code = cli.main([str(a) for a in argv])
+        except SystemExit as e:  # argparse's --help and --version
+            code = e.code
+        return code, *capsys.readouterr()
+
+    return run

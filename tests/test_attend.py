@@ -172,15 +172,11 @@ def test_packed_tokens_may_be_relative_to_means(bits):
     check_means(bits, dims=(64, 96), G=2)
 
 
-def check_means(bits, **options):
-    """Several segments, one begins at each place of a tile; a start moves the tiles."""
+def check_means(bits, launches=LAUNCHES.values(), **options):
+    """Several segments; the starts move the tiles, so that segments begin inside them."""
     options = dict(bits=bits, Hkv=2, B=2, means=True) | options
-    case = make_case(**options, counts=(4, 300, 33))
-    check(case, LAUNCHES.values(), starts=mx.array([37, 170], mx.int32))
-    check(make_case(**options, counts=(0, 257, 0)))  # the last segment is one token
-    for side in (case.keys, case.values):
-        assert side.means.shape[2] > -(-300 // side.segment)  # and beyond what is used, NaN
-    return case
+    check(make_case(**options, counts=(4, 300, 33)), launches, starts=mx.array([37, 170], mx.int32))
+    check(make_case(**options, counts=(0, 257, 0)), launches)  # the last segment is one token
 
 
 def test_many_rows_that_share_a_tile_have_their_own_means():
@@ -268,7 +264,7 @@ def test_chosen_combinations_agree_with_the_oracle(combination):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(combinations())
 def test_many_combinations_agree_with_the_oracle(combination):
     check_combination(*combination)
@@ -285,8 +281,8 @@ def test_every_scheme_pair_agrees_with_the_oracle(key_bits, value_bits, order):
 @pytest.mark.slow
 @pytest.mark.parametrize("key_bits, value_bits", list(itertools.product((0, 2, 3, 4, 8), repeat=2)))
 def test_every_scheme_pair_with_means_agrees_with_the_oracle(key_bits, value_bits):
-    for G, L in ((1, 1), (4, 2), (6, 2)):  # tiles of 128, of 64, shared ones of 32
-        check_means((key_bits, value_bits), dims=(128, 128), G=G, L=L)
+    for G, L, launch in ((1, 1, ONE), (4, 2, TWO), (6, 2, TWO)):  # tiles of 128, of 64, shared ones of 32
+        check_means((key_bits, value_bits), [launch], dims=(128, 128), G=G, L=L)
 
 
 @pytest.mark.slow

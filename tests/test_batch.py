@@ -551,7 +551,7 @@ class Walk:
                 c.finalize()
         for i, (b, n) in enumerate(zip(rows, lengths)):
             want = self._logits(tokens[i:i + 1, :n], self.alone[b])
-            self.worst = max(self.worst, np.abs(got[i:i + 1, :n] - want).max() / np.abs(want).max())
+            self.worst = np.maximum(self.worst, np.abs(got[i:i + 1, :n] - want).max() / np.abs(want).max())  # keeps NaN
 
     def _logits(self, tokens, cache):
         return np.concatenate([to_numpy(self.model(mx.array(tokens[:, i:i + self.chunk]), cache=cache))
@@ -586,6 +586,7 @@ def test_logits_of_a_batch_are_those_of_its_rows_alone(backend, scheme):
 
 
 @fast
+@pytest.mark.filterwarnings("ignore:nothing is compressed", "ignore:invalid value")
 @pytest.mark.parametrize("name", [
     "gemma3n", "gpt_oss", "deepseek_v3",
     *(pytest.param(n, marks=pytest.mark.slow) for n in families.all_names() if n not in families.NOT_BUILT)])
@@ -597,6 +598,8 @@ def test_every_family_that_mlx_lm_batches_is_batched_with_our_caches(backend, na
         walk, made = Walk(model, [make(), make()]), [make(), make()]
         if not all(hasattr(c, "merge") for c in made[0]):
             pytest.skip("a cache of this family cannot be batched")
+        if worst and not any(type(c) is TurboKVCache for c in made[0]):
+            pytest.skip("nothing of this family is compressed")
         try:
             batch = merged(made)
             for lengths in ([40, 23], *[[1, 1]] * 12, [3, 1]):
@@ -606,7 +609,7 @@ def test_every_family_that_mlx_lm_batches_is_batched_with_our_caches(backend, na
                 pytest.skip("mlx-lm does not batch this family")
             raise
         worst.append(walk.worst)
-        if worst[0] > 1e-4:
+        if not worst[0] < 1e-4:
             pytest.skip(f"mlx-lm's own batch is {worst[0]:.0e} off the rows alone")
     assert worst[1] < 1e-4, worst
 

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from mlx_lm.models.cache import KVCache
 from mlx_turbo import Scheme, TurboConfig, TurboKVCache, ops
 from mlx_turbo.cache import _HEADER, FORMAT_VERSION
+from mlx_turbo.scheme import SCALES
 from mlx_turbo.fallback import CpuBackend
 from mlx_turbo.kernels import compare_quantized, compare_vectors
 from mlx_turbo.reference import dequantize, quantize
@@ -454,10 +455,36 @@ def test_an_unknown_scheme_is_refused_with_the_known_ones(scheme):
     (dict(sink=-1), "sink: got -1, allowed are whole numbers from 0"),
     (dict(recent=2.5), "recent: got 2.5, allowed are whole numbers from 0"),
     (dict(block=0), "block: got 0, allowed are whole numbers from 1"),
-    (dict(seed=True), "seed: got True")])
+    (dict(seed=True), "seed: got True"),
+    (dict(scale="l2"), r"scale: got 'l2', allowed are \('inner-product', "),
+    (dict(centre=None), r"centre: got None, allowed are \(False, True\)"),
+    (dict(auto=2), "auto: got 2, allowed are"),
+    (dict(boundary=-1), "boundary: got -1, allowed are whole numbers from 0")])
 def test_a_bad_option_is_refused_by_its_name(options, message):
     with pytest.raises(ValueError, match=message):
         TurboKVCache("turbo4", **options)
+
+
+def test_names_and_layers_of_a_configuration():
+    assert [TurboConfig(s).name for s in ("auto", "turbo4", "turbo8v4")] == ["auto", "turbo4", "turbo8v4"]
+    assert TurboConfig("turbo3", auto=True).name == "auto from turbo3"
+    assert TurboConfig.of("auto", sink=9) == TurboConfig("turbo4", sink=9, auto=True)
+    config = TurboConfig("turbo4v3", boundary=2)
+    assert [config.for_layer(i, 6).scheme.name for i in range(6)] == ["turbo8v3"] * 2 + ["turbo4v3"] * 2 + ["turbo8v3"] * 2
+    exact = TurboConfig("turbo0v4", boundary=1)
+    assert exact.for_layer(0, 6) == exact
+
+
+@fast
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_scale_rule_is_the_configuration_s(backend, scale):
+    keys, values = random_tokens(np.random.default_rng(0), 90)
+    cache = TurboKVCache("turbo2", sink=0, recent=0, scale=scale)
+    cache.update_and_fetch(keys, values)
+    for side, x in zip(stored(cache), (keys, values)):
+        want = quantize(to_numpy(x), 2, scale=scale)
+        assert compare_quantized(side["codes"], side["scale"], want) is None
+    assert TurboKVCache.from_state(cache.state).config == cache.config
 
 
 def changed(tokens, name, change):

@@ -1,4 +1,4 @@
-"""The embedded model: it loads, it reads and recalls, and its training script matches it."""
+"""The embedded model: it loads, it reads, and its training script matches it."""
 import json
 import math
 import runpy
@@ -26,11 +26,6 @@ def demo():
     return model, tokenizer
 
 
-@pytest.fixture(scope="module")
-def needles():
-    return [json.loads(line) for line in (DEMO_MODEL / "needles.jsonl").read_text().splitlines()]
-
-
 def stories():
     return [s.strip() for s in (DEMO_MODEL / "stories.txt").read_text().split(EOT)]
 
@@ -55,28 +50,11 @@ def test_held_out_stories_read_well(demo):
     assert math.exp(-log_p.mean().item()) < 8.0  # measured: 7.56
 
 
-def test_needles_are_recalled(demo, needles):
-    model, tokenizer = demo
-    asked = [n for n in needles if n["context"] == 512][::4]
-    recalled = 0
-    for needle in asked:
-        prompt, answer = tokenizer.encode(needle["prompt"]), tokenizer.encode(needle["answer"])
-        guess = model(mx.array(prompt + answer)[None])[0, len(prompt) - 1: -1].argmax(-1).tolist()
-        recalled += guess == answer
-    assert recalled >= len(asked) - 1  # measured: 4 of these 5, 19 of all 20
-
-
-def test_excerpts_are_complete_stories_and_well_formed_needles(demo, needles):
-    _, tokenizer = demo
+def test_excerpts_are_complete_stories():
     assert len(stories()) == 36
     for story in stories():
         assert story[0].isupper() or story[0] == '"'
         assert story.endswith((".", "!", "?", '"'))
-    assert sorted(n["context"] for n in needles) == [512] * 20 + [1024] * 20
-    for needle in needles:
-        assert len(tokenizer.encode(needle["prompt"])) <= needle["context"]
-        assert needle["prompt"].endswith("Answer:")
-        assert needle["prompt"].count(needle["answer"]) == 1
 
 
 @pytest.mark.parametrize("stage", [[], ["prepare"], ["tokenizer"], ["train"], ["export"], ["quantize"]])

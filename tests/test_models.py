@@ -104,6 +104,8 @@ def test_every_plain_layer_gets_a_compressed_cache(backend, model):
     cache = make_prompt_cache(model, "turbo8v4")
     assert [type(c) for c in cache] == [TurboKVCache] * 4 and len({id(c) for c in cache}) == 4
     assert all(c.config == TurboConfig("turbo8v4") for c in cache)
+    cache = make_prompt_cache(model, TurboConfig("turbo4", boundary=1))
+    assert [c.config.scheme.key_bits for c in cache] == [8] + [4] * (len(cache) - 2) + [8]
     assert describe(cache) == "4 of 4 layers compressed"
     assert make_prompt_cache(model)[0].config.scheme == Scheme(4, 4)
     assert make_prompt_cache(model, SMALL)[3].config == SMALL

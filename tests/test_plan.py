@@ -187,6 +187,13 @@ def test_the_window_is_counted(run):
     assert more - less == 4 * 2 * 2 * 960 * 128 * 2 - 4 * 2 * 2 * 1024 * 66  # so many more exact, fewer packed
 
 
+def test_auto_is_counted_with_the_bits_it_starts_from(run):
+    code, out, _ = run("--kv", "auto", "turbo4", "--json")
+    auto, turbo4 = json.loads(out)["results"]
+    assert code == 0 and auto["tokens"] == turbo4["tokens"] and auto["bytes_per_token"] == turbo4["bytes_per_token"]
+    assert "decides on the first prompt chunk" in run("--kv", "auto")[1]
+
+
 def test_a_model_without_growing_caches(run, folder):
     code, out, _ = run("--model", folder(families.config("mamba")), "--memory", "1GB", "--kv", "none", "turbo4")
     assert code == 0 and out.count("any number") == 2 and "computed from the configuration" in out

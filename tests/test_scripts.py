@@ -74,3 +74,22 @@ def test_packing_cost_counts_what_the_ceilings_of_the_kernel_tests_allow():
         assert 10 < r["quantize_ops"] <= QUANTIZE_CEILING[case] + 0.1
         assert 10 < r["dequantize_ops"] <= DEQUANTIZE_CEILING[case] + 0.1
         assert r["quantize_bytes"] == pytest.approx(2 + r["bits"] / 8 + 2 / r["head_dim"], abs=0.002)
+
+
+def test_ablation_measures_what_each_protection_contributes(tmp_path):
+    rows = ["4 bits, the paper's scale, nothing else", "+ inner-product scale", "+ recent 64 = the default"]
+    picture = tmp_path / "ablation.png"
+    out = json.loads(run("ablation.py", "--tokens", "400", "--windows", "1", "--json", "--png", str(picture), "--rows",
+                         *rows).stdout)
+    assert [r["configuration"] for r in out["rows"]] == rows and "cpu fallback" in out["where"]
+    paper, scale, default = (r["kld"] for r in out["rows"])
+    assert 0 < default < scale / 2 < paper / 3  # measured on 2,048 tokens: docs/quality.md
+    assert all(4.1 < r["bits_32k"] < 4.4 < r["bits_here"] for r in out["rows"][2:])
+    assert picture.stat().st_size > 10_000
+
+
+def test_centring_measures_that_a_bias_that_turns_needs_means_by_segment():
+    rows = {r["bias"]: r for r in json.loads(run("centring.py", "--tokens", "4096", "--json").stdout)}
+    unbiased, low = rows["none"]["not centred"], rows["low frequencies, base 1e4"]
+    assert low["per 128"] < 2 * unbiased < 50 * unbiased < min(low["not centred"], low["first 2,048"])
+    assert rows["constant after RoPE"]["first 2,048"] < 1.5 * unbiased

@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""What each protection of the cache contributes, alone and together: KL divergence of the embedded model's output.
+
+    python scripts/ablation.py [--tokens 2048] [--windows 2] [--chunk 32] [--json] [--png FILE]
+    python scripts/ablation.py --auto-cost
+
+A row is a configuration; windows of held-out stories are read through its cache and an uncompressed one, in chunks of
+32, in float32. Bits are resident bits per value: 8 * bytes of the cache / numbers it stands for, at the end of the
+window in float32, and projected to 32,768 tokens of a 16-bit model. Exact tokens are many of 768 and few of 32,768. --auto-cost: how much longer the first prompt
+chunk takes with `auto` than with turbo4.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.models.cache import KVCache
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from mlx_turbo import TurboConfig, cli, fidelity, get_backend, models, plots  # noqa: E402
+from mlx_turbo.kernels import device_name  # noqa: E402
+
+LEAST = dict(scale="least-squares", centre=False)  # the cache without any of the protections
+NOTHING = dict(sink=0, recent=0, block=1)  # exact but for the current chunk: as severe as can be
+ROWS = {
+    "4 bits, the paper's scale, nothing else": TurboConfig("turbo4", scale="norm", centre=False, **NOTHING),
+    "+ least-squares scale": TurboConfig("turbo4", **LEAST, **NOTHING),
+    "+ inner-product scale": TurboConfig("turbo4", centre=False, **NOTHING),
+    "+ centring": TurboConfig("turbo4", **NOTHING),
+    "+ sink 4": TurboConfig("turbo4", sink=4, recent=0, block=1),
+    "+ recent 64 = the default": TurboConfig("turbo4"),
+    "default without sink": TurboConfig("turbo4", sink=0),
+    "default without recent": TurboConfig("turbo4", recent=0, block=1),
+    "default without centring": TurboConfig("turbo4", centre=False),
+    "default with least squares": TurboConfig("turbo4", scale="least-squares"),
+    "sink 64": TurboConfig("turbo4", sink=64),
+    "recent 32": TurboConfig("turbo4", recent=32),
+    "recent 128": TurboConfig("turbo4", recent=128),
+    "recent 256": TurboConfig("turbo4", recent=256),
+    "auto": TurboConfig("auto"),
+    "first and last layer's keys at 8 bits": TurboConfig("turbo4", boundary=1),
+    "turbo3": TurboConfig("turbo3"),
+    "turbo3, least squares, uncentred": TurboConfig("turbo3", **LEAST),
+    "turbo2": TurboConfig("turbo2"),
+    "turbo2, least squares, uncentred": TurboConfig("turbo2", **LEAST),
+    "turbo4v3": TurboConfig("turbo4v3"),
+    "turbo3v4": TurboConfig("turbo3v4"),
+    "turbo8v2": TurboConfig("turbo8v2"),
+    "turbo8v3": TurboConfig("turbo8v3"),
+    "turbo8v4": TurboConfig("turbo8v4"),
+    "turbo8": TurboConfig("turbo8"),
+}
+
+
+def load():
+    """(the embedded model in float32, its held-out stories as tokens)"""
+    model, tokenizer = cli.load_model(mlx_lm.load, cli.DEMO_MODEL, "--model")
+    model.set_dtype(mx.float32)
+    text = (cli.DEMO_MODEL / "stories.txt").read_text()
+    return model, mx.array(sum((tokenizer.encode(t) for t in text.split("<|endoftext|>")), []))
+
+
+def auto_cost(model, tokens, repeats=9):
+    """Seconds of the first prompt chunk with turbo4 and with auto: medians, interleaved."""
+    seconds = {"turbo4": [], "auto": []}
+    for _ in range(repeats + 1):
+        for name, times in seconds.items():
+            cache = models.make_prompt_cache(model, name)
+            start = time.perf_counter()
+            mx.eval(model(tokens[None], cache=cache), [c.state for c in cache])
+            times.append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--png")
+    parser.add_argument("--auto-cost", action="store_true")
+    args = parser.parse_args()
+    if args.png:
+        plots.check_plot(args.png)
+    model, tokens = load()
+    where = f"{device_name()}, mlx {mx.__version__}, {get_backend().describe()}"
+    if args.auto_cost:
+        cost = auto_cost(model, tokens[:2048])
+        print(f"first chunk of 2,048 tokens: turbo4 {cost['turbo4']:.3f} s, auto {cost['auto']:.3f} s, "
+              f"{cost['auto'] / cost['turbo4'] - 1:+.1%}\n{where}")
+        return
+    windows = [tokens[i * args.tokens:(i + 1) * args.tokens].tolist() for i in range(args.windows)]
+    make = {"uncompressed": lambda: [KVCache() for _ in model.layers]}
+    make |= {name: partial(models.make_prompt_cache, model, config) for name, config in ROWS.items() if name in args.rows}
+    with tqdm(total=sum(len(w) - 1 for w in windows), disable=not sys.stderr.isatty()) as bar:
+        results = fidelity.compare(model, windows, make, args.chunk, bar.update)
+    rows = [{"configuration": name, "kld": measured["kld"], "kld_se": measured["kld_se"],
+             "bits_here": fidelity.resident_bits(cache), "bits_32k": fidelity.projected_bits(cache)}
+            for name, (measured, cache) in results.items()][1:]
+    what = f"{args.windows} x {args.tokens:,} tokens of held-out stories in chunks of {args.chunk}, embedded model, float32"
+    if args.png:
+        plots.bar_plot(args.png, [(r["configuration"], r["kld"], r["kld_se"], f"{r['bits_32k']:.2f} bits") for r in rows],
+                       "What each protection of the cache contributes", what,
+                       f"scripts/ablation.py, {where}. Bits: per number, in a cache of 32,768 tokens.")
+    if args.json:
+        print(json.dumps({"where": where, "tokens": args.tokens, "chunk": args.chunk, "rows": rows}, indent=1))
+        return
+    print(f"| Configuration | KLD (nats) | bits per value, {args.tokens:,} tokens of float32 | 32,768 of float16 |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['configuration']} | {row['kld']:.6f} | {row['bits_here']:.2f} | {row['bits_32k']:.3f} |")
+    print(f"\n{what}; {where}")
+
+
+if __name__ == "__main__":
+    main()
