@@ -585,11 +585,14 @@ def test_logits_of_a_batch_are_those_of_its_rows_alone(backend, scheme):
     assert packed[0] == [a + b for a, b in zip(*packed[1:])] and packed[0][0] > 90 and walk.worst < 1e-4
 
 
+QUICK = "gemma3n", "gpt_oss", "deepseek_v3"
+
+
 @fast
 @pytest.mark.filterwarnings("ignore:nothing is compressed", "ignore:invalid value")
 @pytest.mark.parametrize("name", [
-    "gemma3n", "gpt_oss", "deepseek_v3",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in families.all_names() if n not in families.NOT_BUILT)])
+    *QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in families.all_names()
+              if n not in (*QUICK, *families.NOT_BUILT))])
 def test_every_family_that_mlx_lm_batches_is_batched_with_our_caches(backend, name):
     """Sliding windows, linear layers, latent attention, attention sinks, shared keys and values."""
     model, worst = families.build(name), []
@@ -625,16 +628,16 @@ def test_batch_generate_writes_what_each_prompt_gets_alone(backend, demo, config
     enable(model, config)
     try:
         prompts = [tokenizer.encode(p) for p in PROMPTS]
-        got = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=[40, 25, 50], return_prompt_caches=True)
-        want = [mlx_lm.generate(model, tokenizer, p, max_tokens=n) for p, n in zip(prompts, [40, 25, 50])]
+        got = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=[24, 12, 30], return_prompt_caches=True)
+        want = [mlx_lm.generate(model, tokenizer, p, max_tokens=n) for p, n in zip(prompts, [24, 12, 30])]
     finally:
         disable(model)
     assert [t.lstrip() for t in got.texts] == want  # a streaming detokenizer drops the first space
     assert all(type(c) is TurboKVCache for cache in got.caches for c in cache)
     more = [tokenizer.encode(" Then") for _ in prompts]
-    again = mlx_lm.batch_generate(model, tokenizer, more, max_tokens=10, prompt_caches=got.caches)
+    again = mlx_lm.batch_generate(model, tokenizer, more, max_tokens=6, prompt_caches=got.caches)
     for cache, prompt, text in zip(got.caches, more, again.texts):
-        alone = mlx_lm.generate(model, tokenizer, prompt, max_tokens=10, prompt_cache=copy.deepcopy(cache))
+        alone = mlx_lm.generate(model, tokenizer, prompt, max_tokens=6, prompt_cache=copy.deepcopy(cache))
         assert alone == text.lstrip()
 
 
@@ -699,11 +702,11 @@ def test_mlx_lm_s_server_batches_our_caches(backend, server, demo, monkeypatch):
         return update(cache, keys, values)
     monkeypatch.setattr(BatchTurboKVCache, "update_and_fetch", counted)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        first = list(pool.map(lambda prompt: complete(server, prompt, 50), PROMPTS))
+        first = list(pool.map(lambda prompt: complete(server, prompt, 30), PROMPTS))
         more = [f"{prompt} {text} They all" for prompt, (text, _) in zip(PROMPTS, first)]
-        again = list(pool.map(lambda prompt: complete(server, prompt, 20), more))
+        again = list(pool.map(lambda prompt: complete(server, prompt, 8), more))
     assert max(n_rows) == 3
-    assert all(text and n_cached > 45 for text, n_cached in again)
+    assert all(text and n_cached > 25 for text, n_cached in again)
     for prompt, (text, _) in zip(PROMPTS, first):
         cache = make_prompt_cache(demo[0], SMALL)
-        assert text.lstrip() == mlx_lm.generate(*demo, prompt, max_tokens=50, prompt_cache=cache)
+        assert text.lstrip() == mlx_lm.generate(*demo, prompt, max_tokens=30, prompt_cache=cache)
