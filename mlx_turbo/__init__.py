@@ -13,5 +13,5 @@ from .scheme import Scheme, TurboConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "BatchTurboKVCache", "Scheme", "TurboConfig", "TurboKVCache", "dequantize", "describe", "disable", "enable",
-           "get_backend", "make_prompt_cache", "quantize", "use_backend"]
+__all__ = ["BackendError", "BatchTurboKVCache", "Scheme", "TurboConfig", "TurboKVCache", "dequantize", "describe",
+           "disable", "enable", "get_backend", "make_prompt_cache", "quantize", "use_backend"]

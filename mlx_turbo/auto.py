@@ -106,3 +106,21 @@ def choose_key_bits(keys, config, observed=None):
             ops.require_finite([keys], ["keys"])
         if errors[bits] <= TARGET:  # not so for NaN
             return bits, errors
+
+
+def newest(seen):
+    """Of [(queries, ..., positions)] without the oldest, as long as N_QUERIES query tokens remain."""
+    while sum(len(positions) for *_, positions in seen[1:]) >= N_QUERIES:
+        seen = seen[1:]
+    return seen
+
+
+def choose_by(keys, config, observed):
+    """What `choose_key_bits` returns, and a text by what it chose. observed: what a cache's `observe` has collected,
+    ([(queries, positions)], scale, sinks), or None."""
+    if not observed:
+        return *choose_key_bits(keys, config), "the keys alone"
+    seen, scale, sinks = observed
+    positions = [p for _, some in seen for p in some]
+    queries = mx.concatenate([q for q, _ in seen], axis=2)
+    return *choose_key_bits(keys, config, (queries, positions, scale, sinks)), f"{len(positions)} queries"

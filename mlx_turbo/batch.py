@@ -13,6 +13,7 @@ A row has sinks and packed tokens, or neither: until it packs for the first time
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from . import auto, centring
 from .cache import (KVView, LazyKV, TurboKVCache, _first, _make_sides, _may_choose, _read_config, _read_header,
@@ -24,11 +25,12 @@ _ROW = ("n_packed", "n_recent", "n_pad", "key_means", "value_means")
 
 
 class _Plan(NamedTuple):
-    """What an update with L tokens does; the mask must know before. Lists are per row.
+    """What an update with n_new tokens does; the mask must know before. Lists are per row.
 
     spans: (first, n), the tokens that are not padding. before, after: how many are packed before and after attention.
     n_packed, n_recent: as attention finds them, without the new tokens, and columns: (sink, packed, recent) then.
     """
+    n_new: int
     decide: bool
     spans: list
     before: list
@@ -36,6 +38,16 @@ class _Plan(NamedTuple):
     n_packed: list
     n_recent: list
     columns: tuple
+
+    def edges(self, b):
+        """Columns of row b between which all are dead: (after its packed tokens, of its first recent one)."""
+        front = self.columns[0] + self.n_packed[b] if self.n_packed[b] else 0
+        return front, sum(self.columns) - self.n_recent[b] + self.spans[b][0]
+
+    def live(self, b):
+        """The columns with the tokens of row b, in their order, the new ones included: int [n]."""
+        front, back = self.edges(b)
+        return np.r_[:front, back:sum(self.columns) + sum(self.spans[b])]
 
 
 def _precision(bits):
@@ -98,6 +110,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._centred = [False] * B, [False] * B  # of keys, of values: whether the row has means
         self._until = None  # per row, how many tokens come before right padding
         self._n_columns = 0  # of the recent tokens
+        self._shown = None  # the plan of the last update, if that left other columns than it returned
         self._n_free = 0  # so many tokens can be appended to every row and nothing else happens
         self._observed, self._observed_with, self._last = [[] for _ in range(B)], None, []
         self._set_offset()
@@ -126,7 +139,7 @@ class BatchTurboKVCache(TurboKVCache):
 
     def _changed(self):
         self.version += 1
-        self._n_free = 0
+        self._n_free, self._shown = 0, None
         self._set_offset()
 
     def _columns(self, n_packed):
@@ -165,7 +178,7 @@ class BatchTurboKVCache(TurboKVCache):
         n_packed = [n + more for n, more in zip(self._n_packed, before)]
         n_recent = [recent - more - (config.sink if more and not packed else 0)
                     for recent, more, packed in zip(self._n_recent, before, self._n_packed)]
-        return _Plan(decide, spans, before, after, n_packed, n_recent,
+        return _Plan(n_new, decide, spans, before, after, n_packed, n_recent,
                      (*self._columns(n_packed), self._compacted(n_recent)))
 
     def _compacted(self, n_recent):
@@ -199,13 +212,15 @@ class BatchTurboKVCache(TurboKVCache):
             self._n_free = 0 if self.undecided else \
                 self.config.recent + self.config.block - max(n_recent for *_, n_recent in self._counts())
             return fetched
-        tails = [x if not R else mx.concatenate([_first(side.recent, R), x], axis=2) for side, x in zip(self._sides, new)]
+        tails = [mx.concatenate([_first(side.recent, R), x], axis=2) if R else x
+                 for side, x in zip(self._sides, new)]
         self._take_over(tails, plan, R)
         self._pad = [pad - min(pad, n_new) for pad in self._pad]
         if self._until is not None:
             self._until = [max(n - n_new, 0) for n in self._until]
         self._last = plan.spans
         self._changed()
+        self._shown = plan
         self._evaluate()
         if first and not self.undecided:
             return new
@@ -220,6 +235,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_free -= n_new
         self._last = [(0, n_new)] * self._n_rows
         self.version += 1
+        self._shown = None
         self._set_offset()
         return self._fetch((*self._columns(self._n_packed), self._n_columns))
 
@@ -254,7 +270,8 @@ class BatchTurboKVCache(TurboKVCache):
         groups, done = {}, []
         for b, n in enumerate(n_pack):
             if n:
-                groups.setdefault((n, n_exact[b], ends[b], self._n_packed[b], *(c[b] for c in self._centred)), []).append(b)
+                situation = n, n_exact[b], ends[b], self._n_packed[b], *(c[b] for c in self._centred)
+                groups.setdefault(situation, []).append(b)
         for (n, exact, end, n_packed, *centred), rows in groups.items():
             like = TurboKVCache(self.config)  # these rows alone: what is packed does not depend on the others
             like.n_packed, sinks = n_packed, 0 if n_packed else self.config.sink
@@ -263,7 +280,8 @@ class BatchTurboKVCache(TurboKVCache):
                 mine.means = _rows(side.means, rows) if yes and n_packed else None
             exact = [_rows(tail, rows)[:, :, end - exact:end] for tail in tails]
             means = like._means([x[:, :, sinks:] for x in exact], n)
-            done.append((rows, n, sinks, exact, means, like._quantize([x[:, :, sinks:sinks + n] for x in exact], means)))
+            packed = like._quantize([x[:, :, sinks:sinks + n] for x in exact], means)
+            done.append((rows, n, sinks, exact, means, packed))
         self._n_recent = list(n_exact)
         for rows, n, sinks, exact, means, packed in done:
             at = self._n_packed[rows[0]]
@@ -307,21 +325,18 @@ class BatchTurboKVCache(TurboKVCache):
             if not n:
                 continue
             sample = auto.sample_queries(n)
-            positions, columns = ([start + i for i in sample] for start in (self._tokens(b) - n, first))
-            seen = queries, b, columns, positions
-            if queries.shape[2] > auto.N_QUERIES:  # do not keep those of a whole chunk
-                seen = mx.take(queries[b:b + 1], mx.array(columns), axis=2), 0, list(range(len(sample))), positions
+            positions = [self._tokens(b) - n + i for i in sample]
+            seen = queries, b, positions
+            if queries.shape[2] > 1:  # one token's queries are evaluated with the step, and kept as they are
+                seen = mx.take(queries[b:b + 1], mx.array([first + i for i in sample]), axis=2), 0, positions
                 mx.async_eval(seen[0])
-            self._observed[b] = [*([] if n >= auto.N_QUERIES else self._observed[b]), seen][-auto.N_QUERIES:]
+            self._observed[b] = auto.newest([*self._observed[b], seen])
 
     def _observed_of(self, b):
-        """What a TurboKVCache of row b would have observed: (queries, positions, scale, sinks) or None."""
+        """What a TurboKVCache of row b would have observed: ([(queries, positions)], scale, sinks) or None."""
         if not self._observed[b]:
             return None
-        queries = mx.concatenate([q[row:row + 1, :, columns[0]:columns[-1] + 1]
-                                  for q, row, columns, _ in self._observed[b]], axis=2)
-        positions = [p for *_, some in self._observed[b] for p in some]
-        return queries[:, :, -auto.N_QUERIES:], positions[-auto.N_QUERIES:], *self._observed_with
+        return [(q[row:row + 1], positions) for q, row, positions in self._observed[b]], *self._observed_with
 
     def _decide(self):
         """The bits of the keys that the most demanding row needs; rows with too few tokens to tell are not asked."""
@@ -329,9 +344,8 @@ class BatchTurboKVCache(TurboKVCache):
         asked = [b for b, n in enumerate(tokens) if n >= min(auto.FEWEST, max(tokens))]
         choices = []
         for b in asked:
-            keys, observed = self._sides[0].recent[b:b + 1, :, self._n_columns - tokens[b]:self._n_columns], self._observed_of(b)
-            by = "the keys alone" if observed is None else f"{len(observed[1])} queries"
-            choices.append((*auto.choose_key_bits(keys, self.config, observed), by))
+            keys = self._sides[0].recent[b:b + 1, :, self._n_columns - tokens[b]:self._n_columns]
+            choices.append(auto.choose_by(keys, self.config, self._observed_of(b)))
         bits, errors, by = max(choices, key=lambda choice: _precision(choice[0]))
         self._decided(bits, errors, by)
 
@@ -377,32 +391,35 @@ class BatchTurboKVCache(TurboKVCache):
         return tuple(LazyKV(x, view, i) for i, x in enumerate(new or view.restore(packed)))
 
     def keys_and_values(self):
-        """The tokens of all rows, [B, n_kv_heads, columns, D] of keys and of values, packed ones dequantized lazily. The
-        columns are those of `make_mask(0)`."""
+        """The tokens of all rows, [B, n_kv_heads, columns, D] of keys and of values, packed ones dequantized lazily.
+        After an update in its columns, so that layers without a cache of their own can attend with the same mask."""
         if self._sides[0].recent is None:
             raise ValueError("the cache is empty: it does not know the shape of its keys and values yet")
-        return self._fetch((*self._columns(self._n_packed), self._n_columns))
+        fetched = self._fetch((*self._columns(self._n_packed), self._n_columns))
+        if self._shown is None:
+            return fetched
+        now = self._plan(0)
+        index = np.zeros((self._n_rows, sum(self._shown.columns) + self._shown.n_new), np.int32)
+        for b, row in enumerate(index):
+            row[self._shown.live(b)] = now.live(b)
+        index = mx.array(index)[:, None, :, None]
+        return tuple(mx.take_along_axis(x, index, axis=2) for x in fetched)
 
     def make_mask(self, N, return_array=False, window_size=None):
-        """The mask for the next N tokens: bool [B, 1, N, columns] (with N = 0 [B, 1, 1, columns]: what is no dead token),
-        True where a token is to be attended to. return_array is ignored: there are always dead tokens to mask."""
-        if N:
-            plan = self._plan(N)
-            n_packed, n_recent, (n_sink, most, R) = plan.n_packed, plan.n_recent, plan.columns
-        else:
-            n_packed, n_recent, R = self._n_packed, self._n_recent, self._n_columns
-            n_sink, most = self._columns(n_packed)
-        base = n_sink + most + R  # the column of the first new token
-        rows = [(n_sink + n if n else 0, base - recent + min(pad, N), offset) for n, recent, pad, offset in zip(
-            n_packed, n_recent, self._pad, (self._tokens(b) - pad for b, pad in enumerate(self._pad)))]
-        front, back, offset = mx.split(mx.array(rows, mx.int32)[:, :, None, None, None], 3, axis=1)
-        front, back, offset = (a.squeeze(1) for a in (front, back, offset))
+        """The mask for the next N tokens: bool [B, 1, N, columns], True where a token is to be attended to.
+        return_array is ignored: there may always be dead tokens to mask."""
+        plan = self._plan(N)
+        n_sink, n_packed, _ = plan.columns
+        base = sum(plan.columns)  # the column of the first new token
+        offset = [self._tokens(b) - pad for b, pad in enumerate(self._pad)]
+        rows = [(*plan.edges(b), offset[b]) for b in range(self._n_rows)]
+        front, back, offset = (mx.array(numbers, mx.int32)[:, None, None, None] for numbers in zip(*rows))
         column, query = mx.arange(base + N), mx.arange(N)[:, None]
         mask = (column < front) | (column >= back)
         if N > 1:
             mask = mask & (column <= base + query)
-        if N and window_size is not None:
-            position = mx.where(column < n_sink + most, column, offset + column - base)
+        if window_size is not None:
+            position = mx.where(column < n_sink + n_packed, column, offset + column - base)
             mask = mask & (offset + query < position + window_size)
         return mask
 
@@ -440,6 +457,8 @@ class BatchTurboKVCache(TurboKVCache):
     @classmethod
     def _of(cls, cache):
         """A TurboKVCache as a batch of one row; buffers are shared as long as nothing is appended."""
+        if type(cache) is not TurboKVCache:
+            raise ValueError(f"caches: got a {type(cache).__name__}, allowed are TurboKVCaches")
         batch = cls(cache.config)
         batch.undecided, batch._errors, batch._by = cache.undecided, dict(cache._errors), cache._by
         unpacked = not cache.n_packed
@@ -459,8 +478,8 @@ class BatchTurboKVCache(TurboKVCache):
         batch._n_packed, batch._n_recent = [cache.n_packed], [cache.n_recent + (cache.n_sink if unpacked else 0)]
         batch._n_columns = batch._n_recent[0]
         if cache._observed is not None:
-            queries, positions, *rest = cache._observed
-            batch._observed, batch._observed_with = [[(queries, 0, list(range(len(positions))), positions)]], rest
+            seen, *batch._observed_with = cache._observed
+            batch._observed = [[(queries, 0, positions) for queries, positions in seen]]
         batch._set_offset()
         return batch
 

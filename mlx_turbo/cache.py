@@ -345,10 +345,8 @@ class TurboKVCache:
             mx.async_eval(queries)
         else:
             positions = [self.offset - 1]
-        seen = [*(self._observed[0] if self._observed else []), (queries, positions)]
-        while sum(len(p) for _, p in seen[1:]) >= auto.N_QUERIES:
-            seen = seen[1:]
-        self._observed = seen, scale, sinks
+        seen = self._observed[0] if self._observed else []
+        self._observed = auto.newest([*seen, (queries, positions)]), scale, sinks
         if self.n_recent > self._capacity():
             self._decide()
 
@@ -367,13 +365,7 @@ class TurboKVCache:
         the keys alone."""
         parts = [(side.sink, side.recent[:, :, :self.n_recent]) for side in self._sides]
         keys = mx.concatenate([parts[0][0][:, :, :self.n_sink], parts[0][1]], axis=2) if self.n_sink else parts[0][1]
-        observed, self._by = None, "the keys alone"
-        if self._observed:
-            seen, scale, sinks = self._observed
-            positions = [p for _, some in seen for p in some]
-            observed = mx.concatenate([q for q, _ in seen], axis=2), positions, scale, sinks
-            self._by = f"{len(positions)} queries"
-        bits, self._errors = auto.choose_key_bits(keys, self.config, observed)
+        bits, self._errors, self._by = auto.choose_by(keys, self.config, self._observed)
         self._sides[0].bits, self.undecided, self._observed = bits, False, None
         if self.n_recent > self._capacity():
             self._pack([recent for _, recent in parts])

@@ -7,6 +7,7 @@ import sys
 import threading
 import urllib.request
 
+import families
 import mlx.core as mx
 import mlx_lm
 import mlx_lm.models.cache as lm_cache
@@ -24,6 +25,7 @@ from test_cache import SHAPES, quick
 from test_centring import short_segments  # noqa: F401
 from test_models import DEMO_MODEL, demo, llama, tokens_of  # noqa: F401
 
+from mlx_lm.utils import dequantize_model
 from mlx_turbo import (BatchTurboKVCache, TurboConfig, TurboKVCache, attention, auto, describe, disable, enable,
                        make_prompt_cache)
 
@@ -69,8 +71,9 @@ class Rows:
             columns = [np.flatnonzero(row) for row in np.array(mask[b, 0])[pad:pad + n]]
             for i, seen in enumerate(columns):
                 assert same(seen, columns[-1][:before[b] + i + 1])
-            for got, x in zip(fetched, want):
-                assert got.dtype == x.dtype and same(to_numpy(got)[b:b + 1, :, columns[-1]], to_numpy(x))
+            for got, again, x in zip(fetched, self.batch.keys_and_values(), want):
+                assert got.shape == again.shape and got.dtype == x.dtype
+                assert same(to_numpy(got)[b:b + 1, :, columns[-1]], to_numpy(x))
         self.check()
 
     def check(self):
@@ -81,11 +84,12 @@ class Rows:
         for b, cache in enumerate(alone):
             assert same(state_of(batch.extract(b)), state_of(cache)), b
         if not batch.empty():
-            live, fetched = np.array(batch.make_mask(0))[:, 0, 0], batch.keys_and_values()
+            fetched = batch.keys_and_values()
             for b, cache in enumerate(alone):
+                live = (batch._shown or batch._plan(0)).live(b)
                 if cache.offset:
                     for got, want in zip(fetched, cache.keys_and_values()):
-                        assert same(to_numpy(got)[b:b + 1, :, live[b]], to_numpy(want))
+                        assert same(to_numpy(got)[b:b + 1, :, live], to_numpy(want))
 
     def extend(self, other):
         before = state_of(other.batch)
@@ -230,6 +234,8 @@ def test_what_does_not_belong_together_is_refused(backend):
         TurboKVCache.merge([filled(9), filled(9, key_dim=64)])
     with pytest.raises(ValueError, match="caches of one row"):
         TurboKVCache.merge([filled(9, batch=2)])
+    with pytest.raises(ValueError, match="got a KVCache"):
+        TurboKVCache.merge([filled(9), lm_cache.KVCache()])
     batch = TurboKVCache.merge([filled(9), filled(30)])
     with pytest.raises(ValueError, match="batch size 3"):
         batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
@@ -427,6 +433,55 @@ def test_an_undecided_row_follows_the_others_if_it_is_short_and_decides_if_it_is
         batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=2))
 
 
+@fast
+@pytest.mark.parametrize("seed", range(6))
+def test_tokens_stay_in_order_while_rows_decide(backend, monkeypatch, seed):
+    """Against lists of tokens: auto keeps all exact here, but rows decide, and pack, at any time and in any company."""
+    monkeypatch.setattr(auto, "FEWEST", 24)
+    monkeypatch.setattr(auto, "choose_key_bits", lambda *_: (0, {}))
+    rng, config = np.random.default_rng(seed), TurboConfig("turbo4v0", 2, 4, 4, auto=True)
+    cache, rows, n_decided = BatchTurboKVCache(config, [0]), [np.zeros((1, 2, 0, 32))], 0
+    for step in range(80):
+        B, steps = len(rows), ["decode", "prompt", "extend", "filter", "trim", "copy"]
+        what = rng.choice(steps, p=[.4, .2, .2, .1, .05, .05])
+        if what in ("decode", "prompt"):
+            width = 1 if what == "decode" else int(rng.integers(1, 40))
+            lengths = [width if what == "decode" else int(rng.integers(0, width + 1)) for _ in rows]
+            new = random_tokens(rng, width, batch=B)
+            cache.prepare(lengths=lengths, right_padding=[width - n for n in lengths])
+            mask = np.array(cache.make_mask(width))
+            fetched = cache.update_and_fetch(*new)
+            cache.observe(mx.zeros((B, 2, width, 32)), 1.0)
+            cache.finalize()
+            rows = [np.concatenate([row, to_numpy(new[0])[b:b + 1, :, :n]], axis=2)
+                    for b, (row, n) in enumerate(zip(rows, lengths))]
+            for b, n in enumerate(lengths):
+                if n:
+                    assert same(to_numpy(fetched[0])[b:b + 1, :, mask[b, 0, n - 1]], rows[b].astype(np.float32))
+        elif what == "extend" and B < 4:
+            other = TurboKVCache(config)
+            keys, values = random_tokens(rng, int(rng.integers(1, 40)))
+            other.update_and_fetch(keys, values)
+            cache.extend(TurboKVCache.merge([other]))
+            rows.append(to_numpy(keys))
+        elif what == "filter":
+            keep = rng.permutation(B)[:rng.integers(1, B + 1)].tolist()
+            cache.filter(keep)
+            rows = [rows[b] for b in keep]
+        elif what == "trim":
+            n = int(rng.integers(1, 9))
+            cache.trim(n)
+            rows = [row[:, :, :max(row.shape[2] - n, 0)] for row in rows]
+        elif what == "copy":
+            cache = copy.deepcopy(cache) if step % 2 else BatchTurboKVCache.from_state(cache.state)
+        assert cache.offset.tolist() == [row.shape[2] for row in rows]
+        n_decided += not cache.undecided
+        for b, row in enumerate(rows):
+            if row.shape[2]:
+                assert same(to_numpy(cache.extract(b).keys_and_values()[0]), row.astype(np.float32))
+    assert 5 < n_decided < 80
+
+
 # ---- attention -------------------------------------------------------------------------------------------------
 class Recorder:
     """A backend that notes which rows its fused kernel was given."""
@@ -468,8 +523,39 @@ def test_a_decode_step_of_a_batch_runs_the_fused_kernel(simulated, short_segment
 
 
 # ---- models ------------------------------------------------------------------------------------------------------
-def close(got, want):
-    return np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+def merged(caches):
+    return [layer[0].merge(list(layer)) for layer in zip(*caches)]
+
+
+class Walk:
+    """Random texts through a model, in batches and each alone; `worst` relative difference of their logits."""
+
+    def __init__(self, model, alone, chunk=16):
+        self.model, self.alone, self.chunk, self.worst = model, alone, chunk, 0.0
+        self.texts = [np.random.default_rng(b).integers(0, 96, 120) for b in range(len(alone))]
+        self.at = [0] * len(alone)
+
+    def step(self, cache, rows, lengths):
+        """The next lengths[i] tokens of text rows[i] through `cache`, right-padded as mlx-lm does it, in chunks."""
+        width, batched = max(lengths), hasattr(cache[0], "finalize")
+        tokens = np.zeros((len(rows), width), np.int64)
+        for i, (b, n) in enumerate(zip(rows, lengths)):
+            tokens[i, :n] = self.texts[b][self.at[b]:self.at[b] + n]
+            self.at[b] += n
+        if batched and min(lengths) < width:
+            for c in cache:
+                c.prepare(lengths=lengths, right_padding=[width - n for n in lengths])
+        got = self._logits(tokens, cache)
+        if batched and min(lengths) < width:
+            for c in cache:
+                c.finalize()
+        for i, (b, n) in enumerate(zip(rows, lengths)):
+            want = self._logits(tokens[i:i + 1, :n], self.alone[b])
+            self.worst = np.maximum(self.worst, np.abs(got[i:i + 1, :n] - want).max() / np.abs(want).max())  # keeps NaN
+
+    def _logits(self, tokens, cache):
+        return np.concatenate([to_numpy(self.model(mx.array(tokens[:, i:i + self.chunk]), cache=cache))
+                               for i in range(0, tokens.shape[1], self.chunk)], axis=1)
 
 
 @fast
@@ -477,53 +563,62 @@ def close(got, want):
 def test_logits_of_a_batch_are_those_of_its_rows_alone(backend, scheme):
     """Right-padded prompts in chunks, decode, another row that joins, one that leaves, one that goes on alone."""
     model, config = llama(), TurboConfig(scheme, 4, 8, 8)
-    texts = [np.random.default_rng(b).integers(0, 100, 120) for b in range(3)]
-    alone, at = [make_prompt_cache(model, config) for _ in texts], [0, 0, 0]
-    made = [make_prompt_cache(model, config) for _ in texts]
-    batch = [layer[0].merge(list(layer)) for layer in zip(*made[:2])]
-    worst = 0.0
-
-    def step(cache, rows, lengths, chunk=16):
-        nonlocal worst
-        width = max(lengths)
-        tokens = np.zeros((len(rows), width), np.int64)
-        for i, (b, n) in enumerate(zip(rows, lengths)):
-            tokens[i, :n] = texts[b][at[b]:at[b] + n]
-            at[b] += n
-        if len(set(lengths)) > 1:
-            for c in cache:
-                c.prepare(lengths=lengths, right_padding=[width - n for n in lengths])
-        got = [to_numpy(model(mx.array(tokens[:, i:i + chunk]), cache=cache)) for i in range(0, width, chunk)]
-        for c in cache if hasattr(cache[0], "finalize") else []:
-            c.finalize()
-        got = np.concatenate(got, axis=1)
-        for i, (b, n) in enumerate(zip(rows, lengths)):
-            want = [model(mx.array(tokens[i:i + 1, s:min(s + chunk, n)]), cache=alone[b]) for s in range(0, n, chunk)]
-            assert close(got[i:i + 1, :n], to_numpy(mx.concatenate(want, axis=1)))
-
-    step(batch, [0, 1], [50, 21])
+    made = [make_prompt_cache(model, config) for _ in range(3)]
+    walk = Walk(model, [make_prompt_cache(model, config) for _ in made])
+    batch = merged(made[:2])
+    walk.step(batch, [0, 1], [50, 21])
     for _ in range(10):
-        step(batch, [0, 1], [1, 1])
-    other = [layer[0].merge(list(layer)) for layer in zip(made[2])]
-    step(other, [2], [37])
+        walk.step(batch, [0, 1], [1, 1])
+    other = merged(made[2:])
+    walk.step(other, [2], [37])
     for mine, new in zip(batch, other):
         mine.extend(new)
     for _ in range(10):
-        step(batch, [0, 1, 2], [1, 1, 1])
-    assert len({c.offset for c, *_ in alone}) == 3
+        walk.step(batch, [0, 1, 2], [1, 1, 1])
     gone = [c.extract(1) for c in batch]
     for c in batch:
         c.filter([2, 0])
     for _ in range(10):
-        step(batch, [2, 0], [1, 1])
-    packed = [c.report()["packed"] for c in batch]
-    assert packed[0] == packed[1] > 60
-    alone[1] = copy.deepcopy(alone[1])
-    step(gone, [1], [9])
+        walk.step(batch, [2, 0], [1, 1])
+    walk.step(gone, [1], [9])
+    packed = [[c.report()["packed"] for c in cache] for cache in (batch, walk.alone[0], walk.alone[2])]
+    assert packed[0] == [a + b for a, b in zip(*packed[1:])] and packed[0][0] > 90 and walk.worst < 1e-4
+
+
+QUICK = "gemma3n", "gpt_oss", "deepseek_v3"
+
+
+@fast
+@pytest.mark.filterwarnings("ignore:nothing is compressed", "ignore:invalid value")
+@pytest.mark.parametrize("name", [
+    *QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in families.all_names()
+              if n not in (*QUICK, *families.NOT_BUILT))])
+def test_every_family_that_mlx_lm_batches_is_batched_with_our_caches(backend, name):
+    """Sliding windows, linear layers, latent attention, attention sinks, shared keys and values."""
+    model, worst = families.build(name), []
+    for make in (lambda: lm_cache.make_prompt_cache(model),
+                 lambda: make_prompt_cache(model, TurboConfig("turbo4", 2, 4, 4))):
+        walk, made = Walk(model, [make(), make()]), [make(), make()]
+        if not all(hasattr(c, "merge") for c in made[0]):
+            pytest.skip("a cache of this family cannot be batched")
+        if worst and not any(type(c) is TurboKVCache for c in made[0]):
+            pytest.skip("nothing of this family is compressed")
+        try:
+            batch = merged(made)
+            for lengths in ([40, 23], *[[1, 1]] * 12, [3, 1]):
+                walk.step(batch, [0, 1], lengths)
+        except Exception:
+            if not worst:  # these are mlx-lm's own caches
+                pytest.skip("mlx-lm does not batch this family")
+            raise
+        worst.append(walk.worst)
+        if not worst[0] < 1e-4:
+            pytest.skip(f"mlx-lm's own batch is {worst[0]:.0e} off the rows alone")
+    assert worst[1] < 1e-4, worst
 
 
 PROMPTS = ["Once upon a time, a little girl named Lily found a shiny stone in the garden. She", "The dog",
-           "Tom and his sister Sue went to the park with a big red ball. They wanted to play, but it began to rain. " * 12]
+           "Tom and his sister Sue went to the park with a red ball. They wanted to play, but it began to rain. " * 12]
 
 
 @fast
@@ -533,16 +628,17 @@ def test_batch_generate_writes_what_each_prompt_gets_alone(backend, demo, config
     enable(model, config)
     try:
         prompts = [tokenizer.encode(p) for p in PROMPTS]
-        got = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=[40, 25, 50], return_prompt_caches=True)
-        want = [mlx_lm.generate(model, tokenizer, p, max_tokens=n) for p, n in zip(prompts, [40, 25, 50])]
+        got = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=[24, 12, 30], return_prompt_caches=True)
+        want = [mlx_lm.generate(model, tokenizer, p, max_tokens=n) for p, n in zip(prompts, [24, 12, 30])]
     finally:
         disable(model)
     assert [t.lstrip() for t in got.texts] == want  # a streaming detokenizer drops the first space
     assert all(type(c) is TurboKVCache for cache in got.caches for c in cache)
     more = [tokenizer.encode(" Then") for _ in prompts]
-    again = mlx_lm.batch_generate(model, tokenizer, more, max_tokens=10, prompt_caches=got.caches)
+    again = mlx_lm.batch_generate(model, tokenizer, more, max_tokens=6, prompt_caches=got.caches)
     for cache, prompt, text in zip(got.caches, more, again.texts):
-        assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=10, prompt_cache=copy.deepcopy(cache)) == text.lstrip()
+        alone = mlx_lm.generate(model, tokenizer, prompt, max_tokens=6, prompt_cache=copy.deepcopy(cache))
+        assert alone == text.lstrip()
 
 
 @fast
@@ -562,11 +658,16 @@ def test_a_batch_cache_is_saved_loaded_and_described(backend, tmp_path):
 
 
 @pytest.fixture
-def server(demo, monkeypatch):  # noqa: F811
-    """The address of mlx-lm's own server with the embedded model, compressed with SMALL as the server loads it."""
-    provider = []
-    monkeypatch.setattr(mlx_lm.server, "load", lambda *args, **options: (enable(demo[0], SMALL), demo[1], {})[
-        :3 if options.get("return_config") else 2])
+def server(monkeypatch):
+    """The address of mlx-lm's own server with the embedded model, in float32 and enabled as the server loads it."""
+    provider, load = [], mlx_lm.server.load
+
+    def load_enabled(*args, **options):
+        model, *rest = load(*args, **options)
+        model = dequantize_model(model)
+        model.set_dtype(mx.float32)
+        return enable(model, SMALL), *rest
+    monkeypatch.setattr(mlx_lm.server, "load", load_enabled)
     monkeypatch.setattr(mlx_lm.server, "run", lambda host, port, made: provider.append(made))
     monkeypatch.setattr(sys, "argv", ["mlx_lm.server", "--model", str(DEMO_MODEL)])
     mlx_lm.server.main()
@@ -578,17 +679,19 @@ def server(demo, monkeypatch):  # noqa: F811
     httpd.shutdown()
     httpd.server_close()
     generator.stop_and_join()
-    disable(demo[0])
 
 
 def complete(address, prompt, n):
     """(text, prompt tokens that were in the server's prompt cache) of a completion of n tokens."""
     body = json.dumps(dict(model="default_model", prompt=prompt, max_tokens=n, temperature=0)).encode()
-    with urllib.request.urlopen(urllib.request.Request(address, body, {"Content-Type": "application/json"}), timeout=120) as r:
-        answer = json.load(r)
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer = json.load(response)
     return answer["choices"][0]["text"], answer["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0)
 
 
+@pytest.mark.skipif(mlx_lm.__version__ < "0.32", reason="0.31's server loads the model in another thread than it runs "
+                    "it in, which today's MLX refuses: no answer with mlx-lm's own caches either")
 @fast
 def test_mlx_lm_s_server_batches_our_caches(backend, server, demo, monkeypatch):  # noqa: F811
     """Three requests at once, then each again with more text, from the server's prompt cache."""
@@ -599,10 +702,11 @@ def test_mlx_lm_s_server_batches_our_caches(backend, server, demo, monkeypatch):
         return update(cache, keys, values)
     monkeypatch.setattr(BatchTurboKVCache, "update_and_fetch", counted)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        first = list(pool.map(lambda prompt: complete(server, prompt, 50), PROMPTS))
+        first = list(pool.map(lambda prompt: complete(server, prompt, 30), PROMPTS))
         more = [f"{prompt} {text} They all" for prompt, (text, _) in zip(PROMPTS, first)]
-        again = list(pool.map(lambda prompt: complete(server, prompt, 20), more))
+        again = list(pool.map(lambda prompt: complete(server, prompt, 8), more))
     assert max(n_rows) == 3
-    assert all(text and n_cached > 45 for text, n_cached in again)
+    assert all(text and n_cached > 25 for text, n_cached in again)
     for prompt, (text, _) in zip(PROMPTS, first):
-        assert text.lstrip() == mlx_lm.generate(*demo, prompt, max_tokens=50)
+        cache = make_prompt_cache(demo[0], SMALL)
+        assert text.lstrip() == mlx_lm.generate(*demo, prompt, max_tokens=30, prompt_cache=cache)
