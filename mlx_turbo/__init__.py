@@ -8,9 +8,10 @@ from .cache import TurboKVCache
 from .kernels import BackendError
 from .models import describe, disable, enable, make_prompt_cache
 from .ops import dequantize, get_backend, quantize, use_backend
+from .rotating import RotatingTurboKVCache
 from .scheme import Scheme, TurboConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "Scheme", "TurboConfig", "TurboKVCache", "dequantize", "describe", "disable", "enable",
+__all__ = ["BackendError", "RotatingTurboKVCache", "Scheme", "TurboConfig", "TurboKVCache", "dequantize", "describe", "disable", "enable",
            "get_backend", "make_prompt_cache", "quantize", "use_backend"]

@@ -5,6 +5,7 @@ import warnings
 
 from . import attention
 from .cache import TurboKVCache
+from .rotating import RotatingTurboKVCache
 from .scheme import Scheme, TurboConfig
 
 logger = logging.getLogger("mlx_turbo")
@@ -12,7 +13,7 @@ OLDEST_MLX_LM = (0, 31, 2)
 
 
 def register():
-    """Open the door: our class where mlx_lm.load_prompt_cache looks classes up by name, and our attention where its
+    """Open the door: our classes where mlx_lm.load_prompt_cache looks classes up by name, and our attention where its
     models look theirs up. Returns mlx_lm.models.cache.
 
     Raises ImportError for an mlx-lm that is too old.
@@ -24,14 +25,23 @@ def register():
     if version < OLDEST_MLX_LM:
         raise ImportError(f"mlx_turbo needs mlx-lm {'.'.join(map(str, OLDEST_MLX_LM))} or newer, "
                           f"this is {mlx_lm.__version__}: pip install -U mlx-lm")
-    module.TurboKVCache = TurboKVCache
+    module.TurboKVCache, module.RotatingTurboKVCache = TurboKVCache, RotatingTurboKVCache
     attention.install()
     return module
 
 
-def _compress(cache, config, kv_cache):
-    """Replace the plain KV caches of a prompt cache in a new list."""
-    return [TurboKVCache(config.for_layer(i, len(cache))) if type(c) is kv_cache else c for i, c in enumerate(cache)]
+def _compress(cache, config, module):
+    """Replace the plain KV caches and the windows of a prompt cache in a new list. Windows that are not twice as long as
+    what stays exact stay as they are: there is nothing to save."""
+    out = []
+    for i, c in enumerate(cache):
+        own = config.for_layer(i, len(cache))
+        if type(c) is module.KVCache:
+            c = TurboKVCache(own)
+        elif type(c) is module.RotatingKVCache and c.max_size - c.keep >= 2 * (own.recent + own.block):
+            c = RotatingTurboKVCache(c.max_size, c.keep, own)
+        out.append(c)
+    return out
 
 
 def _reads_state(model, kv_cache):
@@ -41,11 +51,13 @@ def _reads_state(model, kv_cache):
 
 
 def make_prompt_cache(model, config="turbo4", max_kv_size=None):
-    """A prompt cache for `model` with TurboKVCache where mlx_lm.models.cache.make_prompt_cache has a KVCache.
+    """A prompt cache for `model` with TurboKVCache where mlx_lm.models.cache.make_prompt_cache has a KVCache, and
+    RotatingTurboKVCache where it has a RotatingKVCache (sliding windows).
 
-    config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: as in mlx-lm; its rotating caches stay
-    uncompressed. Layers that are no plain KV cache (sliding window, state-space, ...) keep the cache mlx-lm gives
-    them; `describe` says which, a warning is given if that leaves nothing to compress.
+    config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: as in mlx-lm, a window for models that do not make
+    caches of their own; their first 4 tokens stay. Windows of less than 2 * (recent + block) tokens and layers that hold
+    something else (state-space, ...) keep the cache mlx-lm gives them; `describe` says which, a warning is given if that
+    leaves nothing to compress.
 
     Raises ValueError for an unknown scheme.
     """
@@ -62,11 +74,11 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
     if _reads_state(model, module.KVCache):
         warnings.warn(f"nothing is compressed: {model.model_type} needs a newer mlx-lm for that", stacklevel=2)
         return plain
-    cache = _compress(plain, config, module.KVCache)
+    cache = _compress(plain, config, module)
     kept = sorted({type(c).__name__ for c in cache if not isinstance(c, TurboKVCache)})
     if len(kept) and not any(isinstance(c, TurboKVCache) for c in cache):
-        warnings.warn(f"nothing is compressed: every layer's cache is a {' or '.join(kept)}, not a plain KVCache",
-                      stacklevel=2)
+        warnings.warn(f"nothing is compressed: every layer's cache is a {' or '.join(kept)}, neither a plain KVCache "
+                      "nor a long window", stacklevel=2)
     elif kept:
         logger.info(describe(cache))
     return cache
@@ -123,10 +135,12 @@ def describe(prompt_cache):
             by.add(report["auto"]["by"])
     n = len(prompt_cache)
     text = f"{n - sum(kept.values())} of {n} layers compressed"
+    if windows := [c.max_size for c in prompt_cache if isinstance(c, RotatingTurboKVCache)]:
+        text += f" ({len(windows)} of them windows of {' and '.join(f'{w:,}' for w in sorted(set(windows)))} tokens)"
     if set(kept) == {"KVCache"}:
         text += ": this is mlx-lm's own cache"
     elif kept:
-        text += "; not a plain KV cache and left as it is: " + ", ".join(f"{k} ({v})" for k, v in kept.items())
+        text += "; neither a plain KV cache nor a long window and left as it is: " + ", ".join(f"{k} ({v})" for k, v in kept.items())
     if undecided:
         text += f"; auto: not yet decided in {undecided} layers, nothing of them is packed"
     if chosen:
