@@ -7,6 +7,8 @@ attention in its own way stays correct: it reads the lazy arrays and is merely s
 """
 import sys
 
+import mlx.core as mx
+
 from .cache import LazyKV
 from .fallback import tiled_attention
 from .kernels import MAX_QUERY_TOKENS

@@ -258,7 +258,7 @@ def _generate_parser(module):
                        help="bits per number of the KV cache: turbo4, turbo3, turbo2, turbo8v4 (keys 8, "
                             "values 4), ...; auto: turbo4, with more bits for the keys of layers that turn out to "
                             f"need them; or none: mlx-lm's own cache (default: {DEFAULT_SCHEME}). A draft "
-                            "model's cache is compressed too. Rotating caches (--max-kv-size) are not.")
+                            "model's cache is compressed too, and so are the windows of --max-kv-size.")
     return parser
 
 

@@ -51,6 +51,16 @@ class RotatingTurboKVCache(TurboKVCache):
         return min(TurboKVCache.step, max(self.window // 4, 1))
 
     @property
+    def room(self):
+        """Packed tokens that the buffers have room for once tokens were forgotten."""
+        return self.window + max(self.window // 4, self._unit) + self._unit
+
+    @property
+    def _unit(self):
+        """Packed tokens are forgotten in multiples of this: whole segments where keys have means (centring.py)."""
+        return 1 if self._sides[0].means is None else self._sides[0].segment
+
+    @property
     def offset(self):
         """Tokens that came so far: RoPE's position."""
         return super().offset + self.n_forgotten
@@ -79,17 +89,15 @@ class RotatingTurboKVCache(TurboKVCache):
         self.n_recent, self.n_forgotten = self.config.recent, self.n_forgotten + n_dead
 
     def _forget(self):
-        """Copy the packed buffers without their dead tokens, once there are many; whole segments where keys have means
-        (centring.py)."""
+        """Copy the packed buffers without their dead tokens, once there are many."""
         dead = min(self.n_packed + self.n_recent - (self.window - 1), self.n_packed)
-        unit = 1 if self._sides[0].means is None else self._sides[0].segment
+        unit = self._unit
         drop = dead - dead % unit
-        most = max(self.window // 4, unit)
-        if drop < most:
+        if drop < max(self.window // 4, unit):
             return
         self._unread.forget()
         n_left = self.n_packed - drop
-        room = max(self.window + most + unit, n_left)
+        room = max(self.room, n_left)
         for side in self._sides:
             for name, per_row in ("codes", 1), ("scale", 1), ("means", side.segment):
                 buffer = getattr(side, name)
