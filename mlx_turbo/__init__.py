@@ -5,6 +5,7 @@
     mlx_turbo.enable(model, "turbo4")                        # for applications that make their own caches
 """
 from .cache import TurboKVCache
+from .files import load_prompt_cache, save_prompt_cache
 from .kernels import BackendError
 from .models import describe, disable, enable, make_prompt_cache
 from .ops import dequantize, get_backend, quantize, use_backend
@@ -14,4 +15,4 @@ from .scheme import Scheme, TurboConfig
 __version__ = "0.1.0"
 
 __all__ = ["BackendError", "RotatingTurboKVCache", "Scheme", "TurboConfig", "TurboKVCache", "dequantize", "describe", "disable", "enable",
-           "get_backend", "make_prompt_cache", "quantize", "use_backend"]
+           "get_backend", "load_prompt_cache", "make_prompt_cache", "quantize", "save_prompt_cache", "use_backend"]

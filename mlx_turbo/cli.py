@@ -14,6 +14,7 @@ from pathlib import Path
 
 from . import BackendError, TurboConfig, TurboKVCache, __version__, models
 from . import describe, get_backend, make_prompt_cache, use_backend
+from .files import load_with
 
 DEMO_MODEL = Path(__file__).resolve().with_name("demo_model")
 DEMO_PROMPT = "Once upon a time"
@@ -163,11 +164,11 @@ class TurboProgram:
 
     def _load_prompt_cache(self, original, file, *args, **kwargs):
         try:
-            result = original(file, *args, **kwargs)
-        except (OSError, ValueError, KeyError, RuntimeError) as e:
+            result = load_with(original, file, *args, **kwargs)
+        except (OSError, ValueError) as e:
             raise CliError(f"--prompt-cache-file: cannot read {file!r}: {_one_line(e)}") from e
         cache, *rest = result if isinstance(result, tuple) else (result,)
-        for held in (c.config for c in cache if isinstance(c, TurboKVCache)):
+        for held in (c.config for c in cache if type(c) is TurboKVCache):  # a window has a sink of its own
             for name, given in (("name", self.args.kv), ("sink", self.args.kv_sink), ("recent", self.args.kv_recent)):
                 made_with = getattr(held, name)
                 if given is not None and (self.config is None or getattr(self.config, name) != made_with):
@@ -198,7 +199,7 @@ def summarize(prompt_cache):
     """What the layers of a prompt cache hold together, as a dict of plain values.
 
     nbytes: bytes of all buffers. uncompressed_nbytes: the same tokens in the model's dtype (layers left as
-    they are count as they are). tokens, sink, packed, recent: of the first compressed layer.
+    they are count as they are). tokens, sink, packed, recent: of the first compressed layer that is no window.
     packed_bits_per_value: mean over compressed layers. layers: models.describe.
     """
     layers = models.reports(prompt_cache)
@@ -208,7 +209,8 @@ def summarize(prompt_cache):
     summary = {"nbytes": held, "uncompressed_nbytes": kept + sum(r["uncompressed_nbytes"] for r in ours),
                "n_compressed": len(ours), "layers": describe(prompt_cache)}
     if ours:
-        summary |= {name: ours[0][name] for name in ("tokens", "sink", "packed", "recent", "attention")}
+        first = next((report for report in ours if "window" not in report), ours[0])
+        summary |= {name: first[name] for name in ("tokens", "sink", "packed", "recent", "attention")}
         summary["scheme"] = next(c.config.name for c in prompt_cache if isinstance(c, TurboKVCache))
         packed = [r["packed_bits_per_value"] for r in ours if r["packed"]]
         summary["packed_bits_per_value"] = sum(packed) / len(packed) if packed else None

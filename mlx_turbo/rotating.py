@@ -18,7 +18,7 @@ class RotatingTurboKVCache(TurboKVCache):
     """A KV cache of one layer, in the place of mlx_lm.models.cache.RotatingKVCache: attention sees the first `keep`
     tokens and the newest ones, `max_size` in all; in a prompt chunk each of its tokens sees so many.
 
-    config, options: as of TurboKVCache; its sink is `keep`. With recent >= max_size - keep nothing is ever packed.
+    config, options: as of TurboKVCache; its sink is `keep`. With recent >= max_size - keep no packed token is ever seen.
 
     Raises ValueError unless 0 <= keep < max_size, and as TurboKVCache does.
     """
@@ -29,8 +29,8 @@ class RotatingTurboKVCache(TurboKVCache):
         for name, value, allowed in (("max_size", max_size, range(1, 2**31)), ("keep", keep, range(max_size))):
             if value not in allowed:
                 raise ValueError(f"{name}: got {value!r}, allowed are whole numbers from {allowed[0]} to {allowed[-1]}")
-        self.max_size, config = max_size, replace(TurboConfig.of(config, **options), sink=keep)
-        super().__init__(replace(config, auto=config.auto and max_size - keep > config.recent))
+        self.max_size = max_size
+        super().__init__(replace(TurboConfig.of(config, **options), sink=keep))
 
     def _clear(self):
         super()._clear()
@@ -80,17 +80,9 @@ class RotatingTurboKVCache(TurboKVCache):
             self._limit = before
             raise
 
-    def _pack(self, tails):
-        if self.window > self.config.recent:
-            return super()._pack(tails)
-        n_dead = tails[0].shape[2] - self.config.recent
-        for side, tail in zip(self._sides, tails):
-            side.recent = _write(None, 0, tail[:, :, n_dead:], self.config.recent + self.config.block)
-        self.n_recent, self.n_forgotten = self.config.recent, self.n_forgotten + n_dead
-
     def _forget(self):
         """Copy the packed buffers without their dead tokens, once there are many."""
-        dead = min(self.n_packed + self.n_recent - (self.window - 1), self.n_packed)
+        dead = min(self.n_packed + self.n_recent - self.window, self.n_packed)
         unit = self._unit
         drop = dead - dead % unit
         if drop < max(self.window // 4, unit):
