@@ -154,11 +154,13 @@ class _Unread:
         return _Unread()
 
     def get(self, view):
-        me = view.counts[1], threading.get_ident()
-        if me != (self.n_packed, self.thread) or view.cache.attended_version != self.version:
-            self.packed, (self.n_packed, self.thread) = view.restore_packed(), me
+        n, me = view.counts[1], threading.get_ident()
+        if me != self.thread or n > self.n_packed or view.cache.attended_version != self.version:
+            self.packed, self.n_packed, self.thread = view.restore_packed(), n, me
         self.version = view.version
-        return self.packed
+        if n == self.n_packed:
+            return self.packed
+        return {i: x[:, :, self.n_packed - n:] for i, x in self.packed.items()}  # a window lost its first ones
 
 
 class TurboKVCache:

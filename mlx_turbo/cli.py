@@ -15,6 +15,7 @@ from pathlib import Path
 from . import BackendError, TurboConfig, TurboKVCache, __version__, models
 from . import describe, get_backend, make_prompt_cache, use_backend
 from .files import load_with
+from .rotating import RotatingTurboKVCache
 
 DEMO_MODEL = Path(__file__).resolve().with_name("demo_model")
 DEMO_PROMPT = "Once upon a time"
@@ -181,15 +182,18 @@ class TurboProgram:
 
 
 def compress_prompt_cache(prompt_cache, config):
-    """A prompt cache with the tokens of another, its plain KV caches compressed."""
+    """A prompt cache with the tokens of another, its plain KV caches and long windows compressed."""
     from mlx_lm.models.cache import KVCache
 
     out = []
     for i, cache in enumerate(prompt_cache):
+        own = config.for_layer(i, len(prompt_cache))
         if type(cache) is KVCache and not cache.empty():
             keys, values = (a[:, :, :cache.offset] for a in (cache.keys, cache.values))
-            cache = TurboKVCache(config.for_layer(i, len(prompt_cache)))
+            cache = TurboKVCache(own)
             cache.update_and_fetch(keys, values)
+        elif models.is_long_window(cache, own):
+            cache = RotatingTurboKVCache.of(cache, own)
         out.append(cache)
     return out
 

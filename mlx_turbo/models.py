@@ -30,15 +30,21 @@ def register():
     return module
 
 
-def _compress(cache, config, module):
-    """Replace the plain KV caches and the windows of a prompt cache in a new list. Windows that are not twice as long as
-    what stays exact stay as they are: there is nothing to save."""
+def is_long_window(cache, config):
+    """Whether a cache is a RotatingKVCache of twice the tokens that stay exact, at least: else there is little to save."""
+    from mlx_lm.models.cache import RotatingKVCache
+
+    return type(cache) is RotatingKVCache and cache.max_size - cache.keep >= 2 * (config.recent + config.block)
+
+
+def _compress(cache, config, kv_cache):
+    """Replace the plain KV caches and the long windows of a prompt cache in a new list."""
     out = []
     for i, c in enumerate(cache):
         own = config.for_layer(i, len(cache))
-        if type(c) is module.KVCache:
+        if type(c) is kv_cache:
             c = TurboKVCache(own)
-        elif type(c) is module.RotatingKVCache and c.max_size - c.keep >= 2 * (own.recent + own.block):
+        elif is_long_window(c, own):
             c = RotatingTurboKVCache(c.max_size, c.keep, own)
         out.append(c)
     return out
@@ -74,7 +80,7 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
     if _reads_state(model, module.KVCache):
         warnings.warn(f"nothing is compressed: {model.model_type} needs a newer mlx-lm for that", stacklevel=2)
         return plain
-    cache = _compress(plain, config, module)
+    cache = _compress(plain, config, module.KVCache)
     kept = sorted({type(c).__name__ for c in cache if not isinstance(c, TurboKVCache)})
     if len(kept) and not any(isinstance(c, TurboKVCache) for c in cache):
         warnings.warn(f"nothing is compressed: every layer's cache is a {' or '.join(kept)}, neither a plain KVCache "

@@ -114,6 +114,16 @@ class RotatingTurboKVCache(TurboKVCache):
         return view._replace(keys=keys, values=values, counts=(n_sink, n_packed - cut, n_recent - dead_recent),
                              dead=within)
 
+    @classmethod
+    def of(cls, cache, config):
+        """A window with the tokens of an mlx_lm RotatingKVCache."""
+        own = cls(cache.max_size, cache.keep, config)
+        if not cache.empty():
+            keys, values = (cache._temporal_order(x) for x in (cache.keys, cache.values))
+            own.update_and_fetch(keys, values)
+            own.n_forgotten = cache.offset - keys.shape[2]
+        return own
+
     # ---- the rest of mlx-lm's contract -----------------------------------------------------------------------
     def make_mask(self, N, window_size=None, return_array=False):
         """The mask for the next N tokens, over what `update_and_fetch` will return; as of mlx-lm's RotatingKVCache, but

@@ -226,6 +226,20 @@ def test_a_plain_rotating_cache_comes_back(backend, keep):
             np.testing.assert_allclose(to_numpy(got), to_numpy(want), atol=1e-5)
 
 
+@FAST
+@pytest.mark.parametrize("keep", [0, 3])
+def test_the_tokens_of_a_plain_rotating_cache_are_taken_over(backend, keep):
+    for lengths in [], [9], [20, 1, 1], [20, *[1] * 30, 25], [70, *[1] * 30]:
+        theirs = lm_cache.RotatingKVCache(24, keep)
+        for tokens, _ in steps(lengths):
+            theirs.update_and_fetch(*tokens)
+        cache = RotatingTurboKVCache.of(theirs, TurboConfig("turbo0", **SMALL))
+        assert (cache.offset, cache.keep, cache.max_size, cache.empty()) == (theirs.offset, keep, 24, theirs.empty())
+        for tokens, queries in steps([1, 1, 3, *[1] * 30, 40, 1], seed=1):
+            got, want = (attend(c, tokens, queries)[1] for c in (cache, theirs))
+            np.testing.assert_allclose(to_numpy(got), to_numpy(want), atol=1e-5)
+
+
 # ---- the rest ----------------------------------------------------------------------------------------------------
 @FAST
 def test_what_cannot_be_packed_leaves_the_window_as_it_was(backend):
