@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from cache_tools import FAST_BACKENDS, held_nbytes, random_tokens, same, snapshot, stored, vectors
 from conftest import BACKENDS, to_numpy
-from mlx_turbo import RotatingTurboKVCache, TurboConfig, TurboKVCache, attention, make_prompt_cache, models
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache, attention, make_prompt_cache, models
 
 SMALL = dict(recent=4, block=4)
 # a chunk, single tokens, chunks longer than the windows below, and decode far past them
@@ -78,6 +81,51 @@ def test_the_tokens_are_the_kept_and_the_newest_in_order(backend, max_size, keep
             assert mx.array_equal(got, want)
 
 
+class WindowMachine(RuleBasedStateMachine):
+    """Everything mlx-lm does to a window, in any order: beside it a TurboKVCache that forgets nothing."""
+
+    @initialize(window=st.integers(1, 40), keep=st.integers(0, 3), recent=st.integers(0, 6), block=st.integers(1, 6),
+                bits=st.sampled_from([(0, 0), (4, 4), (3, 8), (0, 2)]))
+    def start(self, window, keep, recent, block, bits):
+        config = TurboConfig(Scheme(*bits), keep, recent, block, centre=False)  # a token's codes are its own
+        self.cache, self.all = RotatingTurboKVCache(window + keep, keep, config), TurboKVCache(config)
+        self.rng = np.random.default_rng(0)
+
+    @rule(n=st.one_of(st.just(1), st.integers(1, 9), st.integers(10, 60)), times=st.integers(1, 9))
+    def append(self, n, times):
+        for _ in range(times):
+            tokens, cache, before = random_tokens(self.rng, n), self.cache, self.cache.offset
+            mask = cache.make_mask(n, return_array=True)
+            fetched, everything = cache.update_and_fetch(*tokens), self.all.update_and_fetch(*tokens)
+            n_seen = min(before + 1, cache.max_size) if n == 1 else min(before, cache.max_size - 1) + n
+            assert cache.offset == before + n == self.all.offset and (mask is None or mask.shape[-1] == n_seen)
+            n_kept = min(cache.keep, n_seen)
+            for got, x in zip(fetched, everything):
+                newest = x[:, :, cache.offset - (n_seen - n_kept):]
+                assert mx.array_equal(got, mx.concatenate([x[:, :, :n_kept], newest], axis=2))
+            assert cache.nbytes == held_nbytes(cache)
+
+    @rule(n=st.integers(0, 20))
+    def trim(self, n):
+        if self.cache.is_trimmable():
+            assert self.cache.trim(n) == self.all.trim(n)
+
+    @rule()
+    def go_on_with_a_deepcopy(self):
+        self.cache = copy.deepcopy(self.cache)
+
+    @rule()
+    def go_on_from_the_state(self):
+        self.cache = RotatingTurboKVCache.from_state(self.cache.state)
+
+
+@FAST
+@pytest.mark.parametrize("examples, steps", [(30, 15), pytest.param(300, 40, marks=pytest.mark.slow)])
+def test_any_history_gives_the_newest_tokens_of_a_cache_that_forgets_nothing(backend, examples, steps):
+    run_state_machine_as_test(WindowMachine, settings=settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True))
+
+
 @FAST
 @pytest.mark.parametrize("window", [5, 12])
 def test_a_mask_for_less_than_the_window_is_mlx_lm_s_in_the_order_of_the_tokens(backend, window):
@@ -88,11 +136,11 @@ def test_a_mask_for_less_than_the_window_is_mlx_lm_s_in_the_order_of_the_tokens(
 
 
 @KERNELS
-@pytest.mark.parametrize("scheme", ["turbo4", "turbo3", "turbo8v4"])
-def test_tokens_of_a_half_dead_segment_are_not_seen(backend, scheme):
-    """Keys with means are cut by segments of 128; what is dead of the first one is masked, whatever the mask was."""
+@pytest.mark.parametrize("scheme, bias", [("turbo4", 5), ("turbo3", 5), ("turbo8v4", 5), ("turbo4", 0), ("turbo0v3", 0)])
+def test_dead_tokens_are_not_seen_whatever_the_mask(backend, scheme, bias):
+    """Keys with means are cut by segments of 128, and what is dead of the first one is masked."""
     cache, n_dead, worst = RotatingTurboKVCache(40, 2, scheme, **SMALL), set(), 0
-    for tokens, queries in steps([60, 1, 1, 9, 3, *[1] * 12, 70, 2], bias=5):
+    for tokens, queries in steps([60, 1, 1, 9, 3, *[1] * 12, 70, 2], bias=bias):
         n, mask = queries.shape[2], cache.make_mask(queries.shape[2])
         keys, values = cache.update_and_fetch(*tokens)
         if type(keys).__name__ != "LazyKV":
@@ -107,7 +155,7 @@ def test_tokens_of_a_half_dead_segment_are_not_seen(backend, scheme):
             got = attention.attend(queries, keys.view, scale=0.2, mask=m)
             want = mx.fast.scaled_dot_product_attention(queries, *exact, scale=0.2, mask=m)
             worst = max(worst, error(got, want))
-    assert cache.report()["centred"] and len(n_dead) > 5 and max(n_dead) > 20
+    assert (len(n_dead) > 5 and max(n_dead) > 20) == bool(cache.report()["centred"]) == bool(bias)
     assert worst < 1e-4
 
 
