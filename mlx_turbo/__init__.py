@@ -14,5 +14,6 @@ from .scheme import Scheme, TurboConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "RotatingTurboKVCache", "Scheme", "TurboConfig", "TurboKVCache", "dequantize", "describe", "disable", "enable",
-           "get_backend", "load_prompt_cache", "make_prompt_cache", "quantize", "save_prompt_cache", "use_backend"]
+__all__ = ["BackendError", "RotatingTurboKVCache", "Scheme", "TurboConfig", "TurboKVCache", "dequantize", "describe",
+           "disable", "enable", "get_backend", "load_prompt_cache", "make_prompt_cache", "quantize",
+           "save_prompt_cache", "use_backend"]

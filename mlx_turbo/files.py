@@ -1,10 +1,10 @@
-"""Prompt caches in files: mlx-lm's safetensors files with a checksum, so that a damaged file is an error and never a cache.
+"""Prompt caches in files: mlx-lm's safetensors files with a checksum, so that a damaged file is an error, never a cache.
 
-The file is what mlx_lm.models.cache.save_prompt_cache writes: the `state` of every layer, whose header (cache.py) has the
-format version, the scheme and the head dims. Its metadata have one entry more, `mlx_turbo`: the version of this page's
-format and the CRC-32 of the whole file, with eight zeros in the place of the CRC-32. mlx-lm reads such a file as any
-other, and a file without the entry is read here too, without that check. The checksum is not part of `state`, which
-mlx-lm evaluates after every prompt chunk.
+The file is what mlx_lm.models.cache.save_prompt_cache writes: the `state` of every layer, whose header (cache.py) has
+the version of that format, the scheme and the head dims. Its metadata have one entry more, `mlx_turbo`: a version and
+the CRC-32 of the whole file, taken with eight zeros in its own place. mlx-lm reads such a file as any other, and a file
+without the entry is read here too, without that check. The checksum is not in `state`, which mlx-lm evaluates after
+every prompt chunk.
 """
 import inspect
 import json
@@ -31,8 +31,8 @@ PIECE = 1 << 24  # bytes that are read at a time
 def save_prompt_cache(file_name, cache, metadata=None):
     """Write a prompt cache, caches of mlx-lm included, as mlx_lm.models.cache.save_prompt_cache does, with a checksum.
 
-    file_name: ".safetensors" is appended if it is missing. metadata: {str: str}. The file appears whole or not at all: it
-    is written beside its place and renamed.
+    file_name: ".safetensors" is appended if it is missing. metadata: {str: str}. The file appears whole or not at all:
+    it is written beside its place and renamed.
 
     Raises ValueError for an entry "mlx_turbo" in the metadata, OSError or RuntimeError where nothing can be written.
     """
@@ -158,5 +158,5 @@ def _check_classes(metadata, tensors, module):
         if issubclass(found, TurboKVCache) != (dtype == "I32" and len(shape) == 1):
             raise ValueError(f"damaged: layer {layer} is not the state of a {name}")
     if part != own_part:
-        raise ValueError(f"written by mlx-lm {'0.31' if part == '2' else '0.32 or newer'}, whose files this mlx-lm does not "
-                         "read")
+        writer = "0.31" if part == "2" else "0.32 or newer"
+        raise ValueError(f"written by mlx-lm {writer}, whose files this mlx-lm does not read")

@@ -31,7 +31,7 @@ def register():
 
 
 def is_long_window(cache, config):
-    """Whether a cache is a RotatingKVCache of twice the tokens that stay exact, at least: else there is little to save."""
+    """Whether a cache is a RotatingKVCache of at least twice the tokens that stay exact: else there is little to save."""
     from mlx_lm.models.cache import RotatingKVCache
 
     return type(cache) is RotatingKVCache and cache.max_size - cache.keep >= 2 * (config.recent + config.block)
@@ -61,9 +61,9 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
     RotatingTurboKVCache where it has a RotatingKVCache (sliding windows).
 
     config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: as in mlx-lm, a window for models that do not make
-    caches of their own; their first 4 tokens stay. Windows of less than 2 * (recent + block) tokens and layers that hold
-    something else (state-space, ...) keep the cache mlx-lm gives them; `describe` says which, a warning is given if that
-    leaves nothing to compress.
+    caches of their own; their first 4 tokens stay. Windows of less than 2 * (recent + block) tokens and layers that
+    hold something else (state-space, ...) keep the cache mlx-lm gives them; `describe` says which, a warning is given
+    if that leaves nothing to compress.
 
     Raises ValueError for an unknown scheme.
     """
@@ -146,7 +146,8 @@ def describe(prompt_cache):
     if set(kept) == {"KVCache"}:
         text += ": this is mlx-lm's own cache"
     elif kept:
-        text += "; neither a plain KV cache nor a long window and left as it is: " + ", ".join(f"{k} ({v})" for k, v in kept.items())
+        text += "; neither a plain KV cache nor a long window and left as it is: "
+        text += ", ".join(f"{k} ({v})" for k, v in kept.items())
     if undecided:
         text += f"; auto: not yet decided in {undecided} layers, nothing of them is packed"
     if chosen:

@@ -2,9 +2,10 @@
 
     [ kept: exact ] [ packed: dead | live ] [ recent: exact ]
 
-Tokens stay in the order they came. A token that no query sees any more is dead: it is left out of what `update_and_fetch`
+Tokens stay in the order they came. One that no query sees any more is dead: it is left out of what `update_and_fetch`
 returns, and once a quarter of a window is dead, the packed buffers are copied without it. So a layer holds at most 1.25
-windows of packed tokens (and the newest prompt chunk), and each token is copied four times at most on average.
+windows of packed tokens, less than 256 more where keys have means (they go by whole segments), and what the newest
+prompt chunk has beyond that; a token is copied about four times.
 """
 from dataclasses import replace
 
@@ -110,7 +111,8 @@ class RotatingTurboKVCache(TurboKVCache):
         dead, dead_recent = min(excess, n_packed), max(excess - n_packed, 0)
         within = dead % view.keys.segment if view.keys.has_means and dead < n_packed else 0
         cut = dead - within
-        keys, values = (_without(side, cut if n_packed > cut else 0, dead_recent) for side in (view.keys, view.values))
+        of_codes = cut if cut < n_packed else 0  # never all: an array without elements has no buffer on the GPU
+        keys, values = (_without(side, of_codes, dead_recent) for side in (view.keys, view.values))
         return view._replace(keys=keys, values=values, counts=(n_sink, n_packed - cut, n_recent - dead_recent),
                              dead=within)
 

@@ -159,8 +159,8 @@ def test_a_short_max_kv_size_leaves_rotating_caches_and_the_report_says_they_are
 def test_max_kv_size_makes_windows_that_are_compressed(run):
     code, out, err = run("generate", "-m", 200, "--max-kv-size", 150, "--kv", "turbo4", *SHORT_WINDOW)
     assert code == 0 and "warning" not in err
-    assert re.search(r"^KV cache: turbo4, 150 tokens \(4 sink exact, \d+ packed at .*4 of 4 layers compressed \(4 of them "
-                     r"windows of 150 tokens\)", out, re.MULTILINE)
+    assert re.search(r"^KV cache: turbo4, 150 tokens \(4 sink exact, \d+ packed at .*4 of 4 layers compressed "
+                     r"\(4 of them windows of 150 tokens\)", out, re.MULTILINE)
 
 
 def test_mlx_lm_s_own_quantized_cache_still_works_with_kv_none(run):

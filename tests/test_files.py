@@ -275,7 +275,8 @@ def test_another_version_of_the_file_or_of_a_state_is_refused(backend, tmp_path)
 @pytest.mark.parametrize("name, match", [
     ("Foo", "class 'Foo', which this mlx-lm does not have"), ("deque", "class 'deque'"), ("nn", "class 'nn'"),
     ("KVCache", "not the state of a KVCache"), ("QuantizedKVCache", "not the state of a QuantizedKVCache"),
-    ("ArraysCache", "not the state of a ArraysCache"), ("RotatingTurboKVCache", "not the state of a RotatingTurboKVCache")])
+    ("ArraysCache", "not the state of a ArraysCache"),
+    ("RotatingTurboKVCache", "not the state of a RotatingTurboKVCache")])
 def test_a_file_of_another_class_is_refused(backend, tmp_path, name, match):
     file = tmp_path / "a.safetensors"
     save_prompt_cache(file, [filled()])
@@ -332,8 +333,8 @@ def test_swapped_headers_and_missing_or_foreign_arrays_are_refused(backend, tmp_
 
 
 @pytest.mark.parametrize("data", [
-    b"", b"\0" * 4, b"\0" * 64, b"\xff" * 64, b"GGUF" + b"\0" * 100, b"\x80\x02}q\0." * 9, (2).to_bytes(8, "little") + b"{}",
-    (2).to_bytes(8, "little") + b"[]", (4).to_bytes(8, "little") + b"null", (9).to_bytes(8, "little") + b'{"a":null',
+    b"", b"\0" * 4, b"\0" * 64, b"\xff" * 64, b"GGUF" + b"\0" * 100, b"\x80\x02}q\0." * 9,
+    (2).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]", (4).to_bytes(8, "little") + b"null", (9).to_bytes(8, "little") + b'{"a":null',
     (9).to_bytes(8, "little") + b'{"a": {}}', (20000).to_bytes(8, "little") + b"[" * 20000,
     (41).to_bytes(8, "little") + b'{"__metadata__":{"0.mlx_turbo":"version"}}'[:41]])
 def test_something_else_is_refused(backend, tmp_path, data):

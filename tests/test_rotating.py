@@ -61,7 +61,8 @@ def test_attention_is_that_of_mlx_lm_s_rotating_cache(backend, max_size, keep, c
         (keys, values), got = attend(cache, tokens, queries)
         (k, v), want = attend(theirs, tokens, queries)
         assert keys.shape == k.shape and values.shape == v.shape
-        assert (cache.offset, cache.size(), cache.is_trimmable()) == (theirs.offset, theirs.size(), theirs.is_trimmable())
+        assert (cache.offset, cache.size()) == (theirs.offset, theirs.size())
+        assert cache.is_trimmable() == theirs.is_trimmable()
         assert [x.shape for x in cache.keys_and_values()] == [k.shape, v.shape]
         errors.append(error(got, want))
     assert np.median(errors) < close and max(errors) < 3 * close, (np.median(errors), max(errors))
@@ -77,8 +78,9 @@ def test_the_tokens_are_the_kept_and_the_newest_in_order(backend, max_size, keep
         n, total = queries.shape[2], given[0].shape[2]
         n_newest = max_size - keep - (n > 1) + (n if n > 1 else 0)
         for got, x in zip(cache.update_and_fetch(*tokens), given):
-            want = x if total - keep <= n_newest else mx.concatenate([x[:, :, :keep], x[:, :, total - n_newest:]], axis=2)
-            assert mx.array_equal(got, want)
+            if total - keep > n_newest:
+                x = mx.concatenate([x[:, :, :keep], x[:, :, total - n_newest:]], axis=2)
+            assert mx.array_equal(got, x)
 
 
 class WindowMachine(RuleBasedStateMachine):
