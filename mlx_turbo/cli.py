@@ -169,9 +169,11 @@ class TurboProgram:
         except (OSError, ValueError) as e:
             raise CliError(f"--prompt-cache-file: cannot read {file!r}: {_one_line(e)}") from e
         cache, *rest = result if isinstance(result, tuple) else (result,)
-        for held in (c.config for c in cache if type(c) is TurboKVCache):  # a window has a sink of its own
+        for held in (c for c in cache if isinstance(c, TurboKVCache)):
             for name, given in (("name", self.args.kv), ("sink", self.args.kv_sink), ("recent", self.args.kv_recent)):
-                made_with = getattr(held, name)
+                if name == "sink" and isinstance(held, RotatingTurboKVCache):
+                    continue  # a window keeps what it was made to keep
+                made_with = getattr(held.config, name)
                 if given is not None and (self.config is None or getattr(self.config, name) != made_with):
                     raise CliError(f"{FLAGS[name]}: got {given}, but {file!r} was made with {made_with}; "
                                    f"leave {FLAGS[name]} out")
