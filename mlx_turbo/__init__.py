@@ -6,12 +6,15 @@
 """
 from .batch import BatchTurboKVCache
 from .cache import TurboKVCache
+from .files import load_prompt_cache, save_prompt_cache
 from .kernels import BackendError
 from .models import describe, disable, enable, make_prompt_cache
 from .ops import dequantize, get_backend, quantize, use_backend
+from .rotating import RotatingTurboKVCache
 from .scheme import Scheme, TurboConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "BatchTurboKVCache", "Scheme", "TurboConfig", "TurboKVCache", "dequantize", "describe",
-           "disable", "enable", "get_backend", "make_prompt_cache", "quantize", "use_backend"]
+__all__ = ["BackendError", "BatchTurboKVCache", "RotatingTurboKVCache", "Scheme", "TurboConfig", "TurboKVCache",
+           "dequantize", "describe", "disable", "enable", "get_backend", "load_prompt_cache", "make_prompt_cache",
+           "quantize", "save_prompt_cache", "use_backend"]

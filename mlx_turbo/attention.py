@@ -7,6 +7,8 @@ attention in its own way stays correct: it reads the lazy arrays and is merely s
 """
 import sys
 
+import mlx.core as mx
+
 from .cache import LazyKV
 from .fallback import tiled_attention
 from .kernels import MAX_QUERY_TOKENS
@@ -41,11 +43,28 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
                          f"{H} heads, tokens, {head_dim}]")
     if view.cache is not None:
         view.cache.attended_version = view.version
+    if view.dead:
+        mask = _mask_dead(mask, view, queries.shape[2])
     backend, keys, values = get_backend(backend), view.keys, view.values
     options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed)
     if backend.why_not_fused((keys.bits, head_dim), (values.bits, values.head_dim), queries.shape[2]):
         return tiled_attention(queries, keys, values, view.counts, backend.read_rows, **options)
     return backend.attend(queries, keys, values, view.counts, **options)
+
+
+def _mask_dead(mask, view, n_queries):
+    """`mask` over all tokens of a view's buffers, those that are dead masked."""
+    n_sink, n_tokens = view.counts[0], sum(view.counts)
+    columns = mx.arange(n_tokens)
+    alive = (columns < n_sink) | (columns >= n_sink + view.dead)
+    if mask is None:
+        return alive
+    if isinstance(mask, str):
+        return alive & (columns <= mx.arange(n_tokens - n_queries, n_tokens)[:, None])
+    mask = mx.broadcast_to(mask, (*mask.shape[:-1], n_tokens - view.dead))
+    dead = False if mask.dtype == mx.bool_ else mx.finfo(mask.dtype).min
+    dead = mx.full((*mask.shape[:-1], view.dead), dead, mask.dtype)
+    return mx.concatenate([mask[..., :n_sink], dead, mask[..., n_sink:]], axis=-1)
 
 
 def scaled_dot_product_attention(queries, keys, values, cache, scale, mask=None, sinks=None, **options):

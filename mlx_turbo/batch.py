@@ -98,6 +98,8 @@ class BatchTurboKVCache(TurboKVCache):
     Raises ValueError for an unknown scheme or option.
     """
 
+    magic = BATCH_MAGIC
+
     def __init__(self, config="turbo4", left_padding=(0,), **options):
         self._pad = [int(n) for n in left_padding]
         super().__init__(config, **options)
@@ -673,11 +675,11 @@ class BatchTurboKVCache(TurboKVCache):
         sink, codes, scale, means and recent, cut to the columns they have; parts without columns are left out."""
         columns = (*self._columns(self._n_packed), self._n_columns)
         rows = mx.array([*zip(self._n_packed, self._n_recent, self._pad, *self._centred)], mx.int32)
-        return [mx.array(self._header(columns, BATCH_MAGIC), mx.int32), rows, *self._arrays(columns)]
+        return [mx.array(self._header(columns), mx.int32), rows, *self._arrays(columns)]
 
     @state.setter
     def state(self, arrays):
-        header = _read_header(arrays[0] if arrays else None, BATCH_MAGIC, "BatchTurboKVCache")
+        header = _read_header(arrays[0] if arrays else None, self)
         config, key_bits = _read_config(header)
         rows = arrays[1] if len(arrays) > 1 else None
         if not isinstance(rows, mx.array) or rows.dtype != mx.int32 or rows.ndim != 2 or rows.shape[1] != len(_ROW):

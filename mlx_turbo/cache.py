@@ -81,6 +81,7 @@ class KVView(NamedTuple):
     """All tokens of a cache as it held them at one moment: whole buffers, and how many tokens of each count.
 
     counts: (n_sink, n_packed, n_recent), the order of the tokens. cache, version: to tell whether it still holds.
+    dead: so many of the first packed tokens are in the buffers, but belong to the tokens no more (rotating.py).
     """
     keys: CachedSide
     values: CachedSide
@@ -88,6 +89,7 @@ class KVView(NamedTuple):
     seed: int
     cache: object
     version: int
+    dead: int = 0
 
     def is_current(self):
         return self.cache.version == self.version
@@ -116,7 +118,7 @@ class KVView(NamedTuple):
         middle = self.restore_packed() if n_packed and packed is None else packed
         for i, side in enumerate(sides):
             parts = [_first(side.sink, n_sink)] if n_sink else []
-            parts += [middle[i]] if n_packed else []
+            parts += [middle[i][:, :, self.dead:] if self.dead else middle[i]] if n_packed else []
             parts += [_first(side.recent, n_recent)] if n_recent else []
             out.append(mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0][:])  # never what we write into
         return out
@@ -152,11 +154,13 @@ class _Unread:
         return _Unread()
 
     def get(self, view):
-        me = view.counts[1], threading.get_ident()
-        if me != (self.n_packed, self.thread) or view.cache.attended_version != self.version:
-            self.packed, (self.n_packed, self.thread) = view.restore_packed(), me
+        n, me = view.counts[1], threading.get_ident()
+        if me != self.thread or n > self.n_packed or view.cache.attended_version != self.version:
+            self.packed, self.n_packed, self.thread = view.restore_packed(), n, me
         self.version = view.version
-        return self.packed
+        if n == self.n_packed:
+            return self.packed
+        return {i: x[:, :, self.n_packed - n:] for i, x in self.packed.items()}  # a window lost its first ones
 
 
 class TurboKVCache:
@@ -380,11 +384,14 @@ class TurboKVCache:
             sides.append(CachedSide(side.sink, side.codes, side.scale, tail, side.bits, side.head_dim, side.means,
                                     side.segment))
         counts = self.n_sink, self.n_packed if n_packed is None else n_packed, n_recent
-        view = KVView(*sides, counts, self.config.seed, self, self.version)
+        view = self._view(sides, counts)
         if not any(side.bits for side in sides):
             return tuple(view.restore())  # nothing is packed: mlx-lm's own attention, to the bit
         packed = self._unread.get(view) if view.counts[1] else None
         return tuple(LazyKV(x, view, i) for i, x in enumerate(new or view.restore(packed)))
+
+    def _view(self, sides, counts):
+        return KVView(*sides, counts, self.config.seed, self, self.version)
 
     def keys_and_values(self):
         """All tokens, [B, n_kv_heads, offset, D] of keys and of values, packed ones dequantized lazily."""
@@ -470,7 +477,7 @@ class TurboKVCache:
                 continue
             per_token = side.recent.shape[0] * side.recent.shape[1] * side.head_dim
             values += per_token
-            uncompressed += -(-max(n_tokens) // 256) * 256 * per_token * side.recent.dtype.size
+            uncompressed += self._uncompressed_capacity(max(n_tokens)) * per_token * side.recent.dtype.size
             if side.codes is not None:
                 arrays = [a for a in (side.codes, side.scale, side.means) if a is not None]
                 packed_bits += 8 * sum(a.nbytes for a in arrays) / side.codes.shape[2]
@@ -480,6 +487,10 @@ class TurboKVCache:
                 "centred": [name for name, side in zip(("keys", "values"), self._sides) if side.means is not None],
                 "auto": self._auto_report(), "backend": get_backend().describe(),
                 "attention": self._attention()}
+
+    def _uncompressed_capacity(self, n_tokens):
+        """Tokens for which the cache in whose place this one is has room, once it holds n_tokens."""
+        return -(-n_tokens // 256) * 256
 
     def _auto_report(self):
         if not _may_choose(self.config):
@@ -491,14 +502,26 @@ class TurboKVCache:
             return "mlx-lm's own: nothing is packed"
         return get_backend().why_not_fused(*((side.bits, side.head_dim) for side in self._sides), 1) or "fused"
 
+    def to_kv_cache(self):
+        """A plain mlx_lm KVCache with the same tokens, packed ones restored in the model's dtype."""
+        from mlx_lm.models.cache import KVCache
+
+        cache = KVCache()
+        if self.offset:
+            cache.keys, cache.values = (mx.array(x) for x in self.keys_and_values())
+            cache.offset = self.offset
+        return cache
+
     # ---- state -----------------------------------------------------------------------------------------------
-    def _header(self, counts, magic=MAGIC):
+    magic, header_names = MAGIC, _HEADER
+
+    def _header(self, counts):
         scheme, config = self.config.scheme, self.config
         filled = sum(counts) > 0
         dims = [side.head_dim if filled else 0 for side in self._sides]
         dtypes = [ops.DTYPES.index(side.recent.dtype) if filled else 0 for side in self._sides]
         n_means = [0 if side.means is None else -(-counts[1] // side.segment) for side in self._sides]
-        return [magic, FORMAT_VERSION, scheme.key_bits, scheme.value_bits, config.sink, config.recent, config.block,
+        return [self.magic, FORMAT_VERSION, scheme.key_bits, scheme.value_bits, config.sink, config.recent, config.block,
                 config.seed, SCALES.index(config.scale), config.centre, config.auto,
                 -1 if self.undecided else self._sides[0].bits, *counts, *dims, *dtypes, *n_means]
 
@@ -519,8 +542,9 @@ class TurboKVCache:
 
     @state.setter
     def state(self, arrays):
-        header = _read_header(arrays[0] if arrays else None)
+        header = _read_header(arrays[0] if arrays else None, self)
         config, key_bits = _read_config(header)
+        own = self._own_state(header, config)
         rest = iter(arrays[1:])
         sides = _make_sides(config, None if key_bits < 0 else key_bits)
         counts = header["n_sink"], header["n_packed"], header["n_recent"]
@@ -540,7 +564,12 @@ class TurboKVCache:
         self.n_sink, self.n_packed, self.n_recent = counts
         self.version, self.attended_version, self._unread = 0, None, _Unread()
         self._observed, self._errors, self._by = None, {}, None
+        vars(self).update(own)
         self._evaluate()
+
+    def _own_state(self, header, config):
+        """Attributes that the header of a subclass has besides; raises ValueError for what does not fit."""
+        return {}
 
     @property
     def meta_state(self):  # mlx-lm 0.31 saves it; the header is in `state`
@@ -558,15 +587,16 @@ class TurboKVCache:
         return cache
 
 
-def _read_header(array, magic=MAGIC, name="TurboKVCache"):
+def _read_header(array, cache):
+    kind = type(cache).__name__
     if not isinstance(array, mx.array) or array.dtype != mx.int32 or array.ndim != 1 or array.size < 2:
-        raise ValueError(f"state: the first array is not the header of a {name}")
+        raise ValueError(f"state: the first array is not the header of a {kind}")
     numbers = array.tolist()
-    if numbers[0] != magic:
-        raise ValueError(f"state: not the state of a {name}")
-    if numbers[1] != FORMAT_VERSION or len(numbers) != len(_HEADER):
+    if numbers[0] != cache.magic:
+        raise ValueError(f"state: not the state of a {kind}")
+    if numbers[1] != FORMAT_VERSION or len(numbers) != len(cache.header_names):
         raise ValueError(f"state: format version {numbers[1]}, this version of mlx_turbo reads {FORMAT_VERSION}")
-    return dict(zip(_HEADER, numbers))
+    return dict(zip(cache.header_names, numbers))
 
 
 def _read_config(header):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from . import BackendError, TurboConfig, TurboKVCache, __version__, models
 from . import describe, make_prompt_cache, use_backend
+from .files import load_with
+from .rotating import RotatingTurboKVCache
 
 DEMO_MODEL = Path(__file__).resolve().with_name("demo_model")
 DEMO_PROMPT = "Once upon a time"
@@ -162,13 +164,15 @@ class TurboProgram:
 
     def _load_prompt_cache(self, original, file, *args, **kwargs):
         try:
-            result = original(file, *args, **kwargs)
-        except (OSError, ValueError, KeyError, RuntimeError) as e:
+            result = load_with(original, file, *args, **kwargs)
+        except (OSError, ValueError) as e:
             raise CliError(f"--prompt-cache-file: cannot read {file!r}: {_one_line(e)}") from e
         cache, *rest = result if isinstance(result, tuple) else (result,)
-        for held in (c.config for c in cache if isinstance(c, TurboKVCache)):
+        for held in (c for c in cache if isinstance(c, TurboKVCache)):
             for name, given in (("name", self.args.kv), ("sink", self.args.kv_sink), ("recent", self.args.kv_recent)):
-                made_with = getattr(held, name)
+                if name == "sink" and isinstance(held, RotatingTurboKVCache):
+                    continue  # a window keeps what it was made to keep
+                made_with = getattr(held.config, name)
                 if given is not None and (self.config is None or getattr(self.config, name) != made_with):
                     raise CliError(f"{FLAGS[name]}: got {given}, but {file!r} was made with {made_with}; "
                                    f"leave {FLAGS[name]} out")
@@ -179,15 +183,18 @@ class TurboProgram:
 
 
 def compress_prompt_cache(prompt_cache, config):
-    """A prompt cache with the tokens of another, its plain KV caches compressed."""
+    """A prompt cache with the tokens of another, its plain KV caches and long windows compressed."""
     from mlx_lm.models.cache import KVCache
 
     out = []
     for i, cache in enumerate(prompt_cache):
+        own = config.for_layer(i, len(prompt_cache))
         if type(cache) is KVCache and not cache.empty():
             keys, values = (a[:, :, :cache.offset] for a in (cache.keys, cache.values))
-            cache = TurboKVCache(config.for_layer(i, len(prompt_cache)))
+            cache = TurboKVCache(own)
             cache.update_and_fetch(keys, values)
+        elif models.is_long_window(cache, own):
+            cache = RotatingTurboKVCache.of(cache, own)
         out.append(cache)
     return out
 
@@ -197,7 +204,7 @@ def summarize(prompt_cache):
     """What the layers of a prompt cache hold together, as a dict of plain values.
 
     nbytes: bytes of all buffers. uncompressed_nbytes: the same tokens in the model's dtype (layers left as
-    they are count as they are). tokens, sink, packed, recent: of the first compressed layer.
+    they are count as they are). tokens, sink, packed, recent: of the first compressed layer that is no window.
     packed_bits_per_value: mean over compressed layers. layers: models.describe.
     """
     layers = models.reports(prompt_cache)
@@ -207,7 +214,8 @@ def summarize(prompt_cache):
     summary = {"nbytes": held, "uncompressed_nbytes": kept + sum(r["uncompressed_nbytes"] for r in ours),
                "n_compressed": len(ours), "layers": describe(prompt_cache)}
     if ours:
-        summary |= {name: ours[0][name] for name in ("tokens", "sink", "packed", "recent", "attention")}
+        first = next((report for report in ours if "window" not in report), ours[0])
+        summary |= {name: first[name] for name in ("tokens", "sink", "packed", "recent", "attention")}
         summary["scheme"] = next(c.config.name for c in prompt_cache if isinstance(c, TurboKVCache))
         packed = [r["packed_bits_per_value"] for r in ours if r["packed"]]
         summary["packed_bits_per_value"] = sum(packed) / len(packed) if packed else None
@@ -257,7 +265,7 @@ def _generate_parser(module):
                        help="bits per number of the KV cache: turbo4, turbo3, turbo2, turbo8v4 (keys 8, "
                             "values 4), ...; auto: turbo4, with more bits for the keys of layers that turn out to "
                             f"need them; or none: mlx-lm's own cache (default: {DEFAULT_SCHEME}). A draft "
-                            "model's cache is compressed too. Rotating caches (--max-kv-size) are not.")
+                            "model's cache is compressed too, and so are the windows of --max-kv-size.")
     return parser
 
 

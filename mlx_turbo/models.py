@@ -6,6 +6,7 @@ import warnings
 from . import attention
 from .batch import BatchTurboKVCache
 from .cache import TurboKVCache
+from .rotating import RotatingTurboKVCache
 from .scheme import Scheme, TurboConfig
 
 logger = logging.getLogger("mlx_turbo")
@@ -25,14 +26,30 @@ def register():
     if version < OLDEST_MLX_LM:
         raise ImportError(f"mlx_turbo needs mlx-lm {'.'.join(map(str, OLDEST_MLX_LM))} or newer, "
                           f"this is {mlx_lm.__version__}: pip install -U mlx-lm")
-    module.TurboKVCache, module.BatchTurboKVCache = TurboKVCache, BatchTurboKVCache
+    for cache in (TurboKVCache, RotatingTurboKVCache, BatchTurboKVCache):
+        setattr(module, cache.__name__, cache)
     attention.install()
     return module
 
 
+def is_long_window(cache, config):
+    """Whether a cache is a RotatingKVCache of at least twice the tokens that stay exact: else there is little to save."""
+    from mlx_lm.models.cache import RotatingKVCache
+
+    return type(cache) is RotatingKVCache and cache.max_size - cache.keep >= 2 * (config.recent + config.block)
+
+
 def _compress(cache, config, kv_cache):
-    """Replace the plain KV caches of a prompt cache in a new list."""
-    return [TurboKVCache(config.for_layer(i, len(cache))) if type(c) is kv_cache else c for i, c in enumerate(cache)]
+    """Replace the plain KV caches and the long windows of a prompt cache in a new list."""
+    out = []
+    for i, c in enumerate(cache):
+        own = config.for_layer(i, len(cache))
+        if type(c) is kv_cache:
+            c = TurboKVCache(own)
+        elif is_long_window(c, own):
+            c = RotatingTurboKVCache(c.max_size, c.keep, own)
+        out.append(c)
+    return out
 
 
 def _reads_state(model, kv_cache):
@@ -42,11 +59,13 @@ def _reads_state(model, kv_cache):
 
 
 def make_prompt_cache(model, config="turbo4", max_kv_size=None):
-    """A prompt cache for `model` with TurboKVCache where mlx_lm.models.cache.make_prompt_cache has a KVCache.
+    """A prompt cache for `model` with TurboKVCache where mlx_lm.models.cache.make_prompt_cache has a KVCache, and
+    RotatingTurboKVCache where it has a RotatingKVCache (sliding windows).
 
-    config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: as in mlx-lm; its rotating caches stay
-    uncompressed. Layers that are no plain KV cache (sliding window, state-space, ...) keep the cache mlx-lm gives
-    them; `describe` says which, a warning is given if that leaves nothing to compress.
+    config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: as in mlx-lm, a window for models that do not make
+    caches of their own; their first 4 tokens stay. Windows of less than 2 * (recent + block) tokens and layers that
+    hold something else (state-space, ...) keep the cache mlx-lm gives them; `describe` says which, a warning is given
+    if that leaves nothing to compress.
 
     Raises ValueError for an unknown scheme.
     """
@@ -66,8 +85,8 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
     cache = _compress(plain, config, module.KVCache)
     kept = sorted({type(c).__name__ for c in cache if not isinstance(c, TurboKVCache)})
     if len(kept) and not any(isinstance(c, TurboKVCache) for c in cache):
-        warnings.warn(f"nothing is compressed: every layer's cache is a {' or '.join(kept)}, not a plain KVCache",
-                      stacklevel=2)
+        warnings.warn(f"nothing is compressed: every layer's cache is a {' or '.join(kept)}, neither a plain KVCache "
+                      "nor a long window", stacklevel=2)
     elif kept:
         logger.info(describe(cache))
     return cache
@@ -124,10 +143,13 @@ def describe(prompt_cache):
             by.add(report["auto"]["by"])
     n = len(prompt_cache)
     text = f"{n - sum(kept.values())} of {n} layers compressed"
+    if windows := [c.max_size for c in prompt_cache if isinstance(c, RotatingTurboKVCache)]:
+        text += f" ({len(windows)} of them windows of {' and '.join(f'{w:,}' for w in sorted(set(windows)))} tokens)"
     if set(kept) == {"KVCache"}:
         text += ": this is mlx-lm's own cache"
     elif kept:
-        text += "; not a plain KV cache and left as it is: " + ", ".join(f"{k} ({v})" for k, v in kept.items())
+        text += "; neither a plain KV cache nor a long window and left as it is: "
+        text += ", ".join(f"{k} ({v})" for k, v in kept.items())
     if undecided:
         text += f"; auto: not yet decided in {undecided} layers, nothing of them is packed"
     if chosen:

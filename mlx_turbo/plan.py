@@ -18,6 +18,7 @@ from . import models
 from .cache import TurboKVCache
 from .cli import DEMO_MODEL, CliError, Parser, _one_line, _why_not_loaded, kv_config
 from .ops import use_backend
+from .rotating import RotatingTurboKVCache
 
 SCHEMES = ("none", "turbo8v4", "turbo4", "turbo3", "turbo2")
 FEW = 8  # tokens that fill states of constant size: convolutions, n-grams
@@ -247,6 +248,11 @@ def cache_bytes(layers, configs, tokens):
             continue
         least, step = _measured(replace(config, auto=False), *layer.shape[1:], layer.dtype)
         packed = max(tokens - config.sink - config.recent, 1)
+        if layer.window:
+            window = RotatingTurboKVCache(layer.window, config.sink, config)
+            rows = min(-(-packed // window.step) * window.step, window.room)
+            total += layer.shape[0] * (least - step + step * rows // STEP)
+            continue
         total += layer.shape[0] * (least + step * (-(-packed // STEP) - 1))
     return total
 

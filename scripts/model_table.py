@@ -28,16 +28,16 @@ def rows():
     """[(kinds of caches that are compressed, kinds that stay, families)], what compresses most first."""
     import families
     from mlx_lm.models.cache import make_prompt_cache
-    from mlx_turbo import TurboKVCache
+    from mlx_turbo import TurboConfig, TurboKVCache
     from mlx_turbo import make_prompt_cache as ours
     from test_families import members
 
-    found = collections.defaultdict(list)
+    found, config = collections.defaultdict(list), TurboConfig(recent=4, block=4)  # their windows have 16 tokens
     for name in (n for n in families.all_names() if n not in families.NOT_BUILT):
         model = families.build(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pairs = list(zip(members(make_prompt_cache(model)), members(ours(model))))
+            pairs = list(zip(members(make_prompt_cache(model)), members(ours(model, config))))
         compressed = kinds(theirs for theirs, own in pairs if isinstance(own, TurboKVCache))
         kept = kinds(own for _, own in pairs if not isinstance(own, TurboKVCache))
         found[compressed, kept].append(name)

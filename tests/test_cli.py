@@ -132,11 +132,18 @@ def test_a_draft_model_s_cache_is_compressed_and_reported_too(run):
     assert streamed_text(out) == streamed_text(run(*story, "--kv", "none")[1])
 
 
-def test_max_kv_size_makes_rotating_caches_and_the_report_says_they_are_not_compressed(run):
+def test_a_short_max_kv_size_leaves_rotating_caches_and_the_report_says_they_are_not_compressed(run):
     code, out, err = run("generate", "-m", 5, "--max-kv-size", 64)
     assert code == 0
     assert "auto was asked for, but 0 of 4 layers compressed" in out and "RotatingKVCache (4)" in out
     assert "warning: nothing is compressed" in err
+
+
+def test_max_kv_size_makes_windows_that_are_compressed(run):
+    code, out, err = run("generate", "-m", 200, "--max-kv-size", 150, "--kv", "turbo4", *SHORT_WINDOW)
+    assert code == 0 and "warning" not in err
+    assert re.search(r"^KV cache: turbo4, 150 tokens \(4 sink exact, \d+ packed at .*4 of 4 layers compressed "
+                     r"\(4 of them windows of 150 tokens\)", out, re.MULTILINE)
 
 
 def test_mlx_lm_s_own_quantized_cache_still_works_with_kv_none(run):

@@ -16,7 +16,7 @@ from conftest import to_numpy
 from mlx.utils import tree_map
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.utils import dequantize_model
-from mlx_turbo import Scheme, TurboConfig, TurboKVCache
+from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache
 from mlx_turbo.models import describe, disable, enable, make_prompt_cache, reports
 
 DEMO_MODEL = Path(mlx_turbo.__file__).parent / "demo_model"
@@ -145,15 +145,18 @@ def test_a_head_dim_without_rotation_is_refused_by_name(backend):
 
 
 # ---- what is compressed, and what not ------------------------------------------------------------------------
-def test_sliding_window_layers_stay_and_are_reported(backend):
-    model, tokens = gemma3(), tokens_of(60)
-    cache = make_prompt_cache(model, TurboConfig("turbo0", 4, 8, 8))
-    assert [type(c).__name__ for c in cache] == 2 * (2 * ["RotatingKVCache"] + ["TurboKVCache"])
-    assert describe(cache) == ("2 of 6 layers compressed; not a plain KV cache and left as it is: "
+@pytest.mark.parametrize("config", [TurboConfig("turbo0", 4, 8, 8), TurboConfig("turbo0", 4, 4, 4)])
+def test_sliding_window_layers_are_windows_or_stay_and_are_reported(backend, config):
+    model, tokens, windows = gemma3(), tokens_of(60), config.recent == 4  # of 16 tokens: 2 * (4 + 4)
+    cache = make_prompt_cache(model, config)
+    kind = "RotatingTurboKVCache" if windows else "RotatingKVCache"
+    assert kinds(cache) == 2 * (2 * [kind] + ["TurboKVCache"])
+    assert describe(cache) == ("6 of 6 layers compressed (4 of them windows of 16 tokens)" if windows else
+                               "2 of 6 layers compressed; neither a plain KV cache nor a long window and left as it is: "
                                "RotatingKVCache (4)")
-    assert [r is None for _, _, r in reports(cache)] == 2 * [True, True, False]
+    assert [r is None for _, _, r in reports(cache)] == 2 * [not windows, not windows, False]
     want = logits_in_chunks(model, tokens, model.make_cache())
-    assert same(logits_in_chunks(model, tokens, cache), want)
+    np.testing.assert_allclose(logits_in_chunks(model, tokens, cache), want, rtol=0, atol=1e-4 * windows)
     assert reports(cache)[2][2]["packed"] > 40
     got = logits_in_chunks(model, tokens, make_prompt_cache(model, SMALL))
     assert 0 < np.linalg.norm(got - want) / np.linalg.norm(want) < 0.2
@@ -163,7 +166,8 @@ def test_state_space_layers_stay_and_are_reported(backend):
     model, tokens = lfm2(), tokens_of(60)
     cache = make_prompt_cache(model, TurboConfig("turbo0", 4, 8, 8))
     assert [type(c).__name__ for c in cache] == ["ArraysCache", "TurboKVCache", "ArraysCache"]
-    assert describe(cache) == "1 of 3 layers compressed; not a plain KV cache and left as it is: ArraysCache (2)"
+    assert describe(cache) == ("1 of 3 layers compressed; neither a plain KV cache nor a long window and left as it is: "
+                               "ArraysCache (2)")
     assert same(logits_in_chunks(model, tokens, cache), logits_in_chunks(model, tokens, model.make_cache()))
 
 
@@ -190,12 +194,24 @@ def test_kept_layers_are_logged(backend, caplog):
     assert "2 of 6 layers compressed" in caplog.text and "RotatingKVCache (4)" in caplog.text
 
 
-def test_a_rotating_cache_of_max_kv_size_stays_and_a_warning_says_so(backend, model):
-    with pytest.warns(UserWarning, match="nothing is compressed: .*RotatingKVCache, not a plain KVCache") as caught:
+def test_a_short_rotating_cache_of_max_kv_size_stays_and_a_warning_says_so(backend, model):
+    with pytest.warns(UserWarning, match="nothing is compressed: .*RotatingKVCache, neither a .*long window") as caught:
         cache = make_prompt_cache(model, "turbo4", max_kv_size=32)
     assert [(type(c), c.max_size, c.keep) for c in cache] == 4 * [(lm_cache.RotatingKVCache, 32, 4)]
     assert caught[0].filename == __file__
-    assert describe(cache) == "0 of 4 layers compressed; not a plain KV cache and left as it is: RotatingKVCache (4)"
+    assert describe(cache) == ("0 of 4 layers compressed; neither a plain KV cache nor a long window and left as it is: "
+                               "RotatingKVCache (4)")
+
+
+def test_max_kv_size_gives_windows_that_keep_the_first_tokens(backend, model, tokenizer):
+    tokens = mx.array(tokenizer.encode(STORIES)[:160])[None]
+    want = logits_in_chunks(model, tokens, lm_cache.make_prompt_cache(model, 36))
+    for config, close in (TurboConfig("turbo0", 2, 8, 8), 1e-5), (TurboConfig("turbo8", 2, 8, 8), 0.03):
+        cache = make_prompt_cache(model, config, max_kv_size=36)
+        assert [(type(c), c.max_size, c.keep) for c in cache] == 4 * [(RotatingTurboKVCache, 36, 4)]
+        got = logits_in_chunks(model, tokens, cache)
+        assert np.linalg.norm(got - want) / np.linalg.norm(want) < close
+        assert cache[0].offset == 160 and cache[0].report()["tokens"] == 36
 
 
 def test_a_compressed_model_gives_no_warning(backend, model):
