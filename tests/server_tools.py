@@ -124,7 +124,7 @@ def save_model(folder, seed=None):
 
 
 class Reference:
-    """What the model says without a server and without compression, of the whole text in one pass."""
+    """What the model itself says, without a server and without compression."""
 
     def __init__(self, folder):
         import mlx_lm
@@ -134,16 +134,38 @@ class Reference:
     def prompt(self, messages):
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
-    def behind(self, messages, answer):
-        """For every token of an answer: how much less likely it is than the likeliest one, log p, given the prompt
-        and the answer so far. All 0 if and only if it is the greedy answer."""
-        return self.behind_text(self.prompt(messages), answer)
+    def behind(self, prompt, answer, past=None):
+        """For every token of an answer: how much less likely it is than the likeliest one, in nats, given the prompt
+        (messages or tokens) and the answer so far. All 0 if and only if it is the greedy answer.
 
-    def behind_text(self, prompt, answer):
+        The whole text in one pass; or what is new in it, if `past`, a Past, has the rest: MLX on a CPU takes 3 ms a token.
+        """
+        if isinstance(prompt[0], dict):
+            prompt = self.prompt(prompt)
         ids = [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
         assert answer["usage"]["prompt_tokens"] == len(prompt) and answer["usage"]["completion_tokens"] == len(ids) > 0
-        logits = np.array(self.model(mx.array([prompt + ids[:-1]])))[0, len(prompt) - 1:]
+        text = prompt + ids[:-1]
+        n_past, cache = past.go_back(text, len(prompt) - 1) if past else (0, None)
+        logits = np.array(self.model(mx.array([text[n_past:]]), cache=cache))[0, len(prompt) - 1 - n_past:]
         return logits.max(-1) - logits[np.arange(len(ids)), ids]
+
+
+class Past:
+    """A text in mlx-lm's own cache."""
+
+    def __init__(self, model):
+        from mlx_lm.models.cache import make_prompt_cache
+
+        self.tokens, self.cache = [], make_prompt_cache(model)
+
+    def go_back(self, text, most):
+        """Keep what `text` begins with, at most so many tokens: (how many, the cache); expects the rest next."""
+        same = next((i for i, (a, b) in enumerate(zip(self.tokens, text)) if a != b), len(self.tokens))
+        n = min(same, most)
+        for c in self.cache:
+            c.trim(len(self.tokens) - n)
+        self.tokens = text
+        return n, self.cache
 
 
 def text_of(answer):
@@ -155,17 +177,16 @@ def cached(answer):
 
 
 class Conversation:
-    """Goes on for turn after turn: a sentence of ours, an answer."""
+    """Goes on turn after turn: a sentence of ours, an answer."""
 
-    def __init__(self, server, reference, number):
-        self.server, self.reference, self.messages, self.number, self.turn = server, reference, [], number, 0
+    def __init__(self, server, number):
+        self.server, self.number, self.messages, self.turn = server, number, [], 0
 
     def say(self, max_tokens=8):
-        """One turn; returns (how far its tokens are behind the likeliest, the answer)."""
+        """One turn; returns the messages it sent and the answer."""
         sentence = STORIES[(7 * self.number + self.turn) % len(STORIES)]
-        self.messages.append({"role": "user", "content": f"{sentence} " if not self.turn else f". {sentence} "})
+        sent = [*self.messages, {"role": "user", "content": f". {sentence} " if self.messages else f"{sentence} "}]
+        answer = self.server.chat(sent, max_tokens)
+        self.messages = [*sent, {"role": "assistant", "content": text_of(answer)}]
         self.turn += 1
-        answer = self.server.chat(self.messages, max_tokens)
-        behind = self.reference.behind(self.messages, answer)
-        self.messages.append({"role": "assistant", "content": text_of(answer)})
-        return behind, answer
+        return sent, answer
