@@ -453,7 +453,8 @@ def test_two_hundred_requests_of_eight_conversations(start, reference, argv, mos
                     talk.messages = []
             held = settled(server)
             assert held["sequences"] <= 9
-            assert 0 <= held["active_memory"] - rest - held["nbytes"] < 0.1 * held["nbytes"] + 1e6
+            # less: a hit and what it came from share buffers until one of them is written into
+            assert 0.5 * held["nbytes"] < held["active_memory"] - rest < 1.1 * held["nbytes"] + 1e6
     assert len(behind) >= 25 * 8 and hits > 60
     assert max(behind) <= most_behind
     print(json.dumps({"tokens": len(behind), "hits": hits, "not greedy": int(np.count_nonzero(behind)),
