@@ -25,8 +25,10 @@ from huggingface_hub.errors import CacheNotFound
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from . import models
-from .cli import (DEFAULT_SCHEME, DEMO_TEMPLATE, CliError, Parser, TurboProgram, _complain, _replaced, add_program_arguments, 
-                  complaining, describe_model_argument, load_model, refuse_kv_bits, use_demo_model)
+from .cache import TurboKVCache
+from .cli import (DEFAULT_SCHEME, DEMO_TEMPLATE, CliError, Parser, TurboProgram, _complain, _replaced,
+                  add_program_arguments, complaining, describe_model_argument, load_model, refuse_kv_bits,
+                  use_demo_model)
 from .ops import get_backend, use_backend
 from .scheme import TurboConfig
 
@@ -62,18 +64,19 @@ def check_kernels(model, config):
     """
     config = TurboConfig.of(config, sink=1, recent=0, block=1, auto=False)
     cache = models.make_prompt_cache(model, config)
-    if any(type(c).__name__ == "TurboKVCache" for c in cache):
+    if any(isinstance(c, TurboKVCache) for c in cache):
         model(mx.zeros((1, 8), mx.int32), cache=cache)
         mx.eval(model(mx.zeros((1, 1), mx.int32), cache=cache))
 
 
 def context_of(model):
     """Tokens the model was made for; None if its configuration does not say."""
-    args = getattr(model, "args", None)
-    config = {**(getattr(args, "text_config", None) or {}), **vars(args)} if args else {}
-    limit, scaling = config.get("max_position_embeddings"), config.get("rope_scaling") or {}
-    extended = (scaling.get("original_max_position_embeddings") or 0) * (scaling.get("factor") or 0)
-    return limit and max(limit, int(extended))
+    args = vars(getattr(model, "args", None) or types.SimpleNamespace())
+    for config in args, args.get("text_config") or {}:
+        if limit := config.get("max_position_embeddings"):
+            scaling = config.get("rope_scaling") or {}
+            extended = (scaling.get("original_max_position_embeddings") or 0) * (scaling.get("factor") or 0)
+            return max(limit, int(extended))
 
 
 class ModelProvider(module.ModelProvider):
@@ -101,13 +104,13 @@ class LRUPromptCache(module.LRUPromptCache):
     is in no cache yet), and which leaves a model nothing to go on from when a prompt is all there."""
 
     def insert_cache(self, model, tokens, prompt_cache, **options):
-        offsets = [c.offset if isinstance(getattr(c, "offset", None), int) else None for c in prompt_cache]
-        n = min([len(tokens), *(offset for offset in offsets if offset is not None)])
+        offsets = [getattr(c, "offset", None) or len(tokens) for c in prompt_cache]  # 0: of a layer that is not used
+        n = min([len(tokens), *offsets])
         for cache, offset in zip(prompt_cache, offsets):
-            if (len(tokens) if offset is None else offset) > n:
+            if offset > n:
                 if not cache.is_trimmable():
                     return
-                cache.trim((len(tokens) if offset is None else offset) - n)
+                cache.trim(offset - n)
         super().insert_cache(model, tokens[:n], prompt_cache, **options)
 
     def fetch_nearest_cache(self, model, tokens):
@@ -155,8 +158,9 @@ class ResponseGenerator(module.ResponseGenerator):
 
     def kv_cache(self):
         """What GET /kv-cache answers, and the program says at its end."""
-        return {"kv": self.cli_args.kv or DEFAULT_SCHEME, "backend": get_backend().describe(), "sequences": len(self.prompt_cache),
-                "nbytes": self.prompt_cache.nbytes, "active_memory": mx.get_active_memory()}
+        return {"kv": self.cli_args.kv or DEFAULT_SCHEME, "backend": get_backend().describe(),
+                "sequences": len(self.prompt_cache), "nbytes": self.prompt_cache.nbytes,
+                "active_memory": mx.get_active_memory()}
 
     def stop_and_join(self):
         held = self.kv_cache()  # the thread drops its caches
@@ -211,7 +215,8 @@ def check_port(host, port):
     try:
         if not 0 <= port < 2**16:
             raise OSError(0, "allowed are ports from 0 to 65535")  # getaddrinfo takes them modulo 65536
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
         with socket.socket(family, kind) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             s.bind(address)

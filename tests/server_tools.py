@@ -138,7 +138,8 @@ class Reference:
         """For every token of an answer: how much less likely it is than the likeliest one, in nats, given the prompt
         (messages or tokens) and the answer so far. All 0 if and only if it is the greedy answer.
 
-        The whole text in one pass; or what is new in it, if `past`, a Past, has the rest: MLX on a CPU takes 3 ms a token.
+        The whole text in one pass; or what is new in it, if `past`, a Past, has the rest: MLX on a CPU takes 3 ms a
+        token.
         """
         if isinstance(prompt[0], dict):
             prompt = self.prompt(prompt)

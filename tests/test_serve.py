@@ -394,6 +394,25 @@ def test_an_entry_is_filed_under_the_tokens_that_are_in_it(lru, reference):
     assert rest == tokens[98:] and {c.offset for c in hit} == {98}
 
 
+def test_the_context_is_what_the_configuration_says():
+    from types import SimpleNamespace as Args
+
+    from mlx_turbo.serve import context_of
+
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 32768}
+    for args, limit in ((Args(max_position_embeddings=4096), 4096), (Args(), None), (None, None),
+                        (Args(max_position_embeddings=None, text_config={"max_position_embeddings": 64}), 64),
+                        (Args(max_position_embeddings=32768, rope_scaling=yarn), 131072)):
+        assert context_of(Args(args=args)) == limit
+
+
+def test_a_layer_that_is_not_used_does_not_empty_an_entry(lru, reference):
+    cache, _, fill = lru
+    tokens = tokens_of(reference, 30)
+    cache.insert_cache("model", tokens, [*fill(tokens), TurboKVCache()])
+    assert cache.fetch_nearest_cache("model", tokens + [5])[1] == [5]
+
+
 def test_a_cache_that_cannot_be_trimmed_is_not_filed_under_other_tokens_and_no_exact_hit(lru, reference):
     cache, _, fill = lru
     tokens = tokens_of(reference, 30)
