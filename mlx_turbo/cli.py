@@ -344,49 +344,6 @@ def generate(argv):
     return 0
 
 
-# ---- chat --------------------------------------------------------------------------------------------------
-class _ChatProgram(TurboProgram):
-    """Holds on to the newest cache only: "r" starts over, and the old one's memory is to go."""
-
-    def _load(self, original, path, *args, **kwargs):
-        if path == str(DEMO_MODEL):
-            kwargs["tokenizer_config"] = {**kwargs.get("tokenizer_config", {}), "chat_template": DEMO_TEMPLATE}
-        return super()._load(original, path, *args, **kwargs)
-
-    def _make_prompt_cache(self, original, model, max_kv_size=None):
-        self.caches.clear()
-        return super()._make_prompt_cache(original, model, max_kv_size)
-
-
-def chat(argv):
-    """`mlx-turbo chat`: mlx_lm.chat's own main() with our caches, then what the last one holds."""
-    module = importlib.import_module("mlx_lm.chat")
-    parser = module.setup_arg_parser()
-    add_program_arguments(parser, "chat", module)
-    describe_model_argument(parser)
-    args = parser.parse_args(argv)
-    program = _ChatProgram(module, args)
-    if args.model is None:
-        use_demo_model(args)
-    original = module.stream_generate
-
-    def checked_stream_generate(model, tokenizer, prompt, **kwargs):
-        before = max((c.offset for c in kwargs["prompt_cache"] if hasattr(c, "offset")), default=0)
-        _warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
-        return original(model, tokenizer, prompt, **kwargs)
-
-    parser.parse_args = lambda: args
-    with use_backend(args.backend) as backend, program.installed(), \
-            _replaced(module, setup_arg_parser=lambda: parser, stream_generate=checked_stream_generate):
-        with contextlib.suppress(EOFError, KeyboardInterrupt):  # the other ways to leave
-            module.main()
-        if program.caches:
-            print("\n" + "\n".join(report_lines(program.caches[0], program.scheme)))
-        if program.config is not None:
-            print(f"Backend: {backend.describe()}")
-    return 0
-
-
 # ---- eval --------------------------------------------------------------------------------------------------
 def _progress(done, total):
     if sys.stderr.isatty():
@@ -471,13 +428,6 @@ def evaluate(argv):
 
 
 # ---- the command -------------------------------------------------------------------------------------------
-def serve(argv):
-    """`mlx-turbo serve`."""
-    from .serve import main as serve_main
-
-    return serve_main(argv)
-
-
 def doctor(argv):
     """`mlx-turbo doctor`."""
     from .doctor import main as doctor_main
@@ -490,6 +440,20 @@ def plan(argv):
     from .plan import main as plan_main
 
     return plan_main(argv)
+
+
+def chat(argv):
+    """`mlx-turbo chat`."""
+    from .chat import main as chat_main
+
+    return chat_main(argv)
+
+
+def serve(argv):
+    """`mlx-turbo serve`."""
+    from .serve import main as serve_main
+
+    return serve_main(argv)
 
 
 COMMANDS = {
