@@ -458,10 +458,10 @@ def serve(argv):
 
 COMMANDS = {
     "generate": (generate, "write text with a compressed KV cache (every flag of mlx_lm.generate)"),
-    "chat": (chat, "talk to a model, with a compressed KV cache (every flag of mlx_lm.chat)"),
-    "serve": (serve, "a server for OpenAI clients, with compressed KV caches (every flag of mlx_lm.server)"),
     "eval": (evaluate, "perplexity and KL divergence of a compressed cache against an uncompressed one"),
     "plan": (plan, "how many tokens fit into a memory size with each scheme, from a model's configuration"),
+    "chat": (chat, "talk to a model, with a compressed KV cache (every flag of mlx_lm.chat)"),
+    "serve": (serve, "a server for OpenAI clients, with compressed KV caches (every flag of mlx_lm.server)"),
     "doctor": (doctor, "build every kernel and check it against the oracle on this machine"),
 }
 
