@@ -18,6 +18,7 @@ from .rotating import RotatingTurboKVCache
 
 DEMO_MODEL = Path(__file__).resolve().with_name("demo_model")
 DEMO_PROMPT = "Once upon a time"
+DEMO_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # it goes on with what was said
 DEFAULT_SCHEME = "auto"
 FLAGS = {"scheme": "--kv", "name": "--kv", "sink": "--kv-sink", "recent": "--kv-recent"}  # of TurboConfig's fields
 
@@ -28,6 +29,16 @@ class CliError(Exception):
 
 def _complain(message):
     print(f"mlx-turbo: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def complaining():
+    """Shows warnings as lines of ours."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        _complain(f"warning: {warning.message}")
 
 
 def _raise_cli_error(message):
@@ -83,6 +94,7 @@ def load_model(load, path, flag, *args, **kwargs):
         raise CliError(f"{flag}: {_why_not_loaded(path, e)}") from e
     if Path(path).resolve() == DEMO_MODEL and mx.default_device().type == mx.DeviceType.cpu:
         model = importlib.import_module("mlx_lm.utils").dequantize_model(model)
+        mx.eval(model.parameters())  # a server may generate in another thread, which cannot evaluate them
     return model, *rest
 
 
@@ -137,7 +149,8 @@ class TurboProgram:
         cache_module = models.register()  # so that load_prompt_cache knows our class
         with contextlib.ExitStack() as stack:
             for module in (self.module, cache_module):
-                names = [n for n in ("load", "make_prompt_cache", "load_prompt_cache") if hasattr(module, n)]
+                names = [n for n in ("load", "sharded_load", "make_prompt_cache", "load_prompt_cache")
+                         if hasattr(module, n)]
                 ours = {n: functools.partial(getattr(self, f"_{n}"), getattr(module, n)) for n in names}
                 stack.enter_context(_replaced(module, **ours))
             yield self
@@ -150,15 +163,14 @@ class TurboProgram:
         self._n_loaded += 1
         return load_model(original, path, flag, *args, **kwargs)
 
+    _sharded_load = _load
+
     def _make_prompt_cache(self, original, model, max_kv_size=None):
         if self.config is None:
             cache = original(model, max_kv_size)
         else:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+            with complaining():
                 cache = make_prompt_cache(model, self.config, max_kv_size)
-            for warning in caught:
-                _complain(f"warning: {warning.message}")
         self.caches.append(cache)
         return cache
 
@@ -251,21 +263,46 @@ def report_lines(prompt_cache, scheme):
 
 
 # ---- generate ----------------------------------------------------------------------------------------------
-def _generate_parser(module):
-    parser = module.setup_arg_parser()
-    parser.prog = "mlx-turbo generate"
-    parser.description = "mlx_lm.generate with a TurboQuant KV cache: all its flags, and those of mlx-turbo."
+def add_program_arguments(parser, command, module):
+    """Make the parser of mlx-lm's program `module` that of `mlx-turbo command`; returns the group of our options."""
+    parser.prog = f"mlx-turbo {command}"
+    parser.description = f"{module.__name__} with a TurboQuant KV cache: all its flags, and those of mlx-turbo."
     parser.error = lambda message: _raise_cli_error(f"{message} (see {parser.prog} --help)")
-    parser.set_defaults(prompt=None)
-    for action in parser._actions:
-        if action.dest == "model":
-            action.help = "A local folder or a Hugging Face id; without it the embedded demo model is used."
     group = add_cache_arguments(parser)
     group.add_argument("--kv", metavar="SCHEME",
                        help="bits per number of the KV cache: turbo4, turbo3, turbo2, turbo8v4 (keys 8, "
                             "values 4), ...; auto: turbo4, with more bits for the keys of layers that turn out to "
                             f"need them; or none: mlx-lm's own cache (default: {DEFAULT_SCHEME}). A draft "
                             "model's cache is compressed too, and so are the windows of --max-kv-size.")
+    return group
+
+
+def describe_model_argument(parser):
+    """Say in its help what no --model means here."""
+    for action in parser._actions:
+        if action.dest == "model":
+            action.default, action.help = None, ("A local folder or a Hugging Face id; without it the embedded "
+                                                 "demo model is used.")
+
+
+def use_demo_model(args):
+    """Fill in --model, and say so."""
+    _complain("no --model given: using the embedded demo model (short stories, 4096 tokens of context)")
+    args.model = str(DEMO_MODEL)
+
+
+def refuse_kv_bits(program):
+    """Raise CliError where mlx-lm's --kv-bits came beside our --kv."""
+    if getattr(program.args, "kv_bits", None) is not None and program.config is not None:
+        raise CliError(f"--kv-bits: mlx-lm's own cache quantization does not go with --kv {program.scheme}; "
+                       "leave --kv-bits out, or say --kv none")
+
+
+def _generate_parser(module):
+    parser = module.setup_arg_parser()
+    parser.set_defaults(prompt=None)
+    add_program_arguments(parser, "generate", module)
+    describe_model_argument(parser)
     return parser
 
 
@@ -283,14 +320,11 @@ def generate(argv):
     parser = _generate_parser(module)
     args = parser.parse_args(argv)
     program = TurboProgram(module, args)
-    if args.kv_bits is not None and program.config is not None:
-        raise CliError(f"--kv-bits: mlx-lm's own cache quantization does not go with --kv {program.scheme}; "
-                       "leave --kv-bits out, or say --kv none")
+    refuse_kv_bits(program)
     if args.max_tokens == 0:
         raise CliError("--max-tokens: got 0, allowed are positive numbers, and -1 for no limit")
     if demo := args.model is None and args.prompt_cache_file is None:
-        _complain("no --model given: using the embedded demo model (short stories, 4096 tokens of context)")
-        args.model = str(DEMO_MODEL)
+        use_demo_model(args)
     if args.prompt is None:
         args.prompt = DEMO_PROMPT if demo else module.DEFAULT_PROMPT
     original = module.generate
@@ -339,10 +373,26 @@ def plan(argv):
     return plan_main(argv)
 
 
+def chat(argv):
+    """`mlx-turbo chat`."""
+    from .chat import main as chat_main
+
+    return chat_main(argv)
+
+
+def serve(argv):
+    """`mlx-turbo serve`."""
+    from .serve import main as serve_main
+
+    return serve_main(argv)
+
+
 COMMANDS = {
     "generate": (generate, "write text with a compressed KV cache (every flag of mlx_lm.generate)"),
     "eval": (evaluate, "perplexity, KL divergence and recall of compressed caches against the uncompressed one"),
     "plan": (plan, "how many tokens fit into a memory size with each scheme, from a model's configuration"),
+    "chat": (chat, "talk to a model, with a compressed KV cache (every flag of mlx_lm.chat)"),
+    "serve": (serve, "a server for OpenAI clients, with compressed KV caches (every flag of mlx_lm.server)"),
     "doctor": (doctor, "build every kernel and check it against the oracle on this machine"),
 }
 
