@@ -408,10 +408,18 @@ def plan(argv):
     return plan_main(argv)
 
 
+def bench(argv):
+    """`mlx-turbo bench`."""
+    from .bench import main as bench_main
+
+    return bench_main(argv)
+
+
 COMMANDS = {
     "generate": (generate, "write text with a compressed KV cache (every flag of mlx_lm.generate)"),
     "eval": (evaluate, "perplexity and KL divergence of a compressed cache against an uncompressed one"),
     "plan": (plan, "how many tokens fit into a memory size with each scheme, from a model's configuration"),
+    "bench": (bench, "speed, memory and errors of kernels and of generation, beside MLX's own; what to send us"),
     "doctor": (doctor, "build every kernel and check it against the oracle on this machine"),
 }
 

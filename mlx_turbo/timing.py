@@ -1,0 +1,164 @@
+"""How `bench` measures, and on what: interleaved rounds after a warm-up, and the facts that belong beside every figure.
+
+A sample is the time of several calls, evaluated. The contenders of a group take turns, in an order that rotates, so that
+a machine that gets slower slows all of them. Rounds go on until the medians are known to `UNCERTAINTY`, or time is up.
+"""
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+WARM_UP_SECONDS = 1.0  # GPU clocks ramp up within it
+SAMPLE_SECONDS = 0.01  # so long, by more calls: the floor of one evaluation is then a small part
+MAX_CALLS = 32
+UNCERTAINTY = 0.02
+COPY_BYTES = 256 << 20  # beyond every chip's caches
+
+
+class Effort(NamedTuple):
+    """How long to measure. least, most: rounds. seconds: of a contender's samples, once it has `least`."""
+    least: int = 10
+    most: int = 50
+    seconds: float = 2.0
+
+
+class Timing(NamedTuple):
+    """Seconds of one call. low, high: quartiles of the samples. uncertainty: half the 95 % interval of the median,
+    relative to it (McGill, Tukey & Larsen 1978: 1.57 * interquartile range / sqrt n)."""
+    median: float
+    low: float
+    high: float
+    n: int
+    calls: int
+    uncertainty: float
+
+    @classmethod
+    def of(cls, seconds, calls):
+        low, median, high = (float(x) for x in np.percentile(seconds, (25, 50, 75)))
+        return cls(median, low, high, len(seconds), calls, 1.57 * (high - low) / len(seconds) ** 0.5 / median)
+
+
+def sample(run, calls):
+    """Seconds per call of `run(calls)`, whose arrays are evaluated."""
+    start = time.perf_counter()
+    out = run(calls)
+    if out is not None:  # NumPy gives nothing to evaluate
+        mx.eval(out)
+    return (time.perf_counter() - start) / calls
+
+
+def interleave(contenders, effort, warm_up=WARM_UP_SECONDS):
+    """{name: `Timing`} of {name: run}; run(calls) makes so many calls and returns their arrays. Raises what they raise."""
+    first = {name: sample(run, 1) for name, run in contenders.items()}  # builds what must be built
+    start = time.perf_counter()
+    while time.perf_counter() - start < warm_up:
+        for name, run in contenders.items():
+            first[name] = sample(run, 1)
+            if time.perf_counter() - start >= warm_up:
+                break
+    calls = {name: int(min(max(SAMPLE_SECONDS / took, 1), MAX_CALLS)) for name, took in first.items()}
+    names, seconds = list(contenders), {name: [] for name in contenders}
+    for i in range(effort.most):
+        for name in names[i % len(names):] + names[:i % len(names)]:
+            taken = seconds[name]
+            if len(taken) < effort.least or (
+                    sum(taken) * calls[name] < effort.seconds
+                    and Timing.of(taken, calls[name]).uncertainty > UNCERTAINTY):
+                taken.append(sample(contenders[name], calls[name]))
+    return {name: Timing.of(taken, calls[name]) for name, taken in seconds.items()}
+
+
+# ---- what the machine can do -----------------------------------------------------------------------------------
+EMPTY = "if (thread_position_in_grid.x == 0) y[0] = x[0] + 1.0f;"
+
+
+def floor_runs(metal):
+    """Runs of calls that do nothing, chained: what a call and what an evaluation cost at least. metal: a kernel of ours,
+    else an MLX operation on 8 numbers."""
+    x = mx.zeros((8,))
+    mx.eval(x)
+    kernel = mx.fast.metal_kernel("turbo_empty", ["x"], ["y"], EMPTY) if metal else None
+
+    def run(calls):
+        y = x
+        for _ in range(calls):
+            y = y + 1 if kernel is None else kernel(inputs=[y], grid=(32, 1, 1), threadgroup=(32, 1, 1),
+                                                    output_shapes=[(8,)], output_dtypes=[mx.float32])[0]
+        return y
+    return run
+
+
+def copy_run(metal, n_bytes=COPY_BYTES):
+    """(run, bytes moved by a call): a copy beyond the caches. On the GPU the negation of an array; on the CPU
+    numpy.copyto, because MLX would allocate, and fault in, fresh memory each time."""
+    if metal:
+        x = mx.zeros((n_bytes // 4,))
+        mx.eval(x)
+        return lambda calls: [-x for _ in range(calls)], 2 * n_bytes
+    source, target = np.zeros(n_bytes // 4, np.float32), np.ones(n_bytes // 4, np.float32)
+    source += 1  # or its pages would all be the kernel's one page of zeros
+
+    def run(calls):
+        for _ in range(calls):
+            np.copyto(target, source)
+    return run, 2 * n_bytes
+
+
+def measure_machine(metal, effort, n_bytes=COPY_BYTES):
+    """{"floor_seconds", "evaluation_seconds", "copy_gb_per_s", ...}: an empty kernel, chained; one evaluated alone; a
+    copy."""
+    copy, moved = copy_run(metal, n_bytes)
+    floor = floor_runs(metal)
+    alone = interleave({"floor": floor, "evaluation": lambda calls: [mx.eval(floor(1)) for _ in range(calls)] and None},
+                       effort)
+    copied = interleave({"copy": copy}, effort, 0.2)["copy"]
+    return {"floor_seconds": alone["floor"].median, "floor": "empty Metal kernel" if metal else "MLX operation on 8 numbers",
+            "evaluation_seconds": alone["evaluation"].median, "copy_gb_per_s": moved / copied.median / 1e9,
+            "copy": "MLX negation on the GPU" if metal else "numpy.copyto, one thread", "copy_bytes": n_bytes,
+            "copy_uncertainty": copied.uncertainty}
+
+
+# ---- facts that stand beside every figure ----------------------------------------------------------------------
+def _output(*command, cwd=None):
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=cwd)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit():
+    """The commit of the checkout that runs, "+" behind it if files differ; None for an installed package."""
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    head = _output("git", "rev-parse", "--short=12", "HEAD", cwd=folder)
+    return head and head + ("+" if _output("git", "status", "--porcelain", "-uno", cwd=folder) else "")
+
+
+def power():
+    """What the system says on power mode and thermal state, {} where it says nothing (Linux)."""
+    if platform.system() != "Darwin":
+        return {}
+    notes = {"thermal": _output("pmset", "-g", "therm"), "power": _output("pmset", "-g")}
+    notes["source"] = (_output("pmset", "-g", "batt") or "").partition("\n")[0]
+    modes = [" ".join(line.split()) for line in (notes.pop("power") or "").splitlines()
+             if line.split()[:1] in (["powermode"], ["lowpowermode"], ["highpowermode"])]
+    return {name: " ".join(text.split()) for name, text in {**notes, "mode": ", ".join(modes)}.items() if text}
+
+
+def header(what, argv, backend):
+    """The start of every document: what ran, where, and how it was called."""
+    from .doctor import machine
+
+    return {"benchmark": what, "format": 1, "command": shlex.join(["mlx-turbo", "bench", *argv]), "commit": commit(),
+            "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "backend": backend, "machine": machine(), "power": power(),
+            "method": {"warm_up_seconds": WARM_UP_SECONDS, "sample_seconds": SAMPLE_SECONDS,
+                       "until_uncertainty": UNCERTAINTY, "order": "interleaved, rotating"},
+            "executable": Path(sys.executable).name}
