@@ -11,6 +11,7 @@ Exit codes: 0 done, 1 something failed or computed something wrong, 2 wrong inpu
 import contextlib
 import importlib
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -276,6 +277,7 @@ def print_kernels(document):
         print(f"{'':>4}{'cache':<16}{'computed by':<18}{'ms':>10}{'+-':>6}{'GB/s':>8}{'of copy':>9}"
               + (f"{'time':>8}{'bytes':>8}" if gqa else "") + f"{'error':>10}")
         base = next((r for r in rows if r["name"] == "uncompressed"), None)
+        before = None
         for place, row in enumerate(ranked(rows), 1):
             if "median_seconds" not in row:
                 print(f"{'-':>3} {row['name']:<16}{row['column']:<18}{row['status'].upper()}: "
@@ -286,7 +288,8 @@ def print_kernels(document):
                 times = row.get("times_uncompressed")
                 relative = (f"{times:>7.2f}x" if times else f"{'':>8}") + f"{row['bytes'] / base['bytes']:>7.2f}x"
             error = f"{row['error']:>10.1e}" if row["column"] != "NumPy reference" else f"{'oracle':>10}"
-            print(f"{place:>3} {row['name']:<16}{row['column']:<18}{row['median_seconds'] * 1e3:>10.3f}"
+            tied, before = "=" if before and row["low_seconds"] <= before["high_seconds"] else " ", row
+            print(f"{place:>3}{tied}{row['name']:<16}{row['column']:<18}{row['median_seconds'] * 1e3:>10.3f}"
                   f"{row['uncertainty']:>6.0%}{row['gb_per_s']:>8.1f}{row['bandwidth_share']:>9.0%}{relative}{error}")
     for row in document.get("ablation", ()):
         print(f"\nStages of attention, {row['scheme']} on {row['column']}: head_dim {row['head_dim']}, GQA {row['gqa']}, "
@@ -295,7 +298,7 @@ def print_kernels(document):
             print(f"  {stage:<14}{seconds * 1e3:>10.3f} ms{seconds / row['seconds']['full']:>7.0%}  "
                   f"{ablation.STAGES[stage][0]}")
         print(f"  {row['verdict']}")
-    print("\nms: median of a call. +-: half the 95 % interval of the median. GB/s: bytes of the cache (packing: all input "
+    print("\n=: quartiles overlap with those of the row above. ms: median of a call. +-: half the 95 % interval of the median. GB/s: bytes of the cache (packing: all input "
           "and output) over time.\ntime, bytes: over the uncompressed cache. error: largest, against the oracle, by the "
           "largest number (mx.quantize: in steps).")
 
@@ -335,7 +338,7 @@ def generate(argv, backends=None):
                                                       ["mlx8", "mlx4", "turbo4", "turbo8v4"]))]))
     caches = {kv: None if kv in bench_generate.MLX_LM else kv_config(kv, args) for kv in names}
     metal = not ops.metal_unavailable()
-    contexts = _chosen(args, "context", (512, 2048, 8192, 32768)[:4 if metal else 2], (256,), 2)
+    contexts = _chosen(args, "context", (512, 2048, 8192, 32768)[:4 if metal else 2], (128, 384), 2)
     for flag, default, quick, least in (("tokens", 128, 16, 2), ("rounds", 5, 3, 1)):
         value = getattr(args, flag)
         setattr(args, flag, (quick if args.quick else default) if value is None else value)
@@ -349,6 +352,7 @@ def generate(argv, backends=None):
                        f"{limit}")
     if not metal:
         model.set_dtype(mx.float32)  # 16-bit arithmetic is slow on the CPU, for every cache
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # a text longer than the context
     tokens = tokenizer.encode((DEMO_MODEL / "stories.txt").read_text()[:20_000])
     with ops.use_backend(backends[0] if backends else args.backend) as backend:
         document = timing.header("generate", ["generate", *argv], backend.describe())

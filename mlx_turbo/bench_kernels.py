@@ -20,6 +20,7 @@ N_SINK, N_RECENT = 4, 96  # exact tokens, as a cache with its defaults has on av
 COLD_BYTES = {"gpu": 256 << 20, "cpu": 32 << 20}  # calls go through so many bytes of caches, as a model's layers do
 MAX_COPIES = 8
 NUMPY_TOKENS = 1024  # beyond, the reference would take longer than everything else together
+FALLBACK_TOKENS = 4096  # beyond, where Metal is measured, the CPU fallback would take most of the time
 PACK_TOKENS = 4096  # quantize and dequantize: a prompt chunk is no longer
 # Largest error of MLX's own attention, relative to the largest output: 16-bit logits and weights where it is quantized.
 MLX_TOLERANCE = {mx.float32: 1e-4, mx.float16: 5e-3, mx.bfloat16: 4e-2}
@@ -207,6 +208,8 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
                           for i in (0, 1)), (N_SINK, n_packed, N_RECENT), 0, None, 0) for a in _copies(arrays, device)]
         allowed = ATTEND_TOLERANCE[scheme.key_bits] + TOLERANCE[grid.dtype] * (grid.dtype != mx.float32)
         for backend in backends:
+            if device == "gpu" and backend.name == "cpu" and n_tokens > FALLBACK_TOKENS:
+                continue
             add(scheme.name, column_of(backend), functools.partial(_attend, backend, scale), views, *restored, allowed,
                 nbytes, backend.name == "cpu")
         if n_tokens <= NUMPY_TOKENS:

@@ -614,12 +614,14 @@ def compare_quantized(words, scale, want, tie=2e-5):
     """What is wrong with packed rows `words` and `scale` [..., 1] against a reference `Quantized`, or None.
 
     Codes must be equal, except by one where the oracle is within `tie` (relative) of the midpoint of two levels;
-    padding bits must be 0. Scales must be within one float16 rounding, and two where codes differ.
+    padding bits must be 0. Scales must be within one float16 rounding; two where codes differ, and what the other
+    codes move <y, c> by, which the scale may be divided by.
     """
     codes = reference.unpack(words, want.bits, want.codes.shape[-1]).astype(int)
     if not np.array_equal(reference.pack(codes, want.bits), words):
         return "bits that belong to no dim are set"
     off = (codes != want.codes) & (want.scale[..., None] != 0)
+    moved = 0.0
     if off.any():
         # the vector as the oracle saw it, in units of its levels
         u = want.normalized
@@ -627,8 +629,10 @@ def compare_quantized(words, scale, want, tie=2e-5):
         wrong = (np.abs(codes - want.codes)[off] > 1) | (np.abs(u[off] - middle) > tie * np.maximum(np.abs(middle), 1))
         if wrong.any():
             return f"{int(wrong.sum())} of {codes.size} codes differ away from ties"
+        had, has = ((u * want.levels[c]).sum(-1) for c in (want.codes, codes))
+        moved = np.abs(np.divide(had, has, out=np.ones_like(has), where=has > 0) - 1) * want.scale
     step = np.spacing(np.maximum(np.abs(want.scale), 6e-5).astype(np.float16)).astype(np.float64)
-    error = np.abs(scale[..., 0].astype(np.float64) - want.scale) / step
+    error = (np.abs(scale[..., 0].astype(np.float64) - want.scale) - moved) / step
     if not (error <= 1 + off.any(-1)).all():
         return f"scale off by {error.max():.1f} float16 roundings"
     return None

@@ -22,7 +22,8 @@ COPY_BYTES = 256 << 20  # beyond every chip's caches
 
 
 class Effort(NamedTuple):
-    """How long to measure. least, most: rounds. seconds: of a contender's samples, once it has `least`."""
+    """How long to measure. least, most: rounds. seconds: of a contender's samples, once it has `least`; one that takes
+    twice as long is sampled three times."""
     least: int = 10
     most: int = 50
     seconds: float = 2.0
@@ -67,9 +68,9 @@ def interleave(contenders, effort, warm_up=WARM_UP_SECONDS):
     for i in range(effort.most):
         for name in names[i % len(names):] + names[:i % len(names)]:
             taken = seconds[name]
-            if len(taken) < effort.least or (
-                    sum(taken) * calls[name] < effort.seconds
-                    and Timing.of(taken, calls[name]).uncertainty > UNCERTAINTY):
+            spent = sum(taken) * calls[name]
+            if len(taken) < 3 or len(taken) < effort.least and spent < 2 * effort.seconds or (
+                    spent < effort.seconds and Timing.of(taken, calls[name]).uncertainty > UNCERTAINTY):
                 taken.append(sample(contenders[name], calls[name]))
     return {name: Timing.of(taken, calls[name]) for name, taken in seconds.items()}
 
