@@ -86,8 +86,10 @@ class AblatedBackend(MetalBackend):
 
     def __init__(self, stage, like=None):
         """like: the MetalBackend whose kernels and tuning to use."""
-        super().__init__(like and like._metal_kernel)
-        self.stage, self._like = stage, like
+        super().__init__(None if like is None or like.is_real else like._metal_kernel)
+        self.stage = stage
+        if like is not None:
+            self.tuning, self.tuned = like.tuning, like.tuned
 
     def _kernel(self, name, inputs, outputs):
         if name != "attend" or self.stage == "full":
@@ -99,17 +101,14 @@ class AblatedBackend(MetalBackend):
                 ensure_row_contiguous=False)
         return self._kernels[name]
 
-    def tuning_of(self, keys, values):
-        return super().tuning_of(keys, values) if self._like is None else self._like.tuning_of(keys, values)
-
     def _run_check(self, what, check):
         pass
 
 
-def unsupported(tuning, scheme, head_dim, gqa):
-    """Why there is no ablation of this, or None: kernels that share decoded tiles have other stages."""
-    shape = attend_shape(tuning, scheme.key_bits, scheme.value_bits, head_dim, head_dim, gqa, False)
-    return f"with {gqa} query heads per kv head simdgroups share decoded tiles" if shape.SHARED else None
+def covers(backend, scheme, head_dim, gqa):
+    """Whether the stages are those of this kernel: where simdgroups share decoded tiles, it has others."""
+    key = scheme.key_bits, scheme.value_bits, head_dim, head_dim
+    return not attend_shape(backend.tuned.get(key, backend.tuning), *key, gqa, False).SHARED
 
 
 def verdict(seconds):

@@ -21,7 +21,7 @@ import numpy as np
 
 from . import ablation, bench_kernels, bench_plots, ops, timing, tuning
 from .cli import DEMO_MODEL, CliError, Parser, _one_line, kv_config, load_model
-from .kernels import AttendTuning, BackendError, MetalBackend, attend_unsupported
+from .kernels import BackendError, MetalBackend, attend_unsupported
 from .ops import get_backend
 from .scheme import TurboConfig
 
@@ -50,7 +50,7 @@ def _check_output(args):
     for flag in ("html", "png"):
         file = getattr(args, flag)
         if file and not bench_plots.available():
-            raise CliError(f"--{flag}: needs matplotlib, which is not installed: pip install matplotlib")
+            raise CliError(f"--{flag}: needs matplotlib, which is not installed: pip install matplotlib (or the extra: mlx-turbo[plot])")
         if file and not Path(file).resolve().parent.is_dir():
             raise CliError(f"--{flag}: there is no folder {str(Path(file).parent)!r}")
 
@@ -72,6 +72,7 @@ def _progress(total, unit):
 def finish(document, args, print_tables):
     """Write what was asked for; returns the exit code."""
     bad = [r for r in document["rows"] if r["status"] != "ok"]
+    document["power_after"] = timing.power()
     for flag in ("html", "png"):
         if getattr(args, flag):
             bench_plots.write(document, flag, getattr(args, flag))
@@ -79,9 +80,9 @@ def finish(document, args, print_tables):
         print(json.dumps(document, indent=1, allow_nan=False))
     else:
         print_tables(document)
-        if document["commit"] is not None or document["power"]:
-            print(f"Commit {document['commit']}. " + "; ".join(f"{k}: {v}" for k, v in document["power"].items()))
-        print(f"Reproduce: {document['command']}\n"
+        for name, said in document["power"].items():
+            print(f"{name}: {said}")
+        print(f"Reproduce: {document['command']} (commit {document['commit'] or 'unknown, an installed package'})\n"
               "The same with --json > bench.json gives the file to attach to an issue (template: benchmark).")
     for row in bad:
         print(f"mlx-turbo: {row['status'].upper()}: {describe_row(row)}: {row['problem']}", file=sys.stderr)
@@ -120,6 +121,13 @@ def _backends(choice):
     return [get_backend(name) for name in ("metal", "cpu") if name == "cpu" or not ops.metal_unavailable()]
 
 
+def _describe(backend, on_cpu=True):
+    """on_cpu: the CPU fallback runs on the CPU, also where MLX's default device is the GPU."""
+    with mx.stream(mx.cpu) if on_cpu and backend.name == "cpu" else contextlib.nullcontext():
+        described = backend.describe()
+    return f"simulated {described}" if bench_kernels.column_of(backend).startswith("simulated") else described
+
+
 def _schemes(names):
     out = []
     for name in dict.fromkeys(names):
@@ -154,11 +162,10 @@ def kernels(argv, backends=None):
         if why := attend_unsupported(4, 4, head_dim, head_dim, 1):
             raise CliError(f"--head-dim: {why}")
     effort = QUICK if args.quick else timing.Effort()
-    described = "; ".join(b.describe() for b in backends)
+    described = "; ".join(_describe(b) for b in backends)
     device = "gpu" if on_metal else "cpu"
     with contextlib.nullcontext() if on_metal else mx.stream(mx.cpu):
         document = timing.header("kernels", ["kernels", *argv], described)
-        document["machine"]["attention tuning"] = tuning.describe()
         document["measured"] = timing.measure_machine(on_metal, effort, (64 if args.quick else 256) << 20)
         document["effort"] = effort._asdict()
         if args.tune:
@@ -174,16 +181,15 @@ def _measure_kernels(grid, backends, device, effort, bandwidth):
     with _progress(bench_kernels.n_groups(grid), "group") as bar:
         for facts, contenders in bench_kernels.groups(grid, backends, device):
             bar.set_description(f"{facts['operation']}, {facts['tokens']} tokens")
-            rows += bench_kernels.measure(contenders, effort, timing.WARM_UP_SECONDS, facts, bandwidth)
+            rows += bench_kernels.measure(contenders, effort, facts, bandwidth)
             bar.update()
     return rows
 
 
-def _attend_runs(grid, backends, scheme, n_tokens, head_dim, gqa, device):
-    """[Contender] of one scheme's attention, one per backend."""
-    one = grid._replace(schemes=(scheme,), gqa=(gqa,))
-    (_, contenders), = bench_kernels.attention_contenders(one, backends, n_tokens, head_dim, device)
-    return [c for c in contenders if c.name == scheme.name and c.column != "NumPy reference"]
+def _attend_contenders(grid, backends, scheme, n_tokens, head_dim, device):
+    """[[Contender of each backend] for each GQA factor of the grid] of one scheme's attention."""
+    groups = bench_kernels.attention_contenders(grid._replace(schemes=(scheme,)), backends, n_tokens, head_dim, device)
+    return [[c for c in contenders if c.name == scheme.name and c.column != "NumPy reference"] for _, contenders in groups]
 
 
 def ablate(grid, metal, device, effort):
@@ -191,9 +197,9 @@ def ablate(grid, metal, device, effort):
     rows, head_dim, n_tokens = [], grid.head_dims[0], max(grid.tokens)
     for scheme in grid.schemes:
         gqa = next((g for g in sorted(grid.gqa, reverse=True)
-                    if not ablation.unsupported(AttendTuning(), scheme, head_dim, g)), 1)
+                    if ablation.covers(metal, scheme, head_dim, g)), 1)
         stages = [ablation.AblatedBackend(stage, metal) for stage in ablation.STAGES]
-        runs = _attend_runs(grid, stages, scheme, n_tokens, head_dim, gqa, device)
+        runs, = _attend_contenders(grid._replace(gqa=(gqa,)), stages, scheme, n_tokens, head_dim, device)
         seconds = timing.interleave({stage: c.run for stage, c in zip(ablation.STAGES, runs, strict=True)}, effort)
         seconds = {stage: t.median for stage, t in seconds.items()}
         rows.append({"scheme": scheme.name, "head_dim": head_dim, "gqa": gqa, "tokens": n_tokens,
@@ -205,6 +211,7 @@ def ablate(grid, metal, device, effort):
 def _tune(grid, metal, device, effort):
     """Find, keep and use the best tuning of each scheme and head dim. Returns rows for the document."""
     rows, tuned = [], {}
+    grid = grid._replace(tokens=tuple(dict.fromkeys((grid.tokens[0], grid.tokens[len(grid.tokens) // 2]))))
     quick = effort._replace(most=effort.least, seconds=0.2)
     with _progress(len(grid.schemes) * len(grid.head_dims) * len(tuning.CANDIDATES), "parameter") as bar:
         for scheme in grid.schemes:
@@ -231,9 +238,9 @@ def time_tunings(grid, metal, scheme, head_dim, device, effort, tunings):
         backends.append(backend)
     logs = np.zeros(len(tunings))
     for n_tokens in grid.tokens:
-        for gqa in grid.gqa:
+        for contenders in _attend_contenders(grid, backends, scheme, n_tokens, head_dim, device):
             runs = {}
-            for i, c in enumerate(_attend_runs(grid, backends, scheme, n_tokens, head_dim, gqa, device)):
+            for i, c in enumerate(contenders):
                 try:
                     problem = c.check()[2]
                 except Exception as e:  # too many threads for the chip's registers, for example
@@ -355,10 +362,10 @@ def generate(argv, backends=None):
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # a text longer than the context
     tokens = tokenizer.encode((DEMO_MODEL / "stories.txt").read_text()[:20_000])
     with ops.use_backend(backends[0] if backends else args.backend) as backend:
-        document = timing.header("generate", ["generate", *argv], backend.describe())
-        document |= {"model": args.model or "embedded demo model", "column": bench_kernels.column_of(backend),
+        document = timing.header("generate", ["generate", *argv], _describe(backend, on_cpu=False))
+        document |= {"model": (args.model or "embedded demo model").replace(str(Path.home()), "~"), "column": bench_kernels.column_of(backend) if backend.name != "cpu" or not metal
+                     else "fallback in MLX operations",
                      "dtype": "float32" if not metal else "the model's", "rounds": args.rounds}
-        document["machine"]["attention tuning"] = tuning.describe()
         try:
             with _progress(len(contexts) * args.rounds * len(names), "run") as bar:
                 document["rows"] = bench_generate.measure(model, tokens, contexts, args.tokens, caches, args.rounds,

@@ -89,7 +89,7 @@ def check(model, prompt, caches):
     return out
 
 
-def measure(model, tokens, contexts, n_tokens, caches, rounds, warm_up=timing.WARM_UP_SECONDS, progress=None):
+def measure(model, tokens, contexts, n_tokens, caches, rounds, progress=None):
     """Rows by context and cache. tokens: ids of a long text. caches: {name: TurboConfig or None}, "none" first."""
     rows = []
     for context in contexts:
@@ -97,7 +97,7 @@ def measure(model, tokens, contexts, n_tokens, caches, rounds, warm_up=timing.WA
         checked = check(model, prompt, caches)
         names = [kv for kv in caches if checked[kv]["status"] == "ok"]
         start = time.perf_counter()
-        while names and time.perf_counter() - start < warm_up:
+        while names and time.perf_counter() - start < timing.WARM_UP_SECONDS:
             run_once(model, prompt, min(n_tokens, 4), names[0], caches[names[0]])
         runs = {kv: [] for kv in names}
         for i in range(rounds):

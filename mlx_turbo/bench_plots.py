@@ -103,7 +103,7 @@ def _figure(document, title, n_panels, subtitle):
     top = 1.15 + 0.24 * (len(headlines(document)) + len(shown))
     height = 3.7 * rows + top + 0.45
     figure, axes = plt.subplots(rows, 2, figsize=(12.5, height), squeeze=False)
-    figure.subplots_adjust(left=0.07, right=0.87, top=1 - (top + 0.25) / height, bottom=0.95 / height, wspace=0.62, hspace=0.42)
+    figure.subplots_adjust(left=0.07, right=0.87, top=1 - (top + 0.25) / height, bottom=0.95 / height, wspace=0.62, hspace=0.48)
     y = 1 - 0.38 / height
     figure.text(0.03, y, title, fontsize=17, weight="bold")
     for text, style in [*((t, dict(fontsize=12, weight="bold", color="#0050c8")) for t in headlines(document)),
@@ -192,6 +192,12 @@ def kernels_figure(document):
     def label(r):
         mine = r["name"].startswith("turbo")
         return f"{r['name']} ({r['column']})" if mine else NAMES.get(r["name"], r["name"])
+
+    if not attention or not packing:
+        for ax in axes[:4]:
+            ax.set_axis_off()
+        axes[0].text(0, 0.5, "Too much failed to plot the rest: see the rows.", color="#c00000")
+        return figure
 
     ax = axes[0]
     ends = _lines(ax, attention, "tokens", lambda r: r["median_seconds"] * 1e3, label, label, names,

@@ -54,8 +54,10 @@ def sample(run, calls):
     return (time.perf_counter() - start) / calls
 
 
-def interleave(contenders, effort, warm_up=WARM_UP_SECONDS):
-    """{name: `Timing`} of {name: run}; run(calls) makes so many calls and returns their arrays. Raises what they raise."""
+def interleave(contenders, effort, warm_up=None):
+    """{name: `Timing`} of {name: run}; run(calls) makes so many calls and returns their arrays. warm_up:
+    seconds, WARM_UP_SECONDS if None. Raises what they raise."""
+    warm_up = WARM_UP_SECONDS if warm_up is None else warm_up
     first = {name: sample(run, 1) for name, run in contenders.items()}  # builds what must be built
     start = time.perf_counter()
     while time.perf_counter() - start < warm_up:
@@ -79,12 +81,12 @@ def interleave(contenders, effort, warm_up=WARM_UP_SECONDS):
 EMPTY = "if (thread_position_in_grid.x == 0) y[0] = x[0] + 1.0f;"
 
 
-def floor_runs(metal):
-    """Runs of calls that do nothing, chained: what a call and what an evaluation cost at least. metal: a kernel of ours,
-    else an MLX operation on 8 numbers."""
+def floor_run(metal_kernel=None):
+    """run(calls) of calls that do nothing, chained: what a call costs at least. metal_kernel: of an empty kernel; without
+    it, an MLX operation on 8 numbers."""
     x = mx.zeros((8,))
     mx.eval(x)
-    kernel = mx.fast.metal_kernel("turbo_empty", ["x"], ["y"], EMPTY) if metal else None
+    kernel = metal_kernel and metal_kernel("turbo_empty", ["x"], ["y"], EMPTY)
 
     def run(calls):
         y = x
@@ -115,7 +117,7 @@ def measure_machine(metal, effort, n_bytes=COPY_BYTES):
     """{"floor_seconds", "evaluation_seconds", "copy_gb_per_s", ...}: an empty kernel, chained; one evaluated alone; a
     copy."""
     copy, moved = copy_run(metal, n_bytes)
-    floor = floor_runs(metal)
+    floor = floor_run(mx.fast.metal_kernel if metal else None)
     alone = interleave({"floor": floor, "evaluation": lambda calls: [mx.eval(floor(1)) for _ in range(calls)] and None},
                        effort)
     copied = interleave({"copy": copy}, effort, 0.2)["copy"]
@@ -158,7 +160,8 @@ def header(what, argv, backend):
     """The start of every document: what ran, where, and how it was called."""
     from .doctor import machine
 
-    return {"benchmark": what, "format": 1, "command": shlex.join(["mlx-turbo", "bench", *argv]), "commit": commit(),
+    command = shlex.join(["mlx-turbo", "bench", *argv]).replace(str(Path.home()), "~")  # no names in what is sent to us
+    return {"benchmark": what, "format": 1, "command": command, "commit": commit(),
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "backend": backend, "machine": machine(), "power": power(),
             "method": {"warm_up_seconds": WARM_UP_SECONDS, "sample_seconds": SAMPLE_SECONDS,
                        "until_uncertainty": UNCERTAINTY, "order": "interleaved, rotating"},
