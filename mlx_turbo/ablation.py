@@ -120,6 +120,6 @@ def verdict(seconds):
     if share["bytes only"] > 0.8:
         return f"Bound by memory: reading the bytes alone takes {share['bytes only']:.0%} of the time."
     stage = min(("no codebook", "no values", "no softmax"), key=share.get)
-    return (f"Bound by arithmetic: reading the bytes alone takes {share['bytes only']:.0%} of the time; the largest stage "
-            f"is the {stage.removeprefix('no ')}, without it {share[stage]:.0%} is left.")
+    return (f"Bound by arithmetic: reading the bytes alone takes {share['bytes only']:.0%} of the time; the largest "
+            f"stage is the {stage.removeprefix('no ')}, without it {share[stage]:.0%} is left.")
 

@@ -37,7 +37,7 @@ def _parser(name, description):
         parser.add_argument("--quick", action="store_true", help="within a minute: small sizes, few repeats")
         parser.add_argument("--html", metavar="FILE", help="write the plots and the table as one page")
         parser.add_argument("--png", metavar="FILE", help="write the plots")
-    parser.add_argument("--json", action="store_true", help="everything as JSON on standard output, and nothing else there")
+    parser.add_argument("--json", action="store_true", help="JSON on standard output, and nothing else there")
     return parser
 
 
@@ -50,7 +50,8 @@ def _check_output(args):
     for flag in ("html", "png"):
         file = getattr(args, flag)
         if file and not bench_plots.available():
-            raise CliError(f"--{flag}: needs matplotlib, which is not installed: pip install matplotlib (or the extra: mlx-turbo[plot])")
+            raise CliError(f"--{flag}: needs matplotlib, which is not installed: pip install matplotlib (or the extra: "
+                           "mlx-turbo[plot])")
         if file and not Path(file).resolve().parent.is_dir():
             raise CliError(f"--{flag}: there is no folder {str(Path(file).parent)!r}")
 
@@ -94,7 +95,8 @@ def describe_row(row):
     if "context" in row:
         return f"{row['name']} at {row['context']} tokens"
     gqa = f", GQA {row['gqa']}" if row["gqa"] else ""
-    return f"{row['operation']} {row['name']} by {row['column']} (head_dim {row['head_dim']}{gqa}, {row['tokens']} tokens)"
+    where = f"head_dim {row['head_dim']}{gqa}, {row['tokens']} tokens"
+    return f"{row['operation']} {row['name']} by {row['column']} ({where})"
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------
@@ -189,7 +191,8 @@ def _measure_kernels(grid, backends, device, effort, bandwidth):
 def _attend_contenders(grid, backends, scheme, n_tokens, head_dim, device):
     """[[Contender of each backend] for each GQA factor of the grid] of one scheme's attention."""
     groups = bench_kernels.attention_contenders(grid._replace(schemes=(scheme,)), backends, n_tokens, head_dim, device)
-    return [[c for c in contenders if c.name == scheme.name and c.column != "NumPy reference"] for _, contenders in groups]
+    return [[c for c in contenders if c.name == scheme.name and c.column != "NumPy reference"]
+            for _, contenders in groups]
 
 
 def ablate(grid, metal, device, effort):
@@ -299,15 +302,16 @@ def print_kernels(document):
             print(f"{place:>3}{tied}{row['name']:<16}{row['column']:<18}{row['median_seconds'] * 1e3:>10.3f}"
                   f"{row['uncertainty']:>6.0%}{row['gb_per_s']:>8.1f}{row['bandwidth_share']:>9.0%}{relative}{error}")
     for row in document.get("ablation", ()):
-        print(f"\nStages of attention, {row['scheme']} on {row['column']}: head_dim {row['head_dim']}, GQA {row['gqa']}, "
-              f"{row['tokens']} tokens")
+        print(f"\nStages of attention, {row['scheme']} on {row['column']}: head_dim {row['head_dim']}, "
+              f"GQA {row['gqa']}, {row['tokens']} tokens")
         for stage, seconds in row["seconds"].items():
             print(f"  {stage:<14}{seconds * 1e3:>10.3f} ms{seconds / row['seconds']['full']:>7.0%}  "
                   f"{ablation.STAGES[stage][0]}")
         print(f"  {row['verdict']}")
-    print("\n=: quartiles overlap with those of the row above. ms: median of a call. +-: half the 95 % interval of the median. GB/s: bytes of the cache (packing: all input "
-          "and output) over time.\ntime, bytes: over the uncompressed cache. error: largest, against the oracle, by the "
-          "largest number (mx.quantize: in steps).")
+    print("\n=: quartiles overlap with those of the row above. ms: median of a call. +-: half the 95 % interval of the "
+          "median.\nGB/s: bytes of the cache (packing: all input and output) over time. of copy: of the copy's GB/s. "
+          "time, bytes:\nover the uncompressed cache. error: largest, against the oracle, by the largest number "
+          "(mx.quantize: in steps).")
 
 
 def heading(document):
@@ -320,8 +324,8 @@ def heading(document):
 # ---- generate --------------------------------------------------------------------------------------------------
 def _generate_parser():
     parser = _parser("generate", "Prompt and generation speed and memory of a model with each of several KV caches, by "
-                                 "context length. The caches take turns; ratios are to the uncompressed one in the same "
-                                 "round.")
+                                 "context length. The caches take turns; ratios are to the uncompressed one in the "
+                                 "same round.")
     add = parser.add_argument
     add("--model", help="a local folder or a Hugging Face id (default: the embedded demo model)")
     add("--kv", nargs="+", metavar="CACHE",
@@ -355,16 +359,17 @@ def generate(argv, backends=None):
     model, tokenizer = load_model(load, args.model or DEMO_MODEL, "--model")
     limit = getattr(getattr(model, "args", None), "max_position_embeddings", None)
     if limit and max(contexts) + args.tokens > limit:
-        raise CliError(f"--context: got {max(contexts)}, and {args.tokens} generated tokens, but the model was made for "
-                       f"{limit}")
+        raise CliError(f"--context: got {max(contexts)}, and {args.tokens} generated tokens, but the model was made "
+                       f"for {limit}")
     if not metal:
         model.set_dtype(mx.float32)  # 16-bit arithmetic is slow on the CPU, for every cache
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # a text longer than the context
     tokens = tokenizer.encode((DEMO_MODEL / "stories.txt").read_text()[:20_000])
     with ops.use_backend(backends[0] if backends else args.backend) as backend:
         document = timing.header("generate", ["generate", *argv], _describe(backend, on_cpu=False))
-        document |= {"model": (args.model or "embedded demo model").replace(str(Path.home()), "~"), "column": bench_kernels.column_of(backend) if backend.name != "cpu" or not metal
-                     else "fallback in MLX operations",
+        on_gpu = metal and backend.name == "cpu"
+        document |= {"model": (args.model or "embedded demo model").replace(str(Path.home()), "~"),
+                     "column": "fallback in MLX operations" if on_gpu else bench_kernels.column_of(backend),
                      "dtype": "float32" if not metal else "the model's", "rounds": args.rounds}
         try:
             with _progress(len(contexts) * args.rounds * len(names), "run") as bar:
@@ -381,8 +386,8 @@ def print_generate(document):
     for context in dict.fromkeys(r["context"] for r in document["rows"]):
         rows = [r for r in document["rows"] if r["context"] == context]
         print(f"\nprompt of {context} tokens, {rows[0]['generated']} generated")
-        print(f"{'':>4}{'cache':<14}{'generation':>11}{'ratio':>7}{'spread':>8}{'prompt':>10}{'ratio':>7}{'cache MB':>10}"
-              f"{'peak MB':>9}{'KLD nats':>10}")
+        print(f"{'':>4}{'cache':<14}{'generation':>11}{'ratio':>7}{'spread':>8}{'prompt':>10}{'ratio':>7}"
+              f"{'cache MB':>10}{'peak MB':>9}{'KLD nats':>10}")
         order = sorted(rows, key=lambda r: -r.get("generation_tps", -1))
         for place, r in enumerate(order, 1):
             if "generation_tps" not in r:
@@ -394,8 +399,8 @@ def print_generate(document):
             print(f"{place:>3} {r['name']:<14}{r['generation_tps']:>11.1f}{ratios[0]}"
                   f"{(high - low) / r['generation_tps']:>8.0%}{r['prompt_tps']:>10.0f}{ratios[1]}"
                   f"{r['cache_bytes'] / 1e6:>10.2f}{r['peak_bytes'] / 1e6:>9.0f}{r['kld']:>10.5f}")
-    print("\ngeneration, prompt: tokens/s. ratio: to uncompressed, same round. spread: between quartiles. peak: of MLX's "
-          "memory, the model\nincluded. KLD: of the next token, from the uncompressed cache.")
+    print("\ngeneration, prompt: tokens/s. ratio: to uncompressed, same round. spread: between quartiles. peak: of "
+          "MLX's\nmemory, the model included. KLD: of the next token, from the uncompressed cache.")
 
 
 # ---- compare ---------------------------------------------------------------------------------------------------
@@ -467,8 +472,8 @@ def compare(argv):
         figures = (f"{row['seconds_a'] * 1e3:>10.3f}{row['seconds_b'] * 1e3:>10.3f}{row['ratio']:>8.2f}"
                    if "ratio" in row else f"{'-':>10}{'-':>10}{'-':>8}")
         print(f"{figures}  {row['verdict']:<18} {describe_row(row)}")
-    print(f"\n{len(rows)} rows in common, {len(a['rows'])} in A, {len(b['rows'])} in B. faster, slower: the quartiles do "
-          "not overlap.")
+    print(f"\n{len(rows)} rows in common, {len(a['rows'])} in A, {len(b['rows'])} in B. faster, slower: the quartiles "
+          "do not overlap.")
     return 0
 
 
@@ -477,8 +482,8 @@ BENCHMARKS = {"kernels": kernels, "generate": generate, "compare": compare}
 
 def main(argv):
     """`mlx-turbo bench`; returns the exit code."""
-    parser = Parser(prog="mlx-turbo bench", description="Benchmarks: kernels (quantize, dequantize, attention), generate "
-                    "(a model with several caches), compare (two files of --json).")
+    parser = Parser(prog="mlx-turbo bench", description="Benchmarks: kernels (quantize, dequantize, attention), "
+                    "generate (a model with several caches), compare (two files of --json).")
     parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help=", ".join(BENCHMARKS))
     if not argv or argv[0].startswith("-"):
         parser.parse_args(argv)

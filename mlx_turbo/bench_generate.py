@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import fidelity, timing
+from .cli import _nbytes
 from .models import describe, make_prompt_cache
 
 CHECK_TOKENS = 8
@@ -29,7 +30,7 @@ def make_cache(model, kv, config):
 
 
 def run_once(model, prompt, n_tokens, kv, config):
-    """One generation of n_tokens after `prompt` (token ids): speeds in tokens/s, bytes, and the cache."""
+    """One generation of n_tokens after `prompt` (token ids): speeds in tokens/s, and bytes."""
     generate_step = importlib.import_module("mlx_lm.generate").generate_step
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -41,14 +42,12 @@ def run_once(model, prompt, n_tokens, kv, config):
     out = {"prompt_tps": prompt.size / (stamps[0] - start),
            "generation_tps": (len(stamps) - 1) / (stamps[-1] - stamps[0]),
            "peak_bytes": mx.get_peak_memory(), "resident_bytes": mx.get_active_memory()}
-    from .cli import _nbytes
-
-    return out | {"cache_bytes": sum(_nbytes(c) for c in cache)}, cache
+    return out | {"cache_bytes": sum(_nbytes(c) for c in cache)}
 
 
 def decode_steps(model, prompt, forced, kv, config):
-    """log probabilities [CHECK_TOKENS, vocabulary] of decode steps after `prompt`. forced: their tokens, or None to take
-    the likeliest. Returns them and the tokens."""
+    """(log probabilities [CHECK_TOKENS, vocabulary] of decode steps after `prompt`, their tokens, the prompt cache).
+    forced: the tokens, or None to take the likeliest."""
     generate = importlib.import_module("mlx_lm.generate")
     cache, options = make_cache(model, kv, config)
     quantize = {k: options[k] for k in ("quantized_kv_start", "kv_group_size", "kv_bits")} if options else None
@@ -103,7 +102,7 @@ def measure(model, tokens, contexts, n_tokens, caches, rounds, progress=None):
         for i in range(rounds):
             shift = i % len(names) if names else 0
             for kv in names[shift:] + names[:shift]:
-                runs[kv].append(run_once(model, prompt, n_tokens, kv, caches[kv])[0])
+                runs[kv].append(run_once(model, prompt, n_tokens, kv, caches[kv]))
                 if progress:
                     progress()
         for kv in caches:

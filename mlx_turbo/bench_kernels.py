@@ -127,7 +127,13 @@ def _float64(x):
 def _quantized(codes, scale, bits, head_dim):
     """The oracle's `Quantized` of packed rows of the last kv head."""
     codes, scale = (np.array(a[:, -1:]) for a in (codes, scale))
-    return reference.Quantized(reference.unpack(codes, bits, head_dim), scale[..., 0].astype(np.float64), None, bits, 0, None, None)
+    return _oracle_rows(codes, scale, bits, head_dim)
+
+
+def _oracle_rows(codes, scale, bits, head_dim):
+    """`Quantized` of packed rows: codes uint32 [B, H, L, words], scale [B, H, L, 1]."""
+    codes = reference.unpack(codes, bits, head_dim)
+    return reference.Quantized(codes, scale[..., 0].astype(np.float64), None, bits, 0, None, None)
 
 
 def _copies(arrays, device):
@@ -247,14 +253,13 @@ def _numpy_attention(name, arrays, bits, head_dim, queries, scale, nbytes):
     for i in (0, 1):
         sink, codes, scales, recent = (np.array(a.astype(mx.float32) if a.dtype == mx.bfloat16 else a)
                                        for a in arrays[4 * i:4 * i + 4])
-        sides.append((sink, codes, scales[..., 0].astype(np.float64), recent))
+        sides.append((sink, codes, scales, recent))
     q = _float64(queries)
 
     def run(calls):
         for _ in range(calls):
-            k, v = (np.concatenate([sink, reference.dequantize(reference.Quantized(
-                reference.unpack(codes, bits[i], head_dim), scales, None, bits[i], 0, None, None)), recent], axis=2)
-                for i, (sink, codes, scales, recent) in enumerate(sides))
+            k, v = (np.concatenate([sink, reference.dequantize(_oracle_rows(codes, scales, bits[i], head_dim)), recent],
+                                   axis=2) for i, (sink, codes, scales, recent) in enumerate(sides))
             reference.attention(q, k, v, scale=scale)
     return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes, nbytes)
 
@@ -301,11 +306,11 @@ def packing_contenders(grid, backends, n_tokens, head_dim, device):
             pack = functools.partial(_affine_quantize, bits, group_size)
             unpack = functools.partial(_affine_dequantize, bits, group_size)
             quantize.append(Contender(name, "mx.quantize", _independent(pack, dense),
-                                      functools.partial(_check_affine_quantize, pack, dense[0], exact, bits, grid.dtype),
-                                      dense_bytes + affine_bytes))
+                                      functools.partial(_check_affine_quantize, pack, dense[0], exact, bits,
+                                                        grid.dtype), dense_bytes + affine_bytes))
             dequantize.append(Contender(name, "mx.dequantize", _independent(unpack, affine),
-                                        functools.partial(_check_affine_dequantize, unpack, affine[0], bits, grid.dtype),
-                                        dense_bytes + affine_bytes))
+                                        functools.partial(_check_affine_dequantize, unpack, affine[0], bits,
+                                                          grid.dtype), dense_bytes + affine_bytes))
         out += [("quantize", scheme.name, quantize), ("dequantize", scheme.name, dequantize)]
     return out
 
@@ -315,7 +320,8 @@ def _quantize(backend, bits, xs):
 
 
 def _dequantize(backend, bits, head_dim, n_tokens, dtype, rows):
-    return backend.dequantize([PackedSide(*rows[2 * i:2 * i + 2], bits[i], head_dim) for i in (0, 1)], 0, n_tokens, dtype)
+    sides = [PackedSide(*rows[2 * i:2 * i + 2], bits[i], head_dim) for i in (0, 1)]
+    return backend.dequantize(sides, 0, n_tokens, dtype)
 
 
 def _check_quantize(call, xs, wants):
@@ -352,9 +358,7 @@ def _numpy_dequantize(name, rows, bits, head_dim, nbytes):
     def run(calls):
         for _ in range(calls):
             for i in (0, 1):
-                codes, scale = rows[2 * i:2 * i + 2]
-                reference.dequantize(reference.Quantized(reference.unpack(codes, bits[i], head_dim),
-                                                         scale[..., 0].astype(np.float64), None, bits[i], 0, None, None))
+                reference.dequantize(_oracle_rows(*rows[2 * i:2 * i + 2], bits[i], head_dim))
     return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes)
 
 
@@ -409,7 +413,8 @@ def groups(grid, backends, device):
     """Yields (facts, contenders) of every group that is measured together, in the order of the report."""
     for head_dim in grid.head_dims:
         for n_tokens in grid.tokens:
-            common = {"head_dim": head_dim, "kv_heads": N_KV_HEADS, "tokens": n_tokens, "dtype": _dtype_name(grid.dtype)}
+            common = {"head_dim": head_dim, "kv_heads": N_KV_HEADS, "tokens": n_tokens,
+                      "dtype": _dtype_name(grid.dtype)}
             for g, contenders in attention_contenders(grid, backends, n_tokens, head_dim, device):
                 yield {"operation": "attention", "gqa": g, "scheme": None, **common}, contenders
             if n_tokens <= max(PACK_TOKENS, min(grid.tokens)):

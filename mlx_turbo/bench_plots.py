@@ -1,4 +1,4 @@
-"""Plots of `bench` documents, as a PNG or in a page: a newcomer should see in ten seconds what was compared and what won.
+"""Plots of `bench` documents, as a PNG or in a page: what was compared and what won should be seen in ten seconds.
 
 matplotlib is the extra `plot` and is imported late.
 """
@@ -82,7 +82,7 @@ def headlines(document):
                      f"{plain['cache_bytes'] / best['cache_bytes']:.1f}x smaller.")
     fastest = max((r for r in rows if r.get("column") != "NumPy reference"), key=speed)
     lines.append(f"Fastest of all: {NAMES.get(fastest['name'], fastest['name'])}."
-                 + ("" if "Metal" in ours else " No Metal here: the kernels that the project is about were not measured."))
+                 + ("" if "Metal" in ours else " No Metal here: the kernels this is about were not measured."))
     return lines
 
 
@@ -103,7 +103,8 @@ def _figure(document, title, n_panels, subtitle):
     top = 1.15 + 0.24 * (len(headlines(document)) + len(shown))
     height = 3.7 * rows + top + 0.45
     figure, axes = plt.subplots(rows, 2, figsize=(12.5, height), squeeze=False)
-    figure.subplots_adjust(left=0.07, right=0.87, top=1 - (top + 0.25) / height, bottom=0.95 / height, wspace=0.62, hspace=0.48)
+    figure.subplots_adjust(left=0.07, right=0.87, top=1 - (top + 0.25) / height, bottom=0.95 / height, wspace=0.62,
+                           hspace=0.48)
     y = 1 - 0.38 / height
     figure.text(0.03, y, title, fontsize=17, weight="bold")
     for text, style in [*((t, dict(fontsize=12, weight="bold", color="#0050c8")) for t in headlines(document)),
@@ -112,8 +113,9 @@ def _figure(document, title, n_panels, subtitle):
         y -= 0.27 / height
         figure.text(0.03, y, text, **style)
     machine = document["machine"]
-    figure.text(0.03, 0.2 / height, f"{document['command']}    mlx-turbo {machine['mlx_turbo']} ({document['commit'] or 'installed'}), "
-                f"MLX {machine['mlx']}, mlx-lm {machine['mlx-lm']}, {document['date'][:10]}", fontsize=8, color="#555555")
+    versions = (f"mlx-turbo {machine['mlx_turbo']} ({document['commit'] or 'installed'}), MLX {machine['mlx']}, "
+                f"mlx-lm {machine['mlx-lm']}, {document['date'][:10]}")
+    figure.text(0.03, 0.2 / height, f"{document['command']}    {versions}", fontsize=8, color="#555555")
     axes = list(axes.flat)
     for ax in axes[n_panels:]:
         ax.remove()
@@ -150,7 +152,8 @@ def _lines(ax, rows, x, value, key, label, names, band=None):
     for which, points in series.items():
         points.sort(key=lambda r: r[x])
         xs, ys, c = [r[x] for r in points], [value(r) for r in points], color(points[0]["name"], names)
-        ax.plot(xs, ys, color=c, marker="o", markersize=4, linewidth=2, linestyle=LINES.get(points[0].get("column"), "-"))
+        style = LINES.get(points[0].get("column"), "-")
+        ax.plot(xs, ys, color=c, marker="o", markersize=4, linewidth=2, linestyle=style)
         if band:
             low, high = zip(*(band(r) for r in points))
             ax.fill_between(xs, low, high, color=c, alpha=0.15, linewidth=0)
@@ -186,8 +189,8 @@ def kernels_figure(document):
     machine = document["machine"]
     figure, axes = _figure(
         document, "Attention over a compressed KV cache: speed and memory", 4 + bool(ablation),
-        f"{machine['chip']}, {machine['system']}.  {document['backend']}.  {kv_heads} kv heads of {head_dim}, {gqa} query "
-        f"heads each, {dtype}")
+        f"{machine['chip']}, {machine['system']}.  {document['backend']}.  {kv_heads} kv heads of {head_dim}, {gqa} "
+        f"query heads each, {dtype}")
 
     def label(r):
         mine = r["name"].startswith("turbo")
@@ -242,9 +245,10 @@ def _roofline(ax, rows, document, head_dim, gqa, label, names):
     ax.set_ylim(min(p[1] for p in points) / 2, x1 * bandwidth * 4)
     ax.set_xlabel("flop per byte of the cache (more compressed: to the right)")
     ax.set_ylabel("GFLOP/s")
-    ax.set_title(f"Roofline at {rows[0]['tokens']:,} tokens, and the share of the memory's speed\nhigher is better; on the line: bound by memory",
-                 loc="left", fontsize=11)
-    _label_ends(ax, [(y, f"{label(r)}  {100 * r['bandwidth_share']:.2g} %", color(r["name"], names)) for _, y, r in points])
+    ax.set_title(f"Roofline at {rows[0]['tokens']:,} tokens, and the share of the memory's speed\nhigher is better; on "
+                 "the line: bound by memory", loc="left", fontsize=11)
+    _label_ends(ax, [(y, f"{label(r)}  {100 * r['bandwidth_share']:.2g} %", color(r["name"], names))
+                     for _, y, r in points])
 
 
 def _packing_bars(ax, rows, names):
@@ -259,8 +263,8 @@ def _packing_bars(ax, rows, names):
     ax.set_yticks([])
     ax.set_xlim(0, 1.5 * max(b[1] for b in bars))
     for i, (text, value, _) in enumerate(bars):
-        ax.annotate(f"{text}  {value:,.1f}", (value, i), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center",
-                    annotation_clip=False)
+        ax.annotate(f"{text}  {value:,.1f}", (value, i), xytext=(4, 0), textcoords="offset points", fontsize=8,
+                    va="center", annotation_clip=False)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("GB/s, read and written")
     ax.set_title(f"Packing and restoring {longest:,} tokens\nhigher is better", loc="left", fontsize=11)
@@ -293,10 +297,17 @@ def generate_figure(document):
     names, machine = list(dict.fromkeys(r["name"] for r in rows)), document["machine"]
     figure, axes = _figure(
         document, f"Generation with a compressed KV cache: {document['model']}", 4,
-        f"{machine['chip']}, {machine['system']}.  {document['backend']}.  {document['dtype']}, {rows[0]['generated']} tokens "
-        f"generated, median of {document['rounds']} interleaved rounds" if rows else "")
+        f"{machine['chip']}, {machine['system']}.  {document['backend']}.  {document['dtype']}, "
+        f"{document['rows'][0]['generated']} tokens generated, median of {document['rounds']} interleaved rounds")
     if not rows:
+        for ax in axes[:4]:
+            ax.set_axis_off()
         return figure
+
+    def label(r, what):
+        name, ratio = NAMES.get(r["name"], r["name"]), r.get(f"{what}_ratio")
+        return f"{name}  {ratio:.2f}x" if ratio else name
+
     for ax, what, factor, unit, title, better in (
             (axes[0], "generation_tps", 1, "tokens/s", "Generation speed", "higher"),
             (axes[1], "cache_bytes", 1e-6, "MB", "Memory of the cache", "lower"),
@@ -304,8 +315,7 @@ def generate_figure(document):
             (axes[3], "peak_bytes", 1e-6, "MB", "Peak memory, the model included", "lower")):
         speed = what.endswith("tps")
         ends = _lines(ax, rows, "context", lambda r: r[what] * factor, lambda r: r["name"],
-                      lambda r: NAMES.get(r["name"], r["name"]) + (f"  {r[what + '_ratio']:.2f}x" if f"{what}_ratio" in r else ""), names,
-                      (lambda r: r[f"{what}_quartiles"]) if speed else None)
+                      lambda r: label(r, what), names, (lambda r: r[f"{what}_quartiles"]) if speed else None)
         if what == "cache_bytes":
             _plain_log(ax)
         else:
@@ -320,8 +330,9 @@ def generate_figure(document):
 def _page(document, svg):
     columns = [k for k in ("operation", "name", "column", "context", "tokens", "head_dim", "gqa", "median_seconds",
                            "uncertainty", "gb_per_s", "bandwidth_share", "times_uncompressed", "generation_tps",
-                           "generation_tps_ratio", "prompt_tps", "prompt_tps_ratio", "cache_bytes", "peak_bytes", "error",
-                           "kld", "status") if any(k in r for r in document["rows"])]
+                           "generation_tps_ratio", "prompt_tps", "prompt_tps_ratio", "cache_bytes", "peak_bytes",
+                           "error", "kld", "status") if any(k in r for r in document["rows"])]
+
     def cell(x):
         return f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x)
 

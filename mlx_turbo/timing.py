@@ -1,7 +1,8 @@
 """How `bench` measures, and on what: interleaved rounds after a warm-up, and the facts that belong beside every figure.
 
-A sample is the time of several calls, evaluated. The contenders of a group take turns, in an order that rotates, so that
-a machine that gets slower slows all of them. Rounds go on until the medians are known to `UNCERTAINTY`, or time is up.
+A sample is the time of several calls, evaluated. The contenders of a group take turns, in an order that rotates, so
+that a machine that gets slower slows all of them. Rounds go on until the medians are known to `UNCERTAINTY`, or time is
+up.
 """
 import platform
 import shlex
@@ -82,8 +83,8 @@ EMPTY = "if (thread_position_in_grid.x == 0) y[0] = x[0] + 1.0f;"
 
 
 def floor_run(metal_kernel=None):
-    """run(calls) of calls that do nothing, chained: what a call costs at least. metal_kernel: of an empty kernel; without
-    it, an MLX operation on 8 numbers."""
+    """run(calls) of calls that do nothing, chained: what a call costs at least. metal_kernel: of an empty kernel;
+    without it, an MLX operation on 8 numbers."""
     x = mx.zeros((8,))
     mx.eval(x)
     kernel = metal_kernel and metal_kernel("turbo_empty", ["x"], ["y"], EMPTY)
@@ -121,7 +122,8 @@ def measure_machine(metal, effort, n_bytes=COPY_BYTES):
     alone = interleave({"floor": floor, "evaluation": lambda calls: [mx.eval(floor(1)) for _ in range(calls)] and None},
                        effort)
     copied = interleave({"copy": copy}, effort, 0.2)["copy"]
-    return {"floor_seconds": alone["floor"].median, "floor": "empty Metal kernel" if metal else "MLX operation on 8 numbers",
+    return {"floor_seconds": alone["floor"].median,
+            "floor": "empty Metal kernel" if metal else "MLX operation on 8 numbers",
             "evaluation_seconds": alone["evaluation"].median, "copy_gb_per_s": moved / copied.median / 1e9,
             "copy": "MLX negation on the GPU" if metal else "numpy.copyto, one thread", "copy_bytes": n_bytes,
             "copy_uncertainty": copied.uncertainty}

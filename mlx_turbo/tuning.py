@@ -39,7 +39,8 @@ def path():
 
 def kernel_hash():
     """Of the text of the attention kernels."""
-    return hashlib.sha256("".join(t for name in ("attend", "merge") for t in metal_source(name)).encode()).hexdigest()[:16]
+    text = "".join(part for name in ("attend", "merge") for part in metal_source(name))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _read():
