@@ -342,6 +342,24 @@ def test_a_tuning_is_kept_for_its_chip_and_its_kernels(monkeypatch):
     assert len(json.loads(tuning.path().read_text())["entries"]) == 1  # M8's
 
 
+def test_a_metal_backend_uses_what_was_kept_for_its_chip(monkeypatch):
+    tuning.save({(4, 4, 128, 128): AttendTuning(simdgroups=8)}, "M9")
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(tuning, "device_name", lambda: "M9")
+    assert MetalBackend().tuned == {(4, 4, 128, 128): AttendTuning(simdgroups=8)}
+
+
+@LINUX
+def test_tune_reports_what_it_found_and_keeps_nothing_of_a_simulated_chip(run, monkeypatch):
+    monkeypatch.setattr(tuning, "CANDIDATES", {"tokens_per_lane_few_rows": (1, 4)})
+    monkeypatch.setattr(bench, "time_tunings", lambda *args: [1.0, 0.5][:len(args[-1])])
+    metal = MetalBackend(metalsim.metal_kernel)
+    code, out, err = run("kernels", *SMALL, "--tune", backends=[metal])
+    assert code == 0, err
+    assert "Tuned turbo4, head_dim 64: tokens_per_lane_few_rows 1 (default 4), 0.50 of the default's time" in out
+    assert metal.tuned == {(4, 4, 64, 64): AttendTuning(tokens_per_lane_few_rows=1)} and not tuning.path().exists()
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"entries": 3}', '{"entries": [{"chip": "M9"}]}'])
 def test_a_damaged_file_is_ignored_and_replaced(text, recwarn):
     tuning.path().parent.mkdir(parents=True)
