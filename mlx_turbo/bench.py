@@ -387,8 +387,9 @@ def print_generate(document):
         rows = [r for r in document["rows"] if r["context"] == context]
         print(f"\nprompt of {context} tokens, {rows[0]['generated']} generated")
         print(f"{'':>4}{'cache':<14}{'generation':>11}{'ratio':>7}{'spread':>8}{'prompt':>10}{'ratio':>7}"
-              f"{'cache MB':>10}{'peak MB':>9}{'KLD nats':>10}")
+              f"{'cache MB':>10}{'held MB':>9}{'peak MB':>9}{'KLD nats':>10}")
         order = sorted(rows, key=lambda r: -r.get("generation_tps", -1))
+        before = None
         for place, r in enumerate(order, 1):
             if "generation_tps" not in r:
                 print(f"{'-':>3} {r['name']:<14}{r['status'].upper()}: {r['problem'].partition(chr(10))[0]}")
@@ -396,11 +397,14 @@ def print_generate(document):
             low, high = r["generation_tps_quartiles"]
             ratios = [f"{r[f'{what}_ratio']:>6.2f}x" if f"{what}_ratio" in r else f"{'':>7}"
                       for what in ("generation_tps", "prompt_tps")]
-            print(f"{place:>3} {r['name']:<14}{r['generation_tps']:>11.1f}{ratios[0]}"
+            tied, before = "=" if before and high >= before["generation_tps_quartiles"][0] else " ", r
+            print(f"{place:>3}{tied}{r['name']:<14}{r['generation_tps']:>11.1f}{ratios[0]}"
                   f"{(high - low) / r['generation_tps']:>8.0%}{r['prompt_tps']:>10.0f}{ratios[1]}"
-                  f"{r['cache_bytes'] / 1e6:>10.2f}{r['peak_bytes'] / 1e6:>9.0f}{r['kld']:>10.5f}")
-    print("\ngeneration, prompt: tokens/s. ratio: to uncompressed, same round. spread: between quartiles. peak: of "
-          "MLX's\nmemory, the model included. KLD: of the next token, from the uncompressed cache.")
+                  f"{r['cache_bytes'] / 1e6:>10.2f}{r['resident_bytes'] / 1e6:>9.0f}{r['peak_bytes'] / 1e6:>9.0f}"
+                  f"{r['kld']:>10.5f}")
+    print("\n=: quartiles overlap with those of the row above. generation, prompt: tokens/s. ratio: to uncompressed, same "
+          "round.\nspread: between quartiles. held, peak: of MLX's memory, the model included, after and during it. KLD: "
+          "of the next token,\nfrom the uncompressed cache.")
 
 
 # ---- compare ---------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def _lines(ax, rows, x, value, key, label, names, band=None):
         if band:
             low, high = zip(*(band(r) for r in points))
             ax.fill_between(xs, low, high, color=c, alpha=0.15, linewidth=0)
-        ends.append((ys[-1], label(points[0]), c))
+        ends.append((ys[-1], label(points[-1]), c))
     ticks = sorted({r[x] for r in rows})
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [f"{t:,}" for t in ticks])

@@ -404,6 +404,22 @@ def test_generate_reports_speed_memory_and_distance_of_each_cache(run, tmp_path)
     assert turbo["layers"] == "4 of 4 layers compressed"
 
 
+def test_the_plot_of_generation_names_the_ratio_at_the_longest_context():
+    pytest.importorskip("matplotlib")
+    speeds = {("none", 100): 10, ("none", 200): 8, ("turbo4", 100): 5, ("turbo4", 200): 12}
+    rows = [{"name": name, "context": context, "generated": 3, "status": "ok", "generation_tps": tps, "prompt_tps": tps,
+             "generation_tps_ratio": tps / speeds["none", context], "prompt_tps_ratio": 1.0, "cache_bytes": 1000 // tps,
+             "generation_tps_quartiles": [tps, tps], "prompt_tps_quartiles": [tps, tps], "peak_bytes": 9}
+            for (name, context), tps in speeds.items()]
+    document = {**timing.header("generate", [], "somewhere"), "rows": rows, "model": "m", "dtype": "float32", "rounds": 2,
+                "column": "CPU fallback"}
+    figure = bench_plots.generate_figure(document)
+    texts = [t.get_text() for ax in figure.axes for t in ax.texts]
+    assert "turbo4  1.50x" in texts and "uncompressed  1.00x" in texts and "turbo4  0.50x" not in texts
+    assert bench_plots.headlines(document)[0] == ("At 200 tokens, turbo4 (CPU fallback) is 1.5x faster than the "
+                                                  "uncompressed cache and 1.5x smaller.")
+
+
 class NotANumber(CpuBackend):
     """Packed tokens read as NaN."""
 
