@@ -203,7 +203,8 @@ def ablate(grid, metal, device, effort):
                     if ablation.covers(metal, scheme, head_dim, g)), 1)
         stages = [ablation.AblatedBackend(stage, metal) for stage in ablation.STAGES]
         runs, = _attend_contenders(grid._replace(gqa=(gqa,)), stages, scheme, n_tokens, head_dim, device)
-        seconds = timing.interleave({stage: c.run for stage, c in zip(ablation.STAGES, runs, strict=True)}, effort)
+        seconds = timing.interleave({stage: bench_kernels.timed(c) for stage, c in zip(ablation.STAGES, runs,
+                                                                                        strict=True)}, effort)
         seconds = {stage: t.median for stage, t in seconds.items()}
         rows.append({"scheme": scheme.name, "head_dim": head_dim, "gqa": gqa, "tokens": n_tokens,
                      "column": bench_kernels.column_of(metal), "seconds": seconds,
@@ -251,7 +252,7 @@ def time_tunings(grid, metal, scheme, head_dim, device, effort, tunings):
                 if problem:
                     logs[i] = math.inf
                 else:
-                    runs[i] = c.run
+                    runs[i] = bench_kernels.timed(c)
             for i, t in timing.interleave(runs, effort, 0.2).items() if runs else ():
                 logs[i] += math.log(t.median)
     n = len(grid.tokens) * len(grid.gqa)
@@ -285,7 +286,7 @@ def print_kernels(document):
         what = f"attention of one decode step, GQA {gqa}" if gqa else f"{operation}, keys and values"
         print(f"\n{what}: {rows[0]['kv_heads']} kv heads of {head_dim}, {tokens} tokens, {rows[0]['dtype']}")
         print(f"{'':>4}{'cache':<16}{'computed by':<18}{'ms':>10}{'+-':>6}{'GB/s':>8}{'of copy':>9}"
-              + (f"{'time':>8}{'bytes':>8}" if gqa else "") + f"{'error':>10}")
+              + (f"{'time':>8}{'bytes':>8}" if gqa else "") + f"{'error':>10}{'Python us':>11}")
         base = next((r for r in rows if r["name"] == "uncompressed"), None)
         before = None
         for place, row in enumerate(ranked(rows), 1):
@@ -300,7 +301,8 @@ def print_kernels(document):
             error = f"{row['error']:>10.1e}" if row["column"] != "NumPy reference" else f"{'oracle':>10}"
             tied, before = "=" if before and row["low_seconds"] <= before["high_seconds"] else " ", row
             print(f"{place:>3}{tied}{row['name']:<16}{row['column']:<18}{row['median_seconds'] * 1e3:>10.3f}"
-                  f"{row['uncertainty']:>6.0%}{row['gb_per_s']:>8.1f}{row['bandwidth_share']:>9.0%}{relative}{error}")
+                  f"{row['uncertainty']:>6.0%}{row['gb_per_s']:>8.1f}{row['bandwidth_share']:>9.0%}{relative}{error}"
+                  + (f"{row['python_seconds'] * 1e6:>11.0f}" if row["python_seconds"] else ""))
     for row in document.get("ablation", ()):
         print(f"\nStages of attention, {row['scheme']} on {row['column']}: head_dim {row['head_dim']}, "
               f"GQA {row['gqa']}, {row['tokens']} tokens")
@@ -311,7 +313,8 @@ def print_kernels(document):
     print("\n=: quartiles overlap with those of the row above. ms: median of a call. +-: half the 95 % interval of the "
           "median.\nGB/s: bytes of the cache (packing: all input and output) over time. of copy: of the copy's GB/s. "
           "time, bytes:\nover the uncompressed cache. error: largest, against the oracle, by the largest number "
-          "(mx.quantize: in steps).")
+          "(mx.quantize: in steps).\nPython us: of building a call, where it is not in the ms: in a model the GPU "
+          "works meanwhile.")
 
 
 def heading(document):
@@ -402,9 +405,9 @@ def print_generate(document):
                   f"{(high - low) / r['generation_tps']:>8.0%}{r['prompt_tps']:>10.0f}{ratios[1]}"
                   f"{r['cache_bytes'] / 1e6:>10.2f}{r['resident_bytes'] / 1e6:>9.0f}{r['peak_bytes'] / 1e6:>9.0f}"
                   f"{r['kld']:>10.5f}")
-    print("\n=: quartiles overlap with those of the row above. generation, prompt: tokens/s. ratio: to uncompressed, same "
-          "round.\nspread: between quartiles. held, peak: of MLX's memory, the model included, after and during it. KLD: "
-          "of the next token,\nfrom the uncompressed cache.")
+    print("\n=: quartiles overlap with those of the row above. generation, prompt: tokens/s. ratio: to uncompressed, "
+          "same round.\nspread: between quartiles. held, peak: of MLX's memory, the model included, after and during "
+          "it. KLD: of the next\ntoken, from the uncompressed cache.")
 
 
 # ---- compare ---------------------------------------------------------------------------------------------------

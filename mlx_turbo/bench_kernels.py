@@ -37,6 +37,7 @@ class Contender(NamedTuple):
     nbytes: int
     cache_bytes: Optional[int] = None
     on_cpu: bool = False  # also where MLX's default device is the GPU
+    lazy: bool = True  # whether `run` only builds a graph
 
 
 class Grid(NamedTuple):
@@ -76,7 +77,7 @@ def measure(contenders, effort, facts, bandwidth):
             row |= {"status": "wrong", "problem": problem}
             continue
         row["status"] = "ok"
-        runs[len(rows) - 1] = functools.partial(_run_on, c)
+        runs[len(rows) - 1] = timed(c)
     try:
         timings = timing.interleave(runs, effort) if runs else {}
     except RuntimeError as e:  # out of memory, a GPU that hangs: whose fault it was is not known
@@ -86,7 +87,7 @@ def measure(contenders, effort, facts, bandwidth):
     for i, t in timings.items():
         gigabytes = rows[i]["bytes"] / t.median / 1e9
         rows[i] |= {**{f"{name}_seconds": getattr(t, name) for name in ("median", "low", "high")}, "n": t.n,
-                    "calls": t.calls, "uncertainty": t.uncertainty, "gb_per_s": gigabytes,
+                    "calls": t.calls, "uncertainty": t.uncertainty, "python_seconds": t.python, "gb_per_s": gigabytes,
                     "bandwidth_share": gigabytes / bandwidth}
     base = next((r for r in rows if r["name"] == "uncompressed" and "median_seconds" in r), None)
     for row in rows:
@@ -95,11 +96,21 @@ def measure(contenders, effort, facts, bandwidth):
     return rows
 
 
-def _run_on(contender, calls):
+def timed(contender):
+    """What timing.sample takes: where the graph is all that `run` builds, its evaluation is timed."""
+    return contender.run if contender.lazy else functools.partial(_run_and_evaluate, contender)
+
+
+def _run_and_evaluate(contender, calls):
     with _device(contender):
         out = contender.run(calls)
         if out is not None:
             mx.eval(out)
+
+
+def _is_lazy(backend):
+    """The fallback evaluates tiles on its way, the simulator everything."""
+    return getattr(backend, "is_real", False)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------
@@ -184,11 +195,12 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
             return np.inf, allowed, f"output of shape {got.shape}, expected {queries[g].shape}"
         return _verdict(_relative(_float64(got[:, -g:]), oracle(what, g, k, v)), allowed)
 
-    def add(name, column, call, caches, k, v, allowed, nbytes, on_cpu=False):
+    def add(name, column, call, caches, k, v, allowed, nbytes, on_cpu=False, lazy=True):
         for g, contenders in out:
             contenders.append(Contender(
                 name, column, _attend_chain(call, queries[g], caches),
-                functools.partial(check, call, caches[0], name, g, k, v, allowed), nbytes, nbytes, on_cpu))
+                functools.partial(check, call, caches[0], name, g, k, v, allowed), nbytes, nbytes, on_cpu,
+                lazy))
 
     # MLX's own
     dense = [_normal(i, (1, N_KV_HEADS, n_tokens, head_dim), grid.dtype) for i in (0, 1)]
@@ -223,7 +235,7 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
             if device == "gpu" and backend.name == "cpu" and n_tokens > FALLBACK_TOKENS:
                 continue
             add(scheme.name, column_of(backend), functools.partial(_attend, backend, scale), views, *restored, allowed,
-                nbytes, backend.name == "cpu")
+                nbytes, backend.name == "cpu", _is_lazy(backend))
         if n_tokens <= NUMPY_TOKENS:
             for g, contenders in out:
                 contenders.append(_numpy_attention(scheme.name, arrays, sides, head_dim, queries[g], scale, nbytes))
@@ -261,7 +273,7 @@ def _numpy_attention(name, arrays, bits, head_dim, queries, scale, nbytes):
             k, v = (np.concatenate([sink, reference.dequantize(_oracle_rows(codes, scales, bits[i], head_dim)), recent],
                                    axis=2) for i, (sink, codes, scales, recent) in enumerate(sides))
             reference.attention(q, k, v, scale=scale)
-    return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes, nbytes)
+    return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes, nbytes, lazy=False)
 
 
 # ---- quantize and dequantize -------------------------------------------------------------------------------------
@@ -286,16 +298,17 @@ def packing_contenders(grid, backends, n_tokens, head_dim, device):
                                  for copy in dense]
         quantize, dequantize = [], []
         for backend in backends:
-            on_cpu = backend.name == "cpu"
+            on_cpu, lazy = backend.name == "cpu", _is_lazy(backend)
             pack = functools.partial(_quantize, backend, bits)
             unpack = functools.partial(_dequantize, backend, bits, head_dim, n_tokens, grid.dtype)
             quantize.append(Contender(
                 scheme.name, column_of(backend), _independent(pack, dense),
-                functools.partial(_check_quantize, pack, dense[0], wants), dense_bytes + packed_bytes, None, on_cpu))
+                functools.partial(_check_quantize, pack, dense[0], wants), dense_bytes + packed_bytes, None, on_cpu,
+                lazy))
             dequantize.append(Contender(
                 scheme.name, column_of(backend), _independent(unpack, rows),
                 functools.partial(_check_dequantize, unpack, rows[0], restored, grid.dtype),
-                dense_bytes + packed_bytes, None, on_cpu))
+                dense_bytes + packed_bytes, None, on_cpu, lazy))
         if n_tokens <= NUMPY_TOKENS:
             quantize.append(_numpy_quantize(scheme.name, dense[0], bits, dense_bytes + packed_bytes))
             dequantize.append(_numpy_dequantize(scheme.name, rows[0], bits, head_dim, dense_bytes + packed_bytes))
@@ -349,7 +362,7 @@ def _numpy_quantize(name, xs, bits, nbytes):
         for _ in range(calls):
             for x, b in zip(xs, bits):
                 reference.quantize(x, b).packed()
-    return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes)
+    return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes, lazy=False)
 
 
 def _numpy_dequantize(name, rows, bits, head_dim, nbytes):
@@ -359,7 +372,7 @@ def _numpy_dequantize(name, rows, bits, head_dim, nbytes):
         for _ in range(calls):
             for i in (0, 1):
                 reference.dequantize(_oracle_rows(*rows[2 * i:2 * i + 2], bits[i], head_dim))
-    return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes)
+    return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes, lazy=False)
 
 
 # ---- MLX's affine quantization -----------------------------------------------------------------------------------

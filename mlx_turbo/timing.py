@@ -1,8 +1,9 @@
 """How `bench` measures, and on what: interleaved rounds after a warm-up, and the facts that belong beside every figure.
 
-A sample is the time of several calls, evaluated. The contenders of a group take turns, in an order that rotates, so
-that a machine that gets slower slows all of them. Rounds go on until the medians are known to `UNCERTAINTY`, or time is
-up.
+A sample is the time of several calls. Where a call only builds a graph, its evaluation is timed and Python is told
+apart: in a model the GPU works while Python builds the next layer. The contenders of a group take turns, in an order
+that rotates, so that a machine that gets slower slows all of them. Rounds go on until the medians are known to
+`UNCERTAINTY`, or time is up.
 """
 import platform
 import shlex
@@ -17,7 +18,7 @@ import numpy as np
 
 WARM_UP_SECONDS = 1.0  # GPU clocks ramp up within it
 SAMPLE_SECONDS = 0.01  # so long, by more calls: the floor of one evaluation is then a small part
-MAX_CALLS = 32
+MAX_CALLS = 256
 UNCERTAINTY = 0.02
 COPY_BYTES = 256 << 20  # beyond every chip's caches
 
@@ -32,50 +33,59 @@ class Effort(NamedTuple):
 
 class Timing(NamedTuple):
     """Seconds of one call. low, high: quartiles of the samples. uncertainty: half the 95 % interval of the median,
-    relative to it (McGill, Tukey & Larsen 1978: 1.57 * interquartile range / sqrt n)."""
+    relative to it (McGill, Tukey & Larsen 1978: 1.57 * interquartile range / sqrt n). python: median seconds of
+    building a call's graph, not among the others; 0 where that cannot be told apart."""
     median: float
     low: float
     high: float
     n: int
     calls: int
     uncertainty: float
+    python: float = 0.0
 
     @classmethod
-    def of(cls, seconds, calls):
+    def of(cls, seconds, calls, python=(0.0,)):
         low, median, high = (float(x) for x in np.percentile(seconds, (25, 50, 75)))
-        return cls(median, low, high, len(seconds), calls, 1.57 * (high - low) / len(seconds) ** 0.5 / median)
+        return cls(median, low, high, len(seconds), calls, 1.57 * (high - low) / len(seconds) ** 0.5 / median,
+                   float(np.median(python)))
 
 
 def sample(run, calls):
-    """Seconds per call of `run(calls)`, whose arrays are evaluated."""
+    """(seconds, seconds of Python before) per call of `run(calls)`, which makes the calls and returns None, or returns
+    lazy arrays, whose evaluation is then what is timed."""
     start = time.perf_counter()
     out = run(calls)
-    if out is not None:  # NumPy gives nothing to evaluate
-        mx.eval(out)
-    return (time.perf_counter() - start) / calls
+    built = time.perf_counter()
+    if out is None:
+        return (built - start) / calls, 0.0
+    mx.eval(out)
+    return (time.perf_counter() - built) / calls, (built - start) / calls
 
 
 def interleave(contenders, effort, warm_up=None):
-    """{name: `Timing`} of {name: run}; run(calls) makes so many calls and returns their arrays. warm_up:
-    seconds, WARM_UP_SECONDS if None. Raises what they raise."""
+    """{name: `Timing`} of {name: run}, a run being what `sample` takes. warm_up: seconds, WARM_UP_SECONDS if None; in
+    it the calls of a sample are chosen. Raises what the runs raise."""
     warm_up = WARM_UP_SECONDS if warm_up is None else warm_up
-    first = {name: sample(run, 1) for name, run in contenders.items()}  # builds what must be built
-    start = time.perf_counter()
-    while time.perf_counter() - start < warm_up:
+    for run in contenders.values():
+        sample(run, 1)  # builds what must be built
+    calls, start, growing = dict.fromkeys(contenders, 1), time.perf_counter(), True
+    while growing or time.perf_counter() - start < warm_up:
+        growing = False
         for name, run in contenders.items():
-            first[name] = sample(run, 1)
-            if time.perf_counter() - start >= warm_up:
-                break
-    calls = {name: int(min(max(SAMPLE_SECONDS / took, 1), MAX_CALLS)) for name, took in first.items()}
-    names, seconds = list(contenders), {name: [] for name in contenders}
+            short = sample(run, calls[name])[0] * calls[name] < SAMPLE_SECONDS
+            if short and calls[name] < MAX_CALLS:
+                calls[name], growing = 2 * calls[name], True
+    names, seconds, python = list(contenders), {name: [] for name in contenders}, {name: [] for name in contenders}
     for i in range(effort.most):
         for name in names[i % len(names):] + names[:i % len(names)]:
             taken = seconds[name]
             spent = sum(taken) * calls[name]
             if len(taken) < 3 or len(taken) < effort.least and spent < 2 * effort.seconds or (
                     spent < effort.seconds and Timing.of(taken, calls[name]).uncertainty > UNCERTAINTY):
-                taken.append(sample(contenders[name], calls[name]))
-    return {name: Timing.of(taken, calls[name]) for name, taken in seconds.items()}
+                took, built = sample(contenders[name], calls[name])
+                taken.append(took)
+                python[name].append(built)
+    return {name: Timing.of(taken, calls[name], python[name]) for name, taken in seconds.items()}
 
 
 # ---- what the machine can do -----------------------------------------------------------------------------------
@@ -121,7 +131,7 @@ def measure_machine(metal, effort, n_bytes=COPY_BYTES):
     floor = floor_run(mx.fast.metal_kernel if metal else None)
     alone = interleave({"floor": floor, "evaluation": lambda calls: [mx.eval(floor(1)) for _ in range(calls)] and None},
                        effort)
-    copied = interleave({"copy": copy}, effort, 0.2)["copy"]
+    copied = interleave({"copy": copy}, effort)["copy"]
     return {"floor_seconds": alone["floor"].median,
             "floor": "empty Metal kernel" if metal else "MLX operation on 8 numbers",
             "evaluation_seconds": alone["evaluation"].median, "copy_gb_per_s": moved / copied.median / 1e9,
