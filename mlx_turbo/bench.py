@@ -321,7 +321,7 @@ def heading(document):
     """What was measured where, in a line or two."""
     machine = document["machine"]
     return (f"mlx-turbo {machine['mlx_turbo']}, MLX {machine['mlx']}, mlx-lm {machine['mlx-lm']} on {machine['chip']}, "
-            f"{machine['system']}\nBackends: {document['backend']}")
+            f"{machine['system']}\nBackends: {document['backend']}\nAttention tuning: {machine['attention tuning']}")
 
 
 # ---- generate --------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 The caches take turns: a round runs each of them once, in an order that rotates. Prompt and generation are timed as
 mlx-lm times them: until the first token, and the tokens after it. Before anything is timed every cache is compared with
-the uncompressed one: how far the next token's distribution moves, over a few decode steps with the same tokens.
+the uncompressed one: how far the next token's distribution moves, over a few decode steps with the same tokens. That
+may hide a fault, a model's next token depending little on what is far away; so attention over what our caches then hold
+is also compared with the oracle.
 """
 import importlib
 import time
@@ -10,7 +12,8 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from . import fidelity, timing
+from . import bench_kernels, fidelity, timing
+from .cache import TurboKVCache
 from .cli import _nbytes
 from .models import describe, make_prompt_cache
 
@@ -68,6 +71,15 @@ def decode_steps(model, prompt, forced, kv, config):
     return mx.concatenate(rows), tokens, cache
 
 
+def attention_problem(prompt_cache):
+    """What is wrong with attention over the first, middle and last compressed layer, or None."""
+    ours = [(i, c) for i, c in enumerate(prompt_cache) if isinstance(c, TurboKVCache)]
+    for i, cache in dict([ours[0], ours[len(ours) // 2], ours[-1]]).items() if ours else ():
+        problem = bench_kernels.check_cache(cache)[2]
+        if problem:
+            return f"attention over what layer {i} holds disagrees with the oracle: {problem}"
+
+
 def check(model, prompt, caches):
     """{kv: {"status", "kld" or "problem", "layers"}} of {kv: config}: decode steps against the uncompressed cache."""
     want, forced, _ = decode_steps(model, prompt, None, "none", None)
@@ -76,15 +88,17 @@ def check(model, prompt, caches):
         try:
             got, _, cache = decode_steps(model, prompt, forced, kv, config)
             kld = float(fidelity.kl_divergence(want, got).mean())
+            problem = attention_problem(cache)
         except Exception as e:  # a kernel may fail in any way, a model may not support a cache: the others go on
             out[kv] = {"status": "failed", "problem": f"{type(e).__name__}: {e}"}
             continue
-        wrong = not kld <= WRONG_NATS  # also NaN
-        out[kv] = {"status": "wrong" if wrong else "ok", "kld": kld if np.isfinite(kld) else None,
+        if not kld <= WRONG_NATS:  # also NaN
+            problem = (f"the next token's distribution is {kld:.2f} nats from the uncompressed cache's, beyond "
+                       f"{WRONG_NATS:g} something computes wrong")
+        out[kv] = {"status": "wrong" if problem else "ok", "kld": kld if np.isfinite(kld) else None,
                    "layers": describe(cache) if config else None}
-        if wrong:
-            out[kv]["problem"] = (f"the next token's distribution is {kld:.2f} nats from the uncompressed cache's, "
-                                  f"beyond {WRONG_NATS:g} something computes wrong")
+        if problem:
+            out[kv]["problem"] = problem
     return out
 
 

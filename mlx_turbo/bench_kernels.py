@@ -141,10 +141,39 @@ def _quantized(codes, scale, bits, head_dim):
     return _oracle_rows(codes, scale, bits, head_dim)
 
 
-def _oracle_rows(codes, scale, bits, head_dim):
+def _oracle_rows(codes, scale, bits, head_dim, seed=0):
     """`Quantized` of packed rows: codes uint32 [B, H, L, words], scale [B, H, L, 1]."""
     codes = reference.unpack(codes, bits, head_dim)
-    return reference.Quantized(codes, scale[..., 0].astype(np.float64), None, bits, 0, None, None)
+    return reference.Quantized(codes, scale[..., 0].astype(np.float64), None, bits, seed, None, None)
+
+
+def _oracle_tokens(side, counts, seed):
+    """What the oracle makes of a `CachedSide`, float64 [1, 1, tokens, head_dim] of the last kv head."""
+    n_sink, n_packed, n_recent = counts
+    parts = [_float64(side.sink[:1, -1:, :n_sink])] if n_sink else []
+    if n_packed and side.bits:
+        codes, scale = (np.array(a[:1, -1:, :n_packed]) for a in (side.codes, side.scale))
+        parts.append(reference.dequantize(_oracle_rows(codes, scale, side.bits, side.head_dim, seed)))
+        if side.means is not None:
+            rows = _float64(side.means[:1, -1:])[:, :, np.arange(n_packed) // side.segment]
+            parts[-1] += rotation.unrotate(rows, seed)
+    elif n_packed:
+        parts.append(_float64(side.codes[:1, -1:, :n_packed]))
+    return np.concatenate(parts + ([_float64(side.recent[:1, -1:, :n_recent])] if n_recent else []), axis=2)
+
+
+def check_cache(cache, backend=None):
+    """(error, allowed, problem or None) of attention over what a TurboKVCache holds, against the oracle. The logits are
+    small, so that every token has weight."""
+    view = cache.keys_and_values()[0].view
+    k, v = (_oracle_tokens(side, view.counts, view.seed) for side in (view.keys, view.values))
+    head_dim, dtype = view.keys.head_dim, view.keys.recent.dtype
+    shape = (view.keys.recent.shape[0], view.keys.recent.shape[1], 1, head_dim)
+    scale = 1.0 / np.linalg.norm(k, axis=-1).mean()
+    queries = _normal(6, shape, dtype)
+    got = attention.attend(queries, view, scale=float(scale), backend=backend)
+    want = reference.attention(_float64(queries[:1, -1:]), k, v, scale=scale)
+    return _verdict(_relative(_float64(got[:1, -1:]), want), 10 * (ATTEND_TOLERANCE[view.keys.bits] + TOLERANCE[dtype]))
 
 
 def _copies(arrays, device):

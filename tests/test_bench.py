@@ -436,17 +436,23 @@ def test_the_plot_of_generation_names_the_ratio_at_the_longest_context():
                                                   "uncompressed cache and 1.5x smaller.")
 
 
-class NotANumber(CpuBackend):
-    """Packed tokens read as NaN."""
+class Scaled(CpuBackend):
+    """Packed tokens are read `factor` times as large as they are: 0 is a kernel that silently does nothing."""
+
+    def __init__(self, factor):
+        self.factor = factor
 
     def read_rows(self, side, first, n):
         rows, scale, bits = super().read_rows(side, first, n)
-        return rows * float("nan"), scale, bits
+        return rows * self.factor, scale, bits
 
 
-def test_generate_with_a_broken_kernel_is_reported_and_has_no_speed(run):
-    code, out, err = run("generate", *GENERATE, "--kv", "turbo4", backends=[NotANumber()])
-    assert code == 1 and "turbo4        WRONG: the next token's distribution is nan nats" in out
+@pytest.mark.parametrize("factor, said", [(math.nan, "the next token's distribution is nan nats"),
+                                          (0.0, "attention over what layer 0 holds disagrees with the oracle"),
+                                          (1.02, "attention over what layer 0 holds disagrees with the oracle")])
+def test_generate_with_a_broken_kernel_is_reported_and_has_no_speed(run, factor, said):
+    code, out, err = run("generate", *GENERATE, "--kv", "turbo4", backends=[Scaled(factor)])
+    assert code == 1 and f"turbo4        WRONG: {said}" in out
     assert "mlx-turbo: WRONG: turbo4 at 140 tokens" in err
 
 
