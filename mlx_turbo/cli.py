@@ -352,48 +352,21 @@ def generate(argv):
 
 
 # ---- the command -------------------------------------------------------------------------------------------
-def evaluate(argv):
-    """`mlx-turbo eval`."""
-    from .evaluate import main as evaluate_main
-
-    return evaluate_main(argv)
 
 
-def doctor(argv):
-    """`mlx-turbo doctor`."""
-    from .doctor import main as doctor_main
-
-    return doctor_main(argv)
-
-
-def plan(argv):
-    """`mlx-turbo plan`."""
-    from .plan import main as plan_main
-
-    return plan_main(argv)
-
-
-def chat(argv):
-    """`mlx-turbo chat`."""
-    from .chat import main as chat_main
-
-    return chat_main(argv)
-
-
-def serve(argv):
-    """`mlx-turbo serve`."""
-    from .serve import main as serve_main
-
-    return serve_main(argv)
+def _of(module):
+    """The command whose main(argv) is in a module of its own, imported when it runs."""
+    return lambda argv: importlib.import_module(f".{module}", __package__).main(argv)
 
 
 COMMANDS = {
     "generate": (generate, "write text with a compressed KV cache (every flag of mlx_lm.generate)"),
-    "eval": (evaluate, "perplexity, KL divergence and recall of compressed caches against the uncompressed one"),
-    "plan": (plan, "how many tokens fit into a memory size with each scheme, from a model's configuration"),
-    "chat": (chat, "talk to a model, with a compressed KV cache (every flag of mlx_lm.chat)"),
-    "serve": (serve, "a server for OpenAI clients, with compressed KV caches (every flag of mlx_lm.server)"),
-    "doctor": (doctor, "build every kernel and check it against the oracle on this machine"),
+    "eval": (_of("evaluate"), "perplexity, KL divergence and recall of compressed caches against the uncompressed one"),
+    "plan": (_of("plan"), "how many tokens fit into a memory size with each scheme, from a model's configuration"),
+    "chat": (_of("chat"), "talk to a model, with a compressed KV cache (every flag of mlx_lm.chat)"),
+    "serve": (_of("serve"), "a server for OpenAI clients, with compressed KV caches (every flag of mlx_lm.server)"),
+    "bench": (_of("bench"), "speed, memory and errors of kernels and of generation, beside MLX's own; what to send us"),
+    "doctor": (_of("doctor"), "build every kernel and check it against the oracle on this machine"),
 }
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from . import BackendError, __version__, attention, get_backend, ops, reference, rotation
+from . import BackendError, __version__, attention, get_backend, ops, reference, rotation, tuning
 from .cache import KVView
 from .kernels import (ATTEND_TOLERANCE, ONE_SEGMENT, SEGMENT_STEP, TOLERANCE, CachedSide, PackedSide, QuantizeSide,
                       compare_quantized, compare_vectors)
@@ -209,7 +209,7 @@ def machine():
     facts = {"mlx_turbo": __version__, "mlx": _version("mlx"), "mlx-lm": _version("mlx-lm"),
              "numpy": np.__version__, "python": platform.python_version(), "system": platform.platform(),
              "default device": mx.default_device().type.name,
-             "metal": "yes" if mx.metal.is_available() else "no"}
+             "metal": "yes" if mx.metal.is_available() else "no", "attention tuning": tuning.describe()}
     gib = "{:.1f} GiB".format
     if mx.metal.is_available():
         info = mx.device_info()

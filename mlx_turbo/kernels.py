@@ -212,6 +212,12 @@ def _eight(array):
     return array if array.size >= 8 else mx.pad(array, [(0, 0), (0, 0), (0, 8), (0, 0)])
 
 
+def _tuned_values():
+    from .tuning import load
+
+    return load()
+
+
 NO_WINDOW = 1 << 30
 LOG2_E = float(np.log2(np.e))
 ATTEND_INPUTS = ["queries", "k_sink", "k_codes", "k_scale", "k_recent", "v_sink", "v_codes", "v_scale", "v_recent",
@@ -266,13 +272,21 @@ class MetalBackend:
 
     def __init__(self, metal_kernel=None):
         self._metal_kernel = metal_kernel or mx.fast.metal_kernel
+        self.is_real = metal_kernel is None and mx.metal.is_available()
         self._kernels = {}
         self._tested = set()
         self.tuning = AttendTuning()
+        self.tuned = _tuned_values() if self.is_real else {}
 
     def describe(self):
         """What runs, for people: the backend and the chip."""
         return f"metal ({device_name()})"
+
+    def tuning_of(self, keys, values):
+        """The `AttendTuning` of two `CachedSide`: what `bench --tune` found for this chip, else the default."""
+        if not self.tuned:
+            return self.tuning
+        return self.tuned.get((keys.bits, values.bits, keys.head_dim, values.head_dim), self.tuning)
 
     def quantize(self, sides, seed=0, scale=SCALES[0]):
         """Quantize one or two `QuantizeSide` of equal [B, H, L] in one launch. scale: its rule, as reference.quantize.
@@ -405,20 +419,22 @@ class MetalBackend:
 
     def _one_launch(self, queries, keys, values, counts):
         """Whether one launch does it: not for many tokens, and not where packed words would be decoded thrice."""
-        shape = attend_shape(self.tuning, keys.bits, values.bits, keys.head_dim, values.head_dim, 1, True)
+        tuning = self.tuning_of(keys, values)
+        shape = attend_shape(tuning, keys.bits, values.bits, keys.head_dim, values.head_dim, 1, True)
         n_rows = queries.shape[1] // _n_kv_heads(keys) * queries.shape[2]
-        return sum(counts) <= self.tuning.one_launch_tokens and n_rows <= 2 * (self.tuning.accumulators // shape.E)
+        return sum(counts) <= tuning.one_launch_tokens and n_rows <= 2 * (tuning.accumulators // shape.E)
 
     def _attend(self, queries, keys, values, counts, scale, mask, sinks, starts, ends, window, seed, one):
         batch, n_heads, n_query_tokens, key_dim = queries.shape
         n_kv_heads = _n_kv_heads(keys)
         n_sink, n_packed, n_recent = counts
         n_rows = n_heads // n_kv_heads * n_query_tokens
-        shape = attend_shape(self.tuning, keys.bits, values.bits, key_dim, values.head_dim, n_rows, one)
+        tuning = self.tuning_of(keys, values)
+        shape = attend_shape(tuning, keys.bits, values.bits, key_dim, values.head_dim, n_rows, one)
         row_groups = -(-n_rows // (shape.H * (shape.NS if shape.SHARED else 1)))
         n_groups = batch * n_kv_heads * row_groups
         seen_sink, seen_packed, seen_recent = seen_counts(counts, window, n_query_tokens, ends is not None)
-        exact_blocks, blocks = attend_blocks(self.tuning, shape, seen_sink + seen_recent, seen_packed, n_groups, one)
+        exact_blocks, blocks = attend_blocks(tuning, shape, seen_sink + seen_recent, seen_packed, n_groups, one)
 
         flags = 4 * (starts is not None) + 8 * (sinks is not None) + 16 * (ends is not None)
         if isinstance(mask, str):
@@ -494,7 +510,7 @@ class MetalBackend:
     def _test_attend(self, queries, keys, values, one):
         """Build and check the specialization of these arguments once."""
         n_kv_heads = _n_kv_heads(keys)
-        shape = attend_shape(self.tuning, keys.bits, values.bits, keys.head_dim, values.head_dim,
+        shape = attend_shape(self.tuning_of(keys, values), keys.bits, values.bits, keys.head_dim, values.head_dim,
                              queries.shape[1] // n_kv_heads * queries.shape[2], one)
         sides = tuple((side.bits, side.head_dim, side.has_means, _exact_dtype(side, queries.dtype))
                       for side in (keys, values))
@@ -598,12 +614,14 @@ def compare_quantized(words, scale, want, tie=2e-5):
     """What is wrong with packed rows `words` and `scale` [..., 1] against a reference `Quantized`, or None.
 
     Codes must be equal, except by one where the oracle is within `tie` (relative) of the midpoint of two levels;
-    padding bits must be 0. Scales must be within one float16 rounding, and two where codes differ.
+    padding bits must be 0. Scales must be within one float16 rounding; two where codes differ, and what the other
+    codes move <y, c> by, which the scale may be divided by.
     """
     codes = reference.unpack(words, want.bits, want.codes.shape[-1]).astype(int)
     if not np.array_equal(reference.pack(codes, want.bits), words):
         return "bits that belong to no dim are set"
     off = (codes != want.codes) & (want.scale[..., None] != 0)
+    moved = 0.0
     if off.any():
         # the vector as the oracle saw it, in units of its levels
         u = want.normalized
@@ -611,8 +629,10 @@ def compare_quantized(words, scale, want, tie=2e-5):
         wrong = (np.abs(codes - want.codes)[off] > 1) | (np.abs(u[off] - middle) > tie * np.maximum(np.abs(middle), 1))
         if wrong.any():
             return f"{int(wrong.sum())} of {codes.size} codes differ away from ties"
+        had, has = ((u * want.levels[c]).sum(-1) for c in (want.codes, codes))
+        moved = np.abs(np.divide(had, has, out=np.ones_like(has), where=has > 0) - 1) * want.scale
     step = np.spacing(np.maximum(np.abs(want.scale), 6e-5).astype(np.float16)).astype(np.float64)
-    error = np.abs(scale[..., 0].astype(np.float64) - want.scale) / step
+    error = (np.abs(scale[..., 0].astype(np.float64) - want.scale) - moved) / step
     if not (error <= 1 + off.any(-1)).all():
         return f"scale off by {error.max():.1f} float16 roundings"
     return None
