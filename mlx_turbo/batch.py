@@ -15,8 +15,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from . import auto, centring
-from .cache import (KVView, LazyKV, TurboKVCache, _first, _make_sides, _may_choose, _read_config, _read_header,
+from . import auto
+from .cache import (KVView, LazyKV, TurboKVCache, _first, _make_sides, _read_config, _read_header,
                     _restore, _Unread, _write)
 from .kernels import CachedSide
 

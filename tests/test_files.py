@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cache_tools import FAST_BACKENDS, filled, random_tokens, same, snapshot, stored
 from conftest import BACKENDS, to_numpy
-from mlx_turbo import (RotatingTurboKVCache, TurboConfig, TurboKVCache, attention, load_prompt_cache, models,
+from mlx_turbo import (RotatingTurboKVCache, TurboKVCache, attention, load_prompt_cache, models,
                        save_prompt_cache, use_backend)
 from mlx_turbo.cache import FORMAT_VERSION
 
