@@ -265,7 +265,8 @@ def _packing_bars(ax, rows, names):
     ax.set_yticks([])
     ax.set_xlim(0, 1.5 * max(b[1] for b in bars))
     for i, (text, value, _) in enumerate(bars):
-        ax.annotate(f"{text}  {value:,.0f}" if value >= 10 else f"{text}  {value:.2g}", (value, i), xytext=(4, 0), textcoords="offset points", fontsize=8,
+        figures = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+        ax.annotate(f"{text}  {figures}", (value, i), xytext=(4, 0), textcoords="offset points", fontsize=8,
                     va="center", annotation_clip=False)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("GB/s, read and written")
