@@ -317,10 +317,10 @@ def test_perplexity_on_stories_stays(backend, model, held_out, scheme, within):
     assert 3 < want < 15 and abs(got / want - 1) <= within, (got, want)
 
 
-def test_two_bits_show_in_the_perplexity(backend, model, held_out):
+def test_damage_shows_in_the_perplexity(backend, model, held_out):
     """Else the test above would not notice a cache that never packs, or a model that does not look at it."""
     tokens, want = held_out
-    got = perplexity(model, tokens, make_prompt_cache(model, TurboConfig("turbo2", sink=0, recent=0, block=1)))
+    got = perplexity(model, tokens, make_prompt_cache(model, TurboConfig("turbo2", 0, 0, 1, scale="norm")))
     assert 1.01 < got / want < 1.5, got / want
 
 
