@@ -66,7 +66,7 @@ def load():
     return model, mx.array(sum((tokenizer.encode(t) for t in text.split("<|endoftext|>")), []))
 
 
-def auto_cost(model, tokens, repeats=9):
+def auto_cost(model, tokens, repeats=4):
     """Seconds of the first prompt chunk with turbo4 and with auto: medians, interleaved."""
     seconds = {"turbo4": [], "auto": []}
     for _ in range(repeats + 1):
