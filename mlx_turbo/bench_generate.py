@@ -13,9 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from . import bench_kernels, fidelity, timing
-from .cache import TurboKVCache
 from .cli import _nbytes
-from .models import describe, make_prompt_cache
+from .models import describe, make_prompt_cache, members, reports
 
 CHECK_TOKENS = 8
 WRONG_NATS = 1.0  # a KL divergence beyond is no compression but a fault: turbo2 moves the embedded model by 0.01
@@ -45,7 +44,7 @@ def run_once(model, prompt, n_tokens, kv, config):
     out = {"prompt_tps": prompt.size / (stamps[0] - start),
            "generation_tps": (len(stamps) - 1) / (stamps[-1] - stamps[0]),
            "peak_bytes": mx.get_peak_memory(), "resident_bytes": mx.get_active_memory()}
-    return out | {"cache_bytes": sum(_nbytes(c) for c in cache)}
+    return out | {"cache_bytes": sum(_nbytes(c) for c in members(cache))}
 
 
 def decode_steps(model, prompt, forced, kv, config):
@@ -73,7 +72,7 @@ def decode_steps(model, prompt, forced, kv, config):
 
 def attention_problem(prompt_cache):
     """What is wrong with attention over the first, middle and last compressed layer, or None."""
-    ours = [(i, c) for i, c in enumerate(prompt_cache) if isinstance(c, TurboKVCache)]
+    ours = [(i, cache) for i, cache, report, _ in reports(prompt_cache) if report]
     for i, cache in dict([ours[0], ours[len(ours) // 2], ours[-1]]).items() if ours else ():
         problem = bench_kernels.check_cache(cache)[2]
         if problem:

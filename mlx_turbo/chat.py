@@ -3,8 +3,8 @@ import contextlib
 
 import mlx_lm.chat as module
 
-from .cli import (DEMO_MODEL, DEMO_TEMPLATE, TurboProgram, _replaced, _warn_beyond_context, add_program_arguments,
-                  describe_model_argument, report_lines, use_demo_model)
+from .cli import (DEMO_MODEL, DEMO_TEMPLATE, TurboProgram, _replaced, _tokens_before, _warn_beyond_context,
+                  add_program_arguments, describe_model_argument, report_lines, use_demo_model)
 from .ops import use_backend
 
 
@@ -33,7 +33,7 @@ def main(argv):
     original = module.stream_generate
 
     def checked_stream_generate(model, tokenizer, prompt, **kwargs):
-        before = max((c.offset for c in kwargs["prompt_cache"] if hasattr(c, "offset")), default=0)
+        before = _tokens_before(kwargs["prompt_cache"])
         _warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
         return original(model, tokenizer, prompt, **kwargs)
 

@@ -180,7 +180,7 @@ class TurboProgram:
         except (OSError, ValueError) as e:
             raise CliError(f"--prompt-cache-file: cannot read {file!r}: {_one_line(e)}") from e
         cache, *rest = result if isinstance(result, tuple) else (result,)
-        for held in (c for c in cache if isinstance(c, TurboKVCache)):
+        for held in (c for c in models.members(cache) if isinstance(c, TurboKVCache)):
             for name, given in (("name", self.args.kv), ("sink", self.args.kv_sink), ("recent", self.args.kv_recent)):
                 if name == "sink" and isinstance(held, RotatingTurboKVCache):
                     continue  # a window keeps what it was made to keep
@@ -189,26 +189,9 @@ class TurboProgram:
                     raise CliError(f"{FLAGS[name]}: got {given}, but {file!r} was made with {made_with}; "
                                    f"leave {FLAGS[name]} out")
         if self.config is not None:
-            cache = compress_prompt_cache(cache, self.config)
+            cache = models.compress(cache, self.config, importlib.import_module(".indexer", __package__).of_tokens(cache))
         self.caches.append(cache)
         return (cache, *rest) if rest else cache
-
-
-def compress_prompt_cache(prompt_cache, config):
-    """A prompt cache with the tokens of another, its plain KV caches and long windows compressed."""
-    from mlx_lm.models.cache import KVCache
-
-    out = []
-    for i, cache in enumerate(prompt_cache):
-        own = config.for_layer(i, len(prompt_cache))
-        if type(cache) is KVCache and not cache.empty():
-            keys, values = (a[:, :, :cache.offset] for a in (cache.keys, cache.values))
-            cache = TurboKVCache(own)
-            cache.update_and_fetch(keys, values)
-        elif models.is_long_window(cache, own):
-            cache = RotatingTurboKVCache.of(cache, own)
-        out.append(cache)
-    return out
 
 
 # ---- what the caches hold ----------------------------------------------------------------------------------
@@ -220,15 +203,15 @@ def summarize(prompt_cache):
     packed_bits_per_value: mean over compressed layers. layers: models.describe.
     """
     layers = models.reports(prompt_cache)
-    ours = [report for _, _, report in layers if report]
-    held = sum(_nbytes(cache) for _, cache, _ in layers)
+    ours = [report for _, _, report, _ in layers if report]
+    held = sum(_nbytes(cache) for _, cache, _, _ in layers)
     kept = held - sum(report["nbytes"] for report in ours)
     summary = {"nbytes": held, "uncompressed_nbytes": kept + sum(r["uncompressed_nbytes"] for r in ours),
                "n_compressed": len(ours), "layers": describe(prompt_cache)}
     if ours:
         first = next((report for report in ours if "window" not in report), ours[0])
         summary |= {name: first[name] for name in ("tokens", "sink", "packed", "recent", "attention")}
-        summary["scheme"] = next(c.config.name for c in prompt_cache if isinstance(c, TurboKVCache))
+        summary["scheme"] = next(c.config.name for c in models.members(prompt_cache) if isinstance(c, TurboKVCache))
         packed = [r["packed_bits_per_value"] for r in ours if r["packed"]]
         summary["packed_bits_per_value"] = sum(packed) / len(packed) if packed else None
     return summary
@@ -256,7 +239,7 @@ def report_lines(prompt_cache, scheme):
     ratio = s["uncompressed_nbytes"] / s["nbytes"] if s["nbytes"] else 1.0
     size = f"KV cache bytes: {held} held, {uncompressed} uncompressed, ratio {ratio:.2f}"
     if not s["packed"]:
-        starts = next(c.packs_beyond for c in prompt_cache if isinstance(c, TurboKVCache))
+        starts = next(c.packs_beyond for c in models.members(prompt_cache) if isinstance(c, TurboKVCache))
         size += f" (packing starts beyond {starts} tokens)"
     return [f"KV cache: {s['scheme']}, {s['tokens']} tokens ({s['sink']} sink exact, {packed}, "
             f"{s['recent']} recent exact); {s['layers']}; attention of a decode step: {s['attention']}", size]
@@ -306,6 +289,10 @@ def _generate_parser(module):
     return parser
 
 
+def _tokens_before(prompt_cache):
+    return max((c.offset for c in models.members(prompt_cache) if hasattr(c, "offset")), default=0)
+
+
 def _warn_beyond_context(model, n_tokens, max_tokens):
     limit = getattr(getattr(model, "args", None), "max_position_embeddings", None)
     total = n_tokens + max(max_tokens, 0)
@@ -332,7 +319,7 @@ def generate(argv):
     def checked_generate(model, tokenizer, prompt, **kwargs):
         if len(prompt) == 0:
             raise CliError("--prompt: is empty")
-        before = max((c.offset for c in kwargs.get("prompt_cache") or [] if hasattr(c, "offset")), default=0)
+        before = _tokens_before(kwargs.get("prompt_cache") or [])
         _warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
         return original(model, tokenizer, prompt, **kwargs)
 

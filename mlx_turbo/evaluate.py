@@ -219,7 +219,7 @@ def _row(name, measured, cache, baseline):
            "resident_bits_per_value": fidelity.resident_bits(cache),
            "resident_bits_per_value_32k": fidelity.projected_bits(cache),
            "packed_bits_per_value": fidelity.packed_bits(cache) if name != "none" else None}
-    if reports := [report for _, _, report in models.reports(cache) if report]:
+    if reports := [report for _, _, report, _ in models.reports(cache) if report]:
         row |= {key: reports[0][key] for key in ("tokens", "sink", "packed", "recent")}
         row |= {key: sum(report[key] for report in reports) for key in ("nbytes", "uncompressed_nbytes")}
         row["layers"] = models.describe(cache)

@@ -27,7 +27,10 @@ def register():
     if version < OLDEST_MLX_LM:
         raise ImportError(f"mlx_turbo needs mlx-lm {'.'.join(map(str, OLDEST_MLX_LM))} or newer, "
                           f"this is {mlx_lm.__version__}: pip install -U mlx-lm")
-    for cache in (TurboKVCache, RotatingTurboKVCache, BatchTurboKVCache, BatchRotatingTurboKVCache):
+    from .indexer import BatchIndexerKVCache, IndexedCacheList
+
+    of_batches = BatchTurboKVCache, BatchRotatingTurboKVCache, BatchIndexerKVCache
+    for cache in (TurboKVCache, RotatingTurboKVCache, IndexedCacheList, *of_batches):
         setattr(module, cache.__name__, cache)
     attention.install()
     return module
@@ -40,16 +43,37 @@ def is_long_window(cache, config):
     return type(cache) is RotatingKVCache and cache.max_size - cache.keep >= 2 * (config.recent + config.block)
 
 
-def _compress(cache, config, kv_cache):
-    """Replace the plain KV caches and the long windows of a prompt cache in a new list."""
+def members(prompt_cache):
+    """The caches of a prompt cache, those inside a CacheList one by one."""
+    return [m for c in prompt_cache for m in (members(c.caches) if hasattr(c, "caches") else [c])]
+
+
+def compress(prompt_cache, config, indexers):
+    """A prompt cache with the tokens of another: its plain KV caches and long windows compressed, also those inside a
+    CacheList. indexers: {(layer, member)} of the KVCaches in a CacheList that stay (indexer.py)."""
+    from mlx_lm.models.cache import KVCache
+
+    from .indexer import IndexedCacheList
+
+    def compressed(cache, own):
+        if type(cache) is KVCache:
+            held = None if cache.empty() else [x[:, :, :cache.offset] for x in (cache.keys, cache.values)]
+            cache = TurboKVCache(own)
+            if held:
+                cache.update_and_fetch(*held)
+        elif is_long_window(cache, own):
+            cache = RotatingTurboKVCache.of(cache, own)
+        return cache
+
     out = []
-    for i, c in enumerate(cache):
-        own = config.for_layer(i, len(cache))
-        if type(c) is kv_cache:
-            c = TurboKVCache(own)
-        elif is_long_window(c, own):
-            c = RotatingTurboKVCache(c.max_size, c.keep, own)
-        out.append(c)
+    for i, c in enumerate(prompt_cache):
+        own = config.for_layer(i, len(prompt_cache))
+        if not hasattr(c, "caches"):
+            out.append(compressed(c, own))
+            continue
+        kept = [(i, j) in indexers for j in range(len(c.caches))]
+        inside = [m if keep else compressed(m, own) for m, keep in zip(c.caches, kept)]
+        out.append((IndexedCacheList if any(kept) else type(c))(*inside))
     return out
 
 
@@ -64,9 +88,9 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
     RotatingTurboKVCache where it has a RotatingKVCache (sliding windows).
 
     config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: as in mlx-lm, a window for models that do not make
-    caches of their own; their first 4 tokens stay. Windows of less than 2 * (recent + block) tokens and layers that
-    hold something else (state-space, ...) keep the cache mlx-lm gives them; `describe` says which, a warning is given
-    if that leaves nothing to compress.
+    caches of their own; their first 4 tokens stay. Inside a CacheList the same is done cache by cache, but for an
+    indexer's (indexer.py). Windows of less than 2 * (recent + block) tokens and what holds something else (state-space,
+    ...) stay as mlx-lm makes them; `describe` says which and why, a warning is given if that leaves nothing to compress.
 
     Raises ValueError for an unknown scheme.
     """
@@ -83,9 +107,11 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
     if _reads_state(model, module.KVCache):
         warnings.warn(f"nothing is compressed: {model.model_type} needs a newer mlx-lm for that", stacklevel=2)
         return plain
-    cache = _compress(plain, config, module.KVCache)
-    kept = sorted({type(c).__name__ for c in cache if not isinstance(c, TurboKVCache)})
-    if len(kept) and not any(isinstance(c, TurboKVCache) for c in cache):
+    from .indexer import of_model
+
+    cache = compress(plain, config, of_model(model, plain))
+    kept = sorted({type(c).__name__ for c in members(cache) if not isinstance(c, TurboKVCache)})
+    if len(kept) and not any(isinstance(c, TurboKVCache) for c in members(cache)):
         warnings.warn(f"nothing is compressed: every layer's cache is a {' or '.join(kept)}, neither a plain KVCache "
                       "nor a long window", stacklevel=2)
     elif kept:
@@ -126,37 +152,53 @@ def disable(model):
     return model
 
 
+_KEPT = {"ArraysCache": "states, which do not grow with the text", "ChunkedKVCache": "it holds the newest chunk only",
+         "RotatingKVCache": "of so short a window most would stay exact", "KVCache": "it was made without mlx_turbo"}
+
+
+def _why_kept(cache, layer):
+    from .indexer import IndexedCacheList
+
+    if isinstance(layer, IndexedCacheList):
+        return "an indexer reads every key of it at each step, and it has no values"
+    return _KEPT.get(type(cache).__name__, "a kind that is not known here")
+
+
 def reports(prompt_cache):
-    """(layer, cache, report or None) of each layer; None where the layer is not compressed."""
-    return [(i, c, c.report() if isinstance(c, TurboKVCache) else None) for i, c in enumerate(prompt_cache)]
+    """(layer, cache, report, why) of each cache, those inside a CacheList one by one: its report, or None and why it is
+    not compressed."""
+    found = [(i, layer, cache) for i, layer in enumerate(prompt_cache) for cache in members([layer])]
+    return [(i, cache, cache.report(), None) if isinstance(cache, TurboKVCache) else
+            (i, cache, None, _why_kept(cache, layer)) for i, layer, cache in found]
 
 
 def describe(prompt_cache):
-    """One line on a prompt cache: how many layers are compressed, and what the others keep and why."""
-    kept, chosen, by, undecided = {}, {}, set(), 0
-    for i, cache, report in reports(prompt_cache):
+    """One line on a prompt cache: how many layers are compressed, and what else they hold and why."""
+    kept, compressed, chosen, by, undecided = {}, set(), {}, set(), set()
+    for i, cache, report, why in reports(prompt_cache):
         if report is None:
-            kept[type(cache).__name__] = kept.get(type(cache).__name__, 0) + 1
-        elif report["auto"] and report["auto"]["undecided"]:
-            undecided += 1
+            kept[type(cache).__name__, why] = kept.get((type(cache).__name__, why), 0) + 1
+            continue
+        compressed.add(i)
+        if report["auto"] and report["auto"]["undecided"]:
+            undecided.add(i)
         elif report["auto"]:
-            chosen.setdefault(Scheme.parse(report["scheme"]).key_bits, []).append(i)
+            chosen.setdefault(Scheme.parse(report["scheme"]).key_bits, set()).add(i)
             by.add(report["auto"]["by"])
     n = len(prompt_cache)
-    text = f"{n - sum(kept.values())} of {n} layers compressed"
-    if windows := [c.max_size for c in prompt_cache if isinstance(c, Window)]:
+    text = f"{len(compressed)} of {n} layers compressed"
+    if windows := [c.max_size for c in members(prompt_cache) if isinstance(c, Window)]:
         text += f" ({len(windows)} of them windows of {' and '.join(f'{w:,}' for w in sorted(set(windows)))} tokens)"
-    if set(kept) == {"KVCache"}:
+    if {kind for kind, _ in kept} == {"KVCache"} and not compressed:
         text += ": this is mlx-lm's own cache"
-    elif kept:
-        text += "; neither a plain KV cache nor a long window and left as it is: "
-        text += ", ".join(f"{k} ({v})" for k, v in kept.items())
+    else:
+        text += "".join(f"; {kind} ({count}) stays: {why}" for (kind, why), count in kept.items())
     if undecided:
-        text += f"; auto: not yet decided in {undecided} layers, nothing of them is packed"
+        text += f"; auto: not yet decided in {len(undecided)} layers, nothing of them is packed"
     if chosen:
         raised = sorted(chosen, key=lambda bits: bits or 16)
         texts = [f"{f'at {bits} bits' if bits else 'exact'} in {len(chosen[bits])}" for bits in raised]
         texts[0] += " layers"
-        texts[1:] = [f"{t} ({', '.join(map(str, chosen[bits]))})" for t, bits in zip(texts[1:], raised[1:])]
+        texts[1:] = [f"{t} ({', '.join(map(str, sorted(chosen[bits])))})" for t, bits in zip(texts[1:], raised[1:])]
         text += f"; auto: keys {', '.join(texts)}, chosen by {' and '.join(sorted(filter(None, by))) or 'another process'}"
     return text

@@ -156,11 +156,6 @@ def _size(nbytes):
     return f"{nbytes / unit:,.2f} {name}"
 
 
-def _members(prompt_cache):
-    """The caches of a prompt cache, those inside a CacheList one by one."""
-    return [m for c in prompt_cache for m in (_members(c.caches) if hasattr(c, "caches") else [c])]
-
-
 def _call(model, tokens):
     """A prompt cache of mlx-lm after so many tokens; nothing is evaluated."""
     import mlx.core as mx
@@ -168,7 +163,7 @@ def _call(model, tokens):
 
     cache = make_prompt_cache(model)
     model(mx.zeros((1, tokens), mx.int32), cache=cache)
-    return _members(cache)
+    return models.members(cache)
 
 
 def _held(cache):
@@ -212,11 +207,11 @@ def configs_of(model, scheme):
     from mlx_lm.models.cache import make_prompt_cache
 
     if scheme is None:
-        return [None] * len(_members(make_prompt_cache(model)))
+        return [None] * len(models.members(make_prompt_cache(model)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "nothing is compressed": the table shows it
         cache = models.make_prompt_cache(model, scheme)
-    return [c.config if isinstance(c, TurboKVCache) else None for c in _members(cache)]
+    return [c.config if isinstance(c, TurboKVCache) else None for c in models.members(cache)]
 
 
 @functools.lru_cache(None)

@@ -45,7 +45,7 @@ class ServerProgram(TurboProgram):
             check_kernels(model, self.config)
         with complaining():
             cache = make_prompt_cache(model)
-        together = self.args.draft_model is None and all(hasattr(c, "merge") for c in cache)
+        together = self.args.draft_model is None and all(hasattr(c, "merge") for c in models.members(cache))
         _complain(f"{path}: KV cache {self.scheme}, {models.describe(cache)}; requests are answered "
                   f"{'together' if together else 'one by one'}")
         self.caches = [cache]
@@ -64,7 +64,7 @@ def check_kernels(model, config):
     """
     config = TurboConfig.of(config, sink=1, recent=0, block=1, auto=False)
     cache = models.make_prompt_cache(model, config)
-    if any(isinstance(c, TurboKVCache) for c in cache):
+    if any(isinstance(c, TurboKVCache) for c in models.members(cache)):
         model(mx.zeros((1, 8), mx.int32), cache=cache)
         mx.eval(model(mx.zeros((1, 1), mx.int32), cache=cache))
 
@@ -104,9 +104,10 @@ class LRUPromptCache(module.LRUPromptCache):
     is in no cache yet), and which leaves a model nothing to go on from when a prompt is all there."""
 
     def insert_cache(self, model, tokens, prompt_cache, **options):
-        offsets = [getattr(c, "offset", None) or len(tokens) for c in prompt_cache]  # 0: of a layer that is not used
+        caches = models.members(prompt_cache)
+        offsets = [getattr(c, "offset", None) or len(tokens) for c in caches]  # 0: of a layer that is not used
         n = min([len(tokens), *offsets])
-        for cache, offset in zip(prompt_cache, offsets):
+        for cache, offset in zip(caches, offsets):
             if offset > n:
                 if not cache.is_trimmable():
                     return

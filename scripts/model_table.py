@@ -30,7 +30,7 @@ def rows():
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_turbo import TurboConfig, TurboKVCache
     from mlx_turbo import make_prompt_cache as ours
-    from test_families import members
+    from mlx_turbo.models import members
 
     found, config = collections.defaultdict(list), TurboConfig(recent=4, block=4)  # their windows have 16 tokens
     for name in (n for n in families.all_names() if n not in families.NOT_BUILT):

@@ -16,6 +16,7 @@ import pytest
 from cache_tools import FAST_BACKENDS
 from conftest import BACKENDS, to_numpy
 from mlx_turbo import RotatingTurboKVCache, TurboConfig, TurboKVCache, describe, make_prompt_cache, use_backend
+from mlx_turbo.models import members
 
 TOKENS = mx.array(np.random.default_rng(0).integers(0, families.VOCABULARY, (1, 60)))
 WINDOW = dict(sink=2, recent=4, block=4)  # so small that each chunk of the prompt is packed, and windows of 16 tokens
@@ -62,11 +63,6 @@ def walk(model, make_cache):
         at -= TRIM
         run("trim", 1, 1, 5, 1)
     return phases
-
-
-def members(prompt_cache):
-    """The caches of a prompt cache, those of a CacheList one by one."""
-    return [m for c in prompt_cache for m in (members(c.caches) if hasattr(c, "caches") else [c])]
 
 
 def compressed(model, config):

@@ -152,9 +152,9 @@ def test_sliding_window_layers_are_windows_or_stay_and_are_reported(backend, con
     kind = "RotatingTurboKVCache" if windows else "RotatingKVCache"
     assert kinds(cache) == 2 * (2 * [kind] + ["TurboKVCache"])
     assert describe(cache) == ("6 of 6 layers compressed (4 of them windows of 16 tokens)" if windows else
-                               "2 of 6 layers compressed; neither a plain KV cache nor a long window and left as it is: "
-                               "RotatingKVCache (4)")
-    assert [r is None for _, _, r in reports(cache)] == 2 * [not windows, not windows, False]
+                               "2 of 6 layers compressed; RotatingKVCache (4) stays: of so short a window most would "
+                               "stay exact")
+    assert [r is None for _, _, r, _ in reports(cache)] == 2 * [not windows, not windows, False]
     want = logits_in_chunks(model, tokens, model.make_cache())
     np.testing.assert_allclose(logits_in_chunks(model, tokens, cache), want, rtol=0, atol=1e-4 * windows)
     assert reports(cache)[2][2]["packed"] > 40
@@ -166,8 +166,8 @@ def test_state_space_layers_stay_and_are_reported(backend):
     model, tokens = lfm2(), tokens_of(60)
     cache = make_prompt_cache(model, TurboConfig("turbo0", 4, 8, 8))
     assert [type(c).__name__ for c in cache] == ["ArraysCache", "TurboKVCache", "ArraysCache"]
-    assert describe(cache) == ("1 of 3 layers compressed; neither a plain KV cache nor a long window and left as it is: "
-                               "ArraysCache (2)")
+    assert describe(cache) == ("1 of 3 layers compressed; ArraysCache (2) stays: states, which do not grow with the "
+                               "text")
     assert same(logits_in_chunks(model, tokens, cache), logits_in_chunks(model, tokens, model.make_cache()))
 
 
@@ -199,8 +199,8 @@ def test_a_short_rotating_cache_of_max_kv_size_stays_and_a_warning_says_so(backe
         cache = make_prompt_cache(model, "turbo4", max_kv_size=32)
     assert [(type(c), c.max_size, c.keep) for c in cache] == 4 * [(lm_cache.RotatingKVCache, 32, 4)]
     assert caught[0].filename == __file__
-    assert describe(cache) == ("0 of 4 layers compressed; neither a plain KV cache nor a long window and left as it is: "
-                               "RotatingKVCache (4)")
+    assert describe(cache) == ("0 of 4 layers compressed; RotatingKVCache (4) stays: of so short a window most would "
+                               "stay exact")
 
 
 def test_max_kv_size_gives_windows_that_keep_the_first_tokens(backend, model, tokenizer):

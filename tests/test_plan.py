@@ -14,7 +14,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_turbo import TurboConfig, TurboKVCache, plan, use_backend
 from mlx_turbo.cli import DEMO_MODEL, CliError, main
-from test_families import compressed, members
+from mlx_turbo.models import members
+from test_families import compressed
 
 CONFIG = json.loads((DEMO_MODEL / "config.json").read_text())
 LLAMA_70B = dict(
