@@ -189,7 +189,7 @@ class TurboProgram:
                     raise CliError(f"{FLAGS[name]}: got {given}, but {file!r} was made with {made_with}; "
                                    f"leave {FLAGS[name]} out")
         if self.config is not None:
-            cache = models.compress(cache, self.config, importlib.import_module(".indexer", __package__).of_tokens(cache))
+            cache = models.compress(cache, self.config)
         self.caches.append(cache)
         return (cache, *rest) if rest else cache
 

@@ -152,7 +152,7 @@ def _check_classes(metadata, tensors, module):
     for layer, name in classes.items():
         found = getattr(module, name, None)
         if not isinstance(found, type) or not hasattr(found, "from_state") or not (
-                issubclass(found, TurboKVCache) or found.__module__ == module.__name__):
+                found.__module__ == module.__name__ or found.__module__.startswith(f"{__package__}.")):
             raise ValueError(f"holds a cache of class {name!r}, which this mlx-lm does not have")
         dtype, shape, _ = tensors.get(f"{layer}.0", (None, [], None))
         if issubclass(found, TurboKVCache) != (dtype == "I32" and len(shape) == 1):

@@ -9,8 +9,6 @@ import copy
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
-from .batch import BatchTurboKVCache
-
 
 class _Probe(KVCache):
     keys_only = None
@@ -28,8 +26,8 @@ def _undecided(prompt_cache):
 
 
 def of_model(model, prompt_cache):
-    """{(layer, member)} of the caches that are an indexer's, in a new prompt cache of mlx-lm for `model`: they are given
-    keys and no values. That takes a call of the model, of which nothing is evaluated (61 layers: 35 ms)."""
+    """{(layer, member)} of the caches that are an indexer's, in a new prompt cache of mlx-lm for `model`: they get keys
+    and no values. That takes a call of the model, of which nothing is evaluated (61 layers: 35 ms)."""
     probes = {at: _Probe() for at in _undecided(prompt_cache)}
     if not probes:
         return set()

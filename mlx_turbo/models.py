@@ -48,12 +48,15 @@ def members(prompt_cache):
     return [m for c in prompt_cache for m in (members(c.caches) if hasattr(c, "caches") else [c])]
 
 
-def compress(prompt_cache, config, indexers):
+def compress(prompt_cache, config, indexers=None):
     """A prompt cache with the tokens of another: its plain KV caches and long windows compressed, also those inside a
-    CacheList. indexers: {(layer, member)} of the KVCaches in a CacheList that stay (indexer.py)."""
+    CacheList. indexers: {(layer, member)} of the KVCaches in a CacheList that stay; found by their tokens if not given.
+    """
     from mlx_lm.models.cache import KVCache
 
-    from .indexer import IndexedCacheList
+    from .indexer import IndexedCacheList, of_tokens
+
+    indexers = of_tokens(prompt_cache) if indexers is None else indexers
 
     def compressed(cache, own):
         if type(cache) is KVCache:
@@ -89,8 +92,8 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
 
     config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: as in mlx-lm, a window for models that do not make
     caches of their own; their first 4 tokens stay. Inside a CacheList the same is done cache by cache, but for an
-    indexer's (indexer.py). Windows of less than 2 * (recent + block) tokens and what holds something else (state-space,
-    ...) stay as mlx-lm makes them; `describe` says which and why, a warning is given if that leaves nothing to compress.
+    indexer's (indexer.py). Windows of less than 2 * (recent + block) tokens and what holds something else (states, ...)
+    stay as mlx-lm makes them; `describe` says which and why, a warning is given if that leaves nothing to compress.
 
     Raises ValueError for an unknown scheme.
     """
@@ -153,7 +156,8 @@ def disable(model):
 
 
 _KEPT = {"ArraysCache": "states, which do not grow with the text", "ChunkedKVCache": "it holds the newest chunk only",
-         "RotatingKVCache": "of so short a window most would stay exact", "KVCache": "it was made without mlx_turbo"}
+         "RotatingKVCache": "of so short a window most would stay exact", "KVCache": "it was made without mlx_turbo",
+         "LayerCache": "the model's own, of a window and of tokens that it merges itself"}
 
 
 def _why_kept(cache, layer):

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Which caches of which mlx-lm model families are compressed, as the table of docs/models.md.
+"""Which caches of which mlx-lm model families are compressed, and what works with them, as the table of docs/models.md.
 
     python scripts/model_table.py [--write]
 
-Needs the extra `test`. Builds each family small and random (tests/families.py) and looks at the caches it gets.
---write: into docs/models.md, in the place of the table there.
+Needs the extra `test`. Builds each family small and random (tests/families.py) and looks at the caches it gets; the
+other cells are tests/families.py's, to which the tests hold every family. --write: into docs/models.md, in the place of
+the table there.
 """
 import argparse
 import collections
@@ -19,37 +20,43 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 PAGE = ROOT / "docs" / "models.md"
 
 
-def kinds(caches):
-    """"KVCache, RotatingKVCache" of some caches."""
-    return ", ".join(sorted({type(c).__name__ for c in caches}))
-
-
 def rows():
-    """[(kinds of caches that are compressed, kinds that stay, families)], what compresses most first."""
+    """[[kinds of caches that are compressed, kinds that stay, a cell for each phase, families]], what compresses most
+    and has the fewest exceptions first."""
     import families
     from mlx_lm.models.cache import make_prompt_cache
-    from mlx_turbo import TurboConfig, TurboKVCache
+    from mlx_turbo import TurboConfig
     from mlx_turbo import make_prompt_cache as ours
-    from mlx_turbo.models import members
+    from mlx_turbo.models import members, reports
 
     found, config = collections.defaultdict(list), TurboConfig(recent=4, block=4)  # their windows have 16 tokens
     for name in (n for n in families.all_names() if n not in families.NOT_BUILT):
         model = families.build(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pairs = list(zip(members(make_prompt_cache(model)), members(ours(model, config))))
-        compressed = kinds(theirs for theirs, own in pairs if isinstance(own, TurboKVCache))
-        kept = kinds(own for _, own in pairs if not isinstance(own, TurboKVCache))
-        found[compressed, kept].append(name)
-    return sorted(((*key, names) for key, names in found.items()), key=lambda r: (r[0] == "", r[1] != "", r[1]))
+            theirs, mine = members(make_prompt_cache(model)), reports(ours(model, config))
+        compressed = {type(c).__name__ for c, (_, _, _, why) in zip(theirs, mine) if why is None}
+        kept = {f"{type(c).__name__}: {why}" for _, c, _, why in mine if why}
+        compressed, kept = (", ".join(sorted(kinds)) or "nothing" for kinds in (compressed, kept))
+        found[compressed, kept, *(families.cell(name, phase) for phase in families.PHASES)].append(name)
+    return sorted(([*key, names] for key, names in found.items()),
+                  key=lambda r: (r[0] == "nothing", r[1] != "nothing", r[1], [cell != "yes" for cell in r[2:-1]], r))
 
 
 def table():
     """The table in Markdown."""
-    lines = ["| Compressed | Left as it is | Families |", "|---|---|---|"]
-    lines += [f"| {compressed or 'nothing'} | {kept or 'nothing'} | {' '.join(names)} |"
-              for compressed, kept, names in rows()]
+    import families
+
+    lines = ["| " + " | ".join(["Compressed", "Left as it is", *families.PHASES, "Families"]) + " |"]
+    lines += ["|" + "---|" * (3 + len(families.PHASES))]
+    lines += [f"| {' | '.join(cells)} | {' '.join(names)} |" for *cells, names in rows()]
     return "\n".join(lines) + "\n"
+
+
+def read(page):
+    """The rows, as of `rows`, of the table in a page."""
+    lines = [line[2:-2].split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    return [[*cells, names.split()] for *cells, names in lines[1:]]
 
 
 def main():

@@ -157,6 +157,38 @@ NAMED = [  # what the fast tests run
     "longcat_flash", "afm7", "iquestloopcoder", "minimax_m3_vl", "deepseek_v32"]
 
 
+# ---- what works, of each family: the cells of docs/models.md. test_families.py and test_batch.py hold our caches to a
+# "yes", and to every exception that mlx-lm's own caches are one too
+PHASES = ("prefill", "decode", "verify", "trim", "batch", "save, load")
+UNTIL_FULL = "until a window is full"
+FORGOTTEN = "no: a state cannot go back"
+NO_BATCH = "no: mlx-lm has no batch of such a cache"
+ONE_NUMBER = "no: the model takes one position for all rows"
+EQUAL_LENGTHS = "rows of equal length: of others mlx-lm's own batch goes wrong"
+NO_NAME = "no: mlx-lm does not load such a cache"
+EXCEPTIONS = {
+    "trim": {
+        UNTIL_FULL: """
+            afmoe cohere2 exaone4 exaone_moe gemma3 gemma3_text gemma3n gemma4 gemma4_text gpt_oss iquestloopcoder
+            laguna mellum mimo_v2_flash ministral3 muse_glimmer olmo3 plamo3 spark2_5 step3p5""",
+        FORGOTTEN: """
+            baichuan_m1 bailing_hybrid bailing_moe_linear bailing_moe_v3 deepseek_v41 falcon_h1 gear granitemoehybrid
+            jamba kimi_k3 kimi_linear lfm2-vl lfm2 lfm2_moe longcat_flash_ngram mamba mamba2 nemotron_h olmo_hybrid
+            plamo2 qwen3_5 qwen3_5_moe qwen3_next recurrent_gemma rwkv7"""},
+    "batch": {
+        EQUAL_LENGTHS: """
+            afm7 baichuan_m1 bailing_moe_linear falcon_h1 gemma2 granitemoehybrid jamba longcat_flash_ngram mamba mamba2
+            minimax_m3_vl nemotron_h olmo_hybrid phi3small plamo2 recurrent_gemma rwkv7""",
+        ONE_NUMBER: "gpt_bigcode", NO_BATCH: "deepseek_v41 llama4"},
+    "save, load": {NO_NAME: "deepseek_v41"},
+}
+
+
+def cell(name, phase):
+    """"yes", or the exception of a family."""
+    return next((why for why, names in EXCEPTIONS.get(phase, {}).items() if name in names.split()), "yes")
+
+
 def module_of(name):
     return importlib.import_module(f"mlx_lm.models.{name}")
 

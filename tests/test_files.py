@@ -16,6 +16,7 @@ from conftest import BACKENDS, to_numpy
 from mlx_turbo import (RotatingTurboKVCache, TurboKVCache, attention, load_prompt_cache, models,
                        save_prompt_cache, use_backend)
 from mlx_turbo.cache import FORMAT_VERSION
+from mlx_turbo.indexer import IndexedCacheList
 
 pytestmark = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 
@@ -41,9 +42,10 @@ def plain(kind=lm_cache.KVCache, n=9):
 
 
 def prompt_cache():
-    """A layer of each kind: packed, with means, at other bits, a window, auto undecided, empty, mlx-lm's own."""
+    """A layer of each kind: packed, with means, at other bits, a window, auto undecided, empty, mlx-lm's own, lists."""
     return [filled(60), filled(200, bias=9), filled(30, "turbo8v3", key_dim=80), filled(40, "turbo0v2"), window(),
-            filled(20, "auto"), TurboKVCache("turbo2"), plain(), plain(lambda: lm_cache.RotatingKVCache(6, 2))]
+            filled(20, "auto"), TurboKVCache("turbo2"), plain(), plain(lambda: lm_cache.RotatingKVCache(6, 2)),
+            lm_cache.CacheList(plain(), filled(20)), IndexedCacheList(filled(60), plain())]
 
 
 @pytest.fixture
@@ -67,7 +69,8 @@ def lm_state(cache):
 def test_what_is_loaded_is_what_was_saved(backend, file):
     loaded, metadata = load_prompt_cache(str(file), return_metadata=True)
     assert metadata == {"model": "demo", "quotes": '"0.mlx_turbo":"version=1 crc32=00000000"'}
-    for got, want in zip(loaded, prompt_cache(), strict=True):
+    assert [type(c) for c in loaded] == [type(c) for c in prompt_cache()]
+    for got, want in zip(models.members(loaded), models.members(prompt_cache()), strict=True):
         assert type(got) is type(want)
         if isinstance(want, TurboKVCache):
             assert got.config == want.config and got.undecided == want.undecided

@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import CacheList
 from server_tools import STORIES, Conversation, Past, Reference, Server, cached, free_port, save_model, text_of
 
 import mlx_turbo
@@ -392,6 +393,16 @@ def test_an_entry_is_filed_under_the_tokens_that_are_in_it(lru, reference):
     assert cache.nbytes == sum(c.nbytes for c in ahead + behind)
     hit, rest = cache.fetch_nearest_cache("model", tokens)
     assert rest == tokens[98:] and {c.offset for c in hit} == {98}
+
+
+def test_the_tokens_of_caches_inside_lists_count_too(lru, reference):
+    cache, _, fill = lru
+    tokens = tokens_of(reference, 60)
+    lists = [CacheList(a, b) for a, b in zip(fill(tokens[:53]), fill(tokens[:49]))]
+    cache.insert_cache("model", tokens[:50], lists)
+    assert cache.nbytes == sum(m.nbytes for c in lists for m in c.caches)
+    hit, rest = cache.fetch_nearest_cache("model", tokens)
+    assert rest == tokens[49:] and {m.offset for c in hit for m in c.caches} == {49}
 
 
 def test_the_context_is_what_the_configuration_says():
