@@ -180,6 +180,13 @@ def test_a_saved_prompt_cache_goes_on_as_it_would_have(backend, name, tmp_path):
     cache = compressed(model, "turbo4")
     for at, n in (0, 24), (24, 11), (35, 1):
         model(TOKENS[:, at:at + n], cache=cache)
+    if OLD and any(type(c) is lm_cache.IndexedCacheList for c in cache):
+        plain = lm_cache.make_prompt_cache(model)
+        model(TOKENS[:, :24], cache=plain)
+        for c in plain, cache:  # the old MLX writes no arrays without numbers, such as an indexer's values
+            with pytest.raises(ValueError, match="cannot serialize an empty array"):
+                lm_cache.save_prompt_cache(file, c)
+        return
     save_prompt_cache(file, cache, {"model": name})
     loaded = lm_cache.load_prompt_cache(file)
     assert describe(loaded) == describe(cache)

@@ -13,6 +13,7 @@ from mlx_turbo import (TurboConfig, TurboKVCache, describe, fidelity, load_promp
 from mlx_turbo.cli import summarize
 from mlx_turbo.indexer import IndexedCacheList, of_model, of_tokens
 from test_batch import Walk, merged
+from test_families import OLD
 
 pytestmark = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 NAMES = [n for n in ("deepseek_v32", "glm_moe_dsa") if n in families.all_names()]
@@ -34,8 +35,9 @@ def test_logits_of_a_batch_are_those_of_its_rows_alone(backend, tmp_path, name, 
     walk.step(batch, [0, 1, 2], [1, 1, 1])
     batch = copy.deepcopy(batch)
     walk.step(batch, [0, 1, 2], [2, 5, 1])
-    save_prompt_cache(tmp_path / "a", batch)
-    batch = load_prompt_cache(tmp_path / "a.safetensors")
+    if not OLD:  # mlx 0.30 writes no such file, of mlx-lm's own caches neither
+        save_prompt_cache(tmp_path / "a", batch)
+        batch = load_prompt_cache(tmp_path / "a.safetensors")
     assert {type(c) for c in batch} == {IndexedCacheList}
     walk.step(batch, [0, 1, 2], [1, 1, 1])
     gone = [c.extract(1) for c in batch]
