@@ -58,25 +58,39 @@ def test_logits_of_a_batch_are_those_of_its_rows_alone(backend, tmp_path, name, 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_both_caches_give_a_row_s_tokens_in_the_same_columns(backend, first):
-    """Whichever of them gets the tokens first."""
-    rng, rows = np.random.default_rng(first), [IndexedCacheList(TurboKVCache("turbo0", sink=2, recent=4, block=4),
-                                                                lm_cache.KVCache()) for _ in range(3)]
-    batch = rows[0].merge(rows)
-    for lengths in [9, 3, 6], [1, 1, 1], [20, 2, 11], *[[1, 1, 1]] * 7, [3, 2, 3]:
+    """Whichever of them gets the tokens first; after rows have joined and left, and tokens were taken back."""
+    rng = np.random.default_rng(first)
+
+    def merge(n):
+        rows = [IndexedCacheList(TurboKVCache("turbo0", sink=2, recent=4, block=4), lm_cache.KVCache())
+                for _ in range(n)]
+        return rows[0].merge(rows)
+
+    def step(batch, lengths):
         width = max(lengths)
         if len(set(lengths)) > 1:
             batch.prepare(lengths=lengths, right_padding=[width - n for n in lengths])
-        mask, new = np.array(batch[0].make_mask(width)), random_tokens(rng, width, batch=3, heads=1)
-        fetched = {}
-        for i in (first, 1 - first):
-            fetched[i] = [to_numpy(x) for x in batch[i].update_and_fetch(*new)]
+        mask, new = np.array(batch[0].make_mask(width)), random_tokens(rng, width, batch=len(lengths), heads=1)
+        fetched = {i: [to_numpy(x) for x in batch[i].update_and_fetch(*new)] for i in (first, 1 - first)}
         batch.finalize()
-        for ours, indexer in zip(*(fetched[i] for i in (0, 1))):
+        for ours, indexer in zip(fetched[0], fetched[1], strict=True):
             assert ours.shape == indexer.shape
             for b, n in enumerate(lengths):
                 seen = mask[b, 0, n - 1]
                 assert same(ours[b][:, seen], indexer[b][:, seen])
-        batch = copy.deepcopy(batch)
+
+    batch, other = merge(3), merge(2)
+    step(other, [7, 15])
+    for lengths in [9, 3, 6], [1, 1, 1], [20, 2, 11], *[[1, 1, 1]] * 7, [3, 2, 3]:
+        step(batch, lengths)
+    batch.extend(other)
+    step(batch, [1] * 5)
+    batch = copy.deepcopy(batch)
+    batch.trim(2)
+    step(batch, [5, 1, 2, 9, 1])
+    batch.filter([4, 1, 2])
+    for lengths in [1, 1, 1], [2, 6, 1], *[[1, 1, 1]] * 9:
+        step(batch, lengths)
 
 
 @pytest.mark.parametrize("name", [n for n in (*NAMES, "minimax_m3_vl", "longcat_flash", "llama")
