@@ -473,7 +473,7 @@ def test_two_hundred_requests_of_eight_conversations(start, reference, argv, mos
             held = settled(server)
             assert held["sequences"] <= 9
             # less: a hit and what it came from share buffers until one of them is written into
-            # more: what auto has observed (0.04 MB a layer), and a batch; 200 caches that are kept would be 120 MB
+            # more: a batch; 200 caches that are kept would be 120 MB
             assert 0.5 * held["nbytes"] < held["active_memory"] - rest < 1.1 * held["nbytes"] + 4e6
     assert len(behind) >= 25 * 8 and hits > 60
     assert max(behind) <= most_behind
