@@ -23,6 +23,10 @@ class BackendError(RuntimeError):
     """A backend was asked for that is not there, does not build, or computes something wrong."""
 
 
+class WrongResultError(BackendError):
+    """A kernel runs, and disagrees with the reference."""
+
+
 class QuantizeSide(NamedTuple):
     """Vectors to quantize. x: [B, H, L, D]. mean: float32 [B, H, 1, D] or None."""
     x: mx.array
@@ -503,7 +507,7 @@ class MetalBackend:
         except Exception as e:
             raise BackendError(f"the Metal kernel does not build or run: {what} on {device_name()}\n{e}") from e
         if error:
-            raise BackendError(
+            raise WrongResultError(
                 f"the Metal kernel disagrees with the NumPy reference: {what} on {device_name()}: {error}. Nothing "
                 "was computed on another backend; MLX_TURBO_BACKEND=cpu does that. Please report this.")
 
