@@ -350,7 +350,8 @@ def print_kernels(document):
             error = f"{row['error']:>10.1e}" if row["column"] != "NumPy reference" else f"{'oracle':>10}"
             tied, before = "=" if before and row["low_seconds"] <= before["high_seconds"] else " ", row
             print(f"{place:>3}{tied}{row['name']:<16}{row['column']:<18}{row['median_seconds'] * 1e3:>10.3f}"
-                  f"{row['uncertainty']:>6.0%}{row['gb_per_s']:>8.1f}{row['bandwidth_share']:>9.0%}{relative}{error}"
+                  f"{row['uncertainty']:>6.0%}{row['gb_per_s']:>8.3g}{100 * row['bandwidth_share']:>8.2g}%{relative}"
+                  + error
                   + (f"{row['python_seconds'] * 1e6:>11.0f}" if row["python_seconds"] else ""))
     for row in document.get("ablation", ()):
         print(f"\nStages of attention, {row['scheme']} on {row['column']}: head_dim {row['head_dim']}, "
@@ -422,7 +423,7 @@ def generate(argv, backends=None):
         on_gpu = metal and backend.name == "cpu"
         document |= {"model": (args.model or "embedded demo model").replace(str(Path.home()), "~"),
                      "column": "fallback in MLX operations" if on_gpu else bench_kernels.column_of(backend),
-                     "dtype": "float32" if not metal else "the model's", "rounds": args.rounds}
+                     "dtype": "float32" if not metal else "the model's dtype", "rounds": args.rounds}
         with _progress(len(contexts) * args.rounds * len(names), "run") as bar:
             document["rows"] = bench_generate.measure(model, tokens, contexts, args.tokens, caches, args.rounds,
                                                       progress=bar.update)

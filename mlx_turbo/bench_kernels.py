@@ -1,7 +1,7 @@
 """The contenders of `bench kernels`: every operation on every backend, beside MLX's own, each compared with an oracle.
 
 Every contender is checked before it is timed; one that fails or is wrong becomes a row that says so, without a figure.
-All kv heads are compared up to ORACLE_TOKENS tokens; beyond, where the oracle would take minutes, the first and the last.
+All kv heads are compared up to ORACLE_TOKENS tokens; beyond, where the oracle takes minutes, the first and the last.
 """
 import contextlib
 import functools
@@ -62,7 +62,7 @@ def _device(contender):
 
 
 def measure(contenders, effort, facts, bandwidth=None):
-    """Rows of the contenders of one group. facts: what the rows have in common. bandwidth: of a copy, GB/s, if known."""
+    """Rows of the contenders of one group. facts: what they have in common. bandwidth: of a copy, GB/s, if known."""
     rows, runs = [], {}
     for c in contenders:
         row = {**facts, "name": c.name, "column": c.column, "bytes": c.nbytes, "cache_bytes": c.cache_bytes}
@@ -166,7 +166,7 @@ def _oracle_rows(codes, scale, bits, head_dim, seed=0):
 
 
 def _oracle_tokens(side, counts, seed):
-    """What the oracle makes of a `CachedSide`, float64 [1, heads, tokens, head_dim] of the kv heads that are compared."""
+    """What the oracle makes of a `CachedSide`, float64 [1, the compared kv heads, tokens, head_dim]."""
     n_sink, n_packed, n_recent = counts
 
     def exact(a, n):
@@ -195,7 +195,8 @@ def check_cache(cache, backend=None):
     queries = _normal(6, shape, dtype)
     got = attention.attend(queries, view, scale=float(scale), backend=backend)
     got, asked = (_float64(_checked(a[:1], sum(view.counts))) for a in (got, queries))
-    return _verdict(_relative(got, reference.attention(asked, k, v, scale=scale)), 10 * (ATTEND_TOLERANCE[view.keys.bits] + TOLERANCE[dtype]))
+    want = reference.attention(asked, k, v, scale=scale)
+    return _verdict(_relative(got, want), 10 * (ATTEND_TOLERANCE[view.keys.bits] + TOLERANCE[dtype]))
 
 
 def _copies(arrays, device):

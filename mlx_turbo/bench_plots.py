@@ -64,17 +64,17 @@ def headlines(document):
         head_dim, gqa = shown_group(document)
         rows = [r for r in document["rows"] if r["operation"] == "attention" and (r["head_dim"], r["gqa"]) == (
             head_dim, gqa) and "median_seconds" in r]
-        at, base, speed, dtype = "tokens", "uncompressed", lambda r: 1 / r["median_seconds"], document["rows"][0]["dtype"]
+        at, base, speed = "tokens", "uncompressed", lambda r: 1 / r["median_seconds"]
     else:
         rows = [r for r in document["rows"] if "generation_tps" in r]
-        at, base, speed, dtype = "context", "none", lambda r: r.get("generation_tps_ratio", 0.0), document["dtype"]
+        at, base, speed = "context", "none", lambda r: r.get("generation_tps_ratio", 0.0)
     # a simulated kernel's time says nothing, and the reference is no contender
     rows = [r for r in rows if r.get("column") not in ("NumPy reference", "simulated Metal")]
     rows = [r for r in rows if r[at] == max(q[at] for q in rows)]
     plain = next((r for r in rows if r["name"] == base), None)
     if plain is None:
         return ["Nothing was measured."]
-    ours, lines = {}, []
+    ours, lines, dtype = {}, [], document["rows"][0]["dtype"] if kernels else document["dtype"]
     for r in rows:
         if r["name"].startswith(("turbo", "auto")):
             ours.setdefault(r.get("column", document.get("column")), []).append(r)
