@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pages
 import pytest
 from server_tools import STORIES, Conversation, Past, Reference, Server, cached, free_port, save_model, text_of
 
@@ -431,14 +431,11 @@ def test_a_cache_that_cannot_be_trimmed_is_not_filed_under_other_tokens_and_no_e
 
 
 # ---- docs/server.md ----------------------------------------------------------------------------------------
-PAGE = (Path(__file__).parents[1] / "docs" / "server.md").read_text()
-
-
 @pytest.mark.parametrize("language, word", [("bash", "curl"), ("python", "urllib")])
 def test_what_the_page_on_the_server_shows_works(demo, language, word):
-    blocks = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    blocks = pages.blocks("docs/server.md", language)
     assert blocks
-    for block in blocks:
+    for _, block in blocks:
         program = block.replace(":8080", f":{demo.port}")
         assert word in program and program != block
         if language == "bash" and not shutil.which("curl"):
@@ -447,7 +444,7 @@ def test_what_the_page_on_the_server_shows_works(demo, language, word):
         out = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert out.returncode == 0, out.stderr
         if "kv-cache" in block:
-            example = json.loads(re.search(r"^    (\{.*\})$", PAGE, re.MULTILINE)[1])
+            example = json.loads(re.search(r"^    (\{.*\})$", pages.text("docs/server.md"), re.MULTILINE)[1])
             assert set(json.loads(out.stdout)) == set(example)
         else:
             assert ", there was a little girl named Lily." in out.stdout
