@@ -355,7 +355,7 @@ def _page(document, svg):
     columns = [k for k in ("operation", "name", "column", "context", "tokens", "head_dim", "gqa", "median_seconds",
                            "uncertainty", "gb_per_s", "bandwidth_share", "times_uncompressed", "generation_tps",
                            "generation_tps_ratio", "prompt_tps", "prompt_tps_ratio", "cache_bytes", "peak_bytes",
-                           "error", "kld", "status") if any(k in r for r in document["rows"])]
+                           "error", "kld", "status", "problem") if any(k in r for r in document["rows"])]
 
     def cell(x):
         return f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x)
