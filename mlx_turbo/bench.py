@@ -50,11 +50,11 @@ def _check_output(args):
     """Before anything is measured: whether the plots can be written."""
     for flag in ("html", "png"):
         file = getattr(args, flag)
+        if file and not Path(file).resolve().parent.is_dir():
+            raise CliError(f"--{flag}: there is no folder {str(Path(file).parent)!r}")
         if file and not bench_plots.available():
             raise CliError(f"--{flag}: needs matplotlib, which is not installed: pip install matplotlib (or the extra: "
                            "mlx-turbo[plot])")
-        if file and not Path(file).resolve().parent.is_dir():
-            raise CliError(f"--{flag}: there is no folder {str(Path(file).parent)!r}")
 
 
 def _chosen(args, name, default, quick, least):
