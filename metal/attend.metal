@@ -19,7 +19,8 @@
 //   Values: LV = DV / E lanes own E dims each, 32 / LV tokens in flight, H * E accumulators.
 //   SHARED, for more rows than a simdgroup has: the NS simdgroups of a threadgroup have H rows each and the same
 //         tokens, which all of them together decode to threadgroup memory, tile by tile, or in CHUNKS of one: of the
-//         keys' dims, of the values' tokens.
+//         keys' dims, of the values' tokens. FAR, for so many rows that their queries do not fit there too: these wait
+//         in `acc`, where the block's results will be written in the end.
 //   Exact tokens (sink and recent as one list) and packed ones are different runs of the same code: block < X is exact.
 //   The tokens that some row sees (starts, ends, WINDOW) are divided over the blocks, others are not read. What tells
 //   rows and tokens apart (causal, WINDOW, arrays, the end) is looked at only in tiles that not all of them see.
@@ -38,23 +39,26 @@
 //   starts                  int32 [B], tokens before it are dead. Read only if flag 4
 //   ends                    int32 [B], tokens from there on are dead; N without it. Query l is token ends - L + l.
 //                           Read only if flag 16
-//   dims                    int32 [13]: n_sink, n_packed, n_recent, X = exact blocks, blocks, RG, flags, L, Hq, Hkv,
+//   dims                    int32 [14]: n_sink, n_packed, n_recent, X = exact blocks, blocks, RG, flags, L, Hq, Hkv,
 //                           scale * log2 e (bits of a float), SEGMENT, a multiple of 128, WINDOW: a query that is token
-//                           i sees those after i - WINDOW (2^30: all). flags: 1 causal, 2 mask, 4 starts, 8 sinks, 16
-//                           ends
+//                           i sees those after i - WINDOW (2^30: all), ACC_ROWS. flags: 1 causal, 2 mask, 4 starts, 8
+//                           sinks, 16 ends
 // OUTPUTS
 //   ONE:  acc = the output, T [B, Hq, L, DV]; ml is not written
-//   else: acc float [B, Hkv, R, blocks, DV], sums of 2^(logit - m) * value, of blocks >= X still rotated, without UNIT;
+//   else: acc float [B, Hkv, blocks, ACC_ROWS, ACC_ROW], of R rows the first DV numbers: sums of 2^(logit - m) * value,
+//         of blocks >= X still rotated, without UNIT; FAR: before that, a block's rows hold its queries.
 //         ml float [B, Hkv, R, blocks, 2] = m (base 2), sum of 2^(logit - m). An empty block has m = LOWEST, sum 0.
 // TEMPLATE  T type of acc; EXACT_K, EXACT_V types of exact keys and values; KB, VB bits in {0, 2, 3, 4, 8}; DK, DV head
-//   dims, multiples of 16, 32 to 576; KM, VM: packed keys / values have a mean; H rows per simdgroup (1..8); TPL tokens
-//   per lane (1, 2, 4); E dims per lane of the values: a multiple of 8 (of 16 if VB = 3) that divides DV with DV / E <=
-//   32; NS simdgroups per threadgroup; SHARED: they share decoded tiles; CHUNKS of such a tile: 1, or 2 if 64 divides
-//   DK; ONE: a threadgroup holds all blocks, merges them and writes the output (not with SHARED).
+//   dims, multiples of 16, 32 to 576; KM, VM: packed keys / values have a mean; H rows per simdgroup, 1 to 8, or 12 if
+//   SHARED; TPL tokens per lane (1, 2, 4); E dims per lane of the values: a multiple of 8 (of 16 if VB = 3, of 4 if
+//   SHARED) that divides DV with DV / E <= 32; NS simdgroups per threadgroup; SHARED: they share decoded tiles; CHUNKS
+//   of such a tile: 1, or 2 if 64 divides DK; FAR: queries in acc (only if SHARED); ONE: a threadgroup holds all
+//   blocks, merges them and writes the output (not if SHARED).
 // LAUNCH  grid (32, blocks, B * Hkv * RG), threadgroup (32, NS, 1); RG = ceil(R / H) row groups, R = Hq / Hkv * L;
 //   blocks and X are multiples of NS (ONE: blocks = NS, any X <= NS). SHARED: grid (32, NS * blocks, B * Hkv * RG),
-//   RG = ceil(R / (NS * H)), any X <= blocks. How many tokens a block gets is computed here: lengths are data, nothing
-//   is compiled again when they change. merge.metal follows, unless ONE.
+//   RG = ceil(R / (NS * H)), any X <= blocks. ACC_ROWS = R and ACC_ROW = DV, or if FAR RG * NS * H and max(DK, DV).
+//   How many tokens a block gets is computed here: lengths are data, nothing is compiled again when they change.
+//   merge.metal follows, unless ONE.
 //
 // PACKED ROW (scheme.py; bit i of a 32-bit word; "half s" = bits 16s .. 16s+15, s = 0 or 1)
 //   4 bits  word w = dims 8w .. 8w+7.    dim 8w+2j+s at bits 16s+4j .. +3, j = 0..3
@@ -65,11 +69,12 @@
 //           bits 3(j-5) .. +2; j = 7: low two bits in that byte's bits 6, 7, top bit in A at bit 16s+15.
 //   Words are 0 where D does not fill them.
 //
-// REGISTERS (estimate, 32-bit, DV / E = 16): H*E accumulators + TPL*H logits + 2*H + decode 12*TPL + 15:
-//   H=1 47, H=2 66, H=4 100, H=8 135 (119 with TPL = 1); with KM 2*H more.
-//   Threadgroup memory: 4 bytes * (H * DK + NS * 32 * TPL * H'), H' = 1, 2, 4 or 8 >= H, with ONE twice the queries, or
-//   NS * DV and more of the merge; with SHARED a tile of 64 * TPL * max(DK / CHUNKS + 8, (DV + 8) / CHUNKS) bytes.
-//   kernels.py keeps it below 31 KB.
+// REGISTERS (estimate, 32-bit, D = 128): H*E accumulators + TPL*H logits + 2*H + decode 12*TPL + 15:
+//   H=1 47, H=2 66, H=4 100, H=8 135 (119 with TPL = 1); with KM 2*H more. Of more than 8 rows, lanes share what is the
+//   same in all of them: H*E + TPL*H + H + 3 + decode: H=12 (E=4) 102.
+//   Threadgroup memory: 4 bytes * (H * DK + NS * 32 * TPL * H'), H' = 1, 2, or H up to a multiple of 4; with ONE twice
+//   the queries, or NS * DV and more of the merge; with SHARED the queries of all simdgroups (none if FAR) and a tile
+//   of 64 * TPL * max(DK / CHUNKS + 8, (DV + 8) / CHUNKS) bytes. kernels.py keeps it below 31 KB.
 
 // ---- shared: layout and levels (the same text in every file that uses it; tests/test_metal_files.py) ----
 #define TQ_UNROLL _Pragma("clang loop unroll(full)")
@@ -358,11 +363,39 @@ template <class M> struct Mask {
 };
 
 // ---- the loop over tokens --------------------------------------------------------------------------------------
-template <int H, int E> struct Partial { float acc[H][E], m[H], sum[H]; };
+// A number per row that all lanes know: each lane has all of them, or lane h that of row h, which saves registers.
+template <int H, bool SPREAD = (H > 8)> struct PerRow {
+  float x[H];
+  METAL_FUNC float get(int h) const { return x[h]; }
+  METAL_FUNC void set(int h, float value, int lane) { x[h] = value; }
+};
+template <int H> struct PerRow<H, true> {
+  float x;
+  METAL_FUNC float get(int h) const { return simd_broadcast(x, ushort(h)); }
+  METAL_FUNC void set(int h, float value, int lane) { x = lane == h ? value : x; }
+};
+template <int H, int E> struct Partial {
+  float acc[H][E], sum[H];                                                      // of this lane's dims; of its tokens
+  PerRow<H> m;
+};
 
-// s[i][h] += query row h . dims 32c .. 32c + N - 1 of the key at row[i].
-template <int N, int H, int TPL, int DK, class KEYS>
-METAL_FUNC void tq_dots(const thread typename KEYS::Pointer *row, int c, const threadgroup float4 *q, thread float *s) {
+// Where the rows of the query lie, FLOATS apart: in threadgroup memory, or where the results will.
+template <bool FAR, int NEAR_FLOATS, int FAR_FLOATS> struct Queries {
+  typedef threadgroup float *Pointer;
+  static constant constexpr const int FLOATS = NEAR_FLOATS;
+  static METAL_FUNC Pointer choose(threadgroup float *near, device void *far) { return near; }
+};
+template <int NEAR_FLOATS, int FAR_FLOATS> struct Queries<true, NEAR_FLOATS, FAR_FLOATS> {
+  typedef device float *Pointer;
+  static constant constexpr const int FLOATS = FAR_FLOATS;
+  static METAL_FUNC Pointer choose(threadgroup float *near, device void *far) { return (device float *)far; }
+};
+METAL_FUNC const threadgroup float4 *tq_fours(const threadgroup float *p) { return (const threadgroup float4 *)p; }
+METAL_FUNC const device float4 *tq_fours(const device float *p) { return (const device float4 *)p; }
+
+// s[i][h] += query row h . dims 32c .. 32c + N - 1 of the key at row[i]. Rows of the query are ROW floats apart.
+template <int N, int H, int TPL, int ROW, class KEYS, class QUERIES>
+METAL_FUNC void tq_dots(const thread typename KEYS::Pointer *row, int c, QUERIES q, thread float *s) {
   typename KEYS::Raw raw[TPL];
   TQ_UNROLL for (int i = 0; i < TPL; i++) KEYS::template read<N>(row[i], c, raw[i]);
   TQ_UNROLL for (int x = 0; x < N / 8; x++) {
@@ -370,7 +403,7 @@ METAL_FUNC void tq_dots(const thread typename KEYS::Pointer *row, int c, const t
     TQ_UNROLL for (int i = 0; i < TPL; i++) KEYS::eight(raw[i], x, y[i]);
     TQ_UNROLL for (int h = 0; h < H; h++) {
       TQ_UNROLL for (int k = 0; k < 2; k++) {
-        float4 a = q[h * (DK / 4) + x * 2 + k];
+        float4 a = q[h * (ROW / 4) + x * 2 + k];
         TQ_UNROLL for (int i = 0; i < TPL; i++) {
           s[i * H + h] = fma(a.x, y[i][4 * k], s[i * H + h]);
           s[i * H + h] = fma(a.y, y[i][4 * k + 1], s[i * H + h]);
@@ -383,14 +416,14 @@ METAL_FUNC void tq_dots(const thread typename KEYS::Pointer *row, int c, const t
 }
 
 // ... of N dims.
-template <int H, int TPL, int DK, int N, class KEYS>
-METAL_FUNC void tq_all_dots(const thread typename KEYS::Pointer *row, const threadgroup float *q, thread float *s) {
+template <int H, int TPL, int ROW, int N, class KEYS, class QUERIES>
+METAL_FUNC void tq_all_dots(const thread typename KEYS::Pointer *row, QUERIES q, thread float *s) {
   constexpr int AT_ONCE = H <= 2 && N % 64 == 0 ? 2 : 1;                       // more in a row: the code gets long
-  const threadgroup float4 *q32 = (const threadgroup float4 *)q;
+  auto q32 = tq_fours(q);
   _Pragma("clang loop unroll(disable)") for (int c = 0; c < N / 32; c += AT_ONCE, q32 += 8 * AT_ONCE) {
-    TQ_UNROLL for (int i = 0; i < AT_ONCE; i++) tq_dots<32, H, TPL, DK, KEYS>(row, c + i, q32 + 8 * i, s);
+    TQ_UNROLL for (int i = 0; i < AT_ONCE; i++) tq_dots<32, H, TPL, ROW, KEYS>(row, c + i, q32 + 8 * i, s);
   }
-  if (N % 32 != 0) tq_dots<16, H, TPL, DK, KEYS>(row, N / 32, q32, s);
+  if (N % 32 != 0) tq_dots<16, H, TPL, ROW, KEYS>(row, N / 32, q32, s);
 }
 
 template <int HP> METAL_FUNC void tq_weights(const threadgroup float *from, thread float *p) {
@@ -426,32 +459,33 @@ METAL_FUNC void tq_sum_values(thread typename VALUES::Pointer &v, thread Weights
 }
 
 // to[h] = query row h . mean; q carries UNIT, a mean does not.
-template <int H, int DK, class KEYS>
-METAL_FUNC void tq_mean_bias(const threadgroup float *q, const device half *mean, thread float *to, int lane) {
-  TQ_UNROLL for (int h = 0; h < H; h++) to[h] = 0;
+template <int H, int ROW, int DK, class KEYS, class QUERIES>
+METAL_FUNC void tq_mean_bias(QUERIES q, const device half *mean, thread PerRow<H> &to, int lane) {
+  float sum[H];
+  TQ_UNROLL for (int h = 0; h < H; h++) sum[h] = 0;
   for (int d = lane; d < DK; d += 32) {
     float x = float(mean[d]) * (1.0f / KEYS::UNIT);
-    TQ_UNROLL for (int h = 0; h < H; h++) to[h] = fma(q[h * DK + d], x, to[h]);
+    TQ_UNROLL for (int h = 0; h < H; h++) sum[h] = fma(q[h * ROW + d], x, sum[h]);
   }
-  TQ_UNROLL for (int h = 0; h < H; h++) to[h] = simd_sum(to[h]);
+  TQ_UNROLL for (int h = 0; h < H; h++) to.set(h, simd_sum(sum[h]), lane);
 }
 
 // Tokens begin .. end - 1 of a run. Every row sees all of a tile that begins at one of n_safe tokens from `safe` on.
-// q: H rows of DK floats. weights: 32 * TPL * HP floats of this simdgroup. bias: of the raw logit. means: of segments.
-template <int H, int HP, int TPL, int E, int NS, bool SHARED, int CHUNKS, int DK, int DV, bool KM, class KEYS,
-          class VALUES, class M>
+// q: H rows of ROW floats. weights: 32 * TPL * HP floats of this simdgroup. bias: of the raw logit. means: of segments.
+template <int H, int HP, int TPL, int E, int NS, bool SHARED, int CHUNKS, int ROW, int DK, int DV, bool KM, class KEYS,
+          class VALUES, class M, class QUERIES>
 METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, uint n_safe, int split, int shift,
-                       const threadgroup float *q, threadgroup float *weights, threadgroup half *tile,
+                       QUERIES q, threadgroup float *weights, threadgroup half *tile,
                        const threadgroup float *bias, const device half *means, int segment, Mask<M> mask,
                        thread Partial<H, E> &out, int sg, int lane) {
   constexpr int LV = DV / E, TV = 32 / LV, TILE = 32 * TPL, U = H <= 2 ? 8 : 4;
   int u = uint(lane) % LV, tg = uint(lane) / LV;
   threadgroup float *mine = weights + lane * HP;
   int turn = 0;                                                                 // the first token of the newest segment
-  float since[H], before[H];                                                    // what its mean adds, the last more
+  PerRow<H> since, before;                                                      // what its mean adds, the last more
   if (KM && begin < end) {
     turn = begin / segment * segment;
-    tq_mean_bias<H, DK, KEYS>(q, means + (long)(begin / segment) * DK, since, lane);
+    tq_mean_bias<H, ROW, DK, KEYS>(q, means + (long)(begin / segment) * DK, since, lane);
   }
   for (int t0 = begin; t0 < end; t0 += TILE) {
     // ---- keys: H dot products for TPL tokens
@@ -471,18 +505,18 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, u
         threadgroup_barrier(mem_flags::mem_threadgroup);                        // what the tile holds is not needed now
         tq_decode<N, TILE, NS>(keys, t0, end, c / 32, 0.0f, tile, sg * 32 + lane);
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        tq_all_dots<H, TPL, DK, N, TileRows<N>>(decoded, q + c, s);
+        tq_all_dots<H, TPL, ROW, N, TileRows<N>>(decoded, q + c, s);
       }
     } else {
-      tq_all_dots<H, TPL, DK, DK, KEYS>(row, q, s);
+      tq_all_dots<H, TPL, ROW, DK, KEYS>(row, q, s);
     }
 
     // ---- logits
     if (KM && min(t0 + TILE, end) > turn + segment) {                           // a segment is no shorter than a tile
       turn += segment;
-      TQ_UNROLL for (int h = 0; h < H; h++) before[h] = since[h];
-      tq_mean_bias<H, DK, KEYS>(q, means + (long)(turn / segment) * DK, since, lane);
-      TQ_UNROLL for (int h = 0; h < H; h++) before[h] -= since[h];
+      before = since;
+      tq_mean_bias<H, ROW, DK, KEYS>(q, means + (long)(turn / segment) * DK, since, lane);
+      TQ_UNROLL for (int h = 0; h < H; h++) before.set(h, before.get(h) - since.get(h), lane);
     }
     float value_scale[TPL];
     TQ_UNROLL for (int i = 0; i < TPL; i++) {
@@ -491,12 +525,13 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, u
       TQ_UNROLL for (int h = 0; h < H; h++) {
         if (KEYS::BITS == 8) s[i * H + h] -= bias[h];
         if (KEYS::BITS) s[i * H + h] *= key_scale;
-        if (KM) s[i * H + h] += since[h];
+        if (KM) s[i * H + h] += since.get(h);
       }
     }
     if (KM && t0 < turn) {                                                      // the tile is in two segments
-      TQ_UNROLL for (int i = 0; i < TPL; i++) {
-        TQ_UNROLL for (int h = 0; h < H; h++) s[i * H + h] += token[i] < turn ? before[h] : 0.0f;
+      TQ_UNROLL for (int h = 0; h < H; h++) {
+        float more = before.get(h);
+        TQ_UNROLL for (int i = 0; i < TPL; i++) s[i * H + h] += token[i] < turn ? more : 0.0f;
       }
     }
     if (uint(t0 - safe) >= n_safe) {
@@ -515,14 +550,16 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, u
       float top = s[h];
       TQ_UNROLL for (int i = 1; i < TPL; i++) top = fmax(top, s[i * H + h]);
       top = simd_max(top);
-      if (top > out.m[h]) {                                                     // the same for the whole simdgroup
-        float f = fast::exp2(out.m[h] - (top + TQ_SLACK));
-        out.m[h] = top + TQ_SLACK;
+      float m = out.m.get(h);
+      if (top > m) {                                                            // the same for the whole simdgroup
+        float f = fast::exp2(m - (top + TQ_SLACK));
+        m = top + TQ_SLACK;
+        out.m.set(h, m, lane);
         out.sum[h] *= f;
         TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] *= f;
       }
       TQ_UNROLL for (int i = 0; i < TPL; i++) {
-        float p = fast::exp2(s[i * H + h] - out.m[h]);
+        float p = fast::exp2(s[i * H + h] - m);
         out.sum[h] += p;
         mine[32 * i * HP + h] = VALUES::BITS ? p * value_scale[i] : p;
       }
@@ -567,12 +604,12 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, u
 }
 
 // ---- the query -------------------------------------------------------------------------------------------------
-// H rows of the query to threadgroup memory, times `factor`; rotated if ROTATE. With 8-bit keys bias[h] = 1152 times
+// H rows of the query to rows of ROW floats, times `factor`; rotated if ROTATE. With 8-bit keys bias[h] = 1152 times
 // the sum of the row.
-template <int BITS, int D, int H, int NS, bool ROTATE, class Q, class STRIDES>
+template <int BITS, int D, int H, int NS, int ROW, bool ROTATE, class Q, class STRIDES, class TO>
 METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L, int first_row, int last_row,
-                              float factor, const device float *diag, threadgroup float *to, threadgroup float *bias,
-                              int sg, int lane) {
+                              float factor, const device float *diag, TO to, threadgroup float *bias, int sg,
+                              int lane) {
   typedef Row<4, D> R;
   constexpr int E = R::E, LANES = R::LANES, VECTORS = R::VECTORS, P = tq_power_of_two_from(D / 2 + 1);
   int t = uint(lane) % LANES;
@@ -602,7 +639,7 @@ METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L,
     TQ_UNROLL for (int i = 0; i < E; i++) {
       if (ROTATE) y[i] *= unit;
       if (ROTATE && BITS == 8) sum += y[i];
-      if (h < H && R::has(t, i)) to[h * D + t * E + i] = y[i];
+      if (h < H && R::has(t, i)) to[h * ROW + t * E + i] = y[i];
     }
     if (ROTATE && BITS == 8) {
       TQ_UNROLL for (int k = 1; k < LANES; k *= 2) sum += simd_shuffle_xor(sum, ushort(k));
@@ -647,9 +684,10 @@ METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, floa
 }
 // ---- end of finish ----
 // ==== body
-constexpr int HP = H <= 1 ? 1 : H <= 2 ? 2 : H <= 4 ? 4 : 8, LV = DV / E, TV = 32 / LV;
+constexpr int HP = H <= 2 ? H : (H + 3) / 4 * 4, LV = DV / E, TV = 32 / LV;
 constexpr int TOGETHER = tq_max(1, tq_min(H, 4096 / (NS * DV)));                // rows that are merged at a time (ONE)
-constexpr int ALL_ROWS = SHARED ? NS * H : H, QUERIES = (ONE && KB ? 2 : 1) * ALL_ROWS * DK, WEIGHTS = 32 * TPL * HP;
+constexpr int ALL_ROWS = SHARED ? NS * H : H, QUERIES = FAR ? 0 : (ONE && KB ? 2 : 1) * ALL_ROWS * DK;
+constexpr int WEIGHTS = 32 * TPL * HP, ACC_ROW = FAR ? tq_max(DK, DV) : DV;
 constexpr int TILE_WORDS = SHARED ? tq_max(32 * TPL * (DK / CHUNKS + 8), 32 * TPL / CHUNKS * (DV + 8)) / 2 : 0;
 constexpr int MEMORY = tq_max(QUERIES + NS * WEIGHTS + TILE_WORDS, ONE ? NS * TOGETHER * DV : 0);
 threadgroup float4 memory4[MEMORY / 4];
@@ -658,28 +696,32 @@ threadgroup float *memory = (threadgroup float *)memory4;
 int lane = thread_index_in_simdgroup, sg = thread_position_in_threadgroup.y, block = thread_position_in_grid.y;
 if (SHARED) block /= NS;
 int n_sink = dims[0], n_packed = dims[1], n_recent = dims[2], exact_blocks = dims[3], blocks = dims[4], RG = dims[5];
-int flags = dims[6], L = dims[7], Hq = dims[8], Hkv = dims[9], N = n_sink + n_packed + n_recent;
+int flags = dims[6], L = dims[7], Hq = dims[8], Hkv = dims[9], acc_rows = dims[13], N = n_sink + n_packed + n_recent;
 int G = Hq / Hkv, R = G * L, z = thread_position_in_grid.z, head = z / RG, group_row = (z - head * RG) * ALL_ROWS;
 int b = head / Hkv, kvh = head - b * Hkv;
 int first_row = group_row + (SHARED ? sg * H : 0), rows = min(H, R - first_row);
 bool exact = block < exact_blocks;
 
 // ---- the query: as it is for exact keys, rotated for packed ones
-threadgroup float *q_rotated = memory + (ONE && KB ? H * DK : 0);
+typedef Queries<FAR, DK, ACC_ROW> Q;
+device T *results = acc + (((long)head * blocks + block) * acc_rows + group_row) * ACC_ROW;   // unless ONE
+typename Q::Pointer q = Q::choose(memory, results), q_rotated = q + (ONE && KB ? H * DK : 0);
 const device float *v_diag = diag + (tq_power_of_two_from(DK / 2 + 1) == DK ? 1 : 2) * DK;
 float factor = as_type<float>(dims[10]);
 if (ONE || exact || KB == 0)
-  tq_load_query<0, DK, ALL_ROWS, NS, false>(queries + b * queries_strides[0], queries_strides, kvh * G, L, group_row,
-                                            R - 1, factor, diag, memory, bias, sg, lane);
+  tq_load_query<0, DK, ALL_ROWS, NS, Q::FLOATS, false>(queries + b * queries_strides[0], queries_strides, kvh * G, L,
+                                                       group_row, R - 1, factor, diag, q, bias, sg, lane);
 if (KB && (ONE || !exact))
-  tq_load_query<KB, DK, ALL_ROWS, NS, KB != 0>(queries + b * queries_strides[0], queries_strides, kvh * G, L, group_row,
-                                               R - 1, factor, diag, q_rotated, bias, sg, lane);
+  tq_load_query<KB, DK, ALL_ROWS, NS, Q::FLOATS, KB != 0>(queries + b * queries_strides[0], queries_strides, kvh * G,
+                                                          L, group_row, R - 1, factor, diag, q_rotated, bias, sg,
+                                                          lane);
+if (FAR) threadgroup_barrier(mem_flags::mem_device);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // ---- this simdgroup's run of tokens
 Partial<H, E> out;
 TQ_UNROLL for (int h = 0; h < H; h++) {
-  out.m[h] = TQ_LOWEST;
+  out.m.set(h, TQ_LOWEST, lane);
   out.sum[h] = 0;
   TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = 0;
 }
@@ -696,7 +738,9 @@ uint n_safe = max(safe_end - 32 * TPL + 1 - safe, 0);
 Mask<decltype(mask)> masks = {mask + (flags & 2 ? b * mask_strides[0] : 0), mask_strides[1], mask_strides[2],
                               mask_strides[3], bool(flags & 1), bool(flags & 2), L, stop - L, window, kvh * G,
                               first_row, R - 1};
-threadgroup float *weights = memory + QUERIES + sg * WEIGHTS, *q = memory + (first_row - group_row) * DK;
+threadgroup float *weights = memory + QUERIES + sg * WEIGHTS;
+q += (first_row - group_row) * Q::FLOATS;
+q_rotated += (first_row - group_row) * Q::FLOATS;
 threadgroup half *tile = (threadgroup half *)(memory + QUERIES + NS * WEIGHTS);
 const threadgroup float *row_bias = bias + (first_row - group_row);
 const device half *key_means = k_means + b * k_means_strides[0] + kvh * k_means_strides[1];
@@ -705,17 +749,17 @@ if (exact) {
                                  k_recent + b * k_recent_strides[0] + kvh * k_recent_strides[1], n_sink};
   ExactRows<EXACT_V, DV> values = {v_sink + b * v_sink_strides[0] + kvh * v_sink_strides[1],
                                    v_recent + b * v_recent_strides[0] + kvh * v_recent_strides[1], n_sink};
-  tq_run<H, HP, TPL, E, NS, SHARED, CHUNKS, DK, DV, false>(keys, values, begin, end, safe, n_safe, split, shift, q,
-                                                           weights, tile, row_bias, key_means, 0, masks, out, sg,
-                                                           lane);
+  tq_run<H, HP, TPL, E, NS, SHARED, CHUNKS, Q::FLOATS, DK, DV, false>(keys, values, begin, end, safe, n_safe, split,
+                                                                      shift, q, weights, tile, row_bias, key_means, 0,
+                                                                      masks, out, sg, lane);
 } else {
   auto keys = tq_rows<KB, DK>(k_codes + b * k_codes_strides[0] + kvh * k_codes_strides[1],
                               k_scale + b * k_scale_strides[0] + kvh * k_scale_strides[1]);
   auto values = tq_rows<VB, DV>(v_codes + b * v_codes_strides[0] + kvh * v_codes_strides[1],
                                 v_scale + b * v_scale_strides[0] + kvh * v_scale_strides[1]);
-  tq_run<H, HP, TPL, E, NS, SHARED, CHUNKS, DK, DV, KM>(keys, values, begin, end, safe, n_safe, split, shift,
-                                                        q + (q_rotated - memory), weights, tile, row_bias, key_means,
-                                                        dims[11], masks, out, sg, lane);
+  tq_run<H, HP, TPL, E, NS, SHARED, CHUNKS, Q::FLOATS, DK, DV, KM>(keys, values, begin, end, safe, n_safe, split,
+                                                                   shift, q_rotated, weights, tile, row_bias,
+                                                                   key_means, dims[11], masks, out, sg, lane);
 }
 
 // ---- results of the simdgroup: its sums over tokens in flight
@@ -733,16 +777,18 @@ TQ_UNROLL for (int h = 0; h < H; h++) {
   }
 }
 if (!ONE) {
-  long at = ((long)head * R + first_row) * blocks + block;
+  if (FAR) simdgroup_barrier(mem_flags::mem_device);                            // the queries are not needed now
+  results += (first_row - group_row) * ACC_ROW + u * E;
+  ml += (((long)head * R + first_row) * blocks + block) * 2;
   TQ_UNROLL for (int h = 0; h < H; h++) {
+    float m = out.m.get(h);
     if (h < rows) {
-      long to = at + (long)h * blocks;
       if (tg == 0) {
-        TQ_UNROLL for (int d = 0; d < E; d++) acc[to * DV + u * E + d] = T(out.acc[h][d]);
+        TQ_UNROLL for (int d = 0; d < E; d++) results[h * ACC_ROW + d] = T(out.acc[h][d]);
       }
       if (lane == 0) {
-        ml[to * 2] = out.m[h];
-        ml[to * 2 + 1] = out.sum[h];
+        ml[h * blocks * 2] = m;
+        ml[h * blocks * 2 + 1] = out.sum[h];
       }
     }
   }
@@ -750,7 +796,7 @@ if (!ONE) {
   // ---- merge the simdgroups of the threadgroup, TOGETHER rows at a time
   if (lane == 0) {
     TQ_UNROLL for (int h = 0; h < H; h++) {
-      block_ml[(sg * H + h) * 2] = out.m[h];
+      block_ml[(sg * H + h) * 2] = out.m.get(h);
       block_ml[(sg * H + h) * 2 + 1] = out.sum[h];
     }
   }

@@ -11,15 +11,16 @@
 //   dequantize.metal.
 //
 // INPUTS
-//   acc    float [B, Hkv, R, blocks, D], ml float [B, Hkv, R, blocks, 2]: as written by attend.metal; R = Hq / Hkv * L
+//   acc    float [B, Hkv, blocks, ACC_ROWS, ACC_ROW], ml float [B, Hkv, R, blocks, 2]: as written by attend.metal;
+//          R = Hq / Hkv * L; of acc the first R rows and their first D numbers
 //   means  float16 [B, Hkv, CAPACITY, D], rows contiguous, rotated: row 0 is of all packed values. Read only if MEAN
 //   diag   float, the diagonals of the rotation [ROUNDS, D] from element OFFSET on. Read only if BITS
 //   sinks  any float type [Hq]: a logit per head that takes weight and gives no value. Read only if flag 8
-//   dims   int32 [13], the same array as attend.metal's
+//   dims   int32 [14], the same array as attend.metal's
 // OUTPUTS
 //   out    T [B, Hq, L, D]
 // TEMPLATE  T float type of the output; BITS of the values, 0 = exact; D their head dim, a multiple of 16, 32 to 576;
-//   MEAN: packed values have a mean; OFFSET into diag; MS simdgroups per threadgroup.
+//   MEAN: packed values have a mean; OFFSET into diag; ACC_ROW floats of a row of acc; MS simdgroups per threadgroup.
 // LAUNCH  grid (32, MS, B * Hq * L), threadgroup (32, MS, 1).
 //
 // REGISTERS (estimate, 32-bit): 2 * D / 32 sums, then 2 * E, and 12: 44; 76 for D > 512.
@@ -169,8 +170,9 @@ int lane = thread_index_in_simdgroup, sg = thread_position_in_threadgroup.y, row
 int exact_blocks = dims[3], blocks = dims[4], flags = dims[6], L = dims[7], Hq = dims[8], Hkv = dims[9];
 int G = Hq / Hkv, R = G * L, head = row / R, r = row - head * R, g = r / L, b = head / Hkv;
 int kvh = head - b * Hkv, query_head = kvh * G + g;
+long block_floats = (long)dims[13] * ACC_ROW;
 ml += (long)row * blocks * 2;
-acc += (long)row * blocks * D;
+acc += head * blocks * block_floats + (long)r * ACC_ROW;
 
 // ---- weights of the blocks
 float top = TQ_LOWEST, sum = 0, packed_sum = 0, sink = TQ_LOWEST;
@@ -197,7 +199,7 @@ for (int i = sg; i < blocks; i += MS) {
   TQ_UNROLL for (int k = 0; k < PER_LANE; k++) {
     int d = lane + 32 * k;
     if (D % 32 == 0 || d < D) {
-      float a = f * acc[(long)i * D + d];
+      float a = f * acc[i * block_floats + d];
       if (BITS && i >= exact_blocks) rotated[k] += a;
       else exact[k] += a;
     }

@@ -359,7 +359,12 @@ class BatchTurboKVCache(TurboKVCache):
         """What a TurboKVCache of row b would have observed: ([(queries, positions)], scale, sinks) or None."""
         if not self._observed[b]:
             return None
-        return [(q[row:row + 1], positions) for q, row, positions in self._observed[b]], *self._observed_with
+        seen = [(q if q.shape[0] == 1 else mx.contiguous(q[row:row + 1]), positions)  # not a view of all rows' queries
+                for q, row, positions in self._observed[b]]
+        return seen, *self._observed_with
+
+    def _observed_queries(self):
+        return list({id(q): q for seen in self._observed for q, *_ in seen}.values())  # rows share those of a decode step
 
     def _decide(self):
         """The bits of the keys that the most demanding row needs; rows with too few tokens to tell are not asked."""

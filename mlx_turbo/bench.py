@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 import mlx.core as mx
@@ -49,11 +50,11 @@ def _check_output(args):
     """Before anything is measured: whether the plots can be written."""
     for flag in ("html", "png"):
         file = getattr(args, flag)
+        if file and not Path(file).resolve().parent.is_dir():
+            raise CliError(f"--{flag}: there is no folder {str(Path(file).parent)!r}")
         if file and not bench_plots.available():
             raise CliError(f"--{flag}: needs matplotlib, which is not installed: pip install matplotlib (or the extra: "
                            "mlx-turbo[plot])")
-        if file and not Path(file).resolve().parent.is_dir():
-            raise CliError(f"--{flag}: there is no folder {str(Path(file).parent)!r}")
 
 
 def _chosen(args, name, default, quick, least):
@@ -85,9 +86,25 @@ def finish(document, args, print_tables):
             print(f"{name}: {said}")
         print(f"Reproduce: {document['command']} (commit {document['commit'] or 'unknown, an installed package'})\n"
               "The same with --json > bench.json gives the file to attach to an issue (template: benchmark).")
-    for row in bad:
-        print(f"mlx-turbo: {row['status'].upper()}: {describe_row(row)}: {row['problem']}", file=sys.stderr)
-    return 1 if bad else 0
+    # launch parameters may be too much for a chip: that they fail is no fault, but to compute something wrong is one
+    bad_tunings = [row for row in document.get("tuning", ())
+                   if "values" not in row or "wrong" in [left_out["status"] for left_out in row["left_out"]]]
+    bad_stages = [row for row in document.get("ablation", ()) if "problem" in row]
+    complain([f"{row['status'].upper()}: {describe_row(row)}: {row['problem']}" for row in bad]
+             + [f"{left_out['status'].upper()}: {describe_tuning(row, left_out)}: {left_out['problem']}"
+                for row in document.get("tuning", ()) for left_out in row["left_out"]]
+             + [f"FAILED: stages of {row['scheme']}: {row['problem']}" for row in bad_stages])
+    return 1 if bad or bad_tunings or bad_stages else 0
+
+
+def complain(lines):
+    for line in lines:
+        print(f"mlx-turbo: {line}", file=sys.stderr)
+
+
+def describe_tuning(row, left_out):
+    """The name of launch parameters that were tried and are not ranked."""
+    return f"tuning {row['scheme']}, head_dim {row['head_dim']}, {left_out['changes']}"
 
 
 def describe_row(row):
@@ -196,20 +213,26 @@ def _attend_contenders(grid, backends, scheme, n_tokens, head_dim, device):
 
 
 def ablate(grid, metal, device, effort):
-    """Rows {scheme, head_dim, gqa, tokens, seconds: {stage: s}, verdict} at the longest context."""
+    """Rows {scheme, head_dim, gqa, tokens, seconds: {stage: s}, verdict} at the longest context; "problem" in the place
+    of the last two where a stage does not run."""
     rows, head_dim, n_tokens = [], grid.head_dims[0], max(grid.tokens)
     for scheme in grid.schemes:
         gqa = next((g for g in sorted(grid.gqa, reverse=True)
                     if ablation.covers(metal, scheme, head_dim, g)), 1)
         stages = [ablation.AblatedBackend(stage, metal) for stage in ablation.STAGES]
         runs, = _attend_contenders(grid._replace(gqa=(gqa,)), stages, scheme, n_tokens, head_dim, device)
-        seconds = timing.interleave({stage: bench_kernels.timed(c) for stage, c in zip(ablation.STAGES, runs,
-                                                                                        strict=True)}, effort)
-        seconds = {stage: t.median for stage, t in seconds.items()}
-        rows.append({"scheme": scheme.name, "head_dim": head_dim, "gqa": gqa, "tokens": n_tokens,
-                     "column": bench_kernels.column_of(metal), "seconds": seconds,
-                     "verdict": ablation.verdict(seconds) if metal.is_real else
-                     "Times of the simulator say nothing about a GPU."})
+        row = {"scheme": scheme.name, "head_dim": head_dim, "gqa": gqa, "tokens": n_tokens,
+               "column": bench_kernels.column_of(metal)}
+        rows.append(row)
+        try:
+            timings = timing.interleave({stage: bench_kernels.timed(c) for stage, c in zip(ablation.STAGES, runs,
+                                                                                            strict=True)}, effort)
+        except RuntimeError as e:  # what was measured before must not be lost
+            row["problem"] = f"{type(e).__name__}: {e}"
+            continue
+        row["seconds"] = {stage: t.median for stage, t in timings.items()}
+        row["verdict"] = (ablation.verdict(row["seconds"]) if metal.is_real else
+                          "Times of the simulator say nothing about a GPU.")
     return rows
 
 
@@ -221,13 +244,24 @@ def _tune(grid, metal, device, effort):
     with _progress(len(grid.schemes) * len(grid.head_dims) * len(tuning.CANDIDATES), "parameter") as bar:
         for scheme in grid.schemes:
             for head_dim in grid.head_dims:
+                problems = {}
+
                 def time_all(tunings):
-                    return time_tunings(grid, metal, scheme, head_dim, device, quick, tunings)
-                best, ratio = tuning.search(time_all, progress=lambda name: bar.update())
-                key = scheme.key_bits, scheme.value_bits, head_dim, head_dim
-                tuned[key] = best
-                rows.append({"scheme": scheme.name, "head_dim": head_dim, "values": best._asdict(),
-                             "changes": tuning.changes(best), "time_over_default": ratio})
+                    seconds, found = time_tunings(grid, metal, scheme, head_dim, device, quick, tunings)
+                    problems.update(found)
+                    return seconds
+                row = {"scheme": scheme.name, "head_dim": head_dim}
+                rows.append(row)
+                try:
+                    best, ratio = tuning.search(time_all, progress=lambda name: bar.update())
+                except ValueError:
+                    if not problems:
+                        raise
+                    best, ratio = None, None
+                row["left_out"] = [{"changes": tuning.changes(values), **bad} for values, bad in problems.items()]
+                if best is not None:
+                    tuned[scheme.key_bits, scheme.value_bits, head_dim, head_dim] = best
+                    row |= {"values": best._asdict(), "changes": tuning.changes(best), "time_over_default": ratio}
     if metal.is_real:
         tuning.save(tuned)
     metal.tuned |= tuned
@@ -235,8 +269,9 @@ def _tune(grid, metal, device, effort):
 
 
 def time_tunings(grid, metal, scheme, head_dim, device, effort, tunings):
-    """[geometric mean of the seconds over the grid's contexts and GQA factors, or None where a tuning is wrong]."""
-    backends = []
+    """([geometric mean of the seconds over the grid's contexts and GQA factors, or None where a tuning is wrong or does
+    not run], {tuning: {"status", "problem"}} of those)."""
+    backends, problems = [], {}
     for values in tunings:
         backend = MetalBackend(None if metal.is_real else metal._metal_kernel)
         backend.tuning, backend.tuned = values, {}
@@ -247,17 +282,26 @@ def time_tunings(grid, metal, scheme, head_dim, device, effort, tunings):
             runs = {}
             for i, c in enumerate(contenders):
                 try:
-                    problem = c.check()[2]
+                    wrong = c.check()[2]
+                    bad = {"status": "wrong", "problem": wrong} if wrong else None
                 except Exception as e:  # too many threads for the chip's registers, for example
-                    problem = str(e)
-                if problem:
+                    bad = bench_kernels.failure(e)
+                if bad:
                     logs[i] = math.inf
+                    problems.setdefault(tunings[i], bad)
                 else:
                     runs[i] = bench_kernels.timed(c)
-            for i, t in timing.interleave(runs, effort, 0.2).items() if runs else ():
+            try:
+                timings = timing.interleave(runs, effort, 0.2) if runs else {}
+            except RuntimeError as e:  # whose fault it was is not known
+                bad = {"status": "failed", "problem": f"while a group was timed: {e}"}
+                problems.update({tunings[i]: bad for i in runs})
+                logs[list(runs)] = math.inf
+                continue
+            for i, t in timings.items():
                 logs[i] += math.log(t.median)
     n = len(grid.tokens) * len(grid.gqa)
-    return [None if math.isinf(x) else math.exp(x / n) for x in logs]
+    return [None if math.isinf(x) else math.exp(x / n) for x in logs], problems
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------
@@ -281,8 +325,12 @@ def print_kernels(document):
           f"{measured['floor_seconds'] * 1e6:.1f} us ({measured['floor']}), of an evaluation "
           f"{measured['evaluation_seconds'] * 1e6:.0f} us.")
     for row in document.get("tuning", ()):
-        print(f"Tuned {row['scheme']}, head_dim {row['head_dim']}: {row['changes']}, "
-              f"{row['time_over_default']:.2f} of the default's time")
+        if "changes" in row:
+            print(f"Tuned {row['scheme']}, head_dim {row['head_dim']}: {row['changes']}, "
+                  f"{row['time_over_default']:.2f} of the default's time")
+        for left_out in row["left_out"]:
+            print(f"  - {describe_tuning(row, left_out)}: {left_out['status'].upper()}: "
+                  f"{left_out['problem'].partition(chr(10))[0]}")
     for (operation, head_dim, gqa, tokens), rows in kernel_groups(document["rows"]).items():
         what = f"attention of one decode step, GQA {gqa}" if gqa else f"{operation}, keys and values"
         print(f"\n{what}: {rows[0]['kv_heads']} kv heads of {head_dim}, {tokens} tokens, {rows[0]['dtype']}")
@@ -302,15 +350,16 @@ def print_kernels(document):
             error = f"{row['error']:>10.1e}" if row["column"] != "NumPy reference" else f"{'oracle':>10}"
             tied, before = "=" if before and row["low_seconds"] <= before["high_seconds"] else " ", row
             print(f"{place:>3}{tied}{row['name']:<16}{row['column']:<18}{row['median_seconds'] * 1e3:>10.3f}"
-                  f"{row['uncertainty']:>6.0%}{row['gb_per_s']:>8.1f}{row['bandwidth_share']:>9.0%}{relative}{error}"
+                  f"{row['uncertainty']:>6.0%}{row['gb_per_s']:>8.3g}{100 * row['bandwidth_share']:>8.2g}%{relative}"
+                  + error
                   + (f"{row['python_seconds'] * 1e6:>11.0f}" if row["python_seconds"] else ""))
     for row in document.get("ablation", ()):
         print(f"\nStages of attention, {row['scheme']} on {row['column']}: head_dim {row['head_dim']}, "
               f"GQA {row['gqa']}, {row['tokens']} tokens")
-        for stage, seconds in row["seconds"].items():
+        for stage, seconds in row.get("seconds", {}).items():
             print(f"  {stage:<14}{seconds * 1e3:>10.3f} ms{seconds / row['seconds']['full']:>7.0%}  "
                   f"{ablation.STAGES[stage][0]}")
-        print(f"  {row['verdict']}")
+        print(f"  {row['verdict'] if 'seconds' in row else 'FAILED: ' + row['problem'].partition(chr(10))[0]}")
     print("\n=: quartiles overlap with those of the row above. ms: median of a call. +-: half the 95 % interval of the "
           "median.\nGB/s: bytes of the cache (packing: all input and output) over time. of copy: of the copy's GB/s. "
           "time, bytes:\nover the uncompressed cache. error: largest, against the oracle, by the largest number "
@@ -374,13 +423,10 @@ def generate(argv, backends=None):
         on_gpu = metal and backend.name == "cpu"
         document |= {"model": (args.model or "embedded demo model").replace(str(Path.home()), "~"),
                      "column": "fallback in MLX operations" if on_gpu else bench_kernels.column_of(backend),
-                     "dtype": "float32" if not metal else "the model's", "rounds": args.rounds}
-        try:
-            with _progress(len(contexts) * args.rounds * len(names), "run") as bar:
-                document["rows"] = bench_generate.measure(model, tokens, contexts, args.tokens, caches, args.rounds,
-                                                          progress=bar.update)
-        except (RuntimeError, MemoryError) as e:
-            raise BackendError(f"generation failed: {_one_line(e)}") from e
+                     "dtype": "float32" if not metal else "the model's dtype", "rounds": args.rounds}
+        with _progress(len(contexts) * args.rounds * len(names), "run") as bar:
+            document["rows"] = bench_generate.measure(model, tokens, contexts, args.tokens, caches, args.rounds,
+                                                      progress=bar.update)
     return finish(document, args, print_generate)
 
 
@@ -470,11 +516,19 @@ def compare(argv):
                  if a["machine"].get(name) != b["machine"].get(name)}
     different |= {name: (a.get(name), b.get(name)) for name in ("commit", "backend", "model", "power")
                   if a.get(name) != b.get(name)}
+    bad = [f"{letter}: {row['status'].upper()}: {describe_row(row)}: {row.get('problem')}"
+           for letter, document in (("A", a), ("B", b)) for row in document["rows"] if row["status"] != "ok"]
     if args.json:
-        print(json.dumps({"benchmark": a["benchmark"], "different": different, "rows": rows}, indent=1))
-        return 0
+        print(json.dumps({"benchmark": a["benchmark"], "command": timing.command(["compare", *argv]),
+                          **{letter: {k: v for k, v in d.items() if k != "rows"} for letter, d in (("a", a), ("b", b))},
+                          "different": different, "rows": rows, "bad": bad}, indent=1))
+        complain(bad)
+        return 1 if bad else 0
+    for letter, document in (("A", a), ("B", b)):
+        print(f"{letter}: {document['command']} (commit {document['commit'] or 'unknown'}, {document['date']})\n"
+              f"{textwrap.indent(heading(document), '   ')}")
     for name, (x, y) in different.items():
-        print(f"{name}: A {x}; B {y}")
+        print(f"different {name}: A {x}; B {y}")
     print(f"{'A ms':>10}{'B ms':>10}{'B / A':>8}  {'':<18}")
     for row in rows:
         figures = (f"{row['seconds_a'] * 1e3:>10.3f}{row['seconds_b'] * 1e3:>10.3f}{row['ratio']:>8.2f}"
@@ -482,7 +536,8 @@ def compare(argv):
         print(f"{figures}  {row['verdict']:<18} {describe_row(row)}")
     print(f"\n{len(rows)} rows in common, {len(a['rows'])} in A, {len(b['rows'])} in B. faster, slower: the quartiles "
           "do not overlap.")
-    return 0
+    complain(bad)
+    return 1 if bad else 0
 
 
 BENCHMARKS = {"kernels": kernels, "generate": generate, "compare": compare}

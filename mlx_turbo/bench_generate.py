@@ -81,7 +81,11 @@ def attention_problem(prompt_cache):
 
 def check(model, prompt, caches):
     """{kv: {"status", "kld" or "problem", "layers"}} of {kv: config}: decode steps against the uncompressed cache."""
-    want, forced, _ = decode_steps(model, prompt, None, "none", None)
+    try:
+        want, forced, _ = decode_steps(model, prompt, None, "none", None)
+    except Exception as e:  # out of memory at this context, for example: shorter ones are still worth having
+        problem = f"there is nothing to compare with, the uncompressed cache fails: {type(e).__name__}: {e}"
+        return {kv: {"status": "failed", "problem": problem} for kv in caches}
     out = {}
     for kv, config in caches.items():
         try:
@@ -89,7 +93,7 @@ def check(model, prompt, caches):
             kld = float(fidelity.kl_divergence(want, got).mean())
             problem = attention_problem(cache)
         except Exception as e:  # a kernel may fail in any way, a model may not support a cache: the others go on
-            out[kv] = {"status": "failed", "problem": f"{type(e).__name__}: {e}"}
+            out[kv] = bench_kernels.failure(e)
             continue
         if not kld <= WRONG_NATS:  # also NaN
             problem = (f"the next token's distribution is {kld:.2f} nats from the uncompressed cache's, beyond "
@@ -108,14 +112,22 @@ def measure(model, tokens, contexts, n_tokens, caches, rounds, progress=None):
         prompt = mx.array((tokens * (context // len(tokens) + 1))[:context])
         checked = check(model, prompt, caches)
         names = [kv for kv in caches if checked[kv]["status"] == "ok"]
-        start = time.perf_counter()
-        while names and time.perf_counter() - start < timing.WARM_UP_SECONDS:
-            run_once(model, prompt, min(n_tokens, 4), names[0], caches[names[0]])
-        runs = {kv: [] for kv in names}
+        start, runs = time.perf_counter(), {kv: [] for kv in names}
+
+        def run(kv, n):  # a cache that fails, out of memory for example, has no speed; the others go on
+            try:
+                return run_once(model, prompt, n, kv, caches[kv])
+            except Exception as e:
+                checked[kv] |= {"status": "failed", "problem": f"while it was timed: {type(e).__name__}: {e}"}
+                del runs[kv]
+
+        while "none" in runs and time.perf_counter() - start < timing.WARM_UP_SECONDS:
+            run("none", min(n_tokens, 4))
         for i in range(rounds):
             shift = i % len(names) if names else 0
             for kv in names[shift:] + names[:shift]:
-                runs[kv].append(run_once(model, prompt, n_tokens, kv, caches[kv]))
+                if kv in runs and (found := run(kv, n_tokens)):
+                    runs[kv].append(found)
                 if progress:
                     progress()
         for kv in caches:

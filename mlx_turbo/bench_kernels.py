@@ -1,7 +1,7 @@
 """The contenders of `bench kernels`: every operation on every backend, beside MLX's own, each compared with an oracle.
 
 Every contender is checked before it is timed; one that fails or is wrong becomes a row that says so, without a figure.
-The oracle is evaluated for the last kv head only: all heads run the same code.
+All kv heads are compared up to ORACLE_TOKENS tokens; beyond, where the oracle takes minutes, the first and the last.
 """
 import contextlib
 import functools
@@ -13,13 +13,14 @@ import numpy as np
 from . import attention, fallback, reference, rotation, timing
 from .cache import KVView
 from .kernels import (ATTEND_TOLERANCE, ONE_SEGMENT, SEGMENT_STEP, TOLERANCE, CachedSide, PackedSide, QuantizeSide,
-                      compare_quantized, compare_vectors)
+                      WrongResultError, compare_quantized, compare_vectors)
 
 N_KV_HEADS = 8
 N_SINK, N_RECENT = 4, 96  # exact tokens, as a cache with its defaults has on average
 COLD_BYTES = {"gpu": 256 << 20, "cpu": 32 << 20}  # calls go through so many bytes of caches, as a model's layers do
 MAX_COPIES = 8
 NUMPY_TOKENS = 1024  # beyond, the reference would take longer than everything else together
+ORACLE_TOKENS = 4096  # up to so many all kv heads are compared with the oracle
 FALLBACK_TOKENS = 4096  # beyond, where Metal is measured, the CPU fallback would take most of the time
 PACK_TOKENS = 4096  # quantize and dequantize: a prompt chunk is no longer
 # Largest error of MLX's own attention, relative to the largest output: 16-bit logits and weights where it is quantized.
@@ -60,8 +61,8 @@ def _device(contender):
     return mx.stream(mx.cpu) if contender.on_cpu else contextlib.nullcontext()
 
 
-def measure(contenders, effort, facts, bandwidth):
-    """Rows of the contenders of one group. facts: what the rows have in common. bandwidth: of a copy, GB/s."""
+def measure(contenders, effort, facts, bandwidth=None):
+    """Rows of the contenders of one group. facts: what they have in common. bandwidth: of a copy, GB/s, if known."""
     rows, runs = [], {}
     for c in contenders:
         row = {**facts, "name": c.name, "column": c.column, "bytes": c.nbytes, "cache_bytes": c.cache_bytes}
@@ -70,7 +71,7 @@ def measure(contenders, effort, facts, bandwidth):
             with _device(c):
                 error, allowed, problem = c.check()
         except Exception as e:  # a kernel may fail in any way; the others must still be measured
-            row |= {"status": "failed", "problem": f"{type(e).__name__}: {e}"}
+            row |= failure(e)
             continue
         row |= {"error": float(error) if np.isfinite(error) else None, "allowed": allowed}
         if problem:
@@ -87,13 +88,19 @@ def measure(contenders, effort, facts, bandwidth):
     for i, t in timings.items():
         gigabytes = rows[i]["bytes"] / t.median / 1e9
         rows[i] |= {**{f"{name}_seconds": getattr(t, name) for name in ("median", "low", "high")}, "n": t.n,
-                    "calls": t.calls, "uncertainty": t.uncertainty, "python_seconds": t.python, "gb_per_s": gigabytes,
-                    "bandwidth_share": gigabytes / bandwidth}
+                    "calls": t.calls, "uncertainty": t.uncertainty, "python_seconds": t.python, "gb_per_s": gigabytes}
+        if bandwidth:
+            rows[i]["bandwidth_share"] = gigabytes / bandwidth
     base = next((r for r in rows if r["name"] == "uncompressed" and "median_seconds" in r), None)
     for row in rows:
         if base and "median_seconds" in row:
             row["times_uncompressed"] = row["median_seconds"] / base["median_seconds"]
     return rows
+
+
+def failure(e):
+    """What a row says of an exception."""
+    return {"status": "wrong" if isinstance(e, WrongResultError) else "failed", "problem": f"{type(e).__name__}: {e}"}
 
 
 def timed(contender):
@@ -135,10 +142,21 @@ def _float64(x):
     return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
+def _checked(x, n_tokens):
+    """The kv heads of x [B, n_kv_heads, *] that are compared with the oracle where there are n_tokens: a view of it."""
+    return x if n_tokens <= ORACLE_TOKENS else x[:, ::max(x.shape[1] - 1, 1)]
+
+
+def _checked_queries(x, n_kv_heads, n_tokens):
+    """The query heads [B, heads, L, D] of those kv heads."""
+    B, n_heads, L, D = x.shape
+    return _checked(x.reshape(B, n_kv_heads, n_heads // n_kv_heads, L, D), n_tokens).reshape(B, -1, L, D)
+
+
 def _quantized(codes, scale, bits, head_dim):
-    """The oracle's `Quantized` of packed rows of the last kv head."""
-    codes, scale = (np.array(a[:, -1:]) for a in (codes, scale))
-    return _oracle_rows(codes, scale, bits, head_dim)
+    """The oracle's `Quantized` of packed rows of the kv heads that are compared."""
+    n_tokens = codes.shape[2]
+    return _oracle_rows(*(np.array(_checked(a, n_tokens)) for a in (codes, scale)), bits, head_dim)
 
 
 def _oracle_rows(codes, scale, bits, head_dim, seed=0):
@@ -148,18 +166,22 @@ def _oracle_rows(codes, scale, bits, head_dim, seed=0):
 
 
 def _oracle_tokens(side, counts, seed):
-    """What the oracle makes of a `CachedSide`, float64 [1, 1, tokens, head_dim] of the last kv head."""
+    """What the oracle makes of a `CachedSide`, float64 [1, the compared kv heads, tokens, head_dim]."""
     n_sink, n_packed, n_recent = counts
-    parts = [_float64(side.sink[:1, -1:, :n_sink])] if n_sink else []
+
+    def exact(a, n):
+        return _float64(_checked(a[:1], sum(counts))[:, :, :n])
+
+    parts = [exact(side.sink, n_sink)] if n_sink else []
     if n_packed and side.bits:
-        codes, scale = (np.array(a[:1, -1:, :n_packed]) for a in (side.codes, side.scale))
+        codes, scale = (np.array(_checked(a[:1], sum(counts))[:, :, :n_packed]) for a in (side.codes, side.scale))
         parts.append(reference.dequantize(_oracle_rows(codes, scale, side.bits, side.head_dim, seed)))
         if side.means is not None:
-            rows = _float64(side.means[:1, -1:])[:, :, np.arange(n_packed) // side.segment]
+            rows = exact(side.means, side.means.shape[2])[:, :, np.arange(n_packed) // side.segment]
             parts[-1] += rotation.unrotate(rows, seed)
     elif n_packed:
-        parts.append(_float64(side.codes[:1, -1:, :n_packed]))
-    return np.concatenate(parts + ([_float64(side.recent[:1, -1:, :n_recent])] if n_recent else []), axis=2)
+        parts.append(exact(side.codes, n_packed))
+    return np.concatenate(parts + ([exact(side.recent, n_recent)] if n_recent else []), axis=2)
 
 
 def check_cache(cache, backend=None):
@@ -172,8 +194,9 @@ def check_cache(cache, backend=None):
     scale = 1.0 / np.linalg.norm(k, axis=-1).mean()
     queries = _normal(6, shape, dtype)
     got = attention.attend(queries, view, scale=float(scale), backend=backend)
-    want = reference.attention(_float64(queries[:1, -1:]), k, v, scale=scale)
-    return _verdict(_relative(_float64(got[:1, -1:]), want), 10 * (ATTEND_TOLERANCE[view.keys.bits] + TOLERANCE[dtype]))
+    got, asked = (_float64(_checked(a[:1], sum(view.counts))) for a in (got, queries))
+    want = reference.attention(asked, k, v, scale=scale)
+    return _verdict(_relative(got, want), 10 * (ATTEND_TOLERANCE[view.keys.bits] + TOLERANCE[dtype]))
 
 
 def _copies(arrays, device):
@@ -215,14 +238,16 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
 
     def oracle(what, g, k, v):
         if (what, g) not in wants:
-            wants[what, g] = reference.attention(_float64(queries[g][:, -g:]), k(), v(), scale=scale)
+            asked = _checked_queries(queries[g], N_KV_HEADS, n_tokens)
+            wants[what, g] = reference.attention(_float64(asked), k(), v(), scale=scale)
         return wants[what, g]
 
     def check(call, cache, what, g, k, v, allowed):
         got = call(queries[g], cache)
         if got.shape != queries[g].shape:
             return np.inf, allowed, f"output of shape {got.shape}, expected {queries[g].shape}"
-        return _verdict(_relative(_float64(got[:, -g:]), oracle(what, g, k, v)), allowed)
+        got = _float64(_checked_queries(got, N_KV_HEADS, n_tokens))
+        return _verdict(_relative(got, oracle(what, g, k, v)), allowed)
 
     def add(name, column, call, caches, k, v, allowed, nbytes, on_cpu=False, lazy=True):
         for g, contenders in out:
@@ -234,16 +259,16 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
     # MLX's own
     dense = [_normal(i, (1, N_KV_HEADS, n_tokens, head_dim), grid.dtype) for i in (0, 1)]
     caches = _copies(dense, device)
-    k, v = (functools.cache(lambda x=x: _float64(x[:, -1:])) for x in dense)
-    add("uncompressed", f"MLX {_dtype_name(grid.dtype)}",
+    k, v = (functools.cache(lambda x=x: _float64(_checked(x, n_tokens))) for x in dense)
+    add("uncompressed", f"MLX {dtype_name(grid.dtype)}",
         lambda q, kv: mx.fast.scaled_dot_product_attention(q, *kv, scale=scale), caches, k, v,
         MLX_TOLERANCE[grid.dtype], sum(a.nbytes for a in dense))
     group_size = mlx_group_size(head_dim)
     for bits in (8, 4) if group_size else ():
         affine = [a for x in dense for a in mx.quantize(x, group_size=group_size, bits=bits)]
         mx.eval(affine)
-        k, v = (functools.cache(lambda x=affine[i:i + 3], bits=bits: affine_values(*(a[:, -1:] for a in x), bits))
-                for i in (0, 3))
+        k, v = (functools.cache(lambda x=affine[i:i + 3], bits=bits: affine_values(
+            *(_checked(a, n_tokens) for a in x), bits)) for i in (0, 3))
         add(f"mlx-lm {bits} bit", "mlx-lm", functools.partial(_mlx_lm_attend, scale, group_size, bits),
             _copies(affine, device), k, v, MLX_QUANTIZED_TOLERANCE[grid.dtype], sum(a.nbytes for a in affine))
 
@@ -253,7 +278,7 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
         for i, bits in enumerate((scheme.key_bits, scheme.value_bits)):
             arrays += [dense[i][:, :, :N_SINK] + 0, *_random_rows(10 + 2 * i, n_packed, bits, head_dim),
                        dense[i][:, :, -N_RECENT:] + 0]
-            restored.append(functools.cache(functools.partial(_restored, arrays[-4:], bits, head_dim)))
+            restored.append(functools.cache(functools.partial(_restored, arrays[-4:], bits, head_dim, n_tokens)))
         mx.eval(arrays)
         nbytes = sum(a.nbytes for a in arrays)
         sides = (scheme.key_bits, scheme.value_bits)
@@ -271,11 +296,12 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
     return out
 
 
-def _restored(arrays, bits, head_dim):
-    """What the oracle makes of (sink, codes, scale, recent), float64 [1, 1, tokens, head_dim] of the last kv head."""
-    sink, codes, scale, recent = arrays
-    return np.concatenate([_float64(sink[:, -1:]), reference.dequantize(_quantized(codes, scale, bits, head_dim)),
-                           _float64(recent[:, -1:])], axis=2)
+def _restored(arrays, bits, head_dim, n_tokens):
+    """What the oracle makes of (sink, codes, scale, recent), float64 [1, heads, tokens, head_dim] of the kv heads that
+    are compared."""
+    sink, codes, scale, recent = (_checked(a, n_tokens) for a in arrays)
+    rows = _oracle_rows(np.array(codes), np.array(scale), bits, head_dim)
+    return np.concatenate([_float64(sink), reference.dequantize(rows), _float64(recent)], axis=2)
 
 
 def _attend(backend, scale, queries, view):
@@ -314,7 +340,7 @@ def _independent(call, inputs):
 def packing_contenders(grid, backends, n_tokens, head_dim, device):
     """[(operation, scheme's name, contenders)]: keys and values of n_tokens in one call."""
     dense = _copies([_normal(i, (1, N_KV_HEADS, n_tokens, head_dim), grid.dtype) for i in (0, 1)], device)
-    exact = [_float64(x[:, -1:]) for x in dense[0]]
+    exact = [_float64(_checked(x, n_tokens)) for x in dense[0]]
     dense_bytes, group_size = sum(a.nbytes for a in dense[0]), mlx_group_size(head_dim)
     out = []
     for scheme in grid.schemes:
@@ -367,18 +393,21 @@ def _dequantize(backend, bits, head_dim, n_tokens, dtype, rows):
 
 
 def _check_quantize(call, xs, wants):
+    """The error is that of the scales, where no code is another because of a tie: that moves the scale, too."""
     worst, problems = 0.0, []
     for (codes, scale), want in zip(call(xs), wants, strict=True):
-        codes, scale = (np.array(a[:, -1:]) for a in (codes, scale))
+        codes, scale = (np.array(_checked(a, codes.shape[2])) for a in (codes, scale))
         problems.append(compare_quantized(codes, scale, want))
-        worst = max(worst, _relative(scale[..., 0].astype(np.float64), want.scale))
+        equal = (reference.unpack(codes, want.bits, want.codes.shape[-1]) == want.codes).all(-1)
+        error = np.abs(scale[..., 0].astype(np.float64) - want.scale)[equal]
+        worst = max(worst, float(error.max(initial=0.0) / want.scale.max()))
     return worst, 1e-3, next(filter(None, problems), None)
 
 
 def _check_dequantize(call, rows, wants, dtype):
     worst, problems = 0.0, []
     for got, want in zip(call(rows), wants, strict=True):
-        got = _float64(got[:, -1:])
+        got = _float64(_checked(got, got.shape[2]))
         problems.append(compare_vectors(got, want, dtype))
         worst = max(worst, _relative(got, want))
     return worst, TOLERANCE[dtype], next(filter(None, problems), None)
@@ -432,7 +461,7 @@ def _check_affine_quantize(call, xs, exact, bits, dtype):
     rounding the step to its dtype adds over all steps."""
     worst, allowed = 0.0, 1.1 + 2 ** max(bits) * {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}[dtype]
     for arrays, want, b in zip(call(xs), exact, bits, strict=True):
-        words, scales, biases = (a[:, -1:] for a in arrays)
+        words, scales, biases = (_checked(a, a.shape[2]) for a in arrays)
         step = np.abs(_float64(scales))[..., None]
         error = np.abs(affine_values(words, scales, biases, b) - want).reshape(*step.shape[:-1], -1)
         worst = max(worst, float((error / step).max()))
@@ -442,12 +471,12 @@ def _check_affine_quantize(call, xs, exact, bits, dtype):
 def _check_affine_dequantize(call, arrays, bits, dtype):
     worst = 0.0
     for i, got in enumerate(call(arrays)):
-        want = affine_values(*(a[:, -1:] for a in arrays[3 * i:3 * i + 3]), bits[i])
-        worst = max(worst, _relative(_float64(got[:, -1:]), want))
+        want = affine_values(*(_checked(a, a.shape[2]) for a in arrays[3 * i:3 * i + 3]), bits[i])
+        worst = max(worst, _relative(_float64(_checked(got, got.shape[2])), want))
     return _verdict(worst, 2 * TOLERANCE[dtype])
 
 
-def _dtype_name(dtype):
+def dtype_name(dtype):
     return str(dtype).removeprefix("mlx.core.")
 
 
@@ -456,7 +485,7 @@ def groups(grid, backends, device):
     for head_dim in grid.head_dims:
         for n_tokens in grid.tokens:
             common = {"head_dim": head_dim, "kv_heads": N_KV_HEADS, "tokens": n_tokens,
-                      "dtype": _dtype_name(grid.dtype)}
+                      "dtype": dtype_name(grid.dtype)}
             for g, contenders in attention_contenders(grid, backends, n_tokens, head_dim, device):
                 yield {"operation": "attention", "gqa": g, "scheme": None, **common}, contenders
             if n_tokens <= max(PACK_TOKENS, min(grid.tokens)):

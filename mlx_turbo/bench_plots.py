@@ -13,6 +13,7 @@ COLORS = {"uncompressed": "#222222", "none": "#222222", "mlx-lm 8 bit": "#c05a00
           "turbo3": "#6a3fc0", "turbo2": "#c040a0"}
 OTHERS = ("#508020", "#a03030", "#407090", "#807020")
 LINES = {"CPU fallback": (0, (4, 2)), "simulated Metal": (0, (1, 1))}  # Metal and MLX: solid
+RATIO = "x: over uncompressed; bold: best"
 NAMES = {"none": "uncompressed", "mlx8": "mlx-lm 8 bit", "mlx4": "mlx-lm 4 bit"}
 
 
@@ -66,24 +67,25 @@ def headlines(document):
         at, base, speed = "tokens", "uncompressed", lambda r: 1 / r["median_seconds"]
     else:
         rows = [r for r in document["rows"] if "generation_tps" in r]
-        at, base, speed = "context", "none", lambda r: r["generation_tps"]
+        at, base, speed = "context", "none", lambda r: r.get("generation_tps_ratio", 0.0)
     # a simulated kernel's time says nothing, and the reference is no contender
     rows = [r for r in rows if r.get("column") not in ("NumPy reference", "simulated Metal")]
     rows = [r for r in rows if r[at] == max(q[at] for q in rows)]
     plain = next((r for r in rows if r["name"] == base), None)
     if plain is None:
         return ["Nothing was measured."]
-    ours, lines = {}, []
+    ours, lines, dtype = {}, [], document["rows"][0]["dtype"] if kernels else document["dtype"]
     for r in rows:
         if r["name"].startswith(("turbo", "auto")):
             ours.setdefault(r.get("column", document.get("column")), []).append(r)
     for column, candidates in ours.items():
         best = max(candidates, key=speed)
         lines.append(f"At {best[at]:,} tokens, {best['name']} ({column}) is "
-                     f"{_than(speed(best) / speed(plain), 'faster', 'slower')} the uncompressed cache and "
+                     f"{_than(speed(best) / speed(plain), 'faster', 'slower')} the uncompressed cache ({dtype}) and "
                      f"{plain['cache_bytes'] / best['cache_bytes']:.1f}x smaller.")
-    fastest = max(rows, key=speed)
-    lines.append(f"Fastest of all: {NAMES.get(fastest['name'], fastest['name'])}."
+    fastest, smallest = (NAMES.get(r["name"], r["name"]) for r in (
+        max(rows, key=speed), min(rows, key=lambda r: r["cache_bytes"])))
+    lines.append(f"Fastest of all: {fastest}. Smallest: {smallest}."
                  + ("" if "Metal" in ours else " No Metal here: the kernels this is about were not measured."))
     return lines
 
@@ -128,26 +130,28 @@ def _figure(document, title, n_panels, subtitle):
 
 
 def _label_ends(ax, ends):
-    """Names beside the right ends of lines instead of a legend, pushed apart. ends: [(y, text, color)], y in data."""
+    """Names beside the right ends of lines instead of a legend, pushed apart. ends: [(y, text, color, whether it is the
+    best)], y in data."""
     figure = ax.figure
     figure.canvas.draw()  # so that the limits are final
-    step = 0.062
-    places = sorted((ax.transAxes.inverted().transform(ax.transData.transform((ax.get_xlim()[1], y)))[1], y, text, c)
-                    for y, text, c in ends)
+    step, top = 0.062, 0.97  # of the axes' height; above are titles
+    places = sorted((ax.transAxes.inverted().transform(ax.transData.transform((ax.get_xlim()[1], y)))[1], *end)
+                    for y, *end in ends)
     low, heights = -1.0, []
     for place, *_ in places:
         low = max(place, low + step)
         heights.append(low)
-    over = max(0.0, heights[-1] - 1.0) if heights else 0.0
+    over = max(0.0, heights[-1] - top) if heights else 0.0
     for i in range(len(heights) - 1, -1, -1):  # back down where they left the axes
         heights[i] = min(heights[i], (heights[i + 1] - step) if i + 1 < len(heights) else heights[i] - over)
-    for (_, _, text, c), height in zip(places, heights):
+    for (_, text, c, best), height in zip(places, heights):
         ax.annotate(text, (1.02, height), xycoords="axes fraction", color=c, fontsize=8.5, va="center",
-                    annotation_clip=False)
+                    annotation_clip=False, weight="bold" if best else "normal")
 
 
-def _lines(ax, rows, x, value, key, label, names, band=None):
-    """One line per key(row), with its name at its end. band(row): (low, high)."""
+def _lines(ax, rows, x, value, key, label, names, best, band=None):
+    """One line per key(row); returns what `_label_ends` writes at their ends. best: min or max. band(row): (low, high).
+    """
     series, ends = {}, []
     for row in rows:
         series.setdefault(key(row), []).append(row)
@@ -159,7 +163,10 @@ def _lines(ax, rows, x, value, key, label, names, band=None):
         if band:
             low, high = zip(*(band(r) for r in points))
             ax.fill_between(xs, low, high, color=c, alpha=0.15, linewidth=0)
-        ends.append((ys[-1], label(points[-1]), c))
+        ends.append((ys[-1], label(points[-1]), c, xs[-1]))
+    last = max(end for *_, end in ends)
+    winner = best(y for y, _, _, end in ends if end == last)
+    ends = [(y, text, c, (y, end) == (winner, last)) for y, text, c, end in ends]
     ticks = sorted({r[x] for r in rows})
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
@@ -186,7 +193,7 @@ def kernels_figure(document):
     attention = [r for r in ok if r["operation"] == "attention" and r["gqa"] == gqa]
     packing = [r for r in ok if r["operation"] != "attention"]
     names = list(dict.fromkeys(r["name"] for r in attention))
-    ablation = document.get("ablation", [])
+    ablation = [row for row in document.get("ablation", []) if "seconds" in row]
     kv_heads, dtype = document["rows"][0]["kv_heads"], document["rows"][0]["dtype"]
     machine = document["machine"]
     figure, axes = _figure(
@@ -198,6 +205,14 @@ def kernels_figure(document):
         mine = r["name"].startswith("turbo")
         return f"{r['name']} ({r['column']})" if mine else NAMES.get(r["name"], r["name"])
 
+    def timed_label(r):
+        return label(r) + (f"  {r['times_uncompressed']:.2f}x" if "times_uncompressed" in r else "")
+
+    dense = {r["tokens"]: r["cache_bytes"] for r in attention if r["name"] == "uncompressed"}
+
+    def sized_label(r):
+        return r["name"] + (f"  {r['cache_bytes'] / dense[r['tokens']]:.2f}x" if r["tokens"] in dense else "")
+
     if not attention or not packing:
         for ax in axes[:4]:
             ax.set_axis_off()
@@ -205,20 +220,19 @@ def kernels_figure(document):
         return figure
 
     ax = axes[0]
-    ends = _lines(ax, attention, "tokens", lambda r: r["median_seconds"] * 1e3, label, label, names,
+    ends = _lines(ax, attention, "tokens", lambda r: r["median_seconds"] * 1e3, label, timed_label, names, min,
                   lambda r: (r["low_seconds"] * 1e3, r["high_seconds"] * 1e3))
     _plain_log(ax)
     ax.set_ylabel("milliseconds")
-    ax.set_title("Attention of one generated token, one layer\nlower is better", loc="left", fontsize=11)
+    ax.set_title(f"Attention of one generated token, one layer\nlower is better; {RATIO}", loc="left", fontsize=11)
     _label_ends(ax, ends)
 
     ax = axes[1]
     once = list({(r["name"], r["tokens"]): {**r, "column": None} for r in attention}.values())
-    ends = _lines(ax, once, "tokens", lambda r: r["cache_bytes"] / 1e6, lambda r: r["name"],
-                  lambda r: NAMES.get(r["name"], r["name"]), names)
+    ends = _lines(ax, once, "tokens", lambda r: r["cache_bytes"] / 1e6, lambda r: r["name"], sized_label, names, min)
     _plain_log(ax)
     ax.set_ylabel("MB")
-    ax.set_title("Memory of the cache, one layer\nlower is better", loc="left", fontsize=11)
+    ax.set_title(f"Memory of the cache, one layer\nlower is better; {RATIO}", loc="left", fontsize=11)
     _label_ends(ax, ends)
 
     _roofline(axes[2], [r for r in attention if r["tokens"] == max(r["tokens"] for r in attention)], document, head_dim,
@@ -249,13 +263,14 @@ def _roofline(ax, rows, document, head_dim, gqa, label, names):
     ax.set_ylabel("GFLOP/s")
     ax.set_title(f"Roofline at {rows[0]['tokens']:,} tokens, and the share of the memory's speed\nhigher is better; on "
                  "the line: bound by memory", loc="left", fontsize=11)
-    _label_ends(ax, [(y, f"{label(r)}  {100 * r['bandwidth_share']:.2g} %", color(r["name"], names))
+    best = max(y for _, y, _ in points)
+    _label_ends(ax, [(y, f"{label(r)}  {100 * r['bandwidth_share']:.2g} %", color(r["name"], names), y == best)
                      for _, y, r in points])
 
 
 def _packing_bars(ax, rows, names):
-    longest = max(r["tokens"] for r in rows)
-    rows = [r for r in rows if r["tokens"] == longest]
+    longest, on_metal = max(r["tokens"] for r in rows), any(r["column"] == "Metal" for r in rows)
+    rows = [r for r in rows if r["tokens"] == longest and not (on_metal and r["column"] == "CPU fallback")]
     bars = [(f"{r['operation']}  {r['name']}  ({r['column']})" if r["name"].startswith("turbo")
              else f"{r['operation']}  {r['name']}  (MLX)", r["gb_per_s"],
              color(r["name"], names) if r["name"].startswith("turbo") else "#f0a030")
@@ -307,9 +322,14 @@ def generate_figure(document):
             ax.set_axis_off()
         return figure
 
+    plain = {r["context"]: r for r in rows if r["name"] == "none"}
+
     def label(r, what):
-        name, ratio = NAMES.get(r["name"], r["name"]), r.get(f"{what}_ratio")
+        name, ratio = NAMES.get(r["name"], r["name"]), r.get(f"{what}_ratio")  # of speeds: in the same round
+        if not what.endswith("tps") and r["context"] in plain:
+            ratio = r[what] / plain[r["context"]][what]
         return f"{name}  {ratio:.2f}x" if ratio else name
+
 
     for ax, what, factor, unit, title, better in (
             (axes[0], "generation_tps", 1, "tokens/s", "Generation speed", "higher"),
@@ -318,13 +338,14 @@ def generate_figure(document):
             (axes[3], "peak_bytes", 1e-6, "MB", "Peak memory, the model included", "lower")):
         speed = what.endswith("tps")
         ends = _lines(ax, rows, "context", lambda r: r[what] * factor, lambda r: r["name"],
-                      lambda r: label(r, what), names, (lambda r: r[f"{what}_quartiles"]) if speed else None)
+                      lambda r: label(r, what), names, max if speed else min,
+                      (lambda r: r[f"{what}_quartiles"]) if speed else None)
         if what == "cache_bytes":
             _plain_log(ax)
         else:
             ax.set_ylim(bottom=0)
         ax.set_ylabel(unit)
-        ax.set_title(f"{title}\n{better} is better", loc="left", fontsize=11)
+        ax.set_title(f"{title}\n{better} is better; {RATIO}", loc="left", fontsize=11)
         _label_ends(ax, ends)
     return figure
 
@@ -334,7 +355,7 @@ def _page(document, svg):
     columns = [k for k in ("operation", "name", "column", "context", "tokens", "head_dim", "gqa", "median_seconds",
                            "uncertainty", "gb_per_s", "bandwidth_share", "times_uncompressed", "generation_tps",
                            "generation_tps_ratio", "prompt_tps", "prompt_tps_ratio", "cache_bytes", "peak_bytes",
-                           "error", "kld", "status") if any(k in r for r in document["rows"])]
+                           "error", "kld", "status", "problem") if any(k in r for r in document["rows"])]
 
     def cell(x):
         return f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x)

@@ -260,7 +260,7 @@ class TurboKVCache:
     def _evaluate(self):
         """Start computing new buffers that the arrays we return do not read: another thread cannot evaluate them,
         and until then they would hold what they are computed from."""
-        mx.async_eval([side.buffers() for side in self._sides])
+        mx.async_eval([side.buffers() for side in self._sides], self._observed_queries())
 
     def _check(self, keys, values):
         for x, name, side in ((keys, "keys", self._sides[0]), (values, "values", self._sides[1])):
@@ -354,6 +354,10 @@ class TurboKVCache:
         self._observed = auto.newest([*seen, (queries, positions)]), scale, sinks
         if self.n_recent > self._capacity():
             self._decide()
+
+    def _observed_queries(self):
+        """What `observe` holds on to, arrays; none once auto has chosen. (The attention sinks are the model's.)"""
+        return [queries for queries, _ in self._observed[0]] if self._observed else []
 
     def _capacity(self):
         """Tokens from which on recent ones are packed."""
@@ -458,8 +462,8 @@ class TurboKVCache:
 
     @property
     def nbytes(self):
-        """Bytes of all buffers, unused room included."""
-        return sum(side.nbytes for side in self._sides)
+        """Bytes of all buffers, unused room included, and of the queries that auto has observed, until it chooses."""
+        return sum(side.nbytes for side in self._sides) + sum(queries.nbytes for queries in self._observed_queries())
 
     def _counts(self):
         """(n_sink, n_packed, n_recent) of each sequence."""

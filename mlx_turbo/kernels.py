@@ -5,6 +5,7 @@ compared with the NumPy reference on a few vectors, once per process; a kernel t
 raises `BackendError`. Nothing here ever falls back to another backend.
 """
 import functools
+import itertools
 import math
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -21,6 +22,10 @@ BODY_MARKER = "// ==== body\n"
 
 class BackendError(RuntimeError):
     """A backend was asked for that is not there, does not build, or computes something wrong."""
+
+
+class WrongResultError(BackendError):
+    """A kernel runs, and disagrees with the reference."""
 
 
 class QuantizeSide(NamedTuple):
@@ -88,9 +93,12 @@ class AttendTuning(NamedTuple):
     one_launch_tokens: int = 1024  # up to so many a threadgroup does a kv head alone and no merge is needed
 
 
-# Operations per (key, value) pair as counted at head_dim 128: for a row of queries, for a simdgroup that decodes for
-# itself or reads a tile, and for decoding a tile.
-ROW, DECODE_ALONE, READ_TILE, DECODE_TILE = 2.1, 8.0, 3.8, 6.3
+# Operations per (key, value) pair as counted at head_dim 128: for a row of queries, for a simdgroup that reads a tile,
+# and for decoding a tile. A simdgroup that decodes for itself takes 8.0.
+ROW, READ_TILE, DECODE_TILE = 2.1, 3.2, 7.4
+FAR_ROW = 0.05  # more for a row whose query is not in threadgroup memory: a guess at the price of reading it elsewhere
+MOST_ROWS = 12  # of a simdgroup that shares tiles
+MOST_SIMDGROUPS = 12  # of a threadgroup: an Apple core has registers for 384 threads of 128 registers
 
 
 class AttendShape(NamedTuple):
@@ -101,6 +109,12 @@ class AttendShape(NamedTuple):
     NS: int
     SHARED: bool = False
     CHUNKS: int = 1
+    FAR: bool = False
+
+    @property
+    def rows(self):
+        """Rows that a threadgroup works on, for which packed words are decoded once."""
+        return self.H * (self.NS if self.SHARED else 1)
 
 
 @functools.lru_cache(maxsize=None)
@@ -115,19 +129,9 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, n_rows, one):
     n_simdgroups = -(-n_rows // most)
     rows = -(-n_rows // n_simdgroups)
     if not one and n_simdgroups > 1:  # simdgroups side by side on the same tokens, which are decoded once for all
-        costs = {None: n_simdgroups * (rows * ROW + DECODE_ALONE)}
-        for side_by_side in range(2, min(8, n_simdgroups) + 1):
-            groups = -(-n_simdgroups // side_by_side)
-            each = -(-n_rows // (groups * side_by_side))
-            for chunks in (1, 2) if key_dim % 64 == 0 else (1,):  # of a tile, where it does not fit whole
-                tile = 2 * 32 * max(key_dim // chunks + 8, (value_dim + 8) // chunks)
-                if side_by_side * (each * 4 * key_dim + 128 * _padded(each)) + tile <= THREADGROUP_BYTES:
-                    shape = AttendShape(each, 1, dims_per_lane, side_by_side, True, chunks)
-                    costs[shape] = groups * (side_by_side * (each * ROW + READ_TILE) + DECODE_TILE)
-                    break
-        best = min(costs, key=costs.get)
-        if best:
-            return best
+        costs = _shared_shapes(tuning, key_dim, value_dim, n_rows)
+        if costs:
+            return min(costs, key=costs.get)
     tokens = tuning.tokens_per_lane_few_rows if rows <= 2 else tuning.tokens_per_lane
     simdgroups = tuning.simdgroups_one_launch if one else tuning.simdgroups
     queries = (2 if one and key_bits else 1) * 4 * rows * key_dim
@@ -140,8 +144,26 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, n_rows, one):
     return AttendShape(rows, tokens, dims_per_lane, simdgroups)
 
 
+def _shared_shapes(tuning, key_dim, value_dim, n_rows):
+    """{shape: (how often a packed word is decoded, operations)} where simdgroups share decoded tiles."""
+    dims_per_lane = next(e for e in range(4, 65, 4) if value_dim % e == 0 and value_dim // e <= 32)
+    most, costs = max(1, min(MOST_ROWS, tuning.accumulators // dims_per_lane)), {}
+    for side_by_side in range(2, MOST_SIMDGROUPS + 1):
+        groups = -(-n_rows // (side_by_side * most))
+        rows = -(-n_rows // (side_by_side * groups))
+        for far, chunks in itertools.product((False, True), (1, 2) if key_dim % 64 == 0 else (1,)):
+            tile = 2 * 32 * max(key_dim // chunks + 8, (value_dim + 8) // chunks)
+            queries = 0 if far else rows * 4 * key_dim
+            if side_by_side * (queries + 128 * _padded(rows)) + tile <= THREADGROUP_BYTES:
+                shape = AttendShape(rows, 1, dims_per_lane, side_by_side, True, chunks, far)
+                per_simdgroup = rows * (ROW + far * FAR_ROW) + READ_TILE
+                costs[shape] = groups, groups * (side_by_side * per_simdgroup + DECODE_TILE)
+                break
+    return costs
+
+
 def _padded(rows):
-    return 1 << (rows - 1).bit_length()
+    return rows if rows <= 2 else -(-rows // 4) * 4
 
 
 def attend_blocks(tuning, shape, n_exact, n_packed, n_groups, one):
@@ -195,8 +217,9 @@ def _attend_diagonals(key_dim, value_dim, seed):
 @functools.lru_cache(maxsize=64)
 def _attend_dims(*values):
     """The same small array for all layers of a step."""
-    *integers, scale, segment, window = values
-    return mx.array(np.array([*integers, np.float32(scale * LOG2_E).view(np.int32), segment, window], np.int32))
+    *integers, scale, segment, window, acc_rows = values
+    scale = np.float32(scale * LOG2_E).view(np.int32)
+    return mx.array(np.array([*integers, scale, segment, window, acc_rows], np.int32))
 
 
 @functools.lru_cache(maxsize=None)
@@ -418,11 +441,13 @@ class MetalBackend:
         return list(outs[:n])
 
     def _one_launch(self, queries, keys, values, counts):
-        """Whether one launch does it: not for many tokens, and not where packed words would be decoded thrice."""
+        """Whether one launch does it: not for many tokens, and not where packed words would be decoded twice, or thrice
+        for 8 or more heads."""
         tuning = self.tuning_of(keys, values)
         shape = attend_shape(tuning, keys.bits, values.bits, keys.head_dim, values.head_dim, 1, True)
         n_rows = queries.shape[1] // _n_kv_heads(keys) * queries.shape[2]
-        return sum(counts) <= tuning.one_launch_tokens and n_rows <= 2 * (tuning.accumulators // shape.E)
+        twice = queries.shape[1] // _n_kv_heads(keys) >= 8
+        return sum(counts) <= tuning.one_launch_tokens and n_rows <= (1 + twice) * (tuning.accumulators // shape.E)
 
     def _attend(self, queries, keys, values, counts, scale, mask, sinks, starts, ends, window, seed, one):
         batch, n_heads, n_query_tokens, key_dim = queries.shape
@@ -431,7 +456,7 @@ class MetalBackend:
         n_rows = n_heads // n_kv_heads * n_query_tokens
         tuning = self.tuning_of(keys, values)
         shape = attend_shape(tuning, keys.bits, values.bits, key_dim, values.head_dim, n_rows, one)
-        row_groups = -(-n_rows // (shape.H * (shape.NS if shape.SHARED else 1)))
+        row_groups = -(-n_rows // shape.rows)
         n_groups = batch * n_kv_heads * row_groups
         seen_sink, seen_packed, seen_recent = seen_counts(counts, window, n_query_tokens, ends is not None)
         exact_blocks, blocks = attend_blocks(tuning, shape, seen_sink + seen_recent, seen_packed, n_groups, one)
@@ -444,8 +469,11 @@ class MetalBackend:
             if mask.dtype not in (mx.bool_, mx.float16, mx.bfloat16, mx.float32):
                 mask = mask.astype(mx.bool_)
             mask = mx.broadcast_to(mask, (batch, n_heads, n_query_tokens, sum(counts)))
+        acc_rows, acc_row = n_rows, values.head_dim
+        if shape.FAR:
+            acc_rows, acc_row = row_groups * shape.rows, max(key_dim, values.head_dim)
         dims = _attend_dims(n_sink, n_packed, n_recent, exact_blocks, blocks, row_groups, flags, n_query_tokens,
-                            n_heads, n_kv_heads, scale, keys.segment, window or NO_WINDOW)
+                            n_heads, n_kv_heads, scale, keys.segment, window or NO_WINDOW, acc_rows)
         diag = _attend_diagonals(key_dim, values.head_dim, seed)
         sides, exact_types = [], []
         for side in (keys, values):
@@ -464,14 +492,16 @@ class MetalBackend:
                     ("DV", values.head_dim), ("KM", keys.has_means), ("VM", values.has_means),
                     *shape._asdict().items(), ("ONE", one)]
         out_shape = (batch, n_heads, n_query_tokens, values.head_dim)
-        partial_shape = (batch, n_kv_heads, n_rows, blocks, values.head_dim)
+        partial_shape = (batch, n_kv_heads, blocks, acc_rows, acc_row)
         sinks_or_any = queries if sinks is None else sinks
         kernel = self._kernel("attend", ATTEND_INPUTS, ["acc", "ml"])
         acc, ml = kernel(
             inputs=[queries, *sides, *means, diag, queries if mask is None else mask, sinks_or_any,
                     *(dims if a is None else a for a in (starts, ends)), dims],
-            template=template, grid=(32, blocks * (shape.NS if shape.SHARED else 1), n_groups), threadgroup=(32, shape.NS, 1),
-            output_shapes=[out_shape if one else partial_shape, (1,) if one else (*partial_shape[:-1], 2)],
+            template=template, grid=(32, blocks * (shape.NS if shape.SHARED else 1), n_groups),
+            threadgroup=(32, shape.NS, 1),
+            output_shapes=[out_shape if one else partial_shape,
+                           (1,) if one else (batch, n_kv_heads, n_rows, blocks, 2)],
             output_dtypes=[queries.dtype if one else mx.float32, mx.float32])
         if one:
             return acc
@@ -480,7 +510,7 @@ class MetalBackend:
         out, = kernel(
             inputs=[acc, ml, means[1], diag, sinks_or_any, dims],
             template=[("T", queries.dtype), ("D", values.head_dim), ("BITS", values.bits),
-                      ("MEAN", values.has_means), ("OFFSET", rounds * key_dim),
+                      ("MEAN", values.has_means), ("OFFSET", rounds * key_dim), ("ACC_ROW", acc_row),
                       ("MS", MERGE_SIMDGROUPS)],
             grid=(32, MERGE_SIMDGROUPS, batch * n_heads * n_query_tokens), threadgroup=(32, MERGE_SIMDGROUPS, 1),
             output_shapes=[out_shape], output_dtypes=[queries.dtype])
@@ -503,7 +533,7 @@ class MetalBackend:
         except Exception as e:
             raise BackendError(f"the Metal kernel does not build or run: {what} on {device_name()}\n{e}") from e
         if error:
-            raise BackendError(
+            raise WrongResultError(
                 f"the Metal kernel disagrees with the NumPy reference: {what} on {device_name()}: {error}. Nothing "
                 "was computed on another backend; MLX_TURBO_BACKEND=cpu does that. Please report this.")
 
@@ -545,7 +575,7 @@ class MetalBackend:
             cached.append(CachedSide(exact[:, :, :counts[0]], codes, scale, exact[:, :, -counts[2]:], bits, head_dim,
                                      means, segment))
         scale = sides[0][1] ** -0.5
-        queries = mx.array(rng.standard_normal((1, shape.H * (shape.NS if shape.SHARED else 1), 1, sides[0][1])).astype(np.float32)).astype(dtype)
+        queries = mx.array(rng.standard_normal((1, shape.rows, 1, sides[0][1])).astype(np.float32)).astype(dtype)
         got = self._attend(queries, *cached, counts, scale, None, None, mx.array([1] * 8, mx.int32),
                            mx.array([sum(counts) - 1] * 8, mx.int32), None, 0, one)
         x, y = (a[:, :, 1:-1] for a in restored)

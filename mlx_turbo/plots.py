@@ -49,7 +49,9 @@ def quality_plot(file, points, title, subtitle, footer):
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     groups = list(dict.fromkeys(p[1] for p in points))
-    for group, colour, marker in zip(groups, ("#1f5fbf", "#c8641e", "#3c8c3c", "#7a3fa0"), "osD^"):
+    others = iter(("#c8641e", "#3c8c3c", "#7a3fa0"))
+    for group, marker in zip(groups, "osD^"):
+        colour = "#0050c8" if group == "mlx_turbo" else next(others)  # as in bench_plots.py
         label, _, bits, kld, error = zip(*sorted((p for p in points if p[1] == group), key=lambda p: p[2]))
         axes.errorbar(bits, kld, yerr=None if None in error else error, color=colour, marker=marker, markersize=8,
                       linewidth=0, elinewidth=1.4, capsize=3, label=group)

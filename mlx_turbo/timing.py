@@ -168,12 +168,16 @@ def power():
     return {name: " ".join(text.split()) for name, text in {**notes, "mode": ", ".join(modes)}.items() if text}
 
 
+def command(argv):
+    """`mlx-turbo bench` as it was called, without the user's name: it is sent to us."""
+    return shlex.join(["mlx-turbo", "bench", *argv]).replace(str(Path.home()), "~")
+
+
 def header(what, argv, backend):
     """The start of every document: what ran, where, and how it was called."""
     from .doctor import machine
 
-    command = shlex.join(["mlx-turbo", "bench", *argv]).replace(str(Path.home()), "~")  # no names in what is sent to us
-    return {"benchmark": what, "format": 1, "command": command, "commit": commit(),
+    return {"benchmark": what, "format": 1, "command": command(argv), "commit": commit(),
             "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "backend": backend, "machine": machine(), "power": power(),
             "method": {"warm_up_seconds": WARM_UP_SECONDS, "sample_seconds": SAMPLE_SECONDS,
                        "until_uncertainty": UNCERTAINTY, "order": "interleaved, rotating"},

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What attention over a compressed cache costs on this machine, beside mlx-lm's own caches.
+"""What attention over a compressed cache costs on this machine, beside mlx-lm's own caches: two tables.
 
-    python scripts/attention_timing.py              two tables; a minute
+    python scripts/attention_timing.py              a minute
     python scripts/attention_timing.py --quick      short contexts, few repeats: to see that it runs
     python scripts/attention_timing.py --json       the same numbers, nothing else on stdout
 
-1. Attention of one decode step, cache update not included: 32 query heads, 8 kv heads, head_dim 128. Medians and
-   quartiles of interleaved repeats, each contender once per round, so that a busy machine slows all of them.
+1. Attention of one decode step at 4,096 and 16,384 tokens, cache update not included: 32 query heads, 8 kv heads,
+   head_dim 128. Rows of `mlx-turbo bench kernels`, which has more of them.
 2. Python overhead per layer and token: update_and_fetch and the model's call of scaled_dot_product_attention with our
    door installed, one new token, layer after layer as a model does it, nothing evaluated inside the timed part. Steps
    in which our cache packs a block (one in 64) or mlx-lm's grows (one in 256) are among them; the median hides them.
@@ -22,100 +22,66 @@ import sys
 import time
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import mlx.core as mx  # noqa: E402
 import mlx_lm.models.base as base  # noqa: E402
+import numpy as np  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache  # noqa: E402
+from no_kernels import NoKernels  # noqa: E402
 
-from mlx_turbo import attention, ops  # noqa: E402
+from mlx_turbo import attention, bench, bench_kernels, ops, timing  # noqa: E402
 from mlx_turbo.cache import TurboKVCache  # noqa: E402
-from mlx_turbo.kernels import MetalBackend, device_name  # noqa: E402
+from mlx_turbo.kernels import device_name  # noqa: E402
+from mlx_turbo.scheme import TurboConfig  # noqa: E402
 
-N_HEADS, N_KV_HEADS, HEAD_DIM = 32, 8, 128
-SCALE = HEAD_DIM ** -0.5
+N_HEADS, N_KV_HEADS, HEAD_DIM = 32, bench_kernels.N_KV_HEADS, 128
 N_LAYERS = 8  # whose Python runs at a stretch; the first after an evaluation finds the processor's caches cold
 
 
-class NoKernels(MetalBackend):
-    """The Python side of the Metal path: kernels return zeros at once, and are not tested."""
-
-    def __init__(self):
-        super().__init__(lambda *names, **options: self._zeros)
-
-    @staticmethod
-    def _zeros(*, output_shapes, output_dtypes, **arguments):
-        return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
-
-    def _run_check(self, what, check):
-        pass
-
-    def describe(self):
-        return "metal path with kernels that do nothing"
-
-
-def random_tokens(rng, n_heads, n, dtype):
-    return mx.array(rng.standard_normal((1, n_heads, n, HEAD_DIM)).astype(np.float32)).astype(dtype)
-
-
-def filled(cache, n_tokens, dtype):
-    """The cache with n_tokens random tokens, evaluated."""
-    rng = np.random.default_rng(0)
-    for at in range(0, n_tokens, 2048):
-        n = min(2048, n_tokens - at)
-        cache.update_and_fetch(*(random_tokens(rng, N_KV_HEADS, n, dtype) for _ in "kv"))
-        mx.eval(cache.state)
-    return cache
-
-
-def quartiles(seconds, unit):
-    low, middle, high = np.percentile(seconds, (25, 50, 75)) / unit
-    return {"median": float(middle), "quartiles": [float(low), float(high)]}
-
-
 # ---- 1: attention ----------------------------------------------------------------------------------------------
-def time_attention(n_tokens, repeats, dtype, names):
-    """Rows: attention of one query token over n_tokens of each kind of cache, in milliseconds."""
-    queries = random_tokens(np.random.default_rng(1), N_HEADS, 1, dtype)
-    plain, affine, turbo = (filled(cache, n_tokens, dtype)
-                            for cache in (KVCache(), QuantizedKVCache(bits=4), TurboKVCache("turbo4")))
-    keys, values = plain.keys[:, :, :n_tokens], plain.values[:, :, :n_tokens]
-    quantized, view = affine.keys_and_values(), turbo.keys_and_values()[0].view
-    mx.eval(queries, keys, values, quantized)
-    contenders = {
-        "uncompressed": (names["mlx"], lambda: mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=SCALE)),
-        "mlx-lm 4 bit": (names["mlx"], lambda: base.quantized_scaled_dot_product_attention(
-            mx.array(queries), *quantized, scale=SCALE, mask=None, group_size=64, bits=4)),  # it scales in place
-        "turbo4": (names["ours"], lambda: attention.attend(queries, view, scale=SCALE)),
-    }
-    seconds = {name: [] for name in contenders}
-    for i in range(repeats + 2):
-        for name, (_, attend) in contenders.items():
-            start = time.perf_counter()
-            mx.eval(attend())
-            if i >= 2:  # warm
-                seconds[name].append(time.perf_counter() - start)
-    return [{"what": "attention", "cache": name, "backend": backend, "tokens": n_tokens, "dtype": str(dtype),
-             "unit": "ms", "repeats": repeats, **quartiles(seconds[name], 1e-3),
-             "over_uncompressed": float(np.median(seconds[name]) / np.median(seconds["uncompressed"]))}
-            for name, (backend, _) in contenders.items()]
+def time_attention(n_tokens, effort, dtype):
+    """Rows of `bench kernels`: attention of one query token over n_tokens of each kind of cache."""
+    backend, device = ops.get_backend(), mx.default_device().type.name
+    scheme = TurboConfig("turbo4").scheme
+    grid = bench_kernels.Grid((n_tokens,), (HEAD_DIM,), (N_HEADS // N_KV_HEADS,), (scheme,), dtype)
+    (_, contenders), = bench_kernels.attention_contenders(grid, [backend], n_tokens, HEAD_DIM, device)
+    contenders = [c for c in contenders if c.column != "NumPy reference"]
+    rows = bench_kernels.measure(contenders, effort, {"what": "attention", "operation": "attention", "tokens": n_tokens,
+                                                      "head_dim": HEAD_DIM, "gqa": grid.gqa[0]})
+    for row in rows:
+        if row["status"] != "ok":
+            raise SystemExit(f"attention_timing: {row['status']}: {bench.describe_row(row)}: {row['problem']}")
+    return rows
 
 
 # ---- 2: Python overhead ----------------------------------------------------------------------------------------
-def time_overhead(n_tokens, steps, dtype, names):
-    """Rows: microseconds of Python per layer and token, nothing evaluated inside."""
-    rng = np.random.default_rng(2)
+def filled(cache, n_tokens, rng, dtype):
+    """The cache with n_tokens random tokens, evaluated."""
+    cache.update_and_fetch(*(random_tokens(rng, N_KV_HEADS, n_tokens, dtype) for _ in "kv"))
+    mx.eval(cache.state)
+    return cache
+
+
+def random_tokens(rng, n_heads, n, dtype):
+    """From NumPy: after mx.random, MLX's thread is still busy while the next step is timed (5 us a layer)."""
+    return mx.array(rng.standard_normal((1, n_heads, n, HEAD_DIM)).astype(np.float32)).astype(dtype)
+
+
+def time_overhead(n_tokens, steps, dtype):
+    """Rows: seconds of Python per layer and token, nothing evaluated inside."""
+    mlx = f"MLX on the {mx.default_device().type.name.upper()}"
     kinds = {
-        ("uncompressed", names["mlx"]): (KVCache, None),
-        ("mlx-lm 4 bit", names["mlx"]): (lambda: QuantizedKVCache(bits=4), None),
-        ("turbo4", names["ours"]): (TurboKVCache, None),
+        ("uncompressed", mlx): (KVCache, None),
+        ("mlx-lm 4 bit", mlx): (lambda: QuantizedKVCache(bits=4), None),
+        ("turbo4", ops.get_backend().describe()): (TurboKVCache, None),
     }
     if ops.metal_unavailable():
         stub = NoKernels()
         kinds["turbo4", stub.describe()] = TurboKVCache, stub
-    layers = {kind: [filled(make(), n_tokens, dtype) for _ in range(N_LAYERS)] for kind, (make, _) in kinds.items()}
+    rng = np.random.default_rng(0)
+    layers = {kind: [filled(make(), n_tokens, rng, dtype) for _ in range(N_LAYERS)]
+              for kind, (make, _) in kinds.items()}
     seconds = {kind: [] for kind in kinds}
     attention.install()
     try:
@@ -127,11 +93,10 @@ def time_overhead(n_tokens, steps, dtype, names):
                     seconds[kind].append(took)
     finally:
         attention.uninstall()
-    affine = np.median(seconds["mlx-lm 4 bit", names["mlx"]])
-    return [{"what": "python overhead", "cache": cache, "backend": backend, "tokens": n_tokens, "dtype": str(dtype),
-             "unit": "us", "repeats": steps, **quartiles(took, 1e-6),
-             "over_mlx_lm_4_bit": float(np.median(took) / affine)}
-            for (cache, backend), took in seconds.items()]
+    found = {kind: timing.Timing.of(taken, 1) for kind, taken in seconds.items()}
+    return [{"what": "python overhead", "name": name, "column": column, "tokens": n_tokens, "n": t.n,
+             "median_seconds": t.median, "low_seconds": t.low, "high_seconds": t.high, "uncertainty": t.uncertainty,
+             "times_mlx_lm_4_bit": t.median / found["mlx-lm 4 bit", mlx].median} for (name, column), t in found.items()]
 
 
 def one_step(caches, rng, dtype):
@@ -142,7 +107,8 @@ def one_step(caches, rng, dtype):
     start = time.perf_counter()
     for cache, (queries, keys, values) in zip(caches, new):
         keys, values = cache.update_and_fetch(keys, values)
-        outs.append(base.scaled_dot_product_attention(queries, keys, values, cache=cache, scale=SCALE, mask=None))
+        outs.append(base.scaled_dot_product_attention(queries, keys, values, cache=cache, scale=HEAD_DIM ** -0.5,
+                                                      mask=None))
     took = time.perf_counter() - start
     del outs, keys, values
     mx.eval([cache.state for cache in caches])
@@ -150,46 +116,36 @@ def one_step(caches, rng, dtype):
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------
-def print_tables(rows):
-    print(f"{device_name()}, MLX {mx.__version__}, {rows[0]['dtype'].removeprefix('mlx.core.')}: "
-          f"{N_HEADS} query heads, {N_KV_HEADS} kv heads, head_dim {HEAD_DIM}")
-    for what, title, relative in (
-            ("attention", "Attention of one decode step, milliseconds", "over_uncompressed"),
-            ("python overhead", "Python per layer and token, microseconds, nothing evaluated", "over_mlx_lm_4_bit")):
-        print(f"\n{title}\n{'cache':14}{'tokens':>8}{'median':>9}   {'quartiles':18}{relative.replace('_', ' '):>18}"
-              "   backend")
+def print_tables(rows, dtype):
+    print(f"{device_name()}, MLX {mx.__version__}, {bench_kernels.dtype_name(dtype)}: {N_HEADS} query heads, "
+          f"{N_KV_HEADS} kv heads, head_dim {HEAD_DIM}. +-: half the 95 % interval of the median")
+    for what, title, unit, times, over in (
+            ("attention", "Attention of one decode step, milliseconds", 1e-3, "times_uncompressed", "uncompressed"),
+            ("python overhead", "Python per layer and token, microseconds, nothing evaluated", 1e-6,
+             "times_mlx_lm_4_bit", "mlx-lm 4 bit")):
+        print(f"\n{title}\n{'cache':<14}{'tokens':>8}{'median':>9}{'+-':>6}{'over ' + over:>18}   computed by")
         for row in rows:
             if row["what"] == what:
-                low, high = row["quartiles"]
-                spread = f"{low:.2f} .. {high:.2f}"
-                print(f"{row['cache']:14}{row['tokens']:8}{row['median']:9.2f}   {spread:18}{row[relative]:17.2f}x"
-                      f"   {row['backend']}")
+                print(f"{row['name']:<14}{row['tokens']:>8}{row['median_seconds'] / unit:>9.2f}"
+                      f"{row['uncertainty']:>6.0%}{row[times]:>17.2f}x   {row['column']}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", help="context lengths of the first table (4096 16384)")
-    parser.add_argument("--repeats", type=int, help="of each contender (30)")
     parser.add_argument("--quick", action="store_true", help="short contexts, few repeats")
     parser.add_argument("--json", action="store_true", help="a list of rows on stdout, and nothing else there")
     args = parser.parse_args()
-    lengths = args.tokens or ((512,) if args.quick else (4096, 16384))
-    repeats = args.repeats or (3 if args.quick else 30)
-    on_metal = mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
-    dtype = mx.float16 if on_metal else mx.float32
-    names = {"mlx": "mlx on the " + ("GPU" if on_metal else "CPU"), "ours": ops.get_backend().describe()}
-
+    dtype = mx.float32 if ops.metal_unavailable() else mx.float16
     rows = []
-    for n_tokens in lengths:
+    for n_tokens in (512,) if args.quick else (4096, 16384):
         print(f"attention over {n_tokens} tokens", file=sys.stderr, flush=True)
-        rows += time_attention(n_tokens, repeats, dtype, names)
+        rows += time_attention(n_tokens, bench.QUICK if args.quick else timing.Effort(), dtype)
     print("python overhead", file=sys.stderr, flush=True)
-    rows += time_overhead(256 if args.quick else 1024, 20 if args.quick else 300, dtype, names)
+    rows += time_overhead(256 if args.quick else 1024, 20 if args.quick else 300, dtype)
     if args.json:
-        json.dump(rows, sys.stdout, indent=1)
-        print()
+        print(json.dumps([{**row, "dtype": bench_kernels.dtype_name(dtype)} for row in rows], indent=1))
     else:
-        print_tables(rows)
+        print_tables(rows, dtype)
 
 
 if __name__ == "__main__":

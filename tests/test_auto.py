@@ -114,6 +114,27 @@ def test_without_queries_the_keys_decide_and_the_report_says_so(backend, norm, b
 
 
 @fast
+def test_observed_queries_are_bytes_of_the_cache_until_it_has_chosen(backend):
+    keys, values = turning(300)
+    queries = queries_for(keys)
+    cache, unseen = TurboKVCache("auto"), TurboKVCache("auto")
+    prompt(cache, keys[:, :, :100], values[:, :, :100], 100, queries[:, :, :100])
+    prompt(unseen, keys[:, :, :100], values[:, :, :100], 100)
+    assert cache.nbytes == held_nbytes(cache) == unseen.nbytes + 16 * 2 * 64 * 4  # 16 query tokens of two heads
+    batch = TurboKVCache.merge([cache, unseen])
+    assert batch.nbytes == held_nbytes([batch._sides, batch._observed]) > held_nbytes(batch._sides)
+    for i in range(100, 110):  # decode steps, whose queries the rows share
+        new = [mx.concatenate([x[:, :, i:i + 1]] * 2) for x in (keys, values, queries)]
+        batch.update_and_fetch(*new[:2])
+        batch.observe(new[2], 0.125)
+    assert batch.nbytes == held_nbytes([batch._sides, batch._observed])
+    row = batch.extract(1)  # 10 query tokens of its own, and not a view of both rows'
+    assert row.nbytes == held_nbytes(row) == sum(side.nbytes for side in row._sides) + 10 * 2 * 64 * 4
+    prompt(cache, keys[:, :, 100:], values[:, :, 100:], 200, queries[:, :, 100:])
+    assert not cache.undecided and cache.nbytes == sum(side.nbytes for side in cache._sides) == held_nbytes(cache)
+
+
+@fast
 def test_auto_from_another_scheme_never_takes_bits_away(backend):
     keys, values = turning(512, 0)
     for scheme, name in (("turbo3", "turbo4v3"), ("turbo8v2", "turbo8v2"), ("turbo0v4", "turbo0v4")):

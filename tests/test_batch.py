@@ -85,7 +85,7 @@ class Rows:
         batch, alone = self.batch, self.alone
         assert batch.offset.dtype == mx.int32 and batch.offset.tolist() == [c.offset for c in alone]
         assert batch.size() == max(c.size() for c in alone) and batch.empty() == all(c.empty() for c in alone)
-        assert batch.nbytes == held_nbytes(batch._sides)
+        assert batch.nbytes == held_nbytes([batch._sides, batch._observed])
         for b, cache in enumerate(alone):
             assert same(state_of(batch.extract(b)), state_of(cache)), b
         if not batch.empty():

@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pages
 import pytest
 from mlx_lm.models.cache import CacheList
 from server_tools import STORIES, Conversation, Past, Reference, Server, cached, free_port, save_model, text_of
@@ -442,14 +442,11 @@ def test_a_cache_that_cannot_be_trimmed_is_not_filed_under_other_tokens_and_no_e
 
 
 # ---- docs/server.md ----------------------------------------------------------------------------------------
-PAGE = (Path(__file__).parents[1] / "docs" / "server.md").read_text()
-
-
 @pytest.mark.parametrize("language, word", [("bash", "curl"), ("python", "urllib")])
 def test_what_the_page_on_the_server_shows_works(demo, language, word):
-    blocks = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    blocks = pages.blocks("docs/server.md", language)
     assert blocks
-    for block in blocks:
+    for _, block in blocks:
         program = block.replace(":8080", f":{demo.port}")
         assert word in program and program != block
         if language == "bash" and not shutil.which("curl"):
@@ -458,7 +455,7 @@ def test_what_the_page_on_the_server_shows_works(demo, language, word):
         out = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert out.returncode == 0, out.stderr
         if "kv-cache" in block:
-            example = json.loads(re.search(r"^    (\{.*\})$", PAGE, re.MULTILINE)[1])
+            example = json.loads(re.search(r"^    (\{.*\})$", pages.text("docs/server.md"), re.MULTILINE)[1])
             assert set(json.loads(out.stdout)) == set(example)
         else:
             assert ", there was a little girl named Lily." in out.stdout
@@ -484,7 +481,7 @@ def test_two_hundred_requests_of_eight_conversations(start, reference, argv, mos
             held = settled(server)
             assert held["sequences"] <= 9
             # less: a hit and what it came from share buffers until one of them is written into
-            # more: what auto has observed (0.04 MB a layer), and a batch; 200 caches that are kept would be 120 MB
+            # more: a batch; 200 caches that are kept would be 120 MB
             assert 0.5 * held["nbytes"] < held["active_memory"] - rest < 1.1 * held["nbytes"] + 4e6
     assert len(behind) >= 25 * 8 and hits > 60
     assert max(behind) <= most_behind
