@@ -94,6 +94,10 @@ def all_checks():
         checks.append(AttendCheck((k_bits, k_dim), (v_bits, v_dim), groups[i % 5], (1, 3, 40)[i % 3],
                                   1100 if i % 6 == 3 else 90, masks[i % 4], i % 3 == 1, i // 4 % 2 == 1,
                                   (mx.bfloat16, mx.float16, mx.float32)[i % 7 % 3]))
+    # many rows, which share decoded tiles, with their queries in threadgroup memory or, from 48 on, elsewhere
+    for keys, values, heads, n_queries in (((4, 128), (4, 128), 4, 6), ((8, 128), (4, 128), 8, 16),
+                                           ((3, 256), (2, 256), 4, 16), ((4, 576), (4, 512), 16, 2)):
+        checks.append(AttendCheck(keys, values, heads, n_queries, 90, "causal", False, True, mx.bfloat16))
     return checks
 
 

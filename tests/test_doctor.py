@@ -4,7 +4,7 @@ import json
 import mlx.core as mx
 import pytest
 
-from mlx_turbo import BackendError, cli, doctor, use_backend
+from mlx_turbo import BackendError, cli, doctor, kernels, use_backend
 from mlx_turbo.fallback import CpuBackend
 
 
@@ -158,7 +158,16 @@ def test_attention_is_checked_with_every_scheme_head_dim_mask_length_and_dtype()
         pairs = {(c.keys[0], c.values[0]) for c in checks if (c.keys[1], c.values[1]) == (dim, dim)}
         assert pairs == {(k, v) for k in (0, 2, 3, 4, 8) for v in (0, 2, 3, 4, 8)} - {(0, 0)}
     assert {c.mask for c in checks} == {None, "causal", "boolean", "additive"}
-    assert {c.sinks for c in checks} == {False, True} and {c.n_queries for c in checks} == {1, 3, 40}
+    assert {c.sinks for c in checks} == {False, True} and {c.n_queries for c in checks} >= {1, 3, 40}
     assert {c.heads_per_kv_head for c in checks} >= {1, 4, 5, 8} and len({c.n_tokens for c in checks}) == 2
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
         assert any(c.dtype == dtype for c in checks)
+
+
+def test_attention_is_checked_with_tiles_of_each_kind():
+    """Decoded by each simdgroup for itself; shared by several; and shared by so many rows that queries lie elsewhere."""
+    shapes = {kernels.attend_shape(kernels.AttendTuning(), c.keys[0], c.values[0], c.keys[1], c.values[1],
+                                   c.heads_per_kv_head * c.n_queries, False)
+              for c in doctor.all_checks() if isinstance(c, doctor.AttendCheck) and c.n_queries <= 16}
+    assert {(s.SHARED, s.FAR) for s in shapes} == {(False, False), (True, False), (True, True)}
+    assert {s.CHUNKS for s in shapes} == {1, 2}
