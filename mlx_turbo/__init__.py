@@ -5,6 +5,7 @@
     mlx_turbo.enable(model, "turbo4")                        # for applications that make their own caches
 """
 from .batch import BatchTurboKVCache
+from .batch_rotating import BatchRotatingTurboKVCache
 from .cache import TurboKVCache
 from .files import load_prompt_cache, save_prompt_cache
 from .kernels import BackendError
@@ -15,6 +16,6 @@ from .scheme import Scheme, TurboConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "BatchTurboKVCache", "RotatingTurboKVCache", "Scheme", "TurboConfig", "TurboKVCache",
-           "dequantize", "describe", "disable", "enable", "get_backend", "load_prompt_cache", "make_prompt_cache",
-           "quantize", "save_prompt_cache", "use_backend"]
+__all__ = ["BackendError", "BatchRotatingTurboKVCache", "BatchTurboKVCache", "RotatingTurboKVCache", "Scheme",
+           "TurboConfig", "TurboKVCache", "dequantize", "describe", "disable", "enable", "get_backend",
+           "load_prompt_cache", "make_prompt_cache", "quantize", "save_prompt_cache", "use_backend"]

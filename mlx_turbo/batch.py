@@ -27,12 +27,14 @@ _ROW = ("n_packed", "n_recent", "n_pad", "key_means", "value_means")
 class _Plan(NamedTuple):
     """What an update with n_new tokens does; the mask must know before. Lists are per row.
 
-    spans: (first, n), the tokens that are not padding. before, after: how many are packed before and after attention.
-    n_packed, n_recent: as attention finds them, without the new tokens, and columns: (sink, packed, recent) then.
+    spans: (first, n), the tokens that are not padding. forget: how many of the oldest packed tokens go (of windows).
+    before, after: how many are packed before and after attention. n_packed, n_recent: as attention finds them, without
+    the new tokens, and columns: (sink, packed, recent) then.
     """
     n_new: int
     decide: bool
     spans: list
+    forget: list
     before: list
     after: list
     n_packed: list
@@ -82,10 +84,10 @@ def _rows(array, rows):
 
 
 def _ending_at(array, ends, n):
-    """The n tokens of array [B, H, N, D] before token ends[b] of row b: what is before the array's first is dead."""
-    if n == 0 or len(set(ends)) == 1 and ends[0] >= n:
+    """The n tokens of array [B, H, N, D] before token ends[b] of row b: what is outside of the array is dead."""
+    if n == 0 or len(set(ends)) == 1 and n <= ends[0] <= array.shape[2]:
         return array[:, :, ends[0] - n:ends[0]]
-    index = mx.maximum(mx.array(ends)[:, None] + mx.arange(-n, 0), 0)
+    index = mx.clip(mx.array(ends)[:, None] + mx.arange(-n, 0), 0, array.shape[2] - 1)
     return mx.take_along_axis(array, index[:, None, :, None], axis=2)
 
 
@@ -98,7 +100,7 @@ class BatchTurboKVCache(TurboKVCache):
     Raises ValueError for an unknown scheme or option.
     """
 
-    magic = BATCH_MAGIC
+    magic, row_names, _row_class = BATCH_MAGIC, _ROW, TurboKVCache
 
     def __init__(self, config="turbo4", left_padding=(0,), **options):
         self._pad = [int(n) for n in left_padding]
@@ -108,7 +110,7 @@ class BatchTurboKVCache(TurboKVCache):
         B = len(self._pad)
         super()._clear()
         del self.n_sink, self.n_packed, self.n_recent  # they are per row
-        self._n_packed, self._n_recent = [0] * B, [0] * B
+        self._n_packed, self._n_recent, self._n_forgotten = [0] * B, [0] * B, [0] * B
         self._centred = [False] * B, [False] * B  # of keys, of values: whether the row has means
         self._until = None  # per row, how many tokens come before right padding
         self._n_columns = 0  # of the recent tokens
@@ -117,12 +119,21 @@ class BatchTurboKVCache(TurboKVCache):
         self._observed, self._observed_with, self._last = [[] for _ in range(B)], None, []
         self._set_offset()
 
+    @classmethod
+    def _empty(cls, like, left_padding=(0,)):
+        """A batch without tokens, configured as a cache of this class or of a row."""
+        return cls(like.config, left_padding)
+
+    def _alone(self):
+        """A cache for a row, without tokens."""
+        return TurboKVCache(self.config)
+
     # ---- rows ------------------------------------------------------------------------------------------------
     def _sinks(self, n_packed):
         return self.config.sink if n_packed else 0
 
     def _tokens(self, b):
-        """Tokens of row b, padding not counted."""
+        """Tokens that are held of row b, padding not counted."""
         return self._sinks(self._n_packed[b]) + self._n_packed[b] + self._n_recent[b]
 
     @property
@@ -131,13 +142,14 @@ class BatchTurboKVCache(TurboKVCache):
 
     @property
     def offset(self):
-        """Tokens of each row, int32 [B]: negative as long as left padding is to come."""
+        """Tokens of each row so far, int32 [B]: negative as long as left padding is to come."""
         return self._offset
 
     def _set_offset(self):
         sink = self.config.sink
-        self._offset = mx.array([(sink + n_packed if n_packed else 0) + n_recent - pad for n_packed, n_recent, pad in
-                                 zip(self._n_packed, self._n_recent, self._pad)], mx.int32)
+        self._offset = mx.array([(sink + n_packed if n_packed else 0) + n_recent + n_forgotten - pad
+                                 for n_packed, n_recent, n_forgotten, pad in
+                                 zip(self._n_packed, self._n_recent, self._n_forgotten, self._pad)], mx.int32)
 
     def _changed(self):
         self.version += 1
@@ -168,6 +180,7 @@ class BatchTurboKVCache(TurboKVCache):
             alone.append((n_recent, max(n - (config.sink - n_sink), 0)))  # recent ones and new ones beside them
         decide = self.undecided and any(
             n > self._capacity() or (n + new > self._capacity() and new <= config.block) for n, new in alone)
+        forget = [self._to_forget(b) if n else 0 for b, (_, n) in enumerate(spans)]
         before, after = [0] * self._n_rows, [0] * self._n_rows
         for b, (n, new) in enumerate(alone):
             if self.undecided and not decide or not spans[b][1]:
@@ -177,11 +190,15 @@ class BatchTurboKVCache(TurboKVCache):
                 n = config.recent
             if n + new > capacity:
                 after[b] = n + new - config.recent
-        n_packed = [n + more for n, more in zip(self._n_packed, before)]
+        n_packed = [n - fewer + more for n, fewer, more in zip(self._n_packed, forget, before)]
         n_recent = [recent - more - (config.sink if more and not packed else 0)
                     for recent, more, packed in zip(self._n_recent, before, self._n_packed)]
-        return _Plan(n_new, decide, spans, before, after, n_packed, n_recent,
+        return _Plan(n_new, decide, spans, forget, before, after, n_packed, n_recent,
                      (*self._columns(n_packed), self._compacted(n_recent)))
+
+    def _to_forget(self, b):
+        """How many of its oldest packed tokens row b forgets when the next one comes."""
+        return 0
 
     def _compacted(self, n_recent):
         """Columns of the recent tokens once those that are dead in all rows are cut off, which waits until it is worth
@@ -206,13 +223,14 @@ class BatchTurboKVCache(TurboKVCache):
         plan = self._plan(n_new)
         if plan.decide:
             self._decide()
+        if any(plan.forget):
+            self._forget(plan.forget)
         self._pack_recent(plan.before)
         self._cut_recent(plan.columns[2])
         R, first = plan.columns[2], not any(plan.columns)
         if not first and not any(plan.after) and all(span == (0, n_new) for span in plan.spans):
             fetched = self._append(new, n_new)
-            self._n_free = 0 if self.undecided else \
-                self.config.recent + self.config.block - max(n_recent for *_, n_recent in self._counts())
+            self._n_free = 0 if self.undecided else self._free()
             return fetched
         tails = [mx.concatenate([_first(side.recent, R), x], axis=2) if R else x
                  for side, x in zip(self._sides, new)]
@@ -227,6 +245,9 @@ class BatchTurboKVCache(TurboKVCache):
         if first and not self.undecided:
             return new
         return self._fetch((*plan.columns[:2], R + n_new), tails, new if first else None)
+
+    def _free(self):
+        return self.config.recent + self.config.block - max(n_recent for *_, n_recent in self._counts())
 
     def _append(self, new, n_new):
         """The new tokens of all rows are recent ones, without padding."""
@@ -415,20 +436,24 @@ class BatchTurboKVCache(TurboKVCache):
     def make_mask(self, N, return_array=False, window_size=None):
         """The mask for the next N tokens: bool [B, 1, N, columns], True where a token is to be attended to.
         return_array is ignored: there may always be dead tokens to mask."""
+        _, mask, held, index, query = self._tokens_in_columns(N)
+        return mask if window_size is None else mask & (held + query < index + window_size)
+
+    def _tokens_in_columns(self, N):
+        """For the next N tokens: their plan; a mask [B, 1, N, columns], where a query's row has a token that is not
+        newer; how many tokens the row holds before [B, 1, 1, 1]; which of its tokens is in a column, from 0 on
+        [B, 1, 1, columns], where it has one; the number of the query [N, 1]."""
         plan = self._plan(N)
         n_sink, n_packed, _ = plan.columns
         base = sum(plan.columns)  # the column of the first new token
-        offset = [self._tokens(b) - pad for b, pad in enumerate(self._pad)]
-        rows = [(*plan.edges(b), offset[b]) for b in range(self._n_rows)]
-        front, back, offset = (mx.array(numbers, mx.int32)[:, None, None, None] for numbers in zip(*rows))
+        held = [self._tokens(b) - plan.forget[b] - pad for b, pad in enumerate(self._pad)]
+        rows = [(*plan.edges(b), held[b]) for b in range(self._n_rows)]
+        front, back, held = (mx.array(numbers, mx.int32)[:, None, None, None] for numbers in zip(*rows))
         column, query = mx.arange(base + N), mx.arange(N)[:, None]
         mask = (column < front) | (column >= back)
         if N > 1:
             mask = mask & (column <= base + query)
-        if window_size is not None:
-            position = mx.where(column < n_sink + n_packed, column, offset + column - base)
-            mask = mask & (offset + query < position + window_size)
-        return mask
+        return plan, mask, held, mx.where(column < n_sink + n_packed, column, held + column - base), query
 
     # ---- batches ---------------------------------------------------------------------------------------------
     def prepare(self, *, left_padding=None, lengths=None, right_padding=None):
@@ -463,10 +488,10 @@ class BatchTurboKVCache(TurboKVCache):
 
     @classmethod
     def _of(cls, cache):
-        """A TurboKVCache as a batch of one row; buffers are shared as long as nothing is appended."""
-        if type(cache) is not TurboKVCache:
-            raise ValueError(f"caches: got a {type(cache).__name__}, allowed are TurboKVCaches")
-        batch = cls(cache.config)
+        """The cache of a row as a batch; buffers are shared as long as nothing is appended."""
+        if type(cache) is not cls._row_class:
+            raise ValueError(f"caches: got a {type(cache).__name__}, allowed are {cls._row_class.__name__}s")
+        batch = cls._empty(cache)
         batch.undecided, batch._errors, batch._by = cache.undecided, dict(cache._errors), cache._by
         unpacked = not cache.n_packed
         for i, (mine, side) in enumerate(zip(batch._sides, cache._sides)):
@@ -502,15 +527,15 @@ class BatchTurboKVCache(TurboKVCache):
             if part.undecided and max(map(part._tokens, range(part._n_rows))) >= auto.FEWEST:
                 part._decide()
                 decided.append(part)
-        joined = cls(config, [pad for p in parts for pad in p._pad])
+        joined = cls._empty(parts[0], [pad for p in parts for pad in p._pad])
         if decided:
             best = max(decided, key=lambda p: _precision(p._sides[0].bits))
             joined._decided(best._sides[0].bits, dict(best._errors), best._by)
         else:
             joined._observed = [seen for p in parts for seen in p._observed]
             joined._observed_with = next((p._observed_with for p in parts if p._observed_with), None)
-        joined._n_packed, joined._n_recent = ([n for p in parts for n in getattr(p, name)]
-                                              for name in ("_n_packed", "_n_recent"))
+        for name in "_n_packed", "_n_recent", "_n_forgotten":
+            setattr(joined, name, [n for p in parts for n in getattr(p, name)])
         joined._n_columns = max(joined._n_recent)
         if any(p._until is not None for p in parts):
             raise ValueError("caches: one is in the middle of a right-padded prompt, which must be finalized first")
@@ -568,7 +593,7 @@ class BatchTurboKVCache(TurboKVCache):
 
     def _shallow(self):
         """A cache of the same arrays that can get other ones without this one noticing."""
-        twin = type(self)(self.config, self._pad)
+        twin = self._empty(self)
         twin.__dict__.update(self.__dict__)
         twin._unread, twin._sides = _Unread(), _make_sides(self.config)
         for mine, side in zip(twin._sides, self._sides):
@@ -581,7 +606,8 @@ class BatchTurboKVCache(TurboKVCache):
         rows = [every[i] for i in (batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices)]
         self._unread.forget()
         pick = lambda values: [values[b] for b in rows]  # noqa: E731
-        self._pad, self._n_packed, self._n_recent = map(pick, (self._pad, self._n_packed, self._n_recent))
+        for name in "_pad", "_n_packed", "_n_recent", "_n_forgotten":
+            setattr(self, name, pick(getattr(self, name)))
         self._until = None if self._until is None else pick(self._until)
         self._observed, self._last = pick(self._observed), pick(self._last) if self._last else []
         self._centred = tuple(map(pick, self._centred))
@@ -603,9 +629,9 @@ class BatchTurboKVCache(TurboKVCache):
             self._evaluate()
 
     def extract(self, idx):
-        """Row idx as a TurboKVCache of its own."""
+        """Row idx as a cache of its own."""
         b = list(range(self._n_rows))[idx]
-        cache = TurboKVCache(self.config)
+        cache = self._alone()
         cache.undecided, cache._errors, cache._by = self.undecided, dict(self._errors), self._by
         cache._sides[0].bits = self._sides[0].bits
         if not self._tokens(b):
@@ -673,28 +699,54 @@ class BatchTurboKVCache(TurboKVCache):
     def empty(self):
         return self.size() == 0
 
+    def to_kv_cache(self):
+        """A plain mlx_lm BatchKVCache with the same tokens, packed ones restored in the model's dtype.
+
+        Raises ValueError in the middle of a padded prompt.
+        """
+        from mlx_lm.models.cache import BatchKVCache
+
+        return self._plain(BatchKVCache, self._pad)
+
+    def _plain(self, kind, *empty):
+        """mlx-lm's batch cache of a kind; empty: what it is made of where no row has tokens."""
+        if self.empty():
+            return kind(*empty)
+        if any(self._pad) or self._until is not None:
+            raise ValueError("to_kv_cache: padding of the prompt is still to come")
+        return kind.merge([self.extract(b).to_kv_cache() for b in range(self._n_rows)])
+
     # ---- state -----------------------------------------------------------------------------------------------
+    def _row_counts(self):
+        """What `row_names` names, each a list of the rows'."""
+        return self._n_packed, self._n_recent, self._pad, *self._centred
+
     @property
     def state(self):
-        """Everything as a list of arrays: an int32 header, int32 [B, 5] with what _ROW names of each row, then per side
-        sink, codes, scale, means and recent, cut to the columns they have; parts without columns are left out."""
+        """Everything as a list of arrays: an int32 header, int32 [B, names] with what `row_names` names of each row,
+        then per side sink, codes, scale, means and recent, cut to the columns they have; parts without columns are left
+        out."""
         columns = (*self._columns(self._n_packed), self._n_columns)
-        rows = mx.array([*zip(self._n_packed, self._n_recent, self._pad, *self._centred)], mx.int32)
+        rows = mx.array([*zip(*self._row_counts())], mx.int32)
         return [mx.array(self._header(columns), mx.int32), rows, *self._arrays(columns)]
 
     @state.setter
     def state(self, arrays):
         header = _read_header(arrays[0] if arrays else None, self)
         config, key_bits = _read_config(header)
+        own = self._own_state(header, config)
         rows = arrays[1] if len(arrays) > 1 else None
-        if not isinstance(rows, mx.array) or rows.dtype != mx.int32 or rows.ndim != 2 or rows.shape[1] != len(_ROW):
-            raise ValueError(f"state: the second array is not int32 [B, {len(_ROW)}], the counts of the rows")
+        if not isinstance(rows, mx.array) or rows.dtype != mx.int32 or rows.ndim != 2 or rows.shape[1] != len(self.row_names):
+            raise ValueError(f"state: the second array is not int32 [B, {len(self.row_names)}], the counts of the rows")
         n_packed, n_recent, pad, *centred = map(list, zip(*rows.tolist()))
+        n_forgotten = centred.pop() if len(centred) > 2 else [0] * len(pad)
         sides, rest = _make_sides(config, None if key_bits < 0 else key_bits), iter(arrays[2:])
         columns = header["n_sink"], header["n_packed"], header["n_recent"]
         sink = config.sink if max(n_packed) else 0
-        if min(n_packed + n_recent + pad) < 0 or (sink, max(n_packed)) != columns[:2] or max(n_recent) > columns[2] \
-                or (key_bits < 0 and max(n_packed)):
+        if min(n_packed + n_recent + pad + n_forgotten) < 0 or (sink, max(n_packed)) != columns[:2] or max(n_recent) > columns[2] \
+                or (key_bits < 0 and max(n_packed)) or any(
+                    gone and (config.sink if packed else 0) + packed + recent < own["max_size"] - 1
+                    for gone, packed, recent in zip(n_forgotten, n_packed, n_recent)):
             raise ValueError(f"state: the header names {columns} columns, the rows {rows.tolist()}, with {config}")
         try:
             for side, name in zip(sides, ("key", "value")):
@@ -706,9 +758,11 @@ class BatchTurboKVCache(TurboKVCache):
         if sum(columns) and (sides[0].recent.shape[:2] != sides[1].recent.shape[:2]
                              or sides[0].recent.shape[0] != len(pad)):
             raise ValueError("state: keys, values and rows have different batch sizes or numbers of kv heads")
-        self.__init__(config, pad)
+        vars(self).update(own)
+        BatchTurboKVCache.__init__(self, config, pad)
         self._sides, self.undecided = sides, key_bits < 0
-        self._n_packed, self._n_recent, self._n_columns = n_packed, n_recent, columns[2]
+        self._n_packed, self._n_recent, self._n_forgotten = n_packed, n_recent, n_forgotten
+        self._n_columns = columns[2]
         self._centred = tuple([bool(x) for x in c] for c in centred)
         self._set_offset()
         self._evaluate()

@@ -342,13 +342,14 @@ class TurboKVCache:
         """See the queries [B, n_heads, L, Dk] of the newest L tokens: `auto` chooses by them. From attention.py."""
         if not self.undecided:
             return
-        n = queries.shape[2]
+        n, (counts,) = queries.shape[2], self._counts()
+        held = sum(counts)
         if n > 1:  # one token's queries are evaluated with the step, and kept as they are
             sample = auto.sample_queries(n)
-            queries, positions = mx.take(queries, mx.array(sample), axis=2), [self.offset - n + i for i in sample]
+            queries, positions = mx.take(queries, mx.array(sample), axis=2), [held - n + i for i in sample]
             mx.async_eval(queries)
         else:
-            positions = [self.offset - 1]
+            positions = [held - 1]
         seen = self._observed[0] if self._observed else []
         self._observed = auto.newest([*seen, (queries, positions)]), scale, sinks
         if self.n_recent > self._capacity():
@@ -468,14 +469,18 @@ class TurboKVCache:
         """(n_sink, n_packed, n_recent) of each sequence."""
         return [(self.n_sink, self.n_packed, self.n_recent)]
 
+    def _seen_counts(self):
+        """The same, of the tokens that a query sees."""
+        return self._counts()
+
     def report(self):
         """What the cache holds, as a dict of plain values: scheme (as it is, auto's choice included); tokens, of which
         sink, packed and recent; nbytes; uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would
         hold); packed_bits_per_value (of keys and values, from the arrays themselves); centred (sides with means);
         auto (None, or how the bits were chosen); backend; attention ("fused", or why a decode step is not)."""
         values = packed_bits = uncompressed = 0
-        n_tokens = [sum(counts) for counts in self._counts()]
-        n_sink, n_packed, n_recent = map(sum, zip(*self._counts()))
+        n_tokens = [sum(counts) for counts in self._seen_counts()]
+        n_sink, n_packed, n_recent = map(sum, zip(*self._seen_counts()))
         for side in self._sides:
             if side.recent is None:
                 continue

@@ -5,8 +5,9 @@ import warnings
 
 from . import attention
 from .batch import BatchTurboKVCache
+from .batch_rotating import BatchRotatingTurboKVCache
 from .cache import TurboKVCache
-from .rotating import RotatingTurboKVCache
+from .rotating import RotatingTurboKVCache, Window
 from .scheme import Scheme, TurboConfig
 
 logger = logging.getLogger("mlx_turbo")
@@ -26,7 +27,7 @@ def register():
     if version < OLDEST_MLX_LM:
         raise ImportError(f"mlx_turbo needs mlx-lm {'.'.join(map(str, OLDEST_MLX_LM))} or newer, "
                           f"this is {mlx_lm.__version__}: pip install -U mlx-lm")
-    for cache in (TurboKVCache, RotatingTurboKVCache, BatchTurboKVCache):
+    for cache in (TurboKVCache, RotatingTurboKVCache, BatchTurboKVCache, BatchRotatingTurboKVCache):
         setattr(module, cache.__name__, cache)
     attention.install()
     return module
@@ -143,7 +144,7 @@ def describe(prompt_cache):
             by.add(report["auto"]["by"])
     n = len(prompt_cache)
     text = f"{n - sum(kept.values())} of {n} layers compressed"
-    if windows := [c.max_size for c in prompt_cache if isinstance(c, RotatingTurboKVCache)]:
+    if windows := [c.max_size for c in prompt_cache if isinstance(c, Window)]:
         text += f" ({len(windows)} of them windows of {' and '.join(f'{w:,}' for w in sorted(set(windows)))} tokens)"
     if set(kept) == {"KVCache"}:
         text += ": this is mlx-lm's own cache"

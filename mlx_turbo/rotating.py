@@ -4,7 +4,7 @@
 
 Tokens stay in the order they came. One that no query sees any more is dead: it is left out of what `update_and_fetch`
 returns, and once a quarter of a window is dead, the packed buffers are copied without it. So a layer holds at most 1.25
-windows of packed tokens, less than 256 more where keys have means (they go by whole segments), and what the newest
+windows of packed tokens (where tokens are centred a quarter is rounded up to whole segments of 128), and what the newest
 prompt chunk has beyond that; a token is copied about four times.
 """
 from dataclasses import replace
@@ -15,28 +15,22 @@ from .cache import _HEADER, TurboKVCache, _write
 from .scheme import TurboConfig
 
 
-class RotatingTurboKVCache(TurboKVCache):
-    """A KV cache of one layer, in the place of mlx_lm.models.cache.RotatingKVCache: attention sees the first `keep`
-    tokens and the newest ones, `max_size` in all; in a prompt chunk each of its tokens sees so many.
+class Window:
+    """What a window is, of one sequence (below) and of a batch (batch_rotating.py).
 
-    config, options: as of TurboKVCache; its sink is `keep`. With recent >= max_size - keep no packed token is ever seen.
-
-    Raises ValueError unless 0 <= keep < max_size, and as TurboKVCache does.
+    Which tokens are forgotten, and when, follows from their numbers and the configuration alone: all layers of a model
+    do it at once, so that one mask is right for all.
     """
 
-    magic, header_names = 0x54554B57, (*_HEADER, "max_size", "n_forgotten")
+    header_names = (*_HEADER, "max_size")
 
-    def __init__(self, max_size, keep=0, config="turbo4", **options):
+    def _set_window(self, max_size, keep, config, options):
+        """Sets max_size and returns the configuration. Raises ValueError unless 0 <= keep < max_size."""
         for name, value, allowed in (("max_size", max_size, range(1, 2**31)), ("keep", keep, range(max_size))):
             if value not in allowed:
                 raise ValueError(f"{name}: got {value!r}, allowed are whole numbers from {allowed[0]} to {allowed[-1]}")
         self.max_size = max_size
-        super().__init__(replace(TurboConfig.of(config, **options), sink=keep))
-
-    def _clear(self):
-        super()._clear()
-        self.n_forgotten = 0  # tokens that are not in the buffers any more
-        self._limit = self.window  # tokens besides the kept ones that the newest update returned, at most
+        return replace(TurboConfig.of(config, **options), sink=keep)
 
     @property
     def keep(self):
@@ -52,14 +46,69 @@ class RotatingTurboKVCache(TurboKVCache):
         return min(TurboKVCache.step, max(self.window // 4, 1))
 
     @property
-    def room(self):
-        """Packed tokens that the buffers have room for once tokens were forgotten."""
-        return self.window + max(self.window // 4, self._unit) + self._unit
+    def _unit(self):
+        """Packed tokens are forgotten in multiples of this: whole segments where keys can have means (centring.py)."""
+        config = self.config
+        return self._sides[0].segment if config.centre and config.scheme.key_bits else 1
 
     @property
-    def _unit(self):
-        """Packed tokens are forgotten in multiples of this: whole segments where keys have means (centring.py)."""
-        return 1 if self._sides[0].means is None else self._sides[0].segment
+    def _most_dead(self):
+        """With so many dead packed tokens it is time to forget them."""
+        return -(-max(self.window // 4, 1) // self._unit) * self._unit
+
+    @property
+    def room(self):
+        """Packed tokens that the buffers have room for once tokens were forgotten."""
+        return self.window + self._most_dead
+
+    def _forgettable(self, n_packed, n_recent):
+        """How many of its oldest packed tokens a row with these counts forgets when the next one comes. One remains, so
+        that a row that has packed has packed tokens."""
+        dead = min(n_packed + n_recent - self.window, n_packed - 1)
+        return dead - dead % self._unit if dead >= self._most_dead else 0
+
+    def _seen_counts(self):
+        return [(n_sink, max(n_packed - max(n_packed + n_recent - self.window, 0), 0), min(n_recent, self.window))
+                for n_sink, n_packed, n_recent in self._counts()]
+
+    def trim(self, n):
+        """As without a window while everything is still held; later 0, as nothing can be trimmed."""
+        return super().trim(n) if self.is_trimmable() else 0
+
+    def report(self):
+        """As TurboKVCache.report, of the tokens that the newest query saw; window: max_size."""
+        return super().report() | {"window": self.max_size}
+
+    def _uncompressed_capacity(self, n_tokens):
+        return min(super()._uncompressed_capacity(n_tokens), self.max_size)
+
+    def _header(self, counts):
+        return [*super()._header(counts), self.max_size]
+
+    def _own_state(self, header, config):
+        if header["max_size"] <= config.sink:
+            raise ValueError(f"state: the header names a window of {header['max_size']} tokens, with {config}")
+        return {"max_size": header["max_size"]}
+
+
+class RotatingTurboKVCache(Window, TurboKVCache):
+    """A KV cache of one layer, in the place of mlx_lm.models.cache.RotatingKVCache: attention sees the first `keep`
+    tokens and the newest ones, `max_size` in all; in a prompt chunk each of its tokens sees so many.
+
+    config, options: as of TurboKVCache; its sink is `keep`. With recent >= max_size - keep no packed token is ever seen.
+
+    Raises ValueError unless 0 <= keep < max_size, and as TurboKVCache does.
+    """
+
+    magic, header_names = 0x54554B57, (*Window.header_names, "n_forgotten")
+
+    def __init__(self, max_size, keep=0, config="turbo4", **options):
+        super().__init__(self._set_window(max_size, keep, config, options))
+
+    def _clear(self):
+        super()._clear()
+        self.n_forgotten = 0  # tokens that are not in the buffers any more
+        self._limit = self.window  # tokens besides the kept ones that the newest update returned, at most
 
     @property
     def offset(self):
@@ -83,10 +132,8 @@ class RotatingTurboKVCache(TurboKVCache):
 
     def _forget(self):
         """Copy the packed buffers without their dead tokens, once there are many."""
-        dead = min(self.n_packed + self.n_recent - self.window, self.n_packed)
-        unit = self._unit
-        drop = dead - dead % unit
-        if drop < max(self.window // 4, unit):
+        drop = self._forgettable(self.n_packed, self.n_recent)
+        if not drop:
             return
         self._unread.forget()
         n_left = self.n_packed - drop
@@ -94,11 +141,9 @@ class RotatingTurboKVCache(TurboKVCache):
         for side in self._sides:
             for name, per_row in ("codes", 1), ("scale", 1), ("means", side.segment):
                 buffer = getattr(side, name)
-                if buffer is None or name == "means" and not n_left:
-                    setattr(side, name, None)
-                    continue
-                rows = buffer[:, :, drop // per_row:-(-self.n_packed // per_row)]
-                setattr(side, name, _write(None, 0, rows, -(-room // per_row)))
+                if buffer is not None:
+                    rows = buffer[:, :, drop // per_row:-(-self.n_packed // per_row)]
+                    setattr(side, name, _write(None, 0, rows, -(-room // per_row)))
         self.n_packed, self.n_forgotten = n_left, self.n_forgotten + drop
         self._evaluate()
 
@@ -144,16 +189,15 @@ class RotatingTurboKVCache(TurboKVCache):
     def is_trimmable(self):
         return self.offset < self.max_size
 
-    def trim(self, n):
-        """As TurboKVCache.trim while everything is still held; later 0, as nothing can be trimmed."""
-        return super().trim(n) if self.is_trimmable() else 0
-
     def size(self):
         return min(self.offset, self.max_size)
 
-    @property
-    def merge(self):
-        raise AttributeError("merge")  # mlx-lm's server batches caches that have it; a window has no batch yet
+    @classmethod
+    def merge(cls, caches):
+        """A BatchRotatingTurboKVCache whose rows are `caches`."""
+        from .batch_rotating import BatchRotatingTurboKVCache
+
+        return BatchRotatingTurboKVCache.merge(caches)
 
     def to_kv_cache(self):
         """A plain mlx_lm RotatingKVCache with the same tokens, packed ones restored in the model's dtype."""
@@ -165,30 +209,17 @@ class RotatingTurboKVCache(TurboKVCache):
             cache.offset, cache._idx = self.offset, cache.keys.shape[2]
         return cache
 
-    def report(self):
-        """As TurboKVCache.report, of the tokens that the newest query saw; window: max_size."""
-        report = super().report()
-        held = self.n_packed + self.n_recent
-        packed = max(self.n_packed - max(held - self.window, 0), 0)
-        recent = min(self.n_recent, self.window)
-        return report | {"tokens": self.n_sink + packed + recent, "packed": packed, "recent": recent,
-                         "window": self.max_size}
-
-    def _uncompressed_capacity(self, n_tokens):
-        return min(super()._uncompressed_capacity(n_tokens), self.max_size)
-
     # ---- state -----------------------------------------------------------------------------------------------
     def _header(self, counts):
-        return [*super()._header(counts), self.max_size, self.n_forgotten]
+        return [*super()._header(counts), self.n_forgotten]
 
     def _own_state(self, header, config):
-        max_size, n_forgotten = header["max_size"], header["n_forgotten"]
-        held = header["n_packed"] + header["n_recent"]
-        if max_size <= config.sink or n_forgotten < 0 or (
-                n_forgotten and (held < max_size - config.sink - 1 or header["n_sink"] < config.sink)):
+        own, n_forgotten = super()._own_state(header, config), header["n_forgotten"]
+        max_size, held = own["max_size"], header["n_packed"] + header["n_recent"]
+        if n_forgotten < 0 or n_forgotten and (held < max_size - config.sink - 1 or header["n_sink"] < config.sink):
             raise ValueError(f"state: the header names a window of {max_size} tokens, {n_forgotten} forgotten, with "
                              f"{held} after the sink and {config}")
-        return {"max_size": max_size, "n_forgotten": n_forgotten, "_limit": max_size - config.sink}
+        return own | {"n_forgotten": n_forgotten, "_limit": max_size - config.sink}
 
 
 def _without(side, n_packed, n_recent):

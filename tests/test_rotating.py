@@ -252,7 +252,8 @@ def test_a_copy_and_a_restored_state_go_on_as_the_original(backend, scheme, bias
 
 @FAST
 def test_the_state_of_another_class_or_of_a_wrong_window_is_refused(backend):
-    cache, plain = RotatingTurboKVCache(32, 2, "turbo4", **SMALL), TurboKVCache("turbo4", sink=2, **SMALL)
+    cache, plain = (kind("turbo4", sink=2, centre=False, **SMALL) for kind in (
+        lambda config, sink, **options: RotatingTurboKVCache(32, sink, config, **options), TurboKVCache))
     for tokens, _ in steps([50, 1, *[1] * 30]):
         cache.update_and_fetch(*tokens)
         plain.update_and_fetch(*tokens)
@@ -323,8 +324,3 @@ def test_its_sink_is_what_the_window_keeps(backend):
 def test_a_window_that_cannot_be_is_refused(backend, max_size, keep, message):
     with pytest.raises(ValueError, match=message):
         RotatingTurboKVCache(max_size, keep)
-
-
-@FAST
-def test_mlx_lm_s_server_does_not_batch_it(backend):
-    assert not hasattr(RotatingTurboKVCache(16), "merge")

@@ -1,0 +1,244 @@
+"""BatchRotatingTurboKVCache: every row of a batch of windows is what it would be alone, and what mlx-lm's would be."""
+import copy
+import functools
+
+import families
+import mlx.core as mx
+import mlx_lm
+import mlx_lm.models.cache as lm_cache
+import numpy as np
+import pytest
+from cache_tools import FAST_BACKENDS, random_tokens, same
+from conftest import to_numpy
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
+from test_attention import TOLERANCE
+from test_batch import BatchMachine, Recorder, Rows, state_of
+from test_cache import SHAPES, quick
+from test_centring import short_segments  # noqa: F401
+from test_models import demo, gemma3, tokens_of  # noqa: F401
+
+from mlx_turbo import (BatchRotatingTurboKVCache, BatchTurboKVCache, RotatingTurboKVCache, TurboConfig, TurboKVCache,
+                       attention, describe, disable, enable, load_prompt_cache, make_prompt_cache, models,
+                       save_prompt_cache)
+
+fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+SMALL = TurboConfig("turbo4", 0, 4, 4)
+
+
+def rows_of(n_rows, max_size=24, keep=2, config=SMALL, **options):
+    return Rows(functools.partial(RotatingTurboKVCache, max_size, keep, config), n_rows, **options)
+
+
+def settled(cache):
+    """A window that returns no more than a single token's query sees."""
+    return RotatingTurboKVCache.from_state(cache.state)
+
+
+def room(batch, longest):
+    """Tokens that the packed buffers have room for at most, after a chunk of `longest`."""
+    return batch.room + max(longest, batch.step) + batch.step
+
+
+# ---- rows alone ----------------------------------------------------------------------------------------------
+@fast
+@pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3", "turbo0v2", "turbo3v0", "turbo0"])
+@pytest.mark.parametrize("centre", [True, False], ids=["centred", ""])
+@pytest.mark.parametrize("max_size, keep", [(24, 2), (40, 0), (9, 0)])
+def test_windows_of_different_lengths_are_what_they_are_alone(
+        backend, short_segments, scheme, centre, max_size, keep):  # noqa: F811
+    """Shorter and longer than the window, far past it, chunks longer than it, and a window that sees nothing packed."""
+    rows = rows_of(4, max_size, keep, TurboConfig(scheme, 0, 4, 4, centre=centre))
+    rows.update([31, 7, 1, 18])
+    for _ in range(25):
+        rows.update([1] * 4)
+    rows.update([9, 70, 3, 0])
+    for _ in range(25):
+        rows.update([1] * 4)
+    rows.update([3] * 4)
+    batch = rows.batch
+    assert max(batch._n_forgotten) > 0 and batch.offset.tolist() == [93, 130, 57, 71]
+    assert not batch.is_trimmable() and batch.trim(3) == 0 and batch.offset.tolist() == [93, 130, 57, 71]
+    if centre and scheme in ("turbo4", "turbo8v3"):
+        assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"], [], []]
+    report = batch.report()
+    assert report["window"] == max_size and report["nbytes"] == batch.nbytes
+    assert report["tokens"] == 4 * max_size == report["sink"] + report["packed"] + report["recent"]
+
+
+@fast
+def test_left_padding_and_padding_over_chunks_evict_nothing(backend):
+    rows = rows_of(3)
+    rows.update([60, 3, 11], left=[0, 57, 49])
+    for _ in range(9):
+        rows.update([1, 1, 1])
+    keys, values = random_tokens(np.random.default_rng(0), 60, batch=2)
+    batch = BatchRotatingTurboKVCache(24, 2, SMALL, left_padding=[0, 14])
+    alone = [RotatingTurboKVCache(24, 2, SMALL) for _ in range(2)]
+    batch.prepare(lengths=[12, 60], right_padding=[48, 0])
+    for at in range(0, 60, 10):
+        batch.update_and_fetch(keys[:, :, at:at + 10], values[:, :, at:at + 10])
+        assert batch.offset.tolist() == [min(at + 10, 12), at + 10 - 14]
+    batch.finalize()
+    for b, chunks in enumerate([[(0, 10), (10, 12)], [(14, 20), *((at, at + 10) for at in range(20, 60, 10))]]):
+        for first, last in chunks:
+            alone[b].update_and_fetch(*(x[b:b + 1, :, first:last] for x in (keys, values)))
+    both = Rows.__new__(Rows)
+    both.batch, both.alone = batch, alone
+    both.check()
+
+
+@fast
+@pytest.mark.parametrize("keep", [0, 2])
+def test_a_mask_for_less_than_the_window_counts_the_tokens_of_the_row(backend, keep):
+    rows = rows_of(3, 24, keep)
+    rows.update([90, 5, 20])
+    rows.update([1, 1, 1])
+    for n, window in (1, 7), (3, 4), (3, 50), (30, 12):
+        mask = np.array(rows.batch.make_mask(n, window_size=window))[:, 0]
+        for b, cache in enumerate(rows.alone):
+            alone = cache.make_mask(n, window_size=window, return_array=True)
+            want = cache.size() + 1 if alone is None else np.array(alone).reshape(n, -1).sum(-1)
+            assert same(mask[b].sum(-1), np.broadcast_to(want, n))
+
+
+@fast
+def test_an_extracted_window_goes_on_alone_and_merged_ones_stay_as_they_are(backend):
+    rows = rows_of(3)
+    rows.update([70, 4, 12])
+    caches, rng = [rows.batch.extract(b) for b in range(3)], np.random.default_rng(1)
+    before, batch = [state_of(c) for c in caches], caches[0].merge(caches)
+    assert type(batch) is BatchRotatingTurboKVCache
+    for n in (1, 30, 1):
+        batch.update_and_fetch(*random_tokens(rng, n, batch=3))
+    assert all(same(state_of(c), want) for c, want in zip(caches, before))
+    for n in (1, 1, 14, 1):
+        for cache, alone in zip(caches, rows.alone):
+            new = random_tokens(rng, n)
+            for got, want in zip(cache.update_and_fetch(*new), alone.update_and_fetch(*new)):
+                assert same(to_numpy(got), to_numpy(want))
+    assert rows.batch.offset.tolist() == [70, 4, 12] and caches[0].offset == 87
+
+
+@fast
+def test_a_copy_and_a_state_of_a_batch_of_windows_go_their_own_way(backend, short_segments):  # noqa: F811
+    rows = rows_of(3)
+    rows.update([70, 2, 11])
+    for _ in range(12):
+        rows.update([1] * 3)
+    before = state_of(rows.batch)
+    twins = [copy.deepcopy(rows.batch), BatchRotatingTurboKVCache.from_state(rows.batch.state)]
+    for twin in twins:
+        assert same(state_of(twin), before) and (twin.max_size, twin.keep, twin.size()) == (24, 2, 24)
+        rng = np.random.default_rng(0)
+        for n in (1, 12, 1):
+            twin.update_and_fetch(*random_tokens(rng, n, batch=3))
+        assert same(state_of(rows.batch), before)
+    assert same(*map(state_of, twins))
+    rows.check()
+
+
+@fast
+def test_windows_that_do_not_belong_together_are_refused(backend):
+    def one(max_size=24, keep=2, n=50):
+        cache = RotatingTurboKVCache(max_size, keep, SMALL, centre=False)
+        cache.update_and_fetch(*random_tokens(np.random.default_rng(0), n))
+        cache.update_and_fetch(*random_tokens(np.random.default_rng(1), 1))
+        return cache
+    with pytest.raises(ValueError, match="windows of 24 and 30 tokens, allowed is one max_size"):
+        RotatingTurboKVCache.merge([one(), one(30)])
+    with pytest.raises(ValueError, match="one configuration"):
+        RotatingTurboKVCache.merge([one(), one(keep=3)])
+    with pytest.raises(ValueError, match="got a TurboKVCache, allowed are RotatingTurboKVCaches"):
+        RotatingTurboKVCache.merge([one(), TurboKVCache(SMALL)])
+    with pytest.raises(ValueError, match="got a RotatingTurboKVCache, allowed are TurboKVCaches"):
+        TurboKVCache.merge([TurboKVCache(SMALL), one()])
+    with pytest.raises(ValueError, match="keep: got 24, allowed are whole numbers from 0 to 23"):
+        BatchRotatingTurboKVCache(24, 24, SMALL)
+    batch = RotatingTurboKVCache.merge([one(), one(n=9)])
+    assert batch._n_forgotten[0] > 0
+    with pytest.raises(ValueError, match="batch size 3"):
+        batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
+    header, counts = batch.state[0].tolist(), batch.state[1]
+    forgotten = mx.array([0, 0, 0, 0, 0, 1], mx.int32)
+    for spoil in (lambda s: s[:1], lambda s: [s[0], s[1][:, :5], *s[2:]], lambda s: s[:-1], lambda s: [*s, s[-1]],
+                  lambda s: [s[0], counts + forgotten, *s[2:]],  # of the short row, which has forgotten nothing
+                  lambda s: [s[0], counts - 9 * forgotten, *s[2:]],
+                  lambda s: [mx.array([*header[:-1], 200], mx.int32), *s[1:]],
+                  lambda s: [mx.array([*header[:-1], 2], mx.int32), *s[1:]]):
+        with pytest.raises(ValueError, match="state: "):
+            BatchRotatingTurboKVCache.from_state(spoil(batch.state))
+    with pytest.raises(ValueError, match="not the state of a BatchTurboKVCache"):
+        BatchTurboKVCache.from_state(batch.state)
+
+
+@fast
+def test_an_update_that_cannot_be_packed_leaves_the_windows_tokens_as_they_were(backend):
+    rows = rows_of(2, config=TurboConfig("turbo4", 0, 4, 4, centre=False))
+    rows.update([60, 5])
+    keys, values = random_tokens(np.random.default_rng(0), 20, batch=2)
+    keys[1, 0, 3, 0] = float("nan")
+    with pytest.raises(ValueError, match="keys: has NaN"):
+        rows.batch.update_and_fetch(keys, values)
+    assert rows.batch.offset.tolist() == [60, 5]
+    for b, cache in enumerate(rows.alone):  # what is dead may be gone
+        assert same(*([to_numpy(x) for x in c.keys_and_values()] for c in (rows.batch.extract(b), settled(cache))))
+    rows.update([20, 20])
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+@fast
+@pytest.mark.parametrize("bias", [0, 20])
+def test_buffers_stay_at_a_quarter_more_than_the_window_and_copies_are_rare(backend, bias):
+    """Rows out of step, one with means: each forgets every 128 tokens."""
+    rng, copies, largest = np.random.default_rng(0), 0, 0
+    caches = [RotatingTurboKVCache(512, 0, "turbo4") for _ in range(3)]
+    for b, (cache, n) in enumerate(zip(caches, (1000, 300, 640))):
+        cache.update_and_fetch(*random_tokens(rng, n, bias=bias * (b == 0)))
+    batch = RotatingTurboKVCache.merge(caches)
+    for step in range(900):
+        before = batch._n_forgotten
+        batch.make_mask(1)
+        fetched = batch.update_and_fetch(*random_tokens(rng, 1, batch=3))
+        mx.eval(batch.state)
+        copies += batch._n_forgotten != before
+        if copies:
+            largest = max(largest, batch._sides[0].codes.shape[2])
+            assert fetched[0].shape[2] <= 640 + 2
+    assert batch.report()["centred"] == (["keys", "values"] if bias else [])
+    assert largest == 640 and copies < 3 * (900 / 128 + 2)
+    report = batch.report()
+    assert report["tokens"] == 3 * 512 and report["nbytes"] < 0.6 * report["uncompressed_nbytes"]
+
+
+# ---- any history ---------------------------------------------------------------------------------------------
+class WindowsMachine(BatchMachine):
+    """Everything mlx-lm does to a batch of windows, in any order."""
+
+    @initialize(keys=st.sampled_from([0, 2, 4, 8]), values=st.sampled_from([0, 3, 4]), window=st.integers(1, 40),
+                keep=st.integers(0, 3), recent=st.integers(0, 6), block=st.integers(1, 6), n=st.integers(1, 3),
+                centre=st.booleans(), shape=SHAPES)
+    def start(self, keys, values, window, keep, recent, block, n, centre, shape):
+        config = TurboConfig(f"turbo{keys}v{values}", keep, recent, block, centre=centre)
+        self.make = functools.partial(RotatingTurboKVCache, window + keep, keep, config)
+        self.begin(n, shape)
+
+    @rule(data=st.data())
+    def prompt(self, data):
+        super().prompt(data)
+        batch = self.rows.batch
+        if batch._sides[0].codes is not None:
+            assert batch._sides[0].codes.shape[2] <= room(batch, 24)
+
+    @precondition(lambda self: self.rows.batch.is_trimmable())
+    @rule(n=st.one_of(st.integers(0, 4), st.integers(0, 40)))
+    def trim(self, n):
+        self.rows.trim(n)
+
+
+@fast
+@pytest.mark.parametrize("examples, steps", [(20, 12), pytest.param(150, 40, marks=pytest.mark.slow)])
+def test_any_history_leaves_each_window_as_it_is_alone(backend, short_segments, examples, steps):  # noqa: F811
+    run_state_machine_as_test(WindowsMachine, settings=settings(
+        quick, max_examples=examples, stateful_step_count=steps))
