@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 from test_attention import TOLERANCE
+from test_auto import queries_for, turning
 from test_batch import BatchMachine, Recorder, Rows, state_of
 from test_cache import SHAPES, quick
 from test_centring import short_segments  # noqa: F401
@@ -242,3 +243,227 @@ class WindowsMachine(BatchMachine):
 def test_any_history_leaves_each_window_as_it_is_alone(backend, short_segments, examples, steps):  # noqa: F811
     run_state_machine_as_test(WindowsMachine, settings=settings(
         quick, max_examples=examples, stateful_step_count=steps))
+
+
+# ---- mlx-lm's batch of windows -----------------------------------------------------------------------------------
+def attend(cache, tokens, queries):
+    """Attention of a layer to the cache's tokens and these new ones, as mlx-lm's models do it."""
+    mask = cache.make_mask(queries.shape[2])
+    fetched = cache.update_and_fetch(*tokens)
+    return to_numpy(attention.scaled_dot_product_attention(queries, *fetched, cache=cache, scale=0.2, mask=mask))
+
+
+class Beside:
+    """mlx-lm's BatchRotatingKVCache and ours, fed with the same; compares what attention gives."""
+
+    def __init__(self, ours, theirs, seed=0):
+        self.ours, self.theirs, self.rng = ours, theirs, np.random.default_rng(seed)
+
+    def update(self, lengths, left=False):
+        width = max(lengths)
+        padding = [width - n for n in lengths]
+        tokens = random_tokens(self.rng, width, batch=len(lengths))
+        queries = mx.array(self.rng.standard_normal((len(lengths), 4, width, 32)).astype(np.float32))
+        outs = []
+        for cache in self.ours, self.theirs:
+            if any(padding):
+                cache.prepare(**dict(left_padding=padding) if left else dict(lengths=lengths, right_padding=padding))
+            outs.append(attend(cache, tokens, queries))
+            cache.finalize()
+        assert self.ours.offset.tolist() == self.theirs.offset.tolist()
+        for b, n in enumerate(lengths):
+            got, want = (out[b, :, width - n:] if left else out[b, :, :n] for out in outs)
+            np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-4)
+
+    def extend(self, other):
+        self.ours.extend(other.ours)
+        self.theirs.extend(other.theirs)
+
+    def filter(self, rows):
+        self.ours.filter(rows)
+        self.theirs.filter(mx.array(rows))
+
+
+@pytest.fixture
+def door():
+    models.register()
+    yield
+    attention.uninstall()
+
+
+@fast
+@pytest.mark.parametrize("max_size", [16, 40, 150])
+@pytest.mark.parametrize("left", [False, True])
+def test_attention_is_that_of_mlx_lm_s_batch_of_windows(backend, door, max_size, left):
+    """In mlx-lm's order, chunks before single tokens: its mask for a chunk is wrong once its buffer has wrapped."""
+    def pair(n_rows):
+        return Beside(BatchRotatingTurboKVCache(max_size, 0, TurboConfig("turbo0", 0, 4, 4), left_padding=[0] * n_rows),
+                      lm_cache.BatchRotatingKVCache(max_size, [0] * n_rows))
+    both, other = pair(3), pair(1)
+    both.update([50, 9, 30], left)
+    both.update([20, 3, 45])
+    for _ in range(30):
+        both.update([1, 1, 1])
+    other.update([33])
+    other.update([1])
+    both.extend(other)
+    for _ in range(30):
+        both.update([1, 1, 1, 1])
+    ours, theirs = ([cache.extract(b) for b in range(4)] for cache in (both.ours, both.theirs))
+    both = Beside(ours[0].merge(ours), theirs[0].merge(theirs))
+    both.update([7, 20, 3, 1])
+    for _ in range(20):
+        both.update([1, 1, 1, 1])
+    alone = [cache.extract(1) for cache in (both.ours, both.theirs)]
+    both.filter([3, 0])
+    for _ in range(20):
+        both.update([1, 1])
+    assert type(alone[0]) is RotatingTurboKVCache and type(alone[1]) is lm_cache.RotatingKVCache
+    for n in (12, *[1] * 20):
+        tokens, queries = random_tokens(both.rng, n), mx.random.normal((1, 4, n, 32))
+        np.testing.assert_allclose(*(attend(cache, tokens, queries) for cache in alone), atol=2e-5, rtol=1e-4)
+
+
+@fast
+def test_trim_is_mlx_lm_s(backend, door):
+    both = Beside(BatchRotatingTurboKVCache(40, 0, TurboConfig("turbo0", 0, 4, 4), left_padding=[0, 0]),
+                  lm_cache.BatchRotatingKVCache(40, [0, 0]))
+    both.update([30, 30])
+    assert both.ours.is_trimmable() and both.ours.trim(7) == both.theirs.trim(7) == 7
+    both.update([5, 5])
+    assert both.ours.size() == both.theirs.size() == 28
+    for _ in range(12):
+        assert both.ours.is_trimmable() == both.theirs.is_trimmable()
+        both.update([1, 1])
+    assert not both.ours.is_trimmable()
+
+
+@fast
+@pytest.mark.parametrize("make, kind", [
+    (lambda: TurboKVCache("turbo0", sink=2, recent=4, block=4), lm_cache.BatchKVCache),
+    (lambda: RotatingTurboKVCache(24, 0, "turbo0", recent=4, block=4), lm_cache.BatchRotatingKVCache)])
+def test_mlx_lm_s_plain_batch_comes_back(backend, door, make, kind):
+    rows = Rows(make, 3)
+    rows.batch.prepare(left_padding=[0, 3, 1])
+    empty = rows.batch.to_kv_cache()
+    assert type(empty) is kind and empty.empty() and empty.offset.tolist() == [0, -3, -1]
+    rows = Rows(make, 3)
+    rows.update([50, 1, 12])
+    for _ in range(8):
+        rows.update([1, 1, 1])
+    plain = rows.batch.to_kv_cache()
+    assert type(plain) is kind and plain.offset.tolist() == [58, 9, 20]
+    for n in (7, 1, 1):  # a chunk comes first: mlx-lm's mask for several tokens is wrong once its buffer has wrapped
+        tokens, queries = random_tokens(rows.rng, n, batch=3), mx.random.normal((3, 4, n, 32))
+        np.testing.assert_allclose(*(attend(cache, tokens, queries) for cache in (rows.batch, plain)), atol=2e-5, rtol=1e-4)
+    rows.batch.prepare(lengths=[1, 2, 2], right_padding=[1, 0, 0])
+    with pytest.raises(ValueError, match="to_kv_cache: padding of the prompt is still to come"):
+        rows.batch.to_kv_cache()
+    if kind is lm_cache.BatchRotatingKVCache:
+        with pytest.raises(ValueError, match="to_kv_cache: mlx-lm's batch .* this one keeps 2"):
+            rows_of(2).batch.to_kv_cache()
+
+
+# ---- auto --------------------------------------------------------------------------------------------------------
+@fast
+@pytest.mark.parametrize("max_size", [100, 300])
+def test_undecided_windows_decide_as_alone(backend, max_size):
+    """The long row decides, in the middle of decode, and the short one follows."""
+    keys, values = turning(360)
+    queries = queries_for(keys)
+    alone = [RotatingTurboKVCache(max_size, 4, "auto", recent=16, block=16) for _ in range(2)]
+    for cache, n in zip(alone, (200, 30)):
+        cache.update_and_fetch(keys[:, :, :n], values[:, :, :n])
+        cache.observe(queries[:, :, :n], 0.125)
+    batch = alone[0].merge(alone)
+    for at in range(160):
+        row = [200 + at, 30 + at]
+        new = [mx.concatenate([x[:, :, i:i + 1] for i in row]) for x in (keys, values)]
+        batch.update_and_fetch(*new)
+        batch.observe(mx.concatenate([queries[:, :, i:i + 1] for i in row]), 0.125)
+        alone[0].update_and_fetch(*(x[:1] for x in new))
+        alone[0].observe(queries[:, :, row[0]:row[0] + 1], 0.125)
+        assert same(state_of(batch.extract(0)), state_of(alone[0])), at
+    assert not batch.undecided and batch.extract(0).n_packed > 0 and batch.extract(1).n_packed > 0
+    assert (batch._n_forgotten[0] > 0) == (max_size == 100)
+
+
+# ---- attention -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("scheme, keep", [("turbo4", 0), ("turbo8v3", 4)])
+def test_a_decode_step_of_a_batch_of_windows_runs_the_fused_kernel(simulated, scheme, keep):
+    recorder, rng, caches = Recorder(simulated), np.random.default_rng(0), []
+    for b, n in enumerate([330, 3, 101]):
+        caches.append(RotatingTurboKVCache(60, keep, scheme, recent=16, block=16))
+        caches[-1].update_and_fetch(*random_tokens(rng, n, key_dim=64, value_dim=64, bias=20 * (b == 0)))
+    batch = RotatingTurboKVCache.merge(caches)
+    assert batch.report()["centred"] == ["keys", "values"] and batch.report()["attention"] == "fused"
+    for n_new in (1, 3):
+        new, queries = random_tokens(rng, n_new, batch=3, key_dim=64, value_dim=64), mx.random.normal((3, 4, n_new, 64))
+        mask = batch.make_mask(n_new)
+        view = attention.view_of(*batch.update_and_fetch(*new))
+        got = to_numpy(attention.attend(queries, view, scale=0.1, mask=mask, backend=recorder))
+        assert recorder.calls.pop() == (queries.shape, mask.shape) and not recorder.calls
+        for b, cache in enumerate(caches):
+            mask = cache.make_mask(n_new, return_array=True)
+            keys, values = cache.update_and_fetch(*(x[b:b + 1] for x in new))
+            want = to_numpy(mx.fast.scaled_dot_product_attention(queries[b:b + 1], keys, values, scale=0.1, mask=mask))
+            assert np.abs(got[b] - want[0]).max() < TOLERANCE[mx.float32] * np.abs(want).max()
+    assert batch._n_forgotten[0] > 0
+
+
+# ---- models ------------------------------------------------------------------------------------------------------
+@fast
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "cohere2"])
+@pytest.mark.parametrize("config", [TurboConfig("turbo4", 2, 4, 4), TurboConfig("auto", 2, 4, 4), "turbo0"], ids=str)
+def test_batch_generate_far_past_the_windows_writes_what_each_prompt_gets_alone(
+        backend, demo, monkeypatch, name, config):  # noqa: F811
+    config = TurboConfig.of(config, recent=4, block=4)
+    model, kinds, update = families.build(name), set(), BatchRotatingTurboKVCache.update_and_fetch
+    monkeypatch.setattr(BatchRotatingTurboKVCache, "update_and_fetch",
+                        lambda cache, *new: kinds.add(cache.max_size) or update(cache, *new))
+    prompts = [np.random.default_rng(n).integers(2, 96, n).tolist() for n in (70, 3, 25)]
+    enable(model, config)
+    try:
+        got = mlx_lm.batch_generate(model, demo[1], prompts, max_tokens=[40, 50, 30], return_prompt_caches=True)
+        again = mlx_lm.batch_generate(model, demo[1], [[5], [6, 7], [8] * 20], max_tokens=30, prompt_caches=got.caches)
+        for prompt, n, text, more, next_prompt, next_text in zip(
+                prompts, [40, 50, 30], got.texts, got.caches, [[5], [6, 7], [8] * 20], again.texts):
+            assert mlx_lm.generate(model, demo[1], prompt, max_tokens=n) == text.lstrip()
+            assert mlx_lm.generate(model, demo[1], next_prompt, max_tokens=30, prompt_cache=more) == next_text.lstrip()
+    finally:
+        disable(model)
+    assert kinds == {16} and RotatingTurboKVCache in map(type, got.caches[0])
+
+
+@fast
+def test_windows_that_keep_their_first_tokens_are_batched(backend, demo):  # noqa: F811
+    """max_kv_size: mlx-lm's batch would forget the first tokens."""
+    model, tokenizer = demo
+    texts = ["Once upon a time, there was a little girl named Lily. She loved to play in the park.", "The dog ran",
+             "Tom and Sue had a red ball. They went out to play, but it began to rain. " * 4]
+    prompts = [tokenizer.encode(t) for t in texts]
+    config = TurboConfig("turbo4", 2, 8, 8, centre=False)
+    made = [[make_prompt_cache(model, config, max_kv_size=40) for _ in prompts] for _ in "12"]
+    got = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=60, prompt_caches=made[0])
+    for prompt, cache, text in zip(prompts, made[1], got.texts):
+        assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=60, prompt_cache=cache) == text.lstrip()
+        assert cache[0].keep == 4 and cache[0].n_forgotten > 0
+
+
+@fast
+def test_a_batch_of_windows_is_saved_loaded_and_described(backend, tmp_path):
+    model = gemma3()
+    caches = [make_prompt_cache(model, TurboConfig("turbo4", 2, 4, 4, centre=False)) for _ in range(2)]
+    for cache, n in zip(caches, (60, 9)):
+        model(tokens_of(n), cache=cache)
+        model(tokens_of(1), cache=cache)
+    batch = [layer[0].merge(list(layer)) for layer in zip(*caches)]
+    save_prompt_cache(tmp_path / "ours.safetensors", batch)
+    lm_cache.save_prompt_cache(str(tmp_path / "theirs.safetensors"), batch)
+    for loaded in (load_prompt_cache(tmp_path / "ours.safetensors"),
+                   lm_cache.load_prompt_cache(str(tmp_path / "theirs.safetensors"))):
+        assert all(type(c) is type(b) and same(state_of(c), state_of(b)) for c, b in zip(loaded, batch))
+        assert describe(loaded) == "6 of 6 layers compressed (4 of them windows of 16 tokens)"
+    report = loaded[0].report()
+    assert (report["tokens"], report["packed"], report["recent"]) == (26, 16, 10)
+    assert loaded[0]._n_forgotten[0] > 0 and report["window"] == 16
