@@ -13,18 +13,10 @@ import numpy as np
 import pytest
 from cache_tools import FAST_BACKENDS, filled, random_tokens, same, snapshot, stored
 from conftest import BACKENDS, to_numpy
-from mlx_turbo import (RotatingTurboKVCache, TurboKVCache, attention, load_prompt_cache, models,
-                       save_prompt_cache, use_backend)
+from mlx_turbo import RotatingTurboKVCache, TurboKVCache, load_prompt_cache, save_prompt_cache, use_backend
 from mlx_turbo.cache import FORMAT_VERSION
 
-pytestmark = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def door():
-    models.register()
-    yield
-    attention.uninstall()
+pytestmark = [pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True), pytest.mark.usefixtures("door")]
 
 
 def window(n=50, scheme="turbo4"):
