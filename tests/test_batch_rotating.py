@@ -338,12 +338,13 @@ def test_mlx_lm_s_plain_batch_comes_back(backend, door, make, kind):
     assert type(plain) is kind and plain.offset.tolist() == [58, 9, 20]
     for n in (7, 1, 1):  # a chunk comes first: mlx-lm's mask for several tokens is wrong once its buffer has wrapped
         tokens, queries = random_tokens(rows.rng, n, batch=3), mx.random.normal((3, 4, n, 32))
-        np.testing.assert_allclose(*(attend(cache, tokens, queries) for cache in (rows.batch, plain)), atol=2e-5, rtol=1e-4)
+        got, want = (attend(cache, tokens, queries) for cache in (rows.batch, plain))
+        np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-4)
     rows.batch.prepare(lengths=[1, 2, 2], right_padding=[1, 0, 0])
     with pytest.raises(ValueError, match="to_kv_cache: padding of the prompt is still to come"):
         rows.batch.to_kv_cache()
     if kind is lm_cache.BatchRotatingKVCache:
-        with pytest.raises(ValueError, match="to_kv_cache: mlx-lm's batch .* this one keeps 2"):
+        with pytest.raises(ValueError, match="to_kv_cache: mlx-lm's batch .* this keeps 2"):
             rows_of(2).batch.to_kv_cache()
 
 

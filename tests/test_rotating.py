@@ -312,6 +312,20 @@ def test_the_tokens_of_a_plain_rotating_cache_are_taken_over(backend, keep):
             np.testing.assert_allclose(to_numpy(got), to_numpy(want), atol=1e-5)
 
 
+@FAST
+def test_what_auto_observes_of_a_window_taken_over_is_where_its_keys_are(backend):
+    theirs = lm_cache.RotatingKVCache(60)
+    for tokens, _ in steps([100, 1]):
+        theirs.update_and_fetch(*tokens)
+    cache = RotatingTurboKVCache.of(theirs, TurboConfig("auto", **SMALL))
+    assert cache.undecided and cache.offset == 101
+    for n, positions in (1, [60]), (3, [62, 63]):
+        (tokens, queries), = steps([n])
+        cache.update_and_fetch(*tokens)
+        cache.observe(queries, 0.2)
+        assert cache._observed[0][-1][1][-len(positions):] == positions
+
+
 # ---- the rest ----------------------------------------------------------------------------------------------------
 @FAST
 def test_what_cannot_be_packed_leaves_the_window_as_it_was(backend):
