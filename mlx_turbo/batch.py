@@ -736,15 +736,16 @@ class BatchTurboKVCache(TurboKVCache):
         config, key_bits = _read_config(header)
         own = self._own_state(header, config)
         rows = arrays[1] if len(arrays) > 1 else None
-        if not isinstance(rows, mx.array) or rows.dtype != mx.int32 or rows.ndim != 2 or rows.shape[1] != len(self.row_names):
-            raise ValueError(f"state: the second array is not int32 [B, {len(self.row_names)}], the counts of the rows")
+        names = self.row_names
+        if not isinstance(rows, mx.array) or rows.dtype != mx.int32 or rows.ndim != 2 or rows.shape[1] != len(names):
+            raise ValueError(f"state: the second array is not int32 [B, {len(names)}], the counts of the rows")
         n_packed, n_recent, pad, *centred = map(list, zip(*rows.tolist()))
         n_forgotten = centred.pop() if len(centred) > 2 else [0] * len(pad)
         sides, rest = _make_sides(config, None if key_bits < 0 else key_bits), iter(arrays[2:])
         columns = header["n_sink"], header["n_packed"], header["n_recent"]
         sink = config.sink if max(n_packed) else 0
-        if min(n_packed + n_recent + pad + n_forgotten) < 0 or (sink, max(n_packed)) != columns[:2] or max(n_recent) > columns[2] \
-                or (key_bits < 0 and max(n_packed)) or any(
+        if min(n_packed + n_recent + pad + n_forgotten) < 0 or (sink, max(n_packed)) != columns[:2] \
+                or max(n_recent) > columns[2] or (key_bits < 0 and max(n_packed)) or any(
                     gone and (config.sink if packed else 0) + packed + recent < own["max_size"] - 1
                     for gone, packed, recent in zip(n_forgotten, n_packed, n_recent)):
             raise ValueError(f"state: the header names {columns} columns, the rows {rows.tolist()}, with {config}")

@@ -12,8 +12,8 @@ from .rotating import RotatingTurboKVCache, Window
 
 
 class BatchRotatingTurboKVCache(Window, BatchTurboKVCache):
-    """A KV cache of one layer for several sequences, in the place of mlx_lm.models.cache.BatchRotatingKVCache, whose rows
-    cannot keep their first tokens; these can.
+    """A KV cache of one layer for several sequences, in the place of mlx_lm.models.cache.BatchRotatingKVCache. That
+    cannot keep the first tokens of its rows; this can.
 
     max_size, keep: as of RotatingTurboKVCache, the same for all rows. left_padding: as of BatchTurboKVCache.
 
@@ -103,7 +103,7 @@ class BatchRotatingTurboKVCache(Window, BatchTurboKVCache):
         from mlx_lm.models.cache import BatchRotatingKVCache
 
         if self.keep:
-            raise ValueError(f"to_kv_cache: mlx-lm's batch of windows keeps no first tokens, this one keeps {self.keep}")
+            raise ValueError(f"to_kv_cache: mlx-lm's batch of windows keeps no first tokens, this keeps {self.keep}")
         return self._plain(BatchRotatingKVCache, self.max_size, self._pad)
 
     # ---- state -----------------------------------------------------------------------------------------------

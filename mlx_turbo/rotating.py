@@ -4,8 +4,8 @@
 
 Tokens stay in the order they came. One that no query sees any more is dead: it is left out of what `update_and_fetch`
 returns, and once a quarter of a window is dead, the packed buffers are copied without it. So a layer holds at most 1.25
-windows of packed tokens (where tokens are centred a quarter is rounded up to whole segments of 128), and what the newest
-prompt chunk has beyond that; a token is copied about four times.
+windows of packed tokens (where keys may be centred, the quarter is rounded up to whole segments of 128), and what the
+newest prompt chunk has beyond that; a token is copied about four times.
 """
 from dataclasses import replace
 

@@ -1,13 +1,45 @@
 """What the cache's tests share: random vectors, what a cache holds in NumPy, and the oracle's view of it."""
+import collections
+import copy
+import functools
+import tempfile
+
 import mlx.core as mx
 import numpy as np
 from conftest import to_numpy
-from mlx_turbo import TurboKVCache, centring, ops, reference, rotation
+from hypothesis import stateful
+from mlx_turbo import (TurboKVCache, centring, load_prompt_cache, ops, reference, rotation, save_prompt_cache)
 from mlx_turbo.cache import _HEADER
 from mlx_turbo.kernels import compare_quantized, compare_vectors
 
 FAST_BACKENDS = ["cpu"] if ops.metal_unavailable() else ["metal"]  # for tests with many small launches
+STEPS = collections.Counter()  # of state machines: how often a rule ran, by (class, rule)
+WAYS = "deepcopy", "state", "file"
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+def rule(**arguments):
+    """hypothesis's rule, counted in STEPS."""
+    def decorate(function):
+        @functools.wraps(function)
+        def counted(machine, **drawn):
+            STEPS[type(machine).__name__, function.__name__] += 1
+            return function(machine, **drawn)
+        return stateful.rule(**arguments)(counted)
+    return decorate
+
+
+def copied(cache, way):
+    """A cache that goes on from what this one holds, by one of WAYS."""
+    if way == "deepcopy":
+        return copy.deepcopy(cache)
+    if way == "state":
+        return type(cache).from_state(cache.state)
+    with tempfile.TemporaryDirectory() as folder:
+        save_prompt_cache(f"{folder}/a.safetensors", [cache])
+        loaded, = load_prompt_cache(f"{folder}/a.safetensors")
+    assert type(loaded) is type(cache)
+    return loaded
 
 
 def vectors(rng, *shape, dtype=mx.float32):
@@ -92,7 +124,7 @@ class ListModel:
         return 0 if self.given is None else self.given[0].shape[2]
 
     def append(self, keys, values):
-        """Append to both, compare what comes back, then everything the cache holds."""
+        """Append to both, compare what comes back, then everything the cache holds. Returns what came back."""
         new, before = (keys, values), header(self.cache)
         given = [to_numpy(x) for x in new]
         old, self.dtypes = self.offset, [x.dtype for x in new]
@@ -106,6 +138,7 @@ class ListModel:
         for x, want in zip(fetched, given):
             np.testing.assert_array_equal(to_numpy(x)[:, :, old:], want)
         self.check()
+        return fetched
 
     def trim(self, n):
         want = min(max(n, 0), self.offset)

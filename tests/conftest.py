@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_turbo import cli, ops, reference, rotation
+from mlx_turbo import attention, cli, models, ops, reference, rotation
 from mlx_turbo.fallback import CpuBackend
 from mlx_turbo.kernels import MetalBackend
 from mlx_turbo.scheme import SCALES
@@ -100,6 +100,14 @@ def simulated():
         pytest.skip("the simulator runs on Linux; here the kernels run on the GPU")
     with ops.use_backend(SIMULATED) as chosen:
         yield chosen
+
+
+@pytest.fixture
+def door():
+    """Our classes and our attention in mlx-lm for the whole test, its own after it."""
+    models.register()
+    yield
+    attention.uninstall()
 
 
 @pytest.fixture

@@ -123,6 +123,25 @@ def save_model(folder, seed=None):
     mlx_lm.utils.save_model(folder, model, donate_model=False)
 
 
+def save_window_model(folder, window):
+    """A random model that speaks the embedded one's tokens, with layers that see the newest `window` of them only."""
+    import mlx_lm.utils
+    from mlx_lm.models import llama
+
+    args = dict(model_type="llama", hidden_size=64, num_hidden_layers=4, intermediate_size=128, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-5, vocab_size=2048, max_position_embeddings=4096,
+                tie_word_embeddings=False, sliding_window=window,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"])
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs(**args))
+    model.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.1 if a.ndim > 1 else a, model.parameters()))
+    folder.mkdir()
+    for file in DEMO_MODEL.glob("tokenizer*.json"):
+        shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps(args | {"eos_token_id": 0}))
+    mlx_lm.utils.save_model(folder, model, donate_model=False)
+
+
 class Reference:
     """What the model itself says, without a server and without compression."""
 

@@ -5,12 +5,12 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
-from cache_tools import (DTYPES, FAST_BACKENDS, ListModel, filled, header, held_nbytes, random_tokens, restore, same,
-                         snapshot, stored, vectors)
+from cache_tools import (DTYPES, FAST_BACKENDS, WAYS, ListModel, copied, filled, header, held_nbytes, random_tokens,
+                         restore, rule, same, snapshot, stored, vectors)
 from conftest import to_numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, run_state_machine_as_test
 from mlx_lm.models.cache import KVCache
 from mlx_turbo import Scheme, TurboConfig, TurboKVCache, ops
 from mlx_turbo.cache import _HEADER, FORMAT_VERSION
@@ -139,13 +139,18 @@ class CacheMachine(RuleBasedStateMachine):
     def trim(self, n):
         self.model.trim(n)
 
-    @rule()
-    def go_on_with_a_deepcopy(self):
-        self._replace(copy.deepcopy(self.model.cache))
+    @rule(way=st.sampled_from(WAYS))
+    def go_on_with_a_copy(self, way):
+        self._replace(copied(self.model.cache, way))
 
-    @rule()
-    def go_on_from_the_state(self):
-        self._replace(TurboKVCache.from_state(self.model.cache.state))
+    @precondition(lambda self: self.shape["batch"] == 1)
+    @rule(n=st.integers(1, 30), first=st.booleans())
+    def go_on_from_a_batch(self, n, first):
+        """Merged with another, extracted again."""
+        other = TurboKVCache(self.model.config)
+        other.update_and_fetch(*random_tokens(self.rng, n, **self.shape))
+        caches = [self.model.cache, other] if first else [other, self.model.cache]
+        self._replace(TurboKVCache.merge(caches).extract(0 if first else 1))
 
     @rule()
     def look_at_an_earlier_copy(self):
@@ -159,10 +164,8 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 @fast
-@pytest.mark.parametrize("examples, steps", [(40, 25), pytest.param(400, 60, marks=pytest.mark.slow)])
-def test_any_history_of_operations_equals_a_list_of_tokens(backend, examples, steps):
-    run_state_machine_as_test(CacheMachine, settings=settings(
-        quick, max_examples=examples, stateful_step_count=steps))
+def test_any_history_of_operations_equals_a_list_of_tokens(backend, door):
+    run_state_machine_as_test(CacheMachine, settings=settings(quick, max_examples=40, stateful_step_count=25))
 
 
 def test_every_backend_stores_and_restores_what_the_oracle_does(backend):

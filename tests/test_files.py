@@ -13,19 +13,12 @@ import numpy as np
 import pytest
 from cache_tools import FAST_BACKENDS, filled, random_tokens, same, snapshot, stored
 from conftest import BACKENDS, to_numpy
-from mlx_turbo import (RotatingTurboKVCache, TurboKVCache, attention, load_prompt_cache, models,
-                       save_prompt_cache, use_backend)
+from mlx_turbo import RotatingTurboKVCache, TurboKVCache, load_prompt_cache, save_prompt_cache, use_backend
 from mlx_turbo.cache import FORMAT_VERSION
 from mlx_turbo.indexer import IndexedCacheList
+from mlx_turbo.models import members
 
-pytestmark = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def door():
-    models.register()
-    yield
-    attention.uninstall()
+pytestmark = [pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True), pytest.mark.usefixtures("door")]
 
 
 def window(n=50, scheme="turbo4"):
@@ -70,7 +63,7 @@ def test_what_is_loaded_is_what_was_saved(backend, file):
     loaded, metadata = load_prompt_cache(str(file), return_metadata=True)
     assert metadata == {"model": "demo", "quotes": '"0.mlx_turbo":"version=1 crc32=00000000"'}
     assert [type(c) for c in loaded] == [type(c) for c in prompt_cache()]
-    for got, want in zip(models.members(loaded), models.members(prompt_cache()), strict=True):
+    for got, want in zip(members(loaded), members(prompt_cache()), strict=True):
         assert type(got) is type(want)
         if isinstance(want, TurboKVCache):
             assert got.config == want.config and got.undecided == want.undecided

@@ -6,13 +6,13 @@ import mlx.core as mx
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS, held_nbytes, random_tokens, same, snapshot, stored, vectors
+from cache_tools import (FAST_BACKENDS, WAYS, ListModel, copied, held_nbytes, random_tokens, rule, same, snapshot,
+                         stored, vectors)
 from conftest import BACKENDS, to_numpy
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from mlx_turbo import (RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache, attention, centring, make_prompt_cache,
-                       models)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, run_state_machine_as_test
+from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache, attention, centring, make_prompt_cache
 
 SMALL = dict(recent=4, block=4)
 # a chunk, single tokens, chunks longer than the windows below, and decode far past them
@@ -27,12 +27,7 @@ def centring_is_decided_early(monkeypatch):
     monkeypatch.setattr(centring, "FEWEST", 4)
 
 
-
-@pytest.fixture(autouse=True)
-def door():
-    models.register()
-    yield
-    attention.uninstall()
+pytestmark = pytest.mark.usefixtures("door")
 
 
 def attend(cache, tokens, queries, **mask):
@@ -92,48 +87,66 @@ def test_the_tokens_are_the_kept_and_the_newest_in_order(backend, max_size, keep
 
 
 class WindowMachine(RuleBasedStateMachine):
-    """Everything mlx-lm does to a window, in any order: beside it a TurboKVCache that forgets nothing."""
+    """Everything mlx-lm does to a window, in any order: beside it a list of all tokens and a TurboKVCache that forgets
+    none."""
 
     @initialize(window=st.integers(1, 40), keep=st.integers(0, 3), recent=st.integers(0, 6), block=st.integers(1, 6),
-                bits=st.sampled_from([(0, 0), (4, 4), (3, 8), (0, 2)]))
-    def start(self, window, keep, recent, block, bits):
-        config = TurboConfig(Scheme(*bits), keep, recent, block, centre=False)  # a token's codes are its own
-        self.cache, self.all = RotatingTurboKVCache(window + keep, keep, config), TurboKVCache(config)
+                bits=st.sampled_from([(0, 0), (4, 4), (3, 8), (0, 2)]), centre=st.booleans(),
+                bias=st.sampled_from([0, 20]))
+    def start(self, window, keep, recent, block, bits, centre, bias):
+        config, self.bias = TurboConfig(Scheme(*bits), keep, recent, block, centre=centre), bias
+        self.cache, self.all = RotatingTurboKVCache(window + keep, keep, config), ListModel(TurboKVCache(config))
         self.rng = np.random.default_rng(0)
 
-    @rule(n=st.one_of(st.just(1), st.integers(1, 9), st.integers(10, 60)), times=st.integers(1, 9))
+    @rule(n=st.one_of(st.just(1), st.integers(1, 9), st.integers(10, 60)), times=st.integers(1, 3))
     def append(self, n, times):
         for _ in range(times):
-            tokens, cache, before = random_tokens(self.rng, n), self.cache, self.cache.offset
+            tokens, cache, before = random_tokens(self.rng, n, bias=self.bias), self.cache, self.cache.offset
             mask = cache.make_mask(n, return_array=True)
-            fetched, everything = cache.update_and_fetch(*tokens), self.all.update_and_fetch(*tokens)
+            fetched, everything = cache.update_and_fetch(*tokens), self.all.append(*tokens)
             n_seen = min(before + 1, cache.max_size) if n == 1 else min(before, cache.max_size - 1) + n
-            assert cache.offset == before + n == self.all.offset and (mask is None or mask.shape[-1] == n_seen)
-            n_kept = min(cache.keep, n_seen)
-            for got, x in zip(fetched, everything):
-                newest = x[:, :, cache.offset - (n_seen - n_kept):]
-                assert mx.array_equal(got, mx.concatenate([x[:, :, :n_kept], newest], axis=2))
-            assert cache.nbytes == held_nbytes(cache)
+            assert cache.offset == before + n and (mask is None or mask.shape[-1] == n_seen)
+            self.are_newest(fetched, everything, n_seen)
+
+    def are_newest(self, fetched, everything, n_seen):
+        for got, x in zip(fetched, everything):
+            n_kept = min(self.cache.keep, n_seen)
+            newest = x[:, :, x.shape[2] - (n_seen - n_kept):]
+            assert mx.array_equal(got, mx.concatenate([x[:, :, :n_kept], newest], axis=2))
+
+    @invariant()
+    def what_it_holds_is_the_newest(self):
+        cache = self.cache
+        assert cache.offset == self.all.offset and cache.size() == min(cache.offset, cache.max_size)
+        assert cache.nbytes == held_nbytes(cache)
+        if cache.offset:
+            held = cache.keys_and_values()
+            assert held[0].shape[2] >= cache.size()
+            self.are_newest(held, self.all.cache.keys_and_values(), held[0].shape[2])
 
     @rule(n=st.integers(0, 20))
     def trim(self, n):
         if self.cache.is_trimmable():
-            assert self.cache.trim(n) == self.all.trim(n)
+            want = min(n, self.cache.offset)
+            self.all.trim(n)
+            assert self.cache.trim(n) == want
 
-    @rule()
-    def go_on_with_a_deepcopy(self):
-        self.cache = copy.deepcopy(self.cache)
+    @rule(way=st.sampled_from(WAYS))
+    def go_on_with_a_copy(self, way):
+        self.cache = copied(self.cache, way)
 
-    @rule()
-    def go_on_from_the_state(self):
-        self.cache = RotatingTurboKVCache.from_state(self.cache.state)
+    @rule(n=st.integers(1, 60))
+    def go_on_from_a_batch(self, n):
+        """Merged with another, extracted again."""
+        other = RotatingTurboKVCache(self.cache.max_size, self.cache.keep, self.cache.config)
+        other.update_and_fetch(*random_tokens(self.rng, n))
+        self.cache = self.cache.merge([other, self.cache]).extract(1)
 
 
 @FAST
-@pytest.mark.parametrize("examples, steps", [(30, 15), pytest.param(300, 40, marks=pytest.mark.slow)])
-def test_any_history_gives_the_newest_tokens_of_a_cache_that_forgets_nothing(backend, examples, steps):
+def test_any_history_gives_the_newest_tokens_of_a_cache_that_forgets_nothing(backend):
     run_state_machine_as_test(WindowMachine, settings=settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True))
+        max_examples=30, stateful_step_count=15, deadline=None, derandomize=True))
 
 
 @FAST
@@ -297,6 +310,20 @@ def test_the_tokens_of_a_plain_rotating_cache_are_taken_over(backend, keep):
         for tokens, queries in steps([1, 1, 3, *[1] * 30, 40, 1], seed=1):
             got, want = (attend(c, tokens, queries)[1] for c in (cache, theirs))
             np.testing.assert_allclose(to_numpy(got), to_numpy(want), atol=1e-5)
+
+
+@FAST
+def test_what_auto_observes_of_a_window_taken_over_is_where_its_keys_are(backend):
+    theirs = lm_cache.RotatingKVCache(60)
+    for tokens, _ in steps([100, 1]):
+        theirs.update_and_fetch(*tokens)
+    cache = RotatingTurboKVCache.of(theirs, TurboConfig("auto", **SMALL))
+    assert cache.undecided and cache.offset == 101
+    for n, positions in (1, [60]), (3, [62, 63]):
+        (tokens, queries), = steps([n])
+        cache.update_and_fetch(*tokens)
+        cache.observe(queries, 0.2)
+        assert cache._observed[0][-1][1][-len(positions):] == positions
 
 
 # ---- the rest ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ import numpy as np
 import pages
 import pytest
 from mlx_lm.models.cache import CacheList
-from server_tools import STORIES, Conversation, Past, Reference, Server, cached, free_port, save_model, text_of
+from server_tools import (STORIES, Conversation, Past, Reference, Server, cached, free_port, save_model,
+                          save_window_model, text_of)
 
 import mlx_turbo
 from mlx_turbo.cli import DEMO_MODEL, DEMO_TEMPLATE, main
@@ -439,6 +440,28 @@ def test_a_cache_that_cannot_be_trimmed_is_not_filed_under_other_tokens_and_no_e
     cache.insert_cache("model", tokens, untrimmable())
     assert cache.fetch_nearest_cache("model", tokens) == (None, tokens)
     assert cache.fetch_nearest_cache("model", tokens + [5])[1] == [5]
+
+
+# ---- sliding windows ---------------------------------------------------------------------------------------
+def test_conversations_with_a_model_of_sliding_windows_are_answered_together_and_greedily(tmp_path):
+    """Far past the window, four at a time, with hits in the prompt cache."""
+    folder = tmp_path / "windows"
+    save_window_model(folder, 150)
+    reference = Reference(folder)
+    with Server(tmp_path, "--model", folder, "--chat-template", DEMO_TEMPLATE, "--kv", "turbo0",
+                *SHORT_WINDOW, "--prompt-cache-size", 99) as server, ThreadPoolExecutor(4) as pool:
+        assert "4 of 4 layers compressed (3 of them windows of 150 tokens)" in server.log
+        assert "answered together" in server.log
+        talks, hits = [Conversation(server, i) for i in range(4)], []
+        for talk in talks:
+            talk.messages = [{"role": "user", "content": " ".join(STORIES[5 * talk.number:5 * talk.number + 14])}]
+        for _ in range(4):
+            for sent, answer in pool.map(lambda talk: talk.say(12), talks):
+                assert reference.behind(sent, answer).max() < 1e-4
+                assert answer["usage"]["prompt_tokens"] > 150
+                hits.append(cached(answer))
+        assert min(hits[4:]) > 150, hits
+        assert "Traceback" not in server.log
 
 
 # ---- docs/server.md ----------------------------------------------------------------------------------------
