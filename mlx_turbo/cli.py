@@ -88,6 +88,9 @@ def load_model(load, path, flag, *args, **kwargs):
     """
     import mlx.core as mx
 
+    adapter = kwargs.get("adapter_path")
+    if adapter is not None and not Path(adapter).exists():
+        raise CliError(f"--adapter-path: there is no folder {str(adapter)!r}")
     try:
         model, *rest = load(str(path), *args, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as e:

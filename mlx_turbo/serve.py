@@ -139,6 +139,9 @@ class ResponseGenerator(module.ResponseGenerator):
         """The generation thread."""
         try:
             super()._generate()
+        except Exception as e:
+            if e is not self.model_provider.failure:  # that the main thread raises: mlx-lm would log its traceback
+                raise
         finally:
             if hasattr(mx, "clear_streams"):  # else MLX 0.32.4 aborts at the process's end (9 of 13 runs)
                 mx.clear_streams()

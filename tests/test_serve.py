@@ -311,17 +311,18 @@ BAD = {
     "abbreviated flag": (["--max-con", "4"], ["--max-con"]),
     "path that does not exist": (["--model", "/no/such"], ["--model: there is no folder '/no/such'"]),
     "draft model that does not exist": (["--draft-model", "/no/such"], ["--draft-model: there is no folder"]),
+    "adapter that does not exist": (["--adapter-path", "/no/such"], ["--adapter-path: there is no folder '/no/such'"]),
 }
 
 
 @pytest.mark.parametrize("argv, words", BAD.values(), ids=BAD)
-def test_wrong_arguments_get_one_line_and_exit_code_2(run, argv, words):
+def test_wrong_arguments_get_one_line_and_exit_code_2(run, caplog, argv, words):
     port = [] if "--port" in argv else ["--port", free_port()]
     given = [] if "--model" in argv else ["--model", DEMO_MODEL]
     threads = threading.active_count()
     code, out, err = run(*port, *given, *argv)
     lines = [line for line in err.splitlines() if line.startswith("mlx-turbo: error: ")]
-    assert (code, out, len(lines)) == (2, "", 1) and "Traceback" not in err.replace(lines[0], "")
+    assert (code, out, len(lines)) == (2, "", 1) and "Traceback" not in err.replace(lines[0], "") + caplog.text
     assert all(word in lines[0] for word in words)
     assert threading.active_count() == threads  # the one that generates has ended
 
