@@ -228,7 +228,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._pack_recent(plan.before)
         self._cut_recent(plan.columns[2])
         R, first = plan.columns[2], not any(plan.columns)
-        if not first and not any(plan.after) and all(span == (0, n_new) for span in plan.spans):
+        if not first and self._until is None and not any(plan.after) and all(s == (0, n_new) for s in plan.spans):
             fetched = self._append(new, n_new)
             self._n_free = 0 if self.undecided else self._free()
             return fetched

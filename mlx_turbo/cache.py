@@ -557,8 +557,8 @@ class TurboKVCache:
         rest = iter(arrays[1:])
         sides = _make_sides(config, None if key_bits < 0 else key_bits)
         counts = header["n_sink"], header["n_packed"], header["n_recent"]
-        if min(counts) < 0 or counts[0] > config.sink or (counts[2] > config.recent + config.block and key_bits >= 0) \
-                or (key_bits < 0 and counts[1]):
+        full = counts[2] > config.recent + config.block and not _may_choose(config)  # auto's wait until the next update
+        if min(counts) < 0 or counts[0] > config.sink or full or (key_bits < 0 and counts[1]):
             raise ValueError(f"state: the header names {counts} sink, packed and recent tokens, with {config}")
         try:
             for side, name in zip(sides, ("key", "value")):

@@ -107,5 +107,7 @@ class BatchIndexerKVCache(BatchKVCache):
 
     def trim(self, n):
         n = super().trim(n)
+        self.left_padding = mx.minimum(self.left_padding, self._idx)  # of a row that had fewer tokens nothing is left
+        self.offset = self._idx - self.left_padding
         self._follow(self._first)
         return n

@@ -202,6 +202,17 @@ def test_padding_may_span_chunks(backend):
 
 
 @fast
+def test_padding_is_dropped_though_the_first_chunk_of_the_prompt_has_none_and_packs_nothing(backend):
+    batch = BatchTurboKVCache("turbo4", [0, 0])
+    for lengths, chunks in ([20, 20], [20]), ([40, 33], [30, 10]):
+        batch.prepare(lengths=lengths, right_padding=[max(lengths) - n for n in lengths])
+        for n in chunks:
+            batch.update_and_fetch(*random_tokens(np.random.default_rng(0), n, batch=2))
+        batch.finalize()
+    assert batch.offset.tolist() == [60, 53]
+
+
+@fast
 def test_a_window_is_counted_in_tokens_of_the_row(backend):
     rows = Rows(SMALL, 2)
     rows.update([30, 5])
@@ -460,6 +471,20 @@ def test_an_undecided_row_follows_the_others_if_it_is_short_and_decides_if_it_is
         batch = TurboKVCache.merge([waiting, decided])
         assert not batch.undecided and batch._sides[0].bits == want and waiting.undecided
         batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=2))
+
+
+@fast
+@pytest.mark.parametrize("way", WAYS)
+def test_a_row_whose_bits_were_chosen_before_it_has_packed_is_saved(backend, door, monkeypatch, way):
+    """It followed another row, and has more exact tokens than fit beside its recent ones."""
+    waiting, decided = TurboKVCache(AUTO), chosen(monkeypatch, 8)
+    waiting.update_and_fetch(*random_tokens(np.random.default_rng(0), 200))
+    row = TurboKVCache.merge([waiting, decided]).extract(0)
+    assert not row.undecided and row.report()["recent"] == 196
+    again = copied(row, way)
+    for cache in row, again:
+        cache.update_and_fetch(*random_tokens(np.random.default_rng(1), 1))
+    assert again.report()["recent"] < 32 and same(state_of(again), state_of(row))
 
 
 @fast

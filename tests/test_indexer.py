@@ -93,6 +93,11 @@ def test_both_caches_give_a_row_s_tokens_in_the_same_columns(backend, first):
     batch.filter([4, 1, 2])
     for lengths in [1, 1, 1], [2, 6, 1], *[[1, 1, 1]] * 9:
         step(batch, lengths)
+    n = min(batch[0].offset.tolist()) + 3
+    batch.trim(n)
+    assert min(batch[0].offset.tolist()) == 0 and batch[0].offset.tolist() == batch[1].offset.tolist()
+    for lengths in [2, 3, 2], [1, 1, 1]:
+        step(batch, lengths)
 
 
 @pytest.mark.parametrize("name", [*NAMES, *OTHERS, "llama"])
