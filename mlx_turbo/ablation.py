@@ -14,8 +14,8 @@ _NO_CODEBOOK = [
 _NO_VALUES = [("int n = min(TILE, end - t0);", "int n = 0;")]
 _NO_SOFTMAX = [
     ("top = simd_max(top);", ""),
-    ("if (top > out.m[h]) {", "if (false) {"),
-    ("float p = fast::exp2(s[i * H + h] - out.m[h]);", "float p = s[i * H + h];"),
+    ("if (top > m) {", "if (false) {"),
+    ("float p = fast::exp2(s[i * H + h] - m);", "float p = s[i * H + h];"),
 ]
 # Every word is read and enters the result through one operation.
 _BYTES_ONLY = _NO_SOFTMAX + [
