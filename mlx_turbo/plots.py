@@ -7,16 +7,16 @@ class PlotError(ValueError):
     """A picture that cannot be made; the message says why."""
 
 
-def check_plot(file):
-    """Raises PlotError if a PNG cannot be written to `file`: to be called before the work that it shows."""
+def check_plot(file, ending=".png"):
+    """Raises PlotError if a picture cannot be written to `file`: to be called before the work that it shows."""
     file = Path(file)
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:
         raise PlotError('a picture needs matplotlib, which is not installed: pip install "mlx-turbo[plot]" '
                         "(or pip install matplotlib)") from e
-    if file.suffix.lower() != ".png":
-        raise PlotError(f"{str(file)!r} does not end in .png")
+    if file.suffix.lower() != ending:
+        raise PlotError(f"{str(file)!r} does not end in {ending}")
     existed = file.exists()
     try:
         with file.open("ab"):
