@@ -89,7 +89,8 @@ def bar_plot(file, rows, title, subtitle, footer):
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     labels, kld, error, notes = zip(*rows)
-    axes.barh(range(len(rows)), kld, xerr=None if None in error else error, color="#c8641e", ecolor="#444444", height=0.65)
+    axes.barh(range(len(rows)), kld, xerr=None if None in error else error, color="#0050c8", ecolor="#444444",
+              height=0.65)
     for y, (x, bar, note) in enumerate(zip(kld, error, notes)):
         axes.text((x + (bar or 0)) * 1.15, y, f"{x:.2g}, {note}", va="center", fontsize=8, color="#444444")
     axes.set_yticks(range(len(rows)), labels, fontsize=9)
