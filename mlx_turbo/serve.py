@@ -235,7 +235,7 @@ def _size(text):
     """mlx-lm's reading of sizes, with an error that says what is allowed."""
     try:
         return module._parse_size(text)
-    except (ArithmeticError, KeyError) as e:
+    except (ArithmeticError, KeyError, ValueError) as e:
         raise argparse.ArgumentTypeError(f"got {text!r}, allowed are bytes, and numbers with M, MB, G or GB") from e
 
 
