@@ -10,11 +10,6 @@ class PlotError(ValueError):
 def check_plot(file, ending=".png"):
     """Raises PlotError if a picture cannot be written to `file`: to be called before the work that it shows."""
     file = Path(file)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as e:
-        raise PlotError('a picture needs matplotlib, which is not installed: pip install "mlx-turbo[plot]" '
-                        "(or pip install matplotlib)") from e
     if file.suffix.lower() != ending:
         raise PlotError(f"{str(file)!r} does not end in {ending}")
     existed = file.exists()
@@ -25,6 +20,11 @@ def check_plot(file, ending=".png"):
         raise PlotError(f"cannot write {str(file)!r}: {e.strerror}") from e
     if not existed:
         file.unlink()
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as e:
+        raise PlotError('a picture needs matplotlib, which is not installed: pip install "mlx-turbo[plot]" '
+                        "(or pip install matplotlib)") from e
 
 
 def quality_plot(file, points, title, subtitle, footer):
