@@ -20,7 +20,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from . import ablation, bench_kernels, bench_plots, ops, timing, tuning
+from . import ablation, bench_kernels, bench_plots, ops, plots, timing, tuning
 from .cli import DEMO_MODEL, CliError, Parser, _one_line, kv_config, load_model
 from .kernels import BackendError, MetalBackend, attend_unsupported
 from .ops import get_backend
@@ -49,12 +49,11 @@ def _numbers(parser, flag, default, what):
 def _check_output(args):
     """Before anything is measured: whether the plots can be written."""
     for flag in ("html", "png"):
-        file = getattr(args, flag)
-        if file and not Path(file).resolve().parent.is_dir():
-            raise CliError(f"--{flag}: there is no folder {str(Path(file).parent)!r}")
-        if file and not bench_plots.available():
-            raise CliError(f"--{flag}: needs matplotlib, which is not installed: pip install matplotlib (or the extra: "
-                           "mlx-turbo[plot])")
+        if file := getattr(args, flag):
+            try:
+                plots.check_plot(file, f".{flag}")
+            except plots.PlotError as e:
+                raise CliError(f"--{flag}: {e}") from e
 
 
 def _chosen(args, name, default, quick, least):
@@ -75,9 +74,6 @@ def finish(document, args, print_tables):
     """Write what was asked for; returns the exit code."""
     bad = [r for r in document["rows"] if r["status"] != "ok"]
     document["power_after"] = timing.power()
-    for flag in ("html", "png"):
-        if getattr(args, flag):
-            bench_plots.write(document, flag, getattr(args, flag))
     if args.json:
         print(json.dumps(document, indent=1, allow_nan=False))
     else:
@@ -94,6 +90,12 @@ def finish(document, args, print_tables):
              + [f"{left_out['status'].upper()}: {describe_tuning(row, left_out)}: {left_out['problem']}"
                 for row in document.get("tuning", ()) for left_out in row["left_out"]]
              + [f"FAILED: stages of {row['scheme']}: {row['problem']}" for row in bad_stages])
+    for flag in ("html", "png"):  # last: on a disk that is full nothing else is lost
+        if file := getattr(args, flag):
+            try:
+                bench_plots.write(document, flag, file)
+            except OSError as e:
+                raise CliError(f"--{flag}: cannot write {file!r}: {e.strerror}") from e
     return 1 if bad or bad_tunings or bad_stages else 0
 
 
@@ -152,10 +154,11 @@ def _schemes(names):
     for name in dict.fromkeys(names):
         try:
             scheme = TurboConfig.of(name).scheme
-        except ValueError as e:
-            raise CliError(f"--kv:{str(e).partition(':')[2]}") from e
-        if not scheme.key_bits or not scheme.value_bits or name == "auto":
-            raise CliError(f"--kv: got {name!r}, allowed are schemes that pack keys and values, such as turbo4")
+        except ValueError:
+            scheme = None
+        if scheme is None or not scheme.key_bits or not scheme.value_bits or name == "auto":
+            raise CliError(f"--kv: got {name!r}, allowed are schemes that pack keys and values: turboN and turboKvV "
+                           "with N, K, V in (2, 3, 4, 8), for example turbo4, turbo8v4")
         out.append(scheme)
     return tuple(out)
 
@@ -172,6 +175,11 @@ def kernels(argv, backends=None):
         if getattr(args, flag) and metal is None:
             raise BackendError(f"--{flag}: is about the Metal kernel, but "
                                f"{ops.metal_unavailable() or 'only the CPU fallback was asked for'}")
+    if args.tune and on_metal:
+        try:
+            tuning.check_path()
+        except OSError as e:
+            raise CliError(f"--tune: cannot keep what it finds in {str(tuning.path())!r}: {e.strerror}") from e
     grid = bench_kernels.Grid(
         _chosen(args, "tokens", (1024, 4096, 16384, 65536)[:4 if on_metal else 3], (256, 1024), LEAST_TOKENS),
         _chosen(args, "head_dim", (64, 128, 256) if on_metal else (128,), (128,), 32),
@@ -227,7 +235,7 @@ def ablate(grid, metal, device, effort):
         try:
             timings = timing.interleave({stage: bench_kernels.timed(c) for stage, c in zip(ablation.STAGES, runs,
                                                                                             strict=True)}, effort)
-        except RuntimeError as e:  # what was measured before must not be lost
+        except (RuntimeError, ValueError) as e:  # what was measured before must not be lost
             row["problem"] = f"{type(e).__name__}: {e}"
             continue
         row["seconds"] = {stage: t.median for stage, t in timings.items()}
@@ -400,7 +408,11 @@ def generate(argv, backends=None):
     _check_output(args)
     names = list(dict.fromkeys(["none", *(args.kv or (["turbo4"] if args.quick else
                                                       ["mlx8", "mlx4", "turbo4", "turbo8v4"]))]))
-    caches = {kv: None if kv in bench_generate.MLX_LM else kv_config(kv, args) for kv in names}
+    try:
+        caches = {kv: None if kv in bench_generate.MLX_LM else kv_config(kv, args) for kv in names}
+    except CliError as e:
+        quantized = f"; or {', '.join(bench_generate.MLX_LM)}: its quantized ones"
+        raise CliError(f"{e}{quantized if str(e).startswith('--kv:') else ''}") from e
     metal = not ops.metal_unavailable()
     contexts = _chosen(args, "context", (512, 2048, 8192, 32768)[:4 if metal else 2], (128, 384), 2)
     for flag, default, quick, least in (("tokens", 128, 16, 2), ("rounds", 5, 3, 1)):
@@ -462,13 +474,16 @@ KEYS = {"kernels": ("operation", "scheme", "name", "column", "head_dim", "gqa", 
         "generate": ("context", "generated", "name")}
 
 
-def _read(file):
+def _read(name, file):
     try:
         document = json.loads(Path(file).read_text())
     except (OSError, ValueError) as e:
-        raise CliError(f"cannot read {file!r}: {_one_line(e)}") from e
-    if not isinstance(document, dict) or document.get("format") != 1 or document.get("benchmark") not in KEYS:
-        raise CliError(f"{file!r} is not what mlx-turbo bench --json writes")
+        raise CliError(f"{name}: cannot read {file!r}: {_one_line(e)}") from e
+    fields = isinstance(document, dict) and KEYS.get(document.get("benchmark"))
+    if not fields or document.get("format") != 1 or not {"machine", "backend", "command", "commit", "date",
+                                                         "rows"} <= document.keys() or any(
+            not {*fields, "status"} <= row.keys() for row in document["rows"]):
+        raise CliError(f"{name}: {file!r} is not what mlx-turbo bench --json writes")
     return document
 
 
@@ -488,9 +503,9 @@ def compare(argv):
     parser.add_argument("a", metavar="A.json")
     parser.add_argument("b", metavar="B.json")
     args = parser.parse_args(argv)
-    a, b = _read(args.a), _read(args.b)
+    a, b = _read("A.json", args.a), _read("B.json", args.b)
     if a["benchmark"] != b["benchmark"]:
-        raise CliError(f"{args.a!r} is of bench {a['benchmark']}, {args.b!r} of bench {b['benchmark']}")
+        raise CliError(f"B.json: {args.a!r} is of bench {a['benchmark']}, {args.b!r} of bench {b['benchmark']}")
     keys = KEYS[a["benchmark"]]
     olds = {tuple(r[k] for k in keys): r for r in a["rows"]}
     rows = []
@@ -510,7 +525,7 @@ def compare(argv):
                                                           if r["status"] != "ok")
         rows.append(row)
     if not rows:
-        raise CliError(f"{args.a!r} and {args.b!r} have no row in common")
+        raise CliError(f"B.json: {args.a!r} and {args.b!r} have no row in common")
     different = {name: (a["machine"].get(name), b["machine"].get(name))
                  for name in ("chip", "system", "mlx", "mlx-lm", "mlx_turbo", "attention tuning")
                  if a["machine"].get(name) != b["machine"].get(name)}

@@ -3,7 +3,6 @@
 matplotlib is the extra `plot` and is imported late.
 """
 import html
-import importlib.util
 import io
 import json
 import textwrap
@@ -15,10 +14,6 @@ OTHERS = ("#508020", "#a03030", "#407090", "#807020")
 LINES = {"CPU fallback": (0, (4, 2)), "simulated Metal": (0, (1, 1))}  # Metal and MLX: solid
 RATIO = "x: over uncompressed; bold: best"
 NAMES = {"none": "uncompressed", "mlx8": "mlx-lm 8 bit", "mlx4": "mlx-lm 4 bit"}
-
-
-def available():
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def color(name, names):
@@ -33,7 +28,7 @@ def write(document, kind, file):
     matplotlib.use("Agg")
     figure = (kernels_figure if document["benchmark"] == "kernels" else generate_figure)(document)
     if kind == "png":
-        figure.savefig(file, dpi=130)
+        figure.savefig(file, format="png", dpi=130)
         return
     with matplotlib.rc_context({"svg.fonttype": "path"}):
         svg = io.StringIO()

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -311,8 +312,8 @@ def generate(argv):
     args = parser.parse_args(argv)
     program = TurboProgram(module, args)
     refuse_kv_bits(program)
-    if args.max_tokens == 0:
-        raise CliError("--max-tokens: got 0, allowed are positive numbers, and -1 for no limit")
+    if args.max_tokens < -1 or args.max_tokens == 0:
+        raise CliError(f"--max-tokens: got {args.max_tokens}, allowed are positive numbers, and -1 for no limit")
     if demo := args.model is None and args.prompt_cache_file is None:
         use_demo_model(args)
     if args.prompt is None:
@@ -375,11 +376,24 @@ def main(argv=None):
             parser.print_help(sys.stderr)
             return 2
         args = parser.parse_args(argv)
-        return COMMANDS[args.command][0](args.arguments)
+        code = COMMANDS[args.command][0](args.arguments)
+        sys.stdout.flush()
+        return code
     except (BackendError, CliError, ValueError) as e:  # ValueError: mlx-lm and our caches on bad input
         if sys.flags.dev_mode:
             raise
         _complain(f"error: {e}")
         return 1 if isinstance(e, BackendError) else 2
+    except OSError as e:  # a disk that is full, or `| head`, which has read enough
+        if sys.flags.dev_mode:
+            raise
+        quiet = isinstance(e, BrokenPipeError)
+        if not quiet:
+            _complain(f"error: {_one_line(e)}")
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141 if quiet else 1  # 141: as of a program that SIGPIPE ends
     except KeyboardInterrupt:
         return 130

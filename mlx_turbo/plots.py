@@ -7,16 +7,11 @@ class PlotError(ValueError):
     """A picture that cannot be made; the message says why."""
 
 
-def check_plot(file):
-    """Raises PlotError if a PNG cannot be written to `file`: to be called before the work that it shows."""
+def check_plot(file, ending=".png"):
+    """Raises PlotError if a picture cannot be written to `file`: to be called before the work that it shows."""
     file = Path(file)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as e:
-        raise PlotError('a picture needs matplotlib, which is not installed: pip install "mlx-turbo[plot]" '
-                        "(or pip install matplotlib)") from e
-    if file.suffix.lower() != ".png":
-        raise PlotError(f"{str(file)!r} does not end in .png")
+    if file.suffix.lower() != ending:
+        raise PlotError(f"{str(file)!r} does not end in {ending}")
     existed = file.exists()
     try:
         with file.open("ab"):
@@ -25,6 +20,11 @@ def check_plot(file):
         raise PlotError(f"cannot write {str(file)!r}: {e.strerror}") from e
     if not existed:
         file.unlink()
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as e:
+        raise PlotError('a picture needs matplotlib, which is not installed: pip install "mlx-turbo[plot]" '
+                        "(or pip install matplotlib)") from e
 
 
 def quality_plot(file, points, title, subtitle, footer):
@@ -89,7 +89,8 @@ def bar_plot(file, rows, title, subtitle, footer):
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     labels, kld, error, notes = zip(*rows)
-    axes.barh(range(len(rows)), kld, xerr=None if None in error else error, color="#c8641e", ecolor="#444444", height=0.65)
+    axes.barh(range(len(rows)), kld, xerr=None if None in error else error, color="#0050c8", ecolor="#444444",
+              height=0.65)
     for y, (x, bar, note) in enumerate(zip(kld, error, notes)):
         axes.text((x + (bar or 0)) * 1.15, y, f"{x:.2g}, {note}", va="center", fontsize=8, color="#444444")
     axes.set_yticks(range(len(rows)), labels, fontsize=9)

@@ -226,10 +226,19 @@ def check_port(host, port):
             s.bind(address)
             s.listen()
     except OSError as e:
-        raise CliError(f"--port: cannot listen at {host}:{port}: {e.strerror}") from e
+        flag = "--host" if isinstance(e, socket.gaierror) else "--port"
+        raise CliError(f"{flag}: cannot listen at {host}:{port}: {e.strerror}") from e
 
 
 # ---- the command -------------------------------------------------------------------------------------------
+def _size(text):
+    """mlx-lm's reading of sizes, with an error that says what is allowed."""
+    try:
+        return module._parse_size(text)
+    except (ArithmeticError, KeyError, ValueError) as e:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are bytes, and numbers with M, MB, G or GB") from e
+
+
 def _interrupt(signum, frame):
     raise KeyboardInterrupt
 
@@ -244,11 +253,13 @@ def main(argv):
 
     def parse_args():
         describe_model_argument(parser)
+        next(a for a in parser._actions if a.dest == "prompt_cache_bytes").type = _size
         args = argparse.ArgumentParser.parse_args(parser, argv)
         program = ServerProgram(module, args)
         refuse_kv_bits(program)
-        if args.max_context is not None and args.max_context < 0:
-            raise CliError(f"--max-context: got {args.max_context}, allowed are whole numbers from 0 on")
+        for name in ("max_context", "prompt_cache_size"):
+            if (value := getattr(args, name)) is not None and value < 0:
+                raise CliError(f"--{name.replace('_', '-')}: got {value}, allowed are whole numbers from 0 on")
         check_port(args.host, args.port)
         if args.model is None:
             use_demo_model(args)

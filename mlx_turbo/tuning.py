@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def path():
     if sys.platform == "darwin":
         return Path.home() / "Library/Caches/mlx-turbo/tuning.json"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-turbo/tuning.json"
+
+
+def check_path():
+    """Raises OSError where `save` could not write: to be called before what takes minutes."""
+    path().parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path().parent).close()
 
 
 def kernel_hash():

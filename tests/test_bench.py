@@ -170,11 +170,14 @@ def test_the_table_ranks_by_time_and_ends_with_the_command(run):
     (["kernels", "--head-dim", "72"], "--head-dim: head_dim 72"),
     (["kernels", "--kv", "turbo5"], "--kv: got 'turbo5'"),
     (["kernels", "--kv", "turbo0v4"], "--kv: got 'turbo0v4', allowed are schemes that pack keys and values"),
-    (["kernels", "--png", "no/such/folder/x.png"], "--png: there is no folder 'no/such/folder'"),
+    (["kernels", "--kv", "auto"], "--kv: got 'auto', allowed are schemes that pack keys and values: turboN"),
+    (["kernels", "--png", "no/such/folder/x.png"], "--png: cannot write 'no/such/folder/x.png': No such file"),
+    (["generate", "--png", "picture"], "--png: 'picture' does not end in .png"),
+    (["generate", "--html", "x.png"], "--html: 'x.png' does not end in .html"),
     (["generate", "--context", "1"], "--context: got 1"),
     (["generate", "--context", "8192"], "the model was made for 4096"),
-    (["generate", "--kv", "mlx5"], "--kv: got 'mlx5'"),
-    (["compare", "a.json", "b.json"], "cannot read 'a.json': FileNotFoundError"),
+    (["generate", "--kv", "mlx5"], "; or 'none': mlx-lm's own cache; or mlx8, mlx4: its quantized ones"),
+    (["compare", "a.json", "b.json"], "A.json: cannot read 'a.json': FileNotFoundError"),
     (["speed"], "invalid choice: 'speed'"),
     ([], "the following arguments are required: BENCHMARK"),
 ])
@@ -185,7 +188,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys, argv, said):
 
 
 def test_plots_without_matplotlib_are_refused_before_anything_is_measured(run, monkeypatch):
-    monkeypatch.setattr(bench_plots, "available", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, out, err = run("kernels", *SMALL, "--png", "x.png")
     assert code == 2 and "pip install matplotlib" in err and not out
 
@@ -200,6 +203,15 @@ def test_plots_are_written(run, tmp_path):
     bench_plots.write(d, "html", tmp_path / "x.html")
     page = (tmp_path / "x.html").read_text()
     assert page.count("<svg") == 1 and d["command"] in page
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is made of /dev/full")
+def test_a_picture_that_finds_the_disk_full_loses_nothing_else(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "x.png").symlink_to("/dev/full")
+    code, out, err = run("kernels", *SMALL, "--json", "--png", tmp_path / "x.png")
+    assert code == 2 and json.loads(out)["rows"]
+    assert err.endswith(f"mlx-turbo: error: --png: cannot write {str(tmp_path / 'x.png')!r}: No space left on device\n")
 
 
 # ---- method ----------------------------------------------------------------------------------------------------
@@ -372,6 +384,15 @@ def test_tune_reports_what_it_found_and_keeps_nothing_of_a_simulated_chip(run, m
     assert metal.tuned == {(4, 4, 64, 64): AttendTuning(tokens_per_lane_few_rows=1)} and not tuning.path().exists()
 
 
+def test_a_cache_folder_that_cannot_be_written_is_said_before_anything_is_tuned(run, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_TURBO_CACHE_DIR", str(tmp_path / "file"))
+    metal = MetalBackend(metalsim.metal_kernel)
+    monkeypatch.setattr(metal, "is_real", True)
+    with pytest.raises(cli.CliError, match="--tune: cannot keep what it finds in '.*tuning.json': File exists"):
+        run("kernels", *SMALL, "--tune", backends=[metal])
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"entries": 3}', '{"entries": [{"chip": "M9"}]}'])
 def test_a_damaged_file_is_ignored_and_replaced(text, recwarn):
     tuning.path().parent.mkdir(parents=True)
@@ -438,8 +459,7 @@ GENERATE = ["--quick", "--context", "140", "--tokens", "3", "--rounds", "1"]
 
 
 def test_generate_reports_speed_memory_and_distance_of_each_cache(run, tmp_path):
-    png = ["--png", tmp_path / "x.png"] if bench_plots.available() else []
-    code, out, err = run("generate", *GENERATE, "--kv", "mlx4", "turbo2", "--json", *png)
+    code, out, err = run("generate", *GENERATE, "--kv", "mlx4", "turbo2", "--json", "--png", tmp_path / "x.png")
     assert code == 0, err
     d = json.loads(out)
     assert [r["name"] for r in d["rows"]] == ["none", "mlx4", "turbo2"] and d["model"] == "embedded demo model"
@@ -557,6 +577,11 @@ def test_compare_tells_a_difference_from_noise(run, tmp_path):
     assert "different chip: A " in out and f"A: {a['command']} (commit " in out and out.count("Backends: ") == 2
     code, out, err = run("compare", tmp_path / "a.json", tmp_path / "a.json")
     assert code == 0 and not err and "different" not in out
+    for damaged in ({"format": 1, "benchmark": "kernels"}, a | {"rows": [{"name": "turbo4"}]}, [], a | {"format": 2}):
+        (tmp_path / "b.json").write_text(json.dumps(damaged))
+        code, out, err = run("compare", tmp_path / "a.json", tmp_path / "b.json")
+        said = f"B.json: {str(tmp_path / 'b.json')!r} is not what mlx-turbo bench --json writes"
+        assert (code, out, err) == (2, "", f"mlx-turbo: error: {said}\n")
 
 
 def test_scheme_names_of_the_default_are_schemes():

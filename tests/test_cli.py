@@ -1,6 +1,7 @@
 """The command line: what `mlx-turbo` prints, keeps of mlx-lm, and refuses."""
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -43,6 +44,25 @@ def prompt_cache_file(tmp_path):
     return make
 
 
+@pytest.fixture
+def adapter(tmp_path):
+    """A folder with a random adapter of the embedded model, as mlx_lm.lora writes it."""
+    from mlx.utils import tree_flatten
+    from mlx_lm import load
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model, _ = load(str(DEMO_MODEL))
+    model.freeze()
+    config = {"rank": 4, "scale": 20.0, "dropout": 0.0}
+    linear_to_lora_layers(model, 4, config)
+    mx.random.seed(0)
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {
+        name: 0.05 * mx.random.normal(x.shape) for name, x in tree_flatten(model.trainable_parameters())})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(
+        {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": config}))
+    return tmp_path
+
+
 # ---- the command itself ------------------------------------------------------------------------------------
 def test_help_and_version_are_answered_without_importing_mlx_lm():
     code = ("import sys; from mlx_turbo.cli import main\n"
@@ -67,6 +87,19 @@ def test_it_runs_as_a_module_and_reads_the_prompt_from_stdin(tmp_path):
     assert "embedded demo model" in out.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is made of /dev/full")
+def test_a_full_disk_is_one_line_and_a_reader_that_left_none():
+    command = [sys.executable, "-m", "mlx_turbo", "plan", "--json"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "mlx-turbo: error: OSError: [Errno 28] No space left on device\n")
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_no_command_shows_the_help_and_fails(run):
     code, out, err = run()
     assert (code, out) == (2, "") and "doctor" in err
@@ -89,6 +122,17 @@ def test_text_with_exact_packing_equals_text_of_mlx_lm_s_own_cache(run):
         assert code == 0
         texts[kv] = streamed_text(out)
     assert texts["turbo0"] == texts["none"] and len(texts["none"]) > 100
+
+
+def test_an_adapter_is_used_with_our_caches_as_with_mlx_lm_s_own(run, adapter):
+    argv = ["--prompt", STORY, "-m", "24", *SHORT_WINDOW]
+    code, plain, _ = run("generate", *argv, "--kv", "turbo0")
+    texts = []
+    for kv in ("turbo0", "none"):
+        code, out, err = run("generate", *argv, "--kv", kv, "--adapter-path", adapter)
+        assert code == 0, err
+        texts.append(streamed_text(out))
+    assert texts[0] == texts[1] != streamed_text(plain)
 
 
 def test_generate_ends_with_speed_and_what_the_cache_really_holds(run):
@@ -190,6 +234,7 @@ BAD = {
     "unknown backend": (["--backend", "cuda"], ["--backend", "'metal', 'cpu'"]),
     "mlx-lm's bits beside ours": (["--kv-bits", "4"], ["--kv-bits", "--kv none"]),
     "no tokens": (["--max-tokens", "0"], ["--max-tokens: got 0"]),
+    "less than no tokens": (["--max-tokens", "-5"], ["--max-tokens: got -5", "-1 for no limit"]),
     "unknown flag": (["--kv-sinks", "4"], ["--kv-sinks", "--help"]),
     "path that does not exist": (["--model", "/no/such"], ["--model: there is no folder '/no/such'"]),
     "prompt cache file that does not exist": (["--prompt-cache-file", "/no/such"], ["--prompt-cache-file"]),

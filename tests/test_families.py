@@ -18,10 +18,11 @@ from mlx_turbo import (RotatingTurboKVCache, TurboConfig, TurboKVCache, describe
                        use_backend)
 from mlx_turbo.models import members
 
-TOKENS = mx.array(np.random.default_rng(0).integers(0, families.VOCABULARY, (1, 60)))
+TOKENS = mx.array(np.random.default_rng(0).integers(0, families.VOCABULARY, (1, 340)))
 WINDOW = dict(sink=2, recent=4, block=4)  # so small that each chunk of the prompt is packed, and windows of 16 tokens
 TRIM = 9  # reaches into the packed tokens
 PACKED = ("turbo8", "turbo4", "turbo3", "turbo2")
+OTHERS = ("auto", "turbo8v4", "turbo0v4")  # the default; keys of other bits than values
 NAMES = families.all_names()
 OLD = tuple(map(int, mlx_lm.__version__.split(".")[:2])) < (0, 32)  # it does not have all families, nor the same
 IN_LISTS = ("baichuan_m1", "deepseek_v32", "falcon_h1", "glm_moe_dsa", "longcat_flash", "longcat_flash_ngram",
@@ -39,7 +40,7 @@ def mlx_lm_s(name):
     return model, walk(model, lambda: lm_cache.make_prompt_cache(model))
 
 
-def walk(model, make_cache):
+def walk(model, make_cache, n_prompt=24):
     """Logits by phase, {phase: [L, vocabulary]}: of a prompt's first chunk, of one that attends to packed tokens
     ("prefill"), of single tokens ("decode"), of three at once ("verify"), and after some were taken back ("trim").
 
@@ -54,7 +55,7 @@ def walk(model, make_cache):
             phases[phase] = np.concatenate([phases[phase], logits]) if phase in phases else logits
             at += n
 
-    run("prompt", 24)
+    run("prompt", n_prompt)
     run("prefill", 11)
     run("decode", *[1] * 6)
     run("verify", 3)
@@ -118,6 +119,20 @@ def test_packed_schemes_stay_as_close_as_their_bits_allow(backend, name):
         return
     assert 0 < errors["turbo8"] < 0.1, errors
     assert errors["turbo8"] < errors["turbo2"] / 4 and errors["turbo4"] < errors["turbo2"], errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in families.NOT_BUILT])
+def test_auto_and_keys_of_other_bits_than_values_pack_too(backend, name):
+    """The prompt is so long that auto decides."""
+    model, want = mlx_lm_s(name)
+    for scheme in OTHERS:
+        caches = []
+        got = walk(model, lambda: caches.append(compressed(model, scheme)) or caches[-1], n_prompt=280)
+        assert list(got) == list(want)
+        assert not any(np.isnan(logits).any() for logits in got.values())
+        ours = [c for c in members(caches[0]) if isinstance(c, TurboKVCache)]
+        assert all(c.report()["packed"] >= 200 for c in ours if not isinstance(c, RotatingTurboKVCache))
 
 
 @each_family
