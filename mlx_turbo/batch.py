@@ -585,8 +585,8 @@ class BatchTurboKVCache(TurboKVCache):
                 "recent": max(self._n_recent)}.get(name, n_packed)
 
     def extend(self, other):
-        """Append the rows of another batch cache, which stays as it is. Raises as `merge`."""
-        joined = self._join([self, other._shallow()])
+        """Append the rows of another batch cache, which stays as it is. Raises as `merge`, with this one unchanged."""
+        joined = self._join([self._shallow(), other._shallow()])
         version = self.version + 1
         self.__dict__.update(joined.__dict__)
         self.version = version

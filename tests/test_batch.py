@@ -432,11 +432,11 @@ def test_undecided_rows_stay_undecided_and_decide_as_alone(backend):
     assert not alone.undecided and same(state_of(caches[2]), want) and same(state_of(batch.extract(0)), want)
 
 
-def chosen(monkeypatch, bits, n=400, seed=0):
+def chosen(monkeypatch, bits, n=400, seed=0, **shape):
     """A cache of n tokens with key biases, for whose keys auto chose `bits`."""
     cache = TurboKVCache(AUTO)
     monkeypatch.setattr(auto, "choose_key_bits", lambda *_: (bits, {}))
-    keys, values = random_tokens(np.random.default_rng(seed), n, bias=9)
+    keys, values = random_tokens(np.random.default_rng(seed), n, bias=9, **shape)
     for at in range(0, n, 300):
         cache.update_and_fetch(keys[:, :, at:at + 300], values[:, :, at:at + 300])
     return cache
@@ -460,6 +460,15 @@ def test_rows_of_fewer_bits_are_brought_to_more(backend, monkeypatch, bits):
     batch.update_and_fetch(*new)
     hard.update_and_fetch(*(x[1:] for x in new))
     assert same(state_of(batch.extract(1)), state_of(hard))
+
+
+@fast
+def test_rows_that_cannot_join_leave_a_batch_of_fewer_bits_as_it_was(backend, monkeypatch):
+    batch = TurboKVCache.merge([chosen(monkeypatch, 4)])
+    before, other = state_of(batch), TurboKVCache.merge([chosen(monkeypatch, 8, dtype=mx.float16)])
+    with pytest.raises(ValueError, match="allowed are equal kv heads, head_dim and dtype"):
+        batch.extend(other)
+    assert same(state_of(batch), before)
 
 
 @fast
