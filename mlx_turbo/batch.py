@@ -601,9 +601,14 @@ class BatchTurboKVCache(TurboKVCache):
         return twin
 
     def filter(self, batch_indices):
-        """Keep the rows batch_indices (a list or array of row numbers), in that order."""
+        """Keep the rows batch_indices (a list or array of row numbers), in that order.
+
+        Raises IndexError for a row that is not there, and ValueError for none, with the cache unchanged.
+        """
         every = list(range(self._n_rows))
         rows = [every[i] for i in (batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices)]
+        if not rows:
+            raise ValueError(f"batch_indices: got none, allowed is at least one of the rows 0 to {self._n_rows - 1}")
         self._unread.forget()
         pick = lambda values: [values[b] for b in rows]  # noqa: E731
         for name in "_pad", "_n_packed", "_n_recent", "_n_forgotten":

@@ -281,6 +281,11 @@ def test_what_does_not_belong_together_is_refused(backend):
         BatchTurboKVCache("turbo4", [0, 0]).update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
     with pytest.raises(ValueError, match="lengths"):
         batch.prepare(right_padding=[0, 3])
+    before = state_of(batch)
+    for rows, error in ([], ValueError), ([0, 2], IndexError):
+        with pytest.raises(error, match="batch_indices: got none|out of range"):
+            batch.filter(rows)
+        assert same(state_of(batch), before)
     for spoil in (lambda s: s[:1], lambda s: [s[0], s[1][:1], *s[2:]], lambda s: [s[0], s[1] + 9, *s[2:]],
                   lambda s: s[:-1], lambda s: [*s, s[-1]], lambda s: [mx.array([1, 2], mx.int32), *s[1:]]):
         with pytest.raises(ValueError, match="state: "):
