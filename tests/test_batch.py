@@ -27,8 +27,8 @@ from test_centring import short_segments  # noqa: F401
 from test_models import DEMO_MODEL, demo, llama, tokens_of  # noqa: F401
 
 from mlx_lm.utils import dequantize_model
-from mlx_turbo import (BatchTurboKVCache, TurboConfig, TurboKVCache, attention, auto, describe, disable, enable,
-                       make_prompt_cache)
+from mlx_turbo import (BatchTurboKVCache, RotatingTurboKVCache, TurboConfig, TurboKVCache, attention, auto, describe,
+                       disable, enable, make_prompt_cache)
 from mlx_turbo.models import members
 
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
@@ -202,6 +202,22 @@ def test_padding_may_span_chunks(backend):
 
 
 @fast
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [TurboKVCache, functools.partial(RotatingTurboKVCache, 12, 2)], ids=["", "window"])
+def test_a_copy_in_the_middle_of_a_padded_prompt_drops_the_rest_of_the_padding(backend, door, way, make):
+    batch, (keys, values) = make(config=SMALL).merge([make(config=SMALL) for _ in range(2)]), \
+        random_tokens(np.random.default_rng(0), 30, batch=2)
+    batch.prepare(lengths=[13, 30], right_padding=[17, 0])
+    batch.update_and_fetch(keys[:, :, :10], values[:, :, :10])
+    caches = batch, copied(batch, way)
+    for cache in caches:
+        cache.update_and_fetch(keys[:, :, 10:], values[:, :, 10:])
+        cache.finalize()
+        assert cache.offset.tolist() == [13, 30]
+    assert same(*map(state_of, caches))
+
+
+@fast
 def test_padding_is_dropped_though_the_first_chunk_of_the_prompt_has_none_and_packs_nothing(backend):
     batch = BatchTurboKVCache("turbo4", [0, 0])
     for lengths, chunks in ([20, 20], [20]), ([40, 33], [30, 10]):
@@ -286,7 +302,9 @@ def test_what_does_not_belong_together_is_refused(backend):
         with pytest.raises(error, match="batch_indices: got none|out of range"):
             batch.filter(rows)
         assert same(state_of(batch), before)
+    one_row_is_padded = mx.array([[0, 0, 0, 3, 0, 0], [0] * 6], mx.int32)
     for spoil in (lambda s: s[:1], lambda s: [s[0], s[1][:1], *s[2:]], lambda s: [s[0], s[1] + 9, *s[2:]],
+                  lambda s: [s[0], s[1] + one_row_is_padded, *s[2:]],
                   lambda s: s[:-1], lambda s: [*s, s[-1]], lambda s: [mx.array([1, 2], mx.int32), *s[1:]]):
         with pytest.raises(ValueError, match="state: "):
             BatchTurboKVCache.from_state(spoil(batch.state))
