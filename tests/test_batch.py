@@ -63,8 +63,9 @@ class Rows:
         self.batch, self.given = self.alone[0].merge(self.alone), [None] * n_rows
         self.bias = [float(i % 3 == 1) * 20 for i in range(n_rows)]
 
-    def update(self, lengths, left=None):
-        """Feed row b lengths[b] tokens, padded at the right, or at the left where `left` says how many."""
+    def update(self, lengths, left=None, cut=0):
+        """Feed row b lengths[b] tokens, padded at the right, or at the left where `left` says how many; in two chunks
+        if cut > 0, of which the first has `cut` tokens."""
         B, width = len(self.alone), max(n + pad for n, pad in zip(lengths, left or [0] * len(lengths)))
         left = left or [0] * B
         rows = [random_tokens(self.rng, width, **self.shape, bias=bias) for bias in self.bias]
@@ -74,13 +75,22 @@ class Rows:
         right = [width - pad - n for n, pad in zip(lengths, left)]
         if any(right):
             self.batch.prepare(lengths=[width - n for n in right], right_padding=right)
+        edges = [0, cut, width] if 0 < cut < width else [0, width]
+        for at, end in zip(edges, edges[1:]):
+            pads = [min(max(pad - at, 0), end - at) for pad in left]
+            lives = [max(min(pad + n, end) - max(pad, at), 0) for n, pad in zip(lengths, left)]
+            self._chunk([x[:, :, at:end] for x in new], lives, pads, [max(pad - at, 0) for pad in left])
+        self.batch.finalize()
+        self.check()
+
+    def _chunk(self, new, lengths, left, to_come):
+        width = new[0].shape[2]
         before, mask = [c.offset for c in self.alone], self.batch.make_mask(width)
-        assert self.batch.offset.tolist() == [n - pad for n, pad in zip(before, left)]
+        assert self.batch.offset.tolist() == [n - pad for n, pad in zip(before, to_come)]
         fetched = self.batch.update_and_fetch(*new)
         assert [x.shape for x in fetched] == [x.shape for x in self.batch.keys_and_values()]
-        self.batch.finalize()
         self.batch.attended_version = self.batch.version  # as if attention.attend had read them
-        assert mask.dtype == mx.bool_ and mask.shape == (B, 1, width, fetched[0].shape[2])
+        assert mask.dtype == mx.bool_ and mask.shape == (len(self.alone), 1, width, fetched[0].shape[2])
         for b, (n, pad, cache) in enumerate(zip(lengths, left, self.alone)):
             if n == 0:
                 continue
@@ -93,7 +103,6 @@ class Rows:
                 assert got.dtype == x.dtype
                 got, x = to_numpy(got)[b:b + 1], to_numpy(x)
                 assert all(same(got[:, :, ours], x[:, :, theirs]) for ours, theirs in zip(seen, mine, strict=True))
-        self.check()
 
     def check(self):
         batch, alone = self.batch, self.alone
@@ -365,7 +374,7 @@ class BatchMachine(RuleBasedStateMachine):
     def prompt(self, data):
         B = len(self.rows.alone)
         lengths = data.draw(st.lists(st.integers(0, 24), min_size=B, max_size=B).filter(any))
-        self.rows.update(lengths)
+        self.rows.update(lengths, cut=data.draw(st.integers(0, max(lengths))))
 
     @precondition(lambda self: len(self.rows.alone) < 5)
     @rule(data=st.data(), n=st.integers(1, 2), padded=st.booleans())
