@@ -21,7 +21,7 @@ from .cache import (KVView, LazyKV, TurboKVCache, _first, _make_sides, _read_con
 from .kernels import CachedSide
 
 BATCH_MAGIC = 0x54554B42  # "TUKB"
-_ROW = ("n_packed", "n_recent", "n_pad", "key_means", "value_means")
+_ROW = ("n_packed", "n_recent", "n_pad", "n_until", "key_means", "value_means")  # n_until: -1 without right padding
 
 
 class _Plan(NamedTuple):
@@ -585,8 +585,8 @@ class BatchTurboKVCache(TurboKVCache):
                 "recent": max(self._n_recent)}.get(name, n_packed)
 
     def extend(self, other):
-        """Append the rows of another batch cache, which stays as it is. Raises as `merge`."""
-        joined = self._join([self, other._shallow()])
+        """Append the rows of another batch cache, which stays as it is. Raises as `merge`, with this one unchanged."""
+        joined = self._join([self._shallow(), other._shallow()])
         version = self.version + 1
         self.__dict__.update(joined.__dict__)
         self.version = version
@@ -601,9 +601,14 @@ class BatchTurboKVCache(TurboKVCache):
         return twin
 
     def filter(self, batch_indices):
-        """Keep the rows batch_indices (a list or array of row numbers), in that order."""
+        """Keep the rows batch_indices (a list or array of row numbers), in that order.
+
+        Raises IndexError for a row that is not there, and ValueError for none, with the cache unchanged.
+        """
         every = list(range(self._n_rows))
         rows = [every[i] for i in (batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices)]
+        if not rows:
+            raise ValueError(f"batch_indices: got none, allowed is at least one of the rows 0 to {self._n_rows - 1}")
         self._unread.forget()
         pick = lambda values: [values[b] for b in rows]  # noqa: E731
         for name in "_pad", "_n_packed", "_n_recent", "_n_forgotten":
@@ -719,7 +724,7 @@ class BatchTurboKVCache(TurboKVCache):
     # ---- state -----------------------------------------------------------------------------------------------
     def _row_counts(self):
         """What `row_names` names, each a list of the rows'."""
-        return self._n_packed, self._n_recent, self._pad, *self._centred
+        return self._n_packed, self._n_recent, self._pad, self._until or [-1] * self._n_rows, *self._centred
 
     @property
     def state(self):
@@ -739,13 +744,14 @@ class BatchTurboKVCache(TurboKVCache):
         names = self.row_names
         if not isinstance(rows, mx.array) or rows.dtype != mx.int32 or rows.ndim != 2 or rows.shape[1] != len(names):
             raise ValueError(f"state: the second array is not int32 [B, {len(names)}], the counts of the rows")
-        n_packed, n_recent, pad, *centred = map(list, zip(*rows.tolist()))
+        n_packed, n_recent, pad, until, *centred = map(list, zip(*rows.tolist()))
         n_forgotten = centred.pop() if len(centred) > 2 else [0] * len(pad)
         sides, rest = _make_sides(config, None if key_bits < 0 else key_bits), iter(arrays[2:])
         columns = header["n_sink"], header["n_packed"], header["n_recent"]
         sink = config.sink if max(n_packed) else 0
-        if min(n_packed + n_recent + pad + n_forgotten) < 0 or (sink, max(n_packed)) != columns[:2] \
-                or max(n_recent) > columns[2] or (key_bits < 0 and max(n_packed)) or any(
+        if min(n_packed + n_recent + pad + n_forgotten) < 0 or min(until) < -1 or -1 in until and max(until) >= 0 \
+                or (sink, max(n_packed)) != columns[:2] or max(n_recent) > columns[2] \
+                or (key_bits < 0 and max(n_packed)) or any(
                     gone and (config.sink if packed else 0) + packed + recent < own["max_size"] - 1
                     for gone, packed, recent in zip(n_forgotten, n_packed, n_recent)):
             raise ValueError(f"state: the header names {columns} columns, the rows {rows.tolist()}, with {config}")
@@ -763,7 +769,7 @@ class BatchTurboKVCache(TurboKVCache):
         BatchTurboKVCache.__init__(self, config, pad)
         self._sides, self.undecided = sides, key_bits < 0
         self._n_packed, self._n_recent, self._n_forgotten = n_packed, n_recent, n_forgotten
-        self._n_columns = columns[2]
+        self._n_columns, self._until = columns[2], None if -1 in until else until
         self._centred = tuple([bool(x) for x in c] for c in centred)
         self._set_offset()
         self._evaluate()

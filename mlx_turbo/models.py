@@ -165,7 +165,7 @@ def _why_kept(cache, layer):
 
     if isinstance(layer, IndexedCacheList):
         return "an indexer reads every key of it at each step, and it has no values"
-    return _KEPT.get(type(cache).__name__, "a kind that is not known here")
+    return _KEPT.get(type(cache).__name__.removeprefix("Batch"), "a kind that is not known here")
 
 
 def reports(prompt_cache):

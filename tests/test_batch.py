@@ -27,8 +27,8 @@ from test_centring import short_segments  # noqa: F401
 from test_models import DEMO_MODEL, demo, llama, tokens_of  # noqa: F401
 
 from mlx_lm.utils import dequantize_model
-from mlx_turbo import (BatchTurboKVCache, TurboConfig, TurboKVCache, attention, auto, describe, disable, enable,
-                       make_prompt_cache)
+from mlx_turbo import (BatchTurboKVCache, RotatingTurboKVCache, TurboConfig, TurboKVCache, attention, auto, describe,
+                       disable, enable, make_prompt_cache)
 from mlx_turbo.models import members
 
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
@@ -63,8 +63,9 @@ class Rows:
         self.batch, self.given = self.alone[0].merge(self.alone), [None] * n_rows
         self.bias = [float(i % 3 == 1) * 20 for i in range(n_rows)]
 
-    def update(self, lengths, left=None):
-        """Feed row b lengths[b] tokens, padded at the right, or at the left where `left` says how many."""
+    def update(self, lengths, left=None, cut=0):
+        """Feed row b lengths[b] tokens, padded at the right, or at the left where `left` says how many; in two chunks
+        if cut > 0, of which the first has `cut` tokens."""
         B, width = len(self.alone), max(n + pad for n, pad in zip(lengths, left or [0] * len(lengths)))
         left = left or [0] * B
         rows = [random_tokens(self.rng, width, **self.shape, bias=bias) for bias in self.bias]
@@ -74,13 +75,22 @@ class Rows:
         right = [width - pad - n for n, pad in zip(lengths, left)]
         if any(right):
             self.batch.prepare(lengths=[width - n for n in right], right_padding=right)
+        edges = [0, cut, width] if 0 < cut < width else [0, width]
+        for at, end in zip(edges, edges[1:]):
+            pads = [min(max(pad - at, 0), end - at) for pad in left]
+            lives = [max(min(pad + n, end) - max(pad, at), 0) for n, pad in zip(lengths, left)]
+            self._chunk([x[:, :, at:end] for x in new], lives, pads, [max(pad - at, 0) for pad in left])
+        self.batch.finalize()
+        self.check()
+
+    def _chunk(self, new, lengths, left, to_come):
+        width = new[0].shape[2]
         before, mask = [c.offset for c in self.alone], self.batch.make_mask(width)
-        assert self.batch.offset.tolist() == [n - pad for n, pad in zip(before, left)]
+        assert self.batch.offset.tolist() == [n - pad for n, pad in zip(before, to_come)]
         fetched = self.batch.update_and_fetch(*new)
         assert [x.shape for x in fetched] == [x.shape for x in self.batch.keys_and_values()]
-        self.batch.finalize()
         self.batch.attended_version = self.batch.version  # as if attention.attend had read them
-        assert mask.dtype == mx.bool_ and mask.shape == (B, 1, width, fetched[0].shape[2])
+        assert mask.dtype == mx.bool_ and mask.shape == (len(self.alone), 1, width, fetched[0].shape[2])
         for b, (n, pad, cache) in enumerate(zip(lengths, left, self.alone)):
             if n == 0:
                 continue
@@ -93,7 +103,6 @@ class Rows:
                 assert got.dtype == x.dtype
                 got, x = to_numpy(got)[b:b + 1], to_numpy(x)
                 assert all(same(got[:, :, ours], x[:, :, theirs]) for ours, theirs in zip(seen, mine, strict=True))
-        self.check()
 
     def check(self):
         batch, alone = self.batch, self.alone
@@ -202,6 +211,22 @@ def test_padding_may_span_chunks(backend):
 
 
 @fast
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [TurboKVCache, functools.partial(RotatingTurboKVCache, 12, 2)], ids=["", "window"])
+def test_a_copy_in_the_middle_of_a_padded_prompt_drops_the_rest_of_the_padding(backend, door, way, make):
+    batch, (keys, values) = make(config=SMALL).merge([make(config=SMALL) for _ in range(2)]), \
+        random_tokens(np.random.default_rng(0), 30, batch=2)
+    batch.prepare(lengths=[13, 30], right_padding=[17, 0])
+    batch.update_and_fetch(keys[:, :, :10], values[:, :, :10])
+    caches = batch, copied(batch, way)
+    for cache in caches:
+        cache.update_and_fetch(keys[:, :, 10:], values[:, :, 10:])
+        cache.finalize()
+        assert cache.offset.tolist() == [13, 30]
+    assert same(*map(state_of, caches))
+
+
+@fast
 def test_padding_is_dropped_though_the_first_chunk_of_the_prompt_has_none_and_packs_nothing(backend):
     batch = BatchTurboKVCache("turbo4", [0, 0])
     for lengths, chunks in ([20, 20], [20]), ([40, 33], [30, 10]):
@@ -281,7 +306,14 @@ def test_what_does_not_belong_together_is_refused(backend):
         BatchTurboKVCache("turbo4", [0, 0]).update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
     with pytest.raises(ValueError, match="lengths"):
         batch.prepare(right_padding=[0, 3])
+    before = state_of(batch)
+    for rows, error in ([], ValueError), ([0, 2], IndexError):
+        with pytest.raises(error, match="batch_indices: got none|out of range"):
+            batch.filter(rows)
+        assert same(state_of(batch), before)
+    one_row_is_padded = mx.array([[0, 0, 0, 3, 0, 0], [0] * 6], mx.int32)
     for spoil in (lambda s: s[:1], lambda s: [s[0], s[1][:1], *s[2:]], lambda s: [s[0], s[1] + 9, *s[2:]],
+                  lambda s: [s[0], s[1] + one_row_is_padded, *s[2:]],
                   lambda s: s[:-1], lambda s: [*s, s[-1]], lambda s: [mx.array([1, 2], mx.int32), *s[1:]]):
         with pytest.raises(ValueError, match="state: "):
             BatchTurboKVCache.from_state(spoil(batch.state))
@@ -342,7 +374,7 @@ class BatchMachine(RuleBasedStateMachine):
     def prompt(self, data):
         B = len(self.rows.alone)
         lengths = data.draw(st.lists(st.integers(0, 24), min_size=B, max_size=B).filter(any))
-        self.rows.update(lengths)
+        self.rows.update(lengths, cut=data.draw(st.integers(0, max(lengths))))
 
     @precondition(lambda self: len(self.rows.alone) < 5)
     @rule(data=st.data(), n=st.integers(1, 2), padded=st.booleans())
@@ -432,11 +464,11 @@ def test_undecided_rows_stay_undecided_and_decide_as_alone(backend):
     assert not alone.undecided and same(state_of(caches[2]), want) and same(state_of(batch.extract(0)), want)
 
 
-def chosen(monkeypatch, bits, n=400, seed=0):
+def chosen(monkeypatch, bits, n=400, seed=0, **shape):
     """A cache of n tokens with key biases, for whose keys auto chose `bits`."""
     cache = TurboKVCache(AUTO)
     monkeypatch.setattr(auto, "choose_key_bits", lambda *_: (bits, {}))
-    keys, values = random_tokens(np.random.default_rng(seed), n, bias=9)
+    keys, values = random_tokens(np.random.default_rng(seed), n, bias=9, **shape)
     for at in range(0, n, 300):
         cache.update_and_fetch(keys[:, :, at:at + 300], values[:, :, at:at + 300])
     return cache
@@ -460,6 +492,15 @@ def test_rows_of_fewer_bits_are_brought_to_more(backend, monkeypatch, bits):
     batch.update_and_fetch(*new)
     hard.update_and_fetch(*(x[1:] for x in new))
     assert same(state_of(batch.extract(1)), state_of(hard))
+
+
+@fast
+def test_rows_that_cannot_join_leave_a_batch_of_fewer_bits_as_it_was(backend, monkeypatch):
+    batch = TurboKVCache.merge([chosen(monkeypatch, 4)])
+    before, other = state_of(batch), TurboKVCache.merge([chosen(monkeypatch, 8, dtype=mx.float16)])
+    with pytest.raises(ValueError, match="allowed are equal kv heads, head_dim and dtype"):
+        batch.extend(other)
+    assert same(state_of(batch), before)
 
 
 @fast

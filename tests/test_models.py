@@ -154,6 +154,8 @@ def test_sliding_window_layers_are_windows_or_stay_and_are_reported(backend, con
     assert describe(cache) == ("6 of 6 layers compressed (4 of them windows of 16 tokens)" if windows else
                                "2 of 6 layers compressed; RotatingKVCache (4) stays: of so short a window most would "
                                "stay exact")
+    batch = [c.merge([c, c]) for c in make_prompt_cache(model, config)]
+    assert describe(batch) == describe(cache).replace("RotatingKVCache", "BatchRotatingKVCache")
     assert [r is None for _, _, r, _ in reports(cache)] == 2 * [not windows, not windows, False]
     want = logits_in_chunks(model, tokens, model.make_cache())
     np.testing.assert_allclose(logits_in_chunks(model, tokens, cache), want, rtol=0, atol=1e-4 * windows)
