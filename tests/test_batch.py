@@ -711,7 +711,10 @@ def test_every_family_that_mlx_lm_batches_is_batched_with_our_caches(backend, na
     model, cell = families.build(name), families.cell(name, "batch")
     theirs = functools.partial(lm_cache.make_prompt_cache, model)
     ours = functools.partial(make_prompt_cache, model, TurboConfig("turbo4", 2, 4, 4))
-    if cell == families.NO_BATCH:
+    if name in ("afm7", "gemma3n") and not hasattr(lm_cache.KVCache, "keys_and_values"):  # before mlx-lm 0.32
+        with pytest.raises(ValueError, match="unpack"):  # they read the state of another layer as a KVCache's
+            batch_error(model, theirs)
+    elif cell == families.NO_BATCH:
         assert batch_error(model, theirs) is None and batch_error(model, ours) is None
     elif cell == families.ONE_NUMBER:
         with pytest.raises(ValueError, match="length-1"):
