@@ -38,7 +38,7 @@ def rows():
         compressed = {type(c).__name__ for c, (_, _, _, why) in zip(theirs, mine) if why is None}
         kept = {f"{type(c).__name__}: {why}" for _, c, _, why in mine if why}
         compressed, kept = (", ".join(sorted(kinds)) or "nothing" for kinds in (compressed, kept))
-        found[compressed, kept, *(families.cell(name, phase) for phase in families.PHASES)].append(name)
+        found[(compressed, kept, *(families.cell(name, phase) for phase in families.PHASES))].append(name)
     return sorted(([*key, names] for key, names in found.items()),
                   key=lambda r: (r[0] == "nothing", r[1] != "nothing", r[1], [cell != "yes" for cell in r[2:-1]], r))
 
