@@ -88,6 +88,11 @@ class ModelProvider(module.ModelProvider):
         if not hasattr(super(), "load_default"):
             self.tried.set()
 
+    def load(self, model_path, adapter_path=None, draft_model_path=None):
+        """mlx-lm 0.31.3 forgets the adapter of --adapter-path: it looks it up after it has replaced the model's name."""
+        adapters = getattr(self, "_adapter_map", {})
+        return super().load(model_path, adapters.get(model_path, adapter_path), draft_model_path)
+
     def load_default(self):
         try:
             super().load_default()
