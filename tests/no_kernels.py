@@ -1,8 +1,9 @@
 """A Metal backend whose kernels do nothing, at once: what is left is its Python, and what a kernel looks like that fails
-silently."""
+silently. And one whose kernels do not build."""
 import mlx.core as mx
 
-from mlx_turbo.kernels import MetalBackend
+from mlx_turbo.fallback import CpuBackend
+from mlx_turbo.kernels import BackendError, MetalBackend
 
 
 class NoKernels(MetalBackend):
@@ -20,3 +21,10 @@ class NoKernels(MetalBackend):
 
     def describe(self):
         return "metal path with kernels that do nothing"
+
+
+class DoesNotBuild(CpuBackend):
+    name = "metal"
+
+    def quantize(self, sides, seed=0, scale="least-squares"):
+        raise BackendError("the kernel does not build\nprogram_source:7:3: error: expected ';'")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from no_kernels import DoesNotBuild
 
 import mlx_turbo
 from mlx_turbo import cli
 from mlx_turbo.cli import DEMO_MODEL, CliError
-from mlx_turbo.fallback import CpuBackend
 
 # long enough that decoding reads packed tokens, short enough for a slow machine
 STORY = (DEMO_MODEL / "stories.txt").read_text()[:330]
@@ -278,13 +278,6 @@ def test_a_hub_id_that_does_not_exist_gets_one_line():
 
     with pytest.raises(CliError, match="'nobody/nothing' is neither a folder here nor on the Hugging Face"):
         cli.load_model(load, "nobody/nothing", "--model")
-
-
-class DoesNotBuild(CpuBackend):
-    name = "metal"
-
-    def quantize(self, sides, seed=0, scale="least-squares"):
-        raise mlx_turbo.BackendError("the kernel does not build\nprogram_source:7:3: error: expected ';'")
 
 
 def test_a_kernel_that_does_not_build_ends_the_program_with_the_compiler_s_message(run):

@@ -16,12 +16,12 @@ import numpy as np
 import pages
 import pytest
 from mlx_lm.models.cache import CacheList
+from no_kernels import DoesNotBuild
 from server_tools import (STORIES, Conversation, Past, Reference, Server, cached, free_port, save_model,
                           save_window_model, text_of)
 
 import mlx_turbo
 from mlx_turbo.cli import DEMO_MODEL, DEMO_TEMPLATE, main
-from mlx_turbo.fallback import CpuBackend
 from mlx_turbo.models import TurboKVCache
 
 SHORT_WINDOW = ["--kv-sink", "2", "--kv-recent", "8"]  # so that a short text has packed tokens
@@ -341,13 +341,6 @@ def test_a_port_in_use_is_named_before_anything_is_loaded(run):
 def test_mlx_lm_s_bits_beside_ours_are_refused_where_mlx_lm_has_them(run):
     code, _, err = run("--kv-bits", "4", "--port", free_port())
     assert code == 2 and err.count("\n") == 1 and "--kv-bits" in err
-
-
-class DoesNotBuild(CpuBackend):
-    name = "metal"
-
-    def quantize(self, sides, seed=0, scale="least-squares"):
-        raise mlx_turbo.BackendError("the kernel does not build\nprogram_source:7:3: error: expected ';'")
 
 
 def test_a_kernel_that_does_not_build_ends_it_before_it_listens(run):
