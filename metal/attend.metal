@@ -50,10 +50,10 @@
 //         ml float [B, Hkv, R, blocks, 2] = m (base 2), sum of 2^(logit - m). An empty block has m = LOWEST, sum 0.
 // TEMPLATE  T type of acc; EXACT_K, EXACT_V types of exact keys and values; KB, VB bits in {0, 2, 3, 4, 8}; DK, DV head
 //   dims, multiples of 16, 32 to 576; KM, VM: packed keys / values have a mean; H rows per simdgroup, 1 to 8, or 12 if
-//   SHARED; TPL tokens per lane (1, 2, 4); E dims per lane of the values: a multiple of 8 (of 16 if VB = 3, of 4 if
-//   SHARED) that divides DV with DV / E <= 32; NS simdgroups per threadgroup; SHARED: they share decoded tiles; CHUNKS
-//   of such a tile: 1, or 2 if 64 divides DK; FAR: queries in acc (only if SHARED); ONE: a threadgroup holds all
-//   blocks, merges them and writes the output (not if SHARED).
+//   SHARED; TPL tokens per lane (1, 2, 4); E dims per lane of the values: a multiple of 8 (if VB = 3, 8 or a multiple
+//   of 16; of 4 if SHARED) that divides DV with DV / E <= 32; NS simdgroups per threadgroup; SHARED: they share decoded
+//   tiles; CHUNKS of such a tile: 1, or 2 if 64 divides DK; FAR: queries in acc (only if SHARED); ONE: a threadgroup
+//   holds all blocks, merges them and writes the output (not if SHARED).
 // LAUNCH  grid (32, blocks, B * Hkv * RG), threadgroup (32, NS, 1); RG = ceil(R / H) row groups, R = Hq / Hkv * L;
 //   blocks and X are multiples of NS (ONE: blocks = NS, any X <= NS). SHARED: grid (32, NS * blocks, B * Hkv * RG),
 //   RG = ceil(R / (NS * H)), any X <= blocks. ACC_ROWS = R and ACC_ROW = DV, or if FAR RG * NS * H and max(DK, DV).
@@ -273,6 +273,13 @@ template <int B, int D, class SCALE> struct PackedRows {
         z[4 * i] = Levels<2>::at4(a); z[4 * i + 1] = Levels<2>::at6(a);
         z[4 * i + 2] = Levels<2>::at4(x); z[4 * i + 3] = Levels<2>::at6(x);
       }
+    } else if (E == 8) {                                                        // half a unit: two lanes, both at this
+      int t = u / 2;                                                            // token, read it together
+      const device uchar *b = (const device uchar *)(row + R::UNITS + t / 2) + (t & 1);
+      uint x = u & 1 ? as_type<uint>(ushort2(b[0], b[2])) : row[t], a = simd_shuffle_xor(x, ushort(1));
+      if (u & 1) x = ((a >> 12) & 0x00070007u) | (x << 3) | ((a >> 4) & 0x08000800u);
+      z[0] = Levels<3>::at3(x << 3); z[1] = Levels<3>::at3(x);
+      z[2] = Levels<3>::at6(x); z[3] = Levels<3>::at3(x >> 6);
     } else {
       TQ_UNROLL for (int i = 0; i < E / 16; i++) {
         int t = u * (E / 16) + i;
@@ -293,7 +300,8 @@ METAL_FUNC ExactRows<T, D> tq_rows(const device T *rows, SCALE scale) {
   return {rows, rows, 0};
 }
 
-// D dims of packed rows decoded to threadgroup memory, as levels: 8 halves more, so that lanes hit different banks.
+// D dims of packed rows decoded to threadgroup memory, as levels: 8 halves more, so that lanes hit different banks, the
+// first two of which are the scales, of the key and of the value.
 template <int D> struct TileRows {
   typedef const threadgroup half *Pointer;
   static constant constexpr const int STRIDE = D + 8;
@@ -504,6 +512,13 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, u
       _Pragma("clang loop unroll(disable)") for (int c = 0; c < DK; c += N) {
         threadgroup_barrier(mem_flags::mem_threadgroup);                        // what the tile holds is not needed now
         tq_decode<N, TILE, NS>(keys, t0, end, c / 32, 0.0f, tile, sg * 32 + lane);
+        if (c == 0 && sg == 0) {                                                // the scales: behind a row's dims
+          TQ_UNROLL for (int i = 0; i < TPL; i++) {
+            threadgroup half *behind = tile + (32 * i + lane) * (N + 8) + N;
+            behind[0] = half(keys.scale(token[i]));
+            if (VALUES::BITS) behind[1] = half(values.scale(token[i]));
+          }
+        }
         threadgroup_barrier(mem_flags::mem_threadgroup);
         tq_all_dots<H, TPL, ROW, N, TileRows<N>>(decoded, q + c, s);
       }
@@ -520,8 +535,9 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, u
     }
     float value_scale[TPL];
     TQ_UNROLL for (int i = 0; i < TPL; i++) {
-      float key_scale = keys.scale(token[i]);
-      value_scale[i] = values.scale(token[i]);
+      const threadgroup half *behind = tile + (32 * i + lane) * (DK / CHUNKS + 8) + DK / CHUNKS;
+      float key_scale = SHARED && KEYS::BITS ? float(behind[0]) : keys.scale(token[i]);
+      value_scale[i] = SHARED && KEYS::BITS && VALUES::BITS ? float(behind[1]) : values.scale(token[i]);
       TQ_UNROLL for (int h = 0; h < H; h++) {
         if (KEYS::BITS == 8) s[i * H + h] -= bias[h];
         if (KEYS::BITS) s[i * H + h] *= key_scale;

@@ -120,12 +120,13 @@ class AttendShape(NamedTuple):
 @functools.lru_cache(maxsize=None)
 def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, n_rows, one):
     """The `AttendShape` for n_rows = query heads per kv head * query tokens; one: the variant with one launch."""
-    step = 16 if value_bits == 3 else 8
-    dims = [e for e in range(step, 65, step) if value_dim % e == 0 and value_dim // e <= 32]
+    dims = [e for e in range(8, 65, 8) if value_dim % e == 0 and value_dim // e <= 32 and (
+        value_bits != 3 or e == 8 or e % 16 == 0)]
     dims_per_lane = dims[0]
-    if value_bits == 2 and n_rows <= 4 and 16 in dims:
-        dims_per_lane = 16  # whole words
-    most = min(8, max(1, tuning.accumulators // dims_per_lane))
+    if value_bits in (2, 3) and n_rows <= 4 and 16 in dims:
+        dims_per_lane = 16  # whole words, whole units
+    query_bytes = (2 if one and key_bits else 1) * 4 * key_dim  # of a row
+    most = min(8, max(1, tuning.accumulators // dims_per_lane), THREADGROUP_BYTES * 3 // 4 // query_bytes)
     n_simdgroups = -(-n_rows // most)
     rows = -(-n_rows // n_simdgroups)
     if not one and n_simdgroups > 1:  # simdgroups side by side on the same tokens, which are decoded once for all
@@ -134,8 +135,7 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, n_rows, one):
             return min(costs, key=costs.get)
     tokens = tuning.tokens_per_lane_few_rows if rows <= 2 else tuning.tokens_per_lane
     simdgroups = tuning.simdgroups_one_launch if one else tuning.simdgroups
-    queries = (2 if one and key_bits else 1) * 4 * rows * key_dim
-    while queries + simdgroups * 128 * tokens * _padded(rows) > THREADGROUP_BYTES or (
+    while rows * query_bytes + simdgroups * 128 * tokens * _padded(rows) > THREADGROUP_BYTES or (
             one and simdgroups * 4 * value_dim > THREADGROUP_BYTES):
         if tokens > 1:
             tokens //= 2
@@ -444,10 +444,10 @@ class MetalBackend:
         """Whether one launch does it: not for many tokens, and not where packed words would be decoded twice, or thrice
         for 8 or more heads."""
         tuning = self.tuning_of(keys, values)
-        shape = attend_shape(tuning, keys.bits, values.bits, keys.head_dim, values.head_dim, 1, True)
-        n_rows = queries.shape[1] // _n_kv_heads(keys) * queries.shape[2]
-        twice = queries.shape[1] // _n_kv_heads(keys) >= 8
-        return sum(counts) <= tuning.one_launch_tokens and n_rows <= (1 + twice) * (tuning.accumulators // shape.E)
+        gqa = queries.shape[1] // _n_kv_heads(keys)
+        n_rows = gqa * queries.shape[2]
+        shape = attend_shape(tuning, keys.bits, values.bits, keys.head_dim, values.head_dim, n_rows, True)
+        return sum(counts) <= tuning.one_launch_tokens and -(-n_rows // shape.rows) <= 1 + (gqa >= 8)
 
     def _attend(self, queries, keys, values, counts, scale, mask, sinks, starts, ends, window, seed, one):
         batch, n_heads, n_query_tokens, key_dim = queries.shape

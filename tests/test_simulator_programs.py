@@ -88,6 +88,9 @@ BAD_PROGRAMS = {
         {}),
     "shuffle from an inactive lane": (
         "inactive lane", "if (l < 16) return; out[i] = simd_shuffle(x[i], 3);", "", {"n": 32, "group": 32}),
+    "shuffle from a lane on the other branch": (
+        "inactive lane", "float v = 0; if (l & 2) v = simd_shuffle_xor(x[i], 2);\n out[i] = v;", "",
+        {"n": 32, "group": 32}),
     # races
     "missing barrier before a read": (
         "data race", "threadgroup float s[64]; s[l] = x[i]; out[i] = s[63 - l];", "", {}),
@@ -291,6 +294,13 @@ def test_ignored_divergence_follows_the_active_lanes():
     with metalsim.configured(order="random", ignore=("divergent",)):
         np.testing.assert_array_equal(run(body, **ONE_SIMDGROUP), 496 + 16 * (LANES % 2))
     assert any("divergent" in report for report in metalsim.last().reports)
+
+
+def test_lanes_on_the_same_branch_may_shuffle():
+    body = "float v = 0; if (l & 2) v = simd_shuffle_xor(x[i], 1);\n v += simd_sum(1.0f); out[i] = v;"
+    for order in ("natural", "reversed", "random"):
+        with metalsim.configured(order=order):
+            np.testing.assert_array_equal(run(body, **ONE_SIMDGROUP), 32 + np.where(LANES & 2, LANES ^ 1, 0))
 
 
 def test_a_report_names_the_line_the_buffer_and_the_thread():

@@ -68,7 +68,7 @@ struct Exchange {
 struct Attributes { uint value[20][4]; };
 }
 extern "C" {
-__attribute__((convergent)) msl::Exchange *msl_exchange(const void *operand, uint n_bytes, uint line);
+__attribute__((convergent)) msl::Exchange *msl_exchange(const void *operand, uint n_bytes, uint may_diverge, uint line);
 __attribute__((convergent)) void msl_barrier(int is_simdgroup, int flags, uint line);
 __attribute__((noreturn)) void msl_fail(const char *what, uint line);
 uint msl_lane();
@@ -325,9 +325,9 @@ METAL_FUNC void threadgroup_barrier(mem_flags flags, MSL_LINE) { msl_barrier(0, 
 METAL_FUNC void simdgroup_barrier(mem_flags flags, MSL_LINE) { msl_barrier(1, flags, line); }
 }
 namespace msl {
-template <class T> METAL_FUNC Exchange *exchange(T &x, uint line) {
+template <class T> METAL_FUNC Exchange *exchange(T &x, uint line, bool may_diverge = false) {
   static_assert(sizeof(T) <= 16, "operand of a simdgroup function is larger than 16 bytes");
-  return msl_exchange(&x, sizeof(T), line);
+  return msl_exchange(&x, sizeof(T), may_diverge, line);
 }
 template <class T> METAL_FUNC T from_lane(Exchange *e, uint lane) {
   T r;
@@ -364,7 +364,7 @@ template <class T, class F> METAL_FUNC T scan(T x, T identity, bool inclusive, u
   return r;
 }
 template <class T> METAL_FUNC T read(T x, int lane, bool in_range, uint line) {
-  Exchange *e = exchange(x, line);
+  Exchange *e = exchange(x, line, true);
   if (!in_range) return x;
   if (!(e->mask >> lane & 1)) msl_fail("shuffle reads an inactive lane", line);
   return from_lane<T>(e, lane);

@@ -83,6 +83,7 @@ struct Fiber {
   u32 flags;                           // mem_flags of the barrier it waits at
   const void *operand;
   u32 operand_bytes;
+  u32 may_diverge;                     // a shuffle: what counts is which lanes it reads
   Exchange *exchange;
 };
 // thread_position_in_grid and so on, in the order of signature.BUILTINS
@@ -472,10 +473,11 @@ EXPORT void msl_mem3(u8 *p, u64 info, u64 n_bytes) {
 EXPORT u32 msl_lane() { return current % SIMD; }
 
 // Hand in this lane's operand and wait until every lane that takes part has done so.
-EXPORT Exchange *msl_exchange(const void *operand, u32 n_bytes, u32 line) {
+EXPORT Exchange *msl_exchange(const void *operand, u32 n_bytes, u32 may_diverge, u32 line) {
   Fiber &f = fibers[current];
   f.operand = operand;
   f.operand_bytes = n_bytes;
+  f.may_diverge = may_diverge;
   wait(AT_SIMD, line);
   return f.exchange;
 }
@@ -519,7 +521,7 @@ static void release_lanes(u32 simdgroup, u32 n_lanes, u32 leader, u32 n_live) {
     together++;
   }
   current = simdgroup * SIMD + leader;
-  if (together != n_live)
+  if (together != n_live && !(state == AT_SIMD && lanes[leader].may_diverge))
     report(CONTINUE, line, "%s in divergent control flow: %u of %u live lanes",
            state == AT_SIMD ? "simdgroup function" : "simdgroup_barrier", together, n_live);
   Exchange *exchange = nullptr;
