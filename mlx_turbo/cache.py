@@ -72,6 +72,11 @@ def _may_choose(config):
     return config.auto and config.scheme.key_bits > 0
 
 
+def _dtypes(config):
+    """What can be stored: whole numbers too where nothing is ever rounded, as mlx-lm's KVCache stores them."""
+    return ops.EXACT_DTYPES if config.scheme == Scheme(0, 0) else ops.DTYPES
+
+
 def _first(buffer, n):
     """The first n tokens of a buffer; one that is full is not sliced, which takes a microsecond."""
     return buffer if n == buffer.shape[2] else buffer[:, :, :n]
@@ -195,7 +200,7 @@ class TurboKVCache:
     # ---- update ----------------------------------------------------------------------------------------------
     def update_and_fetch(self, keys, values):
         """Append keys [B, n_kv_heads, L, Dk] and values [B, n_kv_heads, L, Dv] (post-RoPE; float16, bfloat16 or
-        float32) and return all tokens, the new ones exactly as given.
+        float32, with turbo0 whole numbers too) and return all tokens, the new ones exactly as given.
 
         The older tokens come as lazy arrays: dequantizing costs nothing unless they are read.
 
@@ -268,7 +273,7 @@ class TurboKVCache:
             if had is not None and isinstance(x, mx.array) and x.dtype == had.dtype and x.ndim == 4 \
                     and x.shape[:2] == had.shape[:2] and x.shape[3] == had.shape[3]:
                 continue  # a decode step
-            check_vectors(x, name, any_head_dim=side.bits == 0)
+            check_vectors(x, name, any_head_dim=side.bits == 0, dtypes=_dtypes(self.config))
             if had is not None:
                 for what, was, now in (("batch size", had.shape[0], x.shape[0]), ("number of kv heads", had.shape[1],
                                        x.shape[1]), ("head_dim", had.shape[3], x.shape[3]),
@@ -528,7 +533,7 @@ class TurboKVCache:
         scheme, config = self.config.scheme, self.config
         filled = sum(counts) > 0
         dims = [side.head_dim if filled else 0 for side in self._sides]
-        dtypes = [ops.DTYPES.index(side.recent.dtype) if filled else 0 for side in self._sides]
+        dtypes = [ops.EXACT_DTYPES.index(side.recent.dtype) if filled else 0 for side in self._sides]
         n_means = [0 if side.means is None else -(-counts[1] // side.segment) for side in self._sides]
         return [self.magic, FORMAT_VERSION, scheme.key_bits, scheme.value_bits, config.sink, config.recent, config.block,
                 config.seed, SCALES.index(config.scale), config.centre, config.auto,
@@ -627,11 +632,11 @@ def _restore(side, arrays, counts, header, name, config):
     if not n_sink + n_packed + n_recent:
         return
     head_dim, dtype, n_means = (header[f"{name}_{what}"] for what in ("dim", "dtype", "means"))
-    if dtype not in range(len(ops.DTYPES)):
-        raise ValueError(f"state: the header names dtype number {dtype}, there are {len(ops.DTYPES)}")
+    if dtype not in range(len(_dtypes(config))):
+        raise ValueError(f"state: the header names dtype number {dtype}, there are {len(_dtypes(config))} for {config}")
     if n_means not in ((0, -(-n_packed // side.segment)) if side.bits else (0,)):
         raise ValueError(f"state: the header names {n_means} means of {name}s, with {n_packed} packed tokens")
-    dtype, batch = ops.DTYPES[dtype], None
+    dtype, batch = ops.EXACT_DTYPES[dtype], None
 
     def take(n, width, want):
         nonlocal batch
