@@ -7,6 +7,7 @@ the recent window is quantized from those exact values, once, so the stored code
 cut into chunks. Every array is [B, n_kv_heads, tokens, *]: one token's bits never leave its row.
 """
 import threading
+import warnings
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -524,6 +525,23 @@ class TurboKVCache:
         if self.offset:
             cache.keys, cache.values = (mx.array(x) for x in self.keys_and_values())
             cache.offset = self.offset
+        return cache
+
+    def to_quantized(self, group_size=64, bits=4):
+        """An mlx_lm QuantizedKVCache made of the restored tokens, as KVCache.to_quantized: mlx-lm's `kv_bits` calls it,
+        whoever asks for both is warned. This cache stays as it is.
+
+        Raises ValueError for bits that MLX has not and a head_dim that is no multiple of group_size.
+        """
+        from mlx_lm.models.cache import QuantizedKVCache
+
+        cache = QuantizedKVCache(group_size, bits)
+        if self.offset:
+            cache.keys, cache.values = (mx.quantize(x, group_size, bits) for x in self.keys_and_values())
+            cache.offset = self.offset
+        warnings.warn(f"a TurboKVCache ({self.config.name}) becomes mlx-lm's QuantizedKVCache ({bits} bits, groups of "
+                      f"{group_size}), made of its restored tokens: without kv_bits it stays {self.config.name}",
+                      stacklevel=2)
         return cache
 
     # ---- state -----------------------------------------------------------------------------------------------

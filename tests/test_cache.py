@@ -194,10 +194,10 @@ def test_restored_tokens_are_the_oracle_s_quantized_and_back(backend):
 
 
 # ---- mlx-lm's contract ---------------------------------------------------------------------------------------
-def test_a_new_cache_is_true_and_without_length_or_what_would_make_mlx_lm_quantize_it():
+def test_a_new_cache_is_true_and_without_length_or_what_mlx_lm_takes_for_a_quantized_one():
     cache = TurboKVCache()
     assert cache and not hasattr(cache, "__len__")
-    assert not hasattr(cache, "bits") and not hasattr(cache, "to_quantized") and not isinstance(cache, KVCache)
+    assert not hasattr(cache, "bits") and not isinstance(cache, KVCache)
     assert cache.empty() and cache.size() == cache.offset == cache.nbytes == 0 and cache.is_trimmable()
     assert type(cache.offset) is int and cache.keys is None and cache.values is None
     assert cache.config == TurboConfig("turbo4", sink=4, recent=64, block=64)
