@@ -713,6 +713,11 @@ class BatchTurboKVCache(TurboKVCache):
 
         return self._plain(BatchKVCache, self._pad)
 
+    def to_quantized(self, group_size=64, bits=4):
+        """Raises NotImplementedError: mlx-lm has no batch of quantized caches."""
+        raise NotImplementedError(f"to_quantized: mlx-lm has no quantized cache of a batch, which kv_bits asks for; "
+                                  f"without kv_bits this one stays {self.config.name}")
+
     def _plain(self, kind, *empty):
         """mlx-lm's batch cache of a kind; empty: what it is made of where no row has tokens."""
         if self.empty():

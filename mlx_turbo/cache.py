@@ -7,6 +7,7 @@ the recent window is quantized from those exact values, once, so the stored code
 cut into chunks. Every array is [B, n_kv_heads, tokens, *]: one token's bits never leave its row.
 """
 import threading
+import warnings
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -70,6 +71,11 @@ def _make_sides(config, key_bits=None):
 
 def _may_choose(config):
     return config.auto and config.scheme.key_bits > 0
+
+
+def _dtypes(config):
+    """What can be stored: whole numbers too where nothing is ever rounded, as mlx-lm's KVCache stores them."""
+    return ops.EXACT_DTYPES if config.scheme == Scheme(0, 0) else ops.DTYPES
 
 
 def _first(buffer, n):
@@ -195,7 +201,7 @@ class TurboKVCache:
     # ---- update ----------------------------------------------------------------------------------------------
     def update_and_fetch(self, keys, values):
         """Append keys [B, n_kv_heads, L, Dk] and values [B, n_kv_heads, L, Dv] (post-RoPE; float16, bfloat16 or
-        float32) and return all tokens, the new ones exactly as given.
+        float32, with turbo0 whole numbers too) and return all tokens, the new ones exactly as given.
 
         The older tokens come as lazy arrays: dequantizing costs nothing unless they are read.
 
@@ -268,7 +274,7 @@ class TurboKVCache:
             if had is not None and isinstance(x, mx.array) and x.dtype == had.dtype and x.ndim == 4 \
                     and x.shape[:2] == had.shape[:2] and x.shape[3] == had.shape[3]:
                 continue  # a decode step
-            check_vectors(x, name, any_head_dim=side.bits == 0)
+            check_vectors(x, name, any_head_dim=side.bits == 0, dtypes=_dtypes(self.config))
             if had is not None:
                 for what, was, now in (("batch size", had.shape[0], x.shape[0]), ("number of kv heads", had.shape[1],
                                        x.shape[1]), ("head_dim", had.shape[3], x.shape[3]),
@@ -521,6 +527,23 @@ class TurboKVCache:
             cache.offset = self.offset
         return cache
 
+    def to_quantized(self, group_size=64, bits=4):
+        """An mlx_lm QuantizedKVCache made of the restored tokens, as KVCache.to_quantized: mlx-lm's `kv_bits` calls it,
+        whoever asks for both is warned. This cache stays as it is.
+
+        Raises ValueError for bits that MLX has not and a head_dim that is no multiple of group_size.
+        """
+        from mlx_lm.models.cache import QuantizedKVCache
+
+        cache = QuantizedKVCache(group_size, bits)
+        if self.offset:
+            cache.keys, cache.values = (mx.quantize(x, group_size, bits) for x in self.keys_and_values())
+            cache.offset = self.offset
+        warnings.warn(f"a TurboKVCache ({self.config.name}) becomes mlx-lm's QuantizedKVCache ({bits} bits, groups of "
+                      f"{group_size}), made of its restored tokens: without kv_bits it stays {self.config.name}",
+                      stacklevel=2)
+        return cache
+
     # ---- state -----------------------------------------------------------------------------------------------
     magic, header_names = MAGIC, _HEADER
 
@@ -528,7 +551,7 @@ class TurboKVCache:
         scheme, config = self.config.scheme, self.config
         filled = sum(counts) > 0
         dims = [side.head_dim if filled else 0 for side in self._sides]
-        dtypes = [ops.DTYPES.index(side.recent.dtype) if filled else 0 for side in self._sides]
+        dtypes = [ops.EXACT_DTYPES.index(side.recent.dtype) if filled else 0 for side in self._sides]
         n_means = [0 if side.means is None else -(-counts[1] // side.segment) for side in self._sides]
         return [self.magic, FORMAT_VERSION, scheme.key_bits, scheme.value_bits, config.sink, config.recent, config.block,
                 config.seed, SCALES.index(config.scale), config.centre, config.auto,
@@ -627,11 +650,11 @@ def _restore(side, arrays, counts, header, name, config):
     if not n_sink + n_packed + n_recent:
         return
     head_dim, dtype, n_means = (header[f"{name}_{what}"] for what in ("dim", "dtype", "means"))
-    if dtype not in range(len(ops.DTYPES)):
-        raise ValueError(f"state: the header names dtype number {dtype}, there are {len(ops.DTYPES)}")
+    if dtype not in range(len(_dtypes(config))):
+        raise ValueError(f"state: the header names dtype number {dtype}, there are {len(_dtypes(config))} for {config}")
     if n_means not in ((0, -(-n_packed // side.segment)) if side.bits else (0,)):
         raise ValueError(f"state: the header names {n_means} means of {name}s, with {n_packed} packed tokens")
-    dtype, batch = ops.DTYPES[dtype], None
+    dtype, batch = ops.EXACT_DTYPES[dtype], None
 
     def take(n, width, want):
         nonlocal batch

@@ -157,6 +157,7 @@ def disable(model):
 
 _KEPT = {"ArraysCache": "states, which do not grow with the text", "ChunkedKVCache": "it holds the newest chunk only",
          "RotatingKVCache": "of so short a window most would stay exact", "KVCache": "it was made without mlx_turbo",
+         "QuantizedKVCache": "kv_bits asked mlx-lm for it",
          "LayerCache": "the model's own, of a window and of tokens that it merges itself"}
 
 

@@ -16,6 +16,7 @@ from .rotation import check_head_dim
 from .scheme import SCALES, words_per_row
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+EXACT_DTYPES = (*DTYPES, mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64)  # unpacked
 _backends = {}
 _override = None
 
@@ -66,14 +67,14 @@ def use_backend(choice):
         _override = before
 
 
-def check_vectors(x, name, any_head_dim=False):
-    """Raise TypeError or ValueError unless x is a float array [B, H, L, head_dim] with a head_dim we have."""
+def check_vectors(x, name, any_head_dim=False, dtypes=DTYPES):
+    """Raise TypeError or ValueError unless x is an array [B, H, L, head_dim] of these dtypes and a head_dim we have."""
     if not isinstance(x, mx.array):
         raise TypeError(f"{name}: got {type(x).__name__}, expected an mx.array")
     if x.ndim != 4:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected [batch, n_kv_heads, tokens, head_dim]")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name}: got {x.dtype}, allowed are {', '.join(str(d) for d in DTYPES)}")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name}: got {x.dtype}, allowed are {', '.join(str(d) for d in dtypes)}")
     if not any_head_dim:
         check_head_dim(x.shape[-1], f"head_dim of {name}")
 

@@ -341,13 +341,14 @@ def test_an_update_that_cannot_be_packed_leaves_the_tokens_as_they_were(backend)
 
 
 @fast
+@pytest.mark.parametrize("dtype", [mx.float32, mx.int32], ids=str)
 @pytest.mark.parametrize("n", [1, 7])
-def test_rows_of_one_length_give_batchkvcache_s_arrays_to_the_bit(backend, n):
+def test_rows_of_one_length_give_batchkvcache_s_arrays_to_the_bit(backend, n, dtype):
     """turbo0 packs nothing away, and without dead tokens the columns are the same."""
     ours, theirs, rng = BatchTurboKVCache("turbo0", [0, 0, 0], sink=2, recent=4, block=4), \
         lm_cache.BatchKVCache([0, 0, 0]), np.random.default_rng(0)
     for _ in range(12):
-        new = random_tokens(rng, n, batch=3)
+        new = random_tokens(rng, n, batch=3, dtype=dtype)
         masks = ours.make_mask(n), theirs.make_mask(n)
         for a, b in zip(ours.update_and_fetch(*new), theirs.update_and_fetch(*new)):
             assert a.dtype == b.dtype and same(to_numpy(a), to_numpy(b))

@@ -194,10 +194,10 @@ def test_restored_tokens_are_the_oracle_s_quantized_and_back(backend):
 
 
 # ---- mlx-lm's contract ---------------------------------------------------------------------------------------
-def test_a_new_cache_is_true_and_without_length_or_what_would_make_mlx_lm_quantize_it():
+def test_a_new_cache_is_true_and_without_length_or_what_mlx_lm_takes_for_a_quantized_one():
     cache = TurboKVCache()
     assert cache and not hasattr(cache, "__len__")
-    assert not hasattr(cache, "bits") and not hasattr(cache, "to_quantized") and not isinstance(cache, KVCache)
+    assert not hasattr(cache, "bits") and not isinstance(cache, KVCache)
     assert cache.empty() and cache.size() == cache.offset == cache.nbytes == 0 and cache.is_trimmable()
     assert type(cache.offset) is int and cache.keys is None and cache.values is None
     assert cache.config == TurboConfig("turbo4", sink=4, recent=64, block=64)
@@ -263,6 +263,33 @@ def test_a_cache_made_from_a_state_is_the_same_cache(backend, scheme, n, dtype):
     new = random_tokens(np.random.default_rng(1), 9, key_dim=64, value_dim=32, dtype=dtype)
     for a, b in zip(cache.update_and_fetch(*new), twin.update_and_fetch(*new)):
         assert a.dtype == b.dtype and same(to_numpy(a), to_numpy(b))
+
+
+@fast
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [mx.int8, mx.int32, mx.uint8, mx.uint64], ids=str)
+def test_turbo0_stores_whole_numbers_as_kvcache_does(backend, door, dtype, way):
+    ours, theirs = TurboKVCache("turbo0", sink=2, recent=4, block=4), KVCache()
+    rng, low, high = np.random.default_rng(0), mx.iinfo(dtype).min, mx.iinfo(dtype).max
+    for n in (20, 1, 1, 7):
+        new = [mx.array(rng.integers(low, high, (1, 2, n, 1), str(dtype).split(".")[-1])) for _ in range(2)]
+        for a, b in zip(ours.update_and_fetch(*new), theirs.update_and_fetch(*new)):
+            assert a.dtype == b.dtype == dtype and same(np.array(a), np.array(b))
+        ours = copied(ours, way)
+    assert ours.report()["packed"] > 10
+
+
+@fast
+@pytest.mark.parametrize("scheme", ["turbo8", "turbo0v4", "turbo4v0", "auto"])
+def test_where_a_side_is_rounded_whole_numbers_are_refused(backend, scheme):
+    cache = TurboKVCache(scheme)
+    with pytest.raises(ValueError, match="keys: got mlx.core.int32, allowed are .*float32$"):
+        cache.update_and_fetch(*[mx.zeros((1, 1, 5, 32), mx.int32)] * 2)
+    assert cache.empty() and cache.keys is None
+    state = filled(9, scheme).state  # nor are they in a state
+    state[0] = state[0] + mx.array([4 * (n == "key_dtype") for n in _HEADER], mx.int32)
+    with pytest.raises(ValueError, match="dtype number 6, there are 3 for "):
+        TurboKVCache.from_state(state)
 
 
 @fast

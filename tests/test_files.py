@@ -135,6 +135,40 @@ def test_a_plain_kv_cache_comes_back(backend, scheme, close):
     assert TurboKVCache(scheme).to_kv_cache().empty()
 
 
+@pytest.mark.parametrize("scheme, close", [("turbo0", 0.01), ("turbo8", 0.02), ("turbo4", 0.12)])
+def test_mlx_lm_s_quantized_cache_is_made_of_the_restored_tokens_and_says_so(backend, scheme, close):
+    cache, given = filled(60, scheme), random_tokens(np.random.default_rng(0), 60)
+    before = snapshot(cache)
+    with pytest.warns(UserWarning, match=rf"\({scheme}\) becomes mlx-lm's QuantizedKVCache \(8 bits, .* 32"):
+        quantized = cache.to_quantized(group_size=32, bits=8)
+    assert type(quantized) is lm_cache.QuantizedKVCache and (quantized.bits, quantized.group_size) == (8, 32)
+    want = cache.to_kv_cache().to_quantized(group_size=32, bits=8)
+    new = random_tokens(np.random.default_rng(5), 3)
+    fetched = quantized.update_and_fetch(*new)
+    for got, want in zip(fetched, want.update_and_fetch(*new)):
+        assert same([to_numpy(a) for a in got], [to_numpy(a) for a in want])
+    given = [mx.concatenate(pair, axis=2) for pair in zip(given, new)]
+    for got, want in zip(fetched, given):
+        got, want = to_numpy(mx.dequantize(*got, group_size=32, bits=8)), to_numpy(want)
+        assert np.linalg.norm(got - want) <= close * np.linalg.norm(want)
+    assert quantized.offset == 63 and same(snapshot(cache), before)
+
+
+@pytest.mark.filterwarnings("ignore:a TurboKVCache")
+def test_what_mlx_lm_has_no_quantized_cache_for_is_refused(backend):
+    assert TurboKVCache().to_quantized().empty()
+    cache = filled(60)
+    for options, match in (dict(group_size=64), "group size 64"), (dict(group_size=32, bits=7), "bits 7"):
+        with pytest.raises(ValueError, match=match):
+            cache.to_quantized(**options)
+    for cache, what in (window(), "window"), (TurboKVCache.merge([filled(60)]), "batch"), \
+            (RotatingTurboKVCache.merge([window()]), "window"):
+        before = cache.state
+        with pytest.raises(NotImplementedError, match=f"no quantized cache of a {what}, .* stays turbo4"):
+            cache.to_quantized(group_size=32)
+        assert same([np.array(a) for a in cache.state], [np.array(a) for a in before])
+
+
 # ---- writing -----------------------------------------------------------------------------------------------------
 class Unwritable(TurboKVCache):
     @property

@@ -347,6 +347,29 @@ def test_an_enabled_model_generates_with_the_compressed_cache(backend, model, to
     assert [t for t, _ in generate_step(tokens, model, max_tokens=60)] == want
 
 
+@pytest.mark.parametrize("config", [TurboConfig("turbo0", 4, 8, 8), TurboConfig("turbo8", 4, 8, 8)], ids=str)
+def test_kv_bits_is_honoured_beside_ours_and_one_warning_names_both(backend, model, tokenizer, config):
+    options = dict(kv_bits=8, kv_group_size=32, quantized_kv_start=30)
+    want, cache = greedy(model, tokenizer, **options), make_prompt_cache(model, config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        got = greedy(model, tokenizer, prompt_cache=cache, **options)
+    assert got[:30] == want[:30] and (config.name != "turbo0" or got == want)
+    assert {type(c) for c in cache} == {lm_cache.QuantizedKVCache} and {c.bits for c in cache} == {8}
+    message, = [str(w.message) for w in caught]
+    assert config.name in message and "QuantizedKVCache (8 bits" in message
+    assert describe(cache) == "0 of 4 layers compressed; QuantizedKVCache (4) stays: kv_bits asked mlx-lm for it"
+
+
+def test_kv_bits_is_refused_for_windows_as_mlx_lm_refuses_it(backend):
+    model = gemma3(sliding_window=256)
+    prompt, options = mx.arange(20), dict(kv_bits=8, kv_group_size=32, quantized_kv_start=0)
+    for cache in model.make_cache(), make_prompt_cache(model, SMALL):
+        with pytest.raises(NotImplementedError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            next(generate_step(prompt, model, prompt_cache=cache, **options))
+
+
 def test_the_prompt_s_step_size_changes_little(backend, model, tokenizer):
     """A chunk sees itself exactly, so logits depend on the step size within what packing costs."""
     tokens = mx.array(tokenizer.encode(STORIES)[:150])
