@@ -197,14 +197,15 @@ def cached(answer):
 
 
 class Conversation:
-    """Goes on turn after turn: a sentence of ours, an answer."""
+    """Goes on turn after turn: a sentence of ours (so many at first), an answer."""
 
-    def __init__(self, server, number):
-        self.server, self.number, self.messages, self.turn = server, number, [], 0
+    def __init__(self, server, number, n_first=1):
+        self.server, self.number, self.n_first, self.messages, self.turn = server, number, n_first, [], 0
 
     def say(self, max_tokens=8):
         """One turn; returns the messages it sent and the answer."""
-        sentence = STORIES[(7 * self.number + self.turn) % len(STORIES)]
+        n = 1 if self.messages else self.n_first
+        sentence = " ".join(STORIES[(7 * self.number + self.turn + i) % len(STORIES)] for i in range(n))
         sent = [*self.messages, {"role": "user", "content": f". {sentence} " if self.messages else f"{sentence} "}]
         answer = self.server.chat(sent, max_tokens)
         self.messages = [*sent, {"role": "assistant", "content": text_of(answer)}]

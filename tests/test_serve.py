@@ -484,13 +484,15 @@ def test_what_the_page_on_the_server_shows_works(demo, language, word):
 
 # ---- soak --------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.parametrize("argv, most_behind", [(["--kv", "turbo0", *SHORT_WINDOW], 0.0), ([], PACKED_BEHIND)],
+@pytest.mark.parametrize("argv, n_first, most_behind, most_not_greedy",
+                         [(["--kv", "turbo0", *SHORT_WINDOW], 1, 0.0, 0), ([], 30, PACKED_BEHIND, 0.02)],
                          ids=["exact", "default"])
-def test_two_hundred_requests_of_eight_conversations(start, reference, argv, most_behind):
-    """Two at a time, each starting anew now and then, so that the prompt cache is full."""
+def test_two_hundred_requests_of_eight_conversations(start, reference, argv, n_first, most_behind, most_not_greedy):
+    """Two at a time, each starting anew now and then, so that the prompt cache is full. With what rounds nothing no
+    token is wrong; the default packs from 256 tokens on, and begins with more."""
     server = start(*argv, "--prompt-cache-size", 9)
     rest = settled(server)["active_memory"]
-    talks, behind, hits = {Conversation(server, i): Past(reference.model) for i in range(8)}, [], 0
+    talks, behind, hits = {Conversation(server, i, n_first): Past(reference.model) for i in range(8)}, [], 0
     with ThreadPoolExecutor(2) as pool:
         for turn in range(25):
             for talk, (sent, answer) in zip(talks, pool.map(lambda talk: talk.say(4), talks)):
@@ -502,9 +504,10 @@ def test_two_hundred_requests_of_eight_conversations(start, reference, argv, mos
             held = settled(server)
             assert held["sequences"] <= 9
             # less: a hit and what it came from share buffers until one of them is written into
-            # more: a batch; 200 caches that are kept would be 120 MB
-            assert 0.5 * held["nbytes"] < held["active_memory"] - rest < 1.1 * held["nbytes"] + 4e6
+            # more: a batch, and the last request's cache as it was before its batch, not yet packed, which mlx-lm's
+            # server keeps until the next; 200 caches that are kept would be 120 MB
+            assert 0.5 * held["nbytes"] < held["active_memory"] - rest < 1.1 * held["nbytes"] + 8e6
     assert len(behind) >= 25 * 8 and hits > 60
-    assert max(behind) <= most_behind
+    assert max(behind) <= most_behind and np.count_nonzero(behind) <= most_not_greedy * len(behind)
     print(json.dumps({"tokens": len(behind), "hits": hits, "not greedy": int(np.count_nonzero(behind)),
                       "most behind": float(max(behind)), **held}))
