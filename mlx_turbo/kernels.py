@@ -88,8 +88,8 @@ class AttendTuning(NamedTuple):
     tokens_per_lane_few_rows: int = 4  # of at most 2 rows
     simdgroups: int = 4  # per threadgroup
     simdgroups_one_launch: int = 8
-    tokens_per_block: int = 512  # at least, a block being the tokens of a simdgroup
-    simdgroups_per_launch: int = 2048  # so many keep the largest chip busy: no more blocks than that
+    tokens_per_block: int = 128  # at least, a block being the tokens of a simdgroup: it works one tile after the other
+    simdgroups_per_launch: int = 1024  # so many keep the largest chip busy: no more blocks than that
     one_launch_tokens: int = 1024  # up to so many a threadgroup does a kv head alone and no merge is needed
 
 

@@ -17,7 +17,7 @@ from .kernels import AttendTuning, device_name, metal_source
 # What is tried, one parameter after the other, the others at the best so far.
 CANDIDATES = {
     "simdgroups_per_launch": (512, 1024, 2048, 4096, 8192),
-    "tokens_per_block": (128, 256, 512, 1024),
+    "tokens_per_block": (64, 128, 256, 512),
     "simdgroups": (1, 2, 4, 8),
     "tokens_per_lane": (1, 2, 4),
     "tokens_per_lane_few_rows": (1, 2, 4),

@@ -8,7 +8,9 @@
 One query token attends to --tokens packed tokens of one kv head; every feature (masks, attention sinks, left
 padding) is compiled in and none is used. Counts are per (key, value) element pair, that is divided by tokens *
 head_dim, and sum all launches of the step: attend and merge here, sdpa_vector_2pass_1 and 2pass_2 of MLX, whose text
-comes from the installed wheel. tests/metalsim/README.md says what is counted and what is not.
+comes from the installed wheel. A simdgroup of ours gets --tokens-per-block tokens, 512 as in a cache of 64K tokens
+with 8 kv heads; shorter caches are cut into blocks of 128, which keep more of a chip busy. tests/metalsim/README.md
+says what is counted and what is not.
 
 The simulator is no GPU: nothing here is a measurement of time. The last table is a prediction from these counts.
 
@@ -27,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import metalsim  # noqa: E402
 
 from mlx_turbo.fallback import CpuBackend  # noqa: E402
-from mlx_turbo.kernels import CachedSide, MetalBackend, QuantizeSide  # noqa: E402
+from mlx_turbo.kernels import AttendTuning, CachedSide, MetalBackend, QuantizeSide  # noqa: E402
 from mlx_turbo.scheme import TurboConfig  # noqa: E402
 
 HEAD_DIMS, GROUPS, SCHEMES = (64, 128, 256), (1, 4, 8), ("turbo4", "turbo3", "turbo2", "turbo8v4")
@@ -44,9 +46,9 @@ LANES_PER_CORE, ISSUE_RATE = 128, 0.5
 class CountingBackend(MetalBackend):
     """The Metal backend in the simulator; `stats` has each launch since it was last emptied."""
 
-    def __init__(self):
+    def __init__(self, tokens_per_block):
         super().__init__(self._counted)
-        self.stats = {}
+        self.stats, self.tuning = {}, AttendTuning(tokens_per_block=tokens_per_block)
 
     def _counted(self, name, *args, **options):
         kernel = metalsim.metal_kernel(name, *args, **options)
@@ -179,7 +181,7 @@ def measure(backend, scheme, head_dim, gqa, counts, fp16):
         chip: predicted_ns(chip, head_dim, row["mlx_fp16_ops_per_pair"], 1.0)
         / predicted_ns(chip, head_dim, row["ops_per_pair"], row["bytes_vs_fp16"]) for chip in CHIPS}
     return {"head_dim": head_dim, "gqa": gqa, "scheme": scheme.name, "tokens": counts[1],
-            "exact_tokens": counts[0] + counts[2]} | row
+            "exact_tokens": counts[0] + counts[2], "tokens_per_block": backend.tuning.tokens_per_block} | row
 
 
 def predicted_ns(chip, head_dim, ops_per_pair, bytes_vs_fp16):
@@ -193,7 +195,7 @@ def predicted_ns(chip, head_dim, ops_per_pair, bytes_vs_fp16):
 def print_tables(rows):
     first = rows[0]
     print(f"Counted in the simulator, MLX {mx.__version__}: one query token, one kv head, {first['tokens']} packed"
-          f" and {first['exact_tokens']} exact tokens.\n"
+          f" and {first['exact_tokens']} exact tokens, {first['tokens_per_block']} a block.\n"
           "Operations per (key, value) element pair, all launches of a step. x fp16: over the cheaper of MLX's kernels."
           "\n")
     print(f"{'D':>3} {'G':>2} {'':12}{'ops':>7}{'x fp16':>7}{'attend':>8}{'merge':>7}{'bytes/held':>11}{'x fp16':>7}"
@@ -236,6 +238,7 @@ def main():
     parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)
     parser.add_argument("--scheme", nargs="+", default=SCHEMES, help="such as turbo4 or turbo8v4")
     parser.add_argument("--tokens", type=int, default=2048, help="packed tokens")
+    parser.add_argument("--tokens-per-block", type=int, default=512, help="of a simdgroup")
     parser.add_argument("--exact", action="store_true",
                         help="beside the packed tokens, as many exact ones (sink and recent) as a cache has by default")
     parser.add_argument("--json", action="store_true", help="a list of rows on stdout, and nothing else there")
@@ -245,12 +248,13 @@ def main():
         schemes = [TurboConfig(scheme=s).scheme for s in args.scheme]
     except (RuntimeError, ValueError) as e:
         raise SystemExit(f"kernel_cost: {e}") from None
-    if not all(s.key_bits and s.value_bits for s in schemes) or min(args.tokens, *args.gqa) < 1:
-        raise SystemExit("kernel_cost: needs schemes that pack keys and values, and at least one token and query head")
+    if not all(s.key_bits and s.value_bits for s in schemes) or min(args.tokens, args.tokens_per_block, *args.gqa) < 1:
+        raise SystemExit("kernel_cost: needs schemes that pack keys and values, and at least one token, token per block"
+                         " and query head")
     config = TurboConfig()
     counts = (config.sink, args.tokens, config.recent) if args.exact else (0, args.tokens, 0)
 
-    backend, (library, has_gqa) = CountingBackend(), mlx_library()
+    backend, (library, has_gqa) = CountingBackend(args.tokens_per_block), mlx_library()
     n_rows, rows = len(args.head_dim) * len(args.gqa) * len(schemes), []
     for head_dim in args.head_dim:
         for gqa in args.gqa:

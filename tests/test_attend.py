@@ -330,7 +330,8 @@ class Recorder(MetalBackend):
 
 @pytest.mark.parametrize("one", [False, True], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("options", [dict(G=4), dict(bits=(3, 2), dims=(64, 96)), dict(bits=(8, 0), dims=(96, 80), G=3),
-                                     dict(dims=(64, 64), G=2, L=4), dict(G=8, bits=(2, 8)), dict(bits=(3, 3), dims=(64, 96), G=7)], ids=str)
+                                     dict(dims=(64, 64), G=2, L=4), dict(G=8, bits=(2, 8)),
+                                     dict(bits=(3, 3), dims=(64, 96), G=7)], ids=str)
 def test_packed_bytes_are_read_once_and_outputs_written_once(options, one):
     # whole tiles: in one that is not full, lanes without a token read the last token's key again
     case = make_case(**{"Hkv": 2, "counts": (4, 192, 60), "dtype": mx.float16, **options})
@@ -469,7 +470,7 @@ def run_past_every_barrier(edit=None):
             Recorder(edit, one_launch_tokens=0).run(make_case(dims=(32, 32), G=16, counts=(0, 90, 0)))  # shared tiles
             Recorder(edit, one_launch_tokens=0).run(make_case(dims=(512, 32), G=16, counts=(0, 40, 0)))  # and far queries
             Recorder(edit).run(case)
-            Recorder(edit, one_launch_tokens=0, simdgroups=2).run(case)  # 2: several tiles each
+            Recorder(edit, one_launch_tokens=0, simdgroups=2, tokens_per_block=512).run(case)  # several tiles
 
 
 @pytest.mark.parametrize("name, i", list(barriers()))
@@ -523,8 +524,8 @@ def test_what_the_kernel_does_not_cover_says_why():
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------
-# Operations per (key, value) pair of attend.metal over 2048 packed tokens, all classes together, everything compiled in
-# but unused (no mask, no sinks). A change must not break them.
+# Operations per (key, value) pair of attend.metal over 2048 packed tokens in blocks of 512, as in a long cache, all
+# classes together, everything compiled in but unused (no mask, no sinks). A change must not break them.
 CEILING = {
     ((4, 4), 128): {1: 10.05, 4: 16.4, 8: 24.7},
     ((3, 3), 128): {1: 10.1, 4: 16.45, 8: 25.3},
@@ -553,13 +554,21 @@ ROWS_CEILING = {(128, 32): 87.0, (256, 16): 47.1, (128, 64): 165.1}
 @pytest.mark.parametrize("head_dim, n_rows", ROWS_CEILING, ids=str)
 def test_operations_of_many_rows_stay_below_their_ceiling(head_dim, n_rows):
     case = make_case(dims=(head_dim, head_dim), G=8, L=n_rows // 8, counts=(0, 1088, 0), dtype=mx.float16)
-    assert operations(Recorder().run(case)["attend"]) <= 1088 * head_dim * ROWS_CEILING[head_dim, n_rows]
+    stats = Recorder(tokens_per_block=512).run(case)["attend"]
+    assert operations(stats) <= 1088 * head_dim * ROWS_CEILING[head_dim, n_rows]
+
+
+@pytest.mark.parametrize("G", [1, 4, 8])
+def test_the_short_blocks_of_a_short_cache_cost_three_percent_more_operations(G):
+    case = make_case(dims=(128, 128), G=G, counts=(0, 2048, 0), dtype=mx.float16)
+    short, long = (operations(Recorder(tokens_per_block=n).run(case)["attend"]) for n in (128, 512))
+    assert AttendTuning().tokens_per_block == 128 and 1.02 * long < short < 1.03 * long
 
 
 @pytest.mark.parametrize("bits, head_dim, G", [(b, d, g) for (b, d), row in CEILING.items() for g in row], ids=str)
 def test_operations_per_pair_stay_below_their_ceiling(bits, head_dim, G):
     case = make_case(bits=bits, dims=(head_dim, head_dim), G=G, counts=(0, 2048, 0), dtype=mx.float16)
-    stats = Recorder().run(case)["attend"]
+    stats = Recorder(tokens_per_block=512).run(case)["attend"]
     per_pair = operations(stats) / (2048 * head_dim)
     assert per_pair <= CEILING[bits, head_dim][G]
     packed = [a[:, :, :2048] for side in (case.keys, case.values) for a in (side.codes, side.scale)]

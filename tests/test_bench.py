@@ -339,16 +339,16 @@ def test_bench_reports_the_stages_of_a_simulated_kernel_as_simulated(run):
 def test_the_search_takes_what_is_faster_and_leaves_what_is_wrong_or_noise():
     def time_all(tunings):
         return [None if t.simdgroups == 8 else
-                (0.5 if t.tokens_per_block == 128 else 1) * (0.99 if t.tokens_per_lane == 4 else 1) for t in tunings]
+                (0.5 if t.tokens_per_block == 256 else 1) * (0.99 if t.tokens_per_lane == 4 else 1) for t in tunings]
 
     best, ratio = tuning.search(time_all)
-    assert best == AttendTuning(tokens_per_block=128) and ratio == 0.5
+    assert best == AttendTuning(tokens_per_block=256) and ratio == 0.5
     with pytest.raises(ValueError, match="does not run"):
         tuning.search(lambda tunings: [None] * len(tunings))
 
 
 def test_a_tuning_is_kept_for_its_chip_and_its_kernels(monkeypatch):
-    key, values = (4, 4, 128, 128), AttendTuning(tokens_per_block=128)
+    key, values = (4, 4, 128, 128), AttendTuning(tokens_per_block=256)
     tuning.save({key: values}, "M9")
     tuning.save({(3, 3, 64, 64): AttendTuning(simdgroups=8)}, "M8")
     assert tuning.load("M9") == {key: values} and tuning.load("M7") == {}
@@ -359,7 +359,7 @@ def test_a_tuning_is_kept_for_its_chip_and_its_kernels(monkeypatch):
     sides = [make_case(dims=(d, d)).keys for d in (128, 64)]
     assert backend.tuning_of(sides[0], sides[0]) == values and backend.tuning_of(sides[1], sides[1]) == AttendTuning()
     monkeypatch.setattr(tuning, "device_name", lambda: "M9")
-    assert tuning.describe() == "4 and 4 bits, head_dim 128: tokens_per_block 128 (default 512)"
+    assert tuning.describe() == "4 and 4 bits, head_dim 128: tokens_per_block 256 (default 128)"
     monkeypatch.setattr(tuning, "metal_source", lambda name: ("another", "text"))
     assert tuning.load("M9") == {} and tuning.describe().startswith("none")
     tuning.save({}, "M9")
