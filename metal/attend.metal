@@ -70,7 +70,7 @@
 //   Words are 0 where D does not fill them.
 //
 // REGISTERS (estimate, 32-bit, D = 128): H*E accumulators + TPL*H logits + 2*H + decode 12*TPL + 15:
-//   H=1 47, H=2 66, H=4 100, H=8 135 (119 with TPL = 1); with KM 2*H more. Of more than 8 rows, lanes share what is the
+//   H=1 77, H=2 91, H=4 87, H=8 135 (115 with TPL = 1); with KM 2*H more. Of more than 8 rows, lanes share what is the
 //   same in all of them: H*E + TPL*H + H + 3 + decode: H=12 (E=4) 102.
 //   Threadgroup memory: 4 bytes * (H * DK + NS * 32 * TPL * H'), H' = 1, 2, or H up to a multiple of 4; with ONE twice
 //   the queries, or NS * DV and more of the merge; with SHARED the queries of all simdgroups (none if FAR) and a tile

@@ -98,6 +98,7 @@ class AttendTuning(NamedTuple):
 ROW, READ_TILE, DECODE_TILE = 2.1, 3.2, 7.4
 FAR_ROW = 0.05  # more for a row whose query is not in threadgroup memory: a guess at the price of reading it elsewhere
 MOST_ROWS = 12  # of a simdgroup that shares tiles
+FEW_ROWS, MANY_ROWS = 8, 1.4  # times the operations of a simdgroup with more than 8: they leave no registers for loads
 MOST_SIMDGROUPS = 12  # of a threadgroup: an Apple core has registers for 384 threads of 128 registers
 
 
@@ -132,7 +133,7 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, n_rows, one):
     if not one and n_simdgroups > 1:  # simdgroups side by side on the same tokens, which are decoded once for all
         costs = _shared_shapes(tuning, key_dim, value_dim, n_rows)
         if costs:
-            return min(costs, key=costs.get)
+            return min(costs, key=costs.get)  # decoded as rarely as can be
     tokens = tuning.tokens_per_lane_few_rows if rows <= 2 else tuning.tokens_per_lane
     simdgroups = tuning.simdgroups_one_launch if one else tuning.simdgroups
     while rows * query_bytes + simdgroups * 128 * tokens * _padded(rows) > THREADGROUP_BYTES or (
@@ -156,7 +157,7 @@ def _shared_shapes(tuning, key_dim, value_dim, n_rows):
             queries = 0 if far else rows * 4 * key_dim
             if side_by_side * (queries + 128 * _padded(rows)) + tile <= THREADGROUP_BYTES:
                 shape = AttendShape(rows, 1, dims_per_lane, side_by_side, True, chunks, far)
-                per_simdgroup = rows * (ROW + far * FAR_ROW) + READ_TILE
+                per_simdgroup = (rows * (ROW + far * FAR_ROW) + READ_TILE) * (MANY_ROWS if rows > FEW_ROWS else 1)
                 costs[shape] = groups, groups * (side_by_side * per_simdgroup + DECODE_TILE)
                 break
     return costs
