@@ -91,6 +91,10 @@ BAD_PROGRAMS = {
     "shuffle from a lane on the other branch": (
         "inactive lane", "float v = 0; if (l & 2) v = simd_shuffle_xor(x[i], 2);\n out[i] = v;", "",
         {"n": 32, "group": 32}),
+    "shuffle from a lane in another call of the function": (
+        "inactive lane", "float v = l & 1 ? other<1>(x[i]) : other<2>(x[i]); out[i] = v;",
+        "template <int K> METAL_FUNC float other(float v) { return simd_shuffle_xor(v * K, 1); }",
+        {"n": 32, "group": 32}),
     # races
     "missing barrier before a read": (
         "data race", "threadgroup float s[64]; s[l] = x[i]; out[i] = s[63 - l];", "", {}),

@@ -84,6 +84,7 @@ struct Fiber {
   const void *operand;
   u32 operand_bytes;
   u32 may_diverge;                     // a shuffle: what counts is which lanes it reads
+  const void *site;                    // which copy of that line: other calls of a function, or of an unrolled loop
   Exchange *exchange;
 };
 // thread_position_in_grid and so on, in the order of signature.BUILTINS
@@ -478,6 +479,7 @@ EXPORT Exchange *msl_exchange(const void *operand, u32 n_bytes, u32 may_diverge,
   f.operand = operand;
   f.operand_bytes = n_bytes;
   f.may_diverge = may_diverge;
+  f.site = __builtin_return_address(0);
   wait(AT_SIMD, line);
   return f.exchange;
 }
@@ -517,6 +519,7 @@ static void release_lanes(u32 simdgroup, u32 n_lanes, u32 leader, u32 n_live) {
   u32 line = lanes[leader].line, mask = 0, together = 0;
   for (u32 i = 0; i < n_lanes; i++) {
     if (lanes[i].state != state || lanes[i].line != line) continue;
+    if (state == AT_SIMD && lanes[i].site != lanes[leader].site) continue;
     mask |= 1u << i;
     together++;
   }
