@@ -136,7 +136,8 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, n_rows, one):
             return min(costs, key=costs.get)  # decoded as rarely as can be
     tokens = tuning.tokens_per_lane_few_rows if rows <= 2 else tuning.tokens_per_lane
     simdgroups = tuning.simdgroups_one_launch if one else tuning.simdgroups
-    while rows * query_bytes + simdgroups * 128 * tokens * _padded(rows) > THREADGROUP_BYTES or (
+    results = 8 * rows if one else 0  # bytes of a simdgroup's maxima and sums
+    while rows * query_bytes + simdgroups * (128 * tokens * _padded(rows) + results) > THREADGROUP_BYTES or (
             one and simdgroups * 4 * value_dim > THREADGROUP_BYTES):
         if tokens > 1:
             tokens //= 2

@@ -440,6 +440,12 @@ def test_every_shape_fits_into_threadgroup_memory_and_divides_the_values(one, bi
         assert shared or bits != 3 or E == 8 or E % 16 == 0
 
 
+def test_a_threadgroup_of_16_simdgroups_fits_with_the_last_dims_that_leave_room_for_it():
+    backend = MetalBackend(metalsim.metal_kernel)
+    backend._run_check, backend.tuning = ONE._run_check, AttendTuning(simdgroups_one_launch=16)
+    check(make_case(dims=(240, 64), G=8, counts=(2, 60, 10)), [backend])
+
+
 def test_lengths_are_data_the_text_of_the_kernels_stays_the_same(generated_texts):
     for counts in ((4, 150, 33), (4, 64, 40), (4, 300, 64), (0, 299, 1)):
         Recorder(one_launch_tokens=0).run(make_case(dims=(64, 64), G=2, counts=counts))
