@@ -14,7 +14,7 @@ import pytest
 from cache_tools import FAST_BACKENDS, same
 from conftest import to_numpy
 from mlx.utils import tree_map
-from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.generate import generate_step, maybe_quantize_kv_cache, speculative_generate_step
 from mlx_lm.utils import dequantize_model
 from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache
 from mlx_turbo.models import describe, disable, enable, make_prompt_cache, reports
@@ -368,6 +368,13 @@ def test_kv_bits_is_refused_for_windows_as_mlx_lm_refuses_it(backend):
         with pytest.raises(NotImplementedError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             next(generate_step(prompt, model, prompt_cache=cache, **options))
+
+
+def test_kv_bits_reaches_no_cache_in_a_cache_list_mlx_lm_s_or_ours(backend):
+    for kind in lm_cache.KVCache, TurboKVCache:
+        caches = [lm_cache.CacheList(kind(), kind())]
+        maybe_quantize_kv_cache(caches, 0, 64, 8)
+        assert [type(c) for c in caches[0].caches] == [kind, kind]
 
 
 def test_the_prompt_s_step_size_changes_little(backend, model, tokenizer):
