@@ -101,6 +101,7 @@ class BatchTurboKVCache(TurboKVCache):
     """
 
     magic, row_names, _row_class = BATCH_MAGIC, _ROW, TurboKVCache
+    never_quantized = "batch"
 
     def __init__(self, config="turbo4", left_padding=(0,), **options):
         self._pad = [int(n) for n in left_padding]
@@ -712,11 +713,6 @@ class BatchTurboKVCache(TurboKVCache):
         from mlx_lm.models.cache import BatchKVCache
 
         return self._plain(BatchKVCache, self._pad)
-
-    def to_quantized(self, group_size=64, bits=4):
-        """Raises NotImplementedError: mlx-lm has no batch of quantized caches."""
-        raise NotImplementedError(f"to_quantized: mlx-lm has no quantized cache of a batch, which kv_bits asks for; "
-                                  f"without kv_bits this one stays {self.config.name}")
 
     def _plain(self, kind, *empty):
         """mlx-lm's batch cache of a kind; empty: what it is made of where no row has tokens."""

@@ -527,12 +527,18 @@ class TurboKVCache:
             cache.offset = self.offset
         return cache
 
+    never_quantized = None  # or what mlx-lm has no quantized cache of
+
     def to_quantized(self, group_size=64, bits=4):
         """An mlx_lm QuantizedKVCache made of the restored tokens, as KVCache.to_quantized: mlx-lm's `kv_bits` calls it,
         whoever asks for both is warned. This cache stays as it is.
 
-        Raises ValueError for bits that MLX has not and a head_dim that is no multiple of group_size.
+        Raises ValueError for bits that MLX has not and a head_dim that is no multiple of group_size, and
+        NotImplementedError for windows and batches, of which mlx-lm has no quantized ones.
         """
+        if self.never_quantized:
+            raise NotImplementedError(f"to_quantized: mlx-lm has no quantized cache of a {self.never_quantized}, which "
+                                      f"kv_bits asks for; without kv_bits this one stays {self.config.name}")
         from mlx_lm.models.cache import QuantizedKVCache
 
         cache = QuantizedKVCache(group_size, bits)

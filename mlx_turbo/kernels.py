@@ -98,7 +98,7 @@ class AttendTuning(NamedTuple):
 ROW, READ_TILE, DECODE_TILE = 2.1, 3.2, 7.4
 FAR_ROW = 0.05  # more for a row whose query is not in threadgroup memory: a guess at the price of reading it elsewhere
 MOST_ROWS = 12  # of a simdgroup that shares tiles
-FEW_ROWS, MANY_ROWS = 8, 1.4  # times the operations of a simdgroup with more than 8: they leave no registers for loads
+FEW_ROWS, MANY_ROWS = 8, 1.4  # times the operations of a simdgroup with more than 8: a guess at what spills cost
 MOST_SIMDGROUPS = 12  # of a threadgroup: an Apple core has registers for 384 threads of 128 registers
 
 

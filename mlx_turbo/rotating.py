@@ -22,6 +22,7 @@ class Window:
     do it at once, so that one mask is right for all.
     """
 
+    never_quantized = "window"
     header_names = (*_HEADER, "max_size")
 
     def _set_window(self, max_size, keep, config, options):
@@ -74,11 +75,6 @@ class Window:
     def trim(self, n):
         """As without a window while everything is still held; later 0, as nothing can be trimmed."""
         return super().trim(n) if self.is_trimmable() else 0
-
-    def to_quantized(self, group_size=64, bits=4):
-        """Raises NotImplementedError, as mlx-lm's windows do, which has no quantized ones."""
-        raise NotImplementedError(f"to_quantized: mlx-lm has no quantized cache of a window, which kv_bits asks for; "
-                                  f"without kv_bits this one stays {self.config.name}")
 
     def report(self):
         """As TurboKVCache.report, of the tokens that the newest query saw; window: max_size."""
