@@ -9,8 +9,8 @@ One query token attends to --tokens packed tokens of one kv head; every feature 
 padding) is compiled in and none is used. Counts are per (key, value) element pair, that is divided by tokens *
 head_dim, and sum all launches of the step: attend and merge here, sdpa_vector_2pass_1 and 2pass_2 of MLX, whose text
 comes from the installed wheel. A simdgroup of ours gets --tokens-per-block tokens, 512 as in a cache of 64K tokens
-with 8 kv heads; shorter caches have shorter blocks, from 128 on, which keep more of a chip busy. tests/metalsim/README.md
-says what is counted and what is not.
+with 8 kv heads; shorter caches have shorter blocks, from 128 on, which keep more of a chip busy.
+tests/metalsim/README.md says what is counted and what is not.
 
 The simulator is no GPU: nothing here is a measurement of time. The last table is a prediction from these counts.
 

@@ -125,3 +125,12 @@ def test_what_passes_with_mlx_lm_s_own_caches_passes_with_ours(tests_of_mlx_lm, 
     for name, message in listed.items():
         assert re.search(message, failed[name]), f"{name}: {failed[name]}"
     assert len(packed) >= 3
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_of_them_passes_with_turbo0_in_one_place_or_the_other(tests_of_mlx_lm, file):
+    """What asks for mlx-lm's class passes where ours has its name, what looks into its buffers where it is mlx-lm's."""
+    theirs, _ = run(tests_of_mlx_lm, file)
+    ways = [ours for ours, _ in (run(tests_of_mlx_lm, file, f"{place} turbo0") for place in ("classes", "function"))]
+    assert [name for name, why in theirs.items()
+            if why == "passed" and not any(way[name] == "passed" for way in ways)] == []
