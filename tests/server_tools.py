@@ -34,8 +34,9 @@ class Server:
     def __init__(self, folder, *argv):
         self.port, self.log_file = free_port(), Path(folder) / "server.log"
         package = str(Path(mlx_turbo.__file__).parents[1])
-        command = (f"import sys; sys.path.insert(0, {package!r}); from mlx_turbo.cli import main; "
-                   "sys.exit(main(sys.argv[1:]))")
+        # what a shell starts in the background, and all that this starts, ignores SIGINT
+        command = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+                   f"sys.path.insert(0, {package!r}); from mlx_turbo.cli import main; sys.exit(main(sys.argv[1:]))")
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
         with open(self.log_file, "w") as log:
             self.process = subprocess.Popen(
