@@ -71,6 +71,9 @@ BAD_PROGRAMS = {
     "thread array overrun through a pointer parameter": (
         "out of bounds", "float a[4] = {}; f(a, l / 8); out[i] = a[0];",
         "void f(thread float* p, uint k) { p[k] = 1; }", {}),
+    "overrun of an array that ends a struct": (
+        "out of bounds", "S s = {}; for (int k = 0; k <= 4; k++) s.a[k] = x[i]; out[i] = s.a[0];",
+        "struct S { float first; float a[4]; };", {}),
     "thread array overrun": ("out of bounds", "float a[4] = {}; a[l / 8] = 1; out[i] = a[0];", "", {}),
     "misaligned vector load": (
         "misaligned", "out[i] = (*(const device float4*)(x + (i & 31) + 1)).x;", "", {}),

@@ -34,6 +34,7 @@ KERNEL_FLAGS = [
     "-Xclang", "-fbfloat16-excess-precision=none", "-flax-vector-conversions=none",
     # undefined behaviour must show: no loop is assumed to end, no stack frame jumps over the guard page
     "-ftrivial-auto-var-init=pattern", "-fsanitize=bounds,shift-exponent,integer-divide-by-zero",
+    "-fstrict-flex-arrays=3",  # bounds also of an array that ends a struct
     "-fno-sanitize-recover=all", "-fno-finite-loops", "-fstack-clash-protection",
     "-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=return-type",
     "-Wno-c++17-extensions", "-Wno-c++20-extensions", "-Wno-duplicate-decl-specifier", "-Wno-unknown-pragmas",
