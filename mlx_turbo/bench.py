@@ -22,7 +22,7 @@ import numpy as np
 
 from . import ablation, bench_kernels, bench_plots, ops, plots, timing, tuning
 from .cli import DEMO_MODEL, CliError, Parser, _one_line, kv_config, load_model
-from .kernels import BackendError, MetalBackend, attend_unsupported
+from .kernels import MAX_QUERY_TOKENS, BackendError, MetalBackend, attend_unsupported
 from .ops import get_backend
 from .scheme import TurboConfig
 
@@ -56,11 +56,12 @@ def _check_output(args):
                 raise CliError(f"--{flag}: {e}") from e
 
 
-def _chosen(args, name, default, quick, least):
+def _chosen(args, name, default, quick, least, most=None):
     values = getattr(args, name) or (quick if args.quick else default)
     for value in values:
-        if value < least:
-            raise CliError(f"--{name.replace('_', '-')}: got {value}, allowed are whole numbers from {least} on")
+        if value < least or most and value > most:
+            raise CliError(f"--{name.replace('_', '-')}: got {value}, allowed are whole numbers from {least} "
+                           + (f"to {most}" if most else "on"))
     return tuple(dict.fromkeys(values))
 
 
@@ -114,8 +115,14 @@ def describe_row(row):
     if "context" in row:
         return f"{row['name']} at {row['context']} tokens"
     gqa = f", GQA {row['gqa']}" if row["gqa"] else ""
-    where = f"head_dim {row['head_dim']}{gqa}, {row['tokens']} tokens"
+    where = f"head_dim {row['head_dim']}{gqa}, {_queries(row)}{row['tokens']} tokens"
     return f"{row['operation']} {row['name']} by {row['column']} ({where})"
+
+
+def _queries(row):
+    """For a name: how many query tokens, where there are several."""
+    n = row["query_tokens"] or 1
+    return f"{n} query tokens, " if n > 1 else ""
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------
@@ -126,6 +133,7 @@ def _kernels_parser():
     _numbers(parser, "--tokens", "1024 4096 16384, on Metal also 65536", "tokens in the cache")
     _numbers(parser, "--head-dim", "128, on Metal also 64 and 256", "numbers per head")
     _numbers(parser, "--gqa", "4, on Metal also 1 and 8", "query heads per kv head; there are 8 kv heads")
+    _numbers(parser, "--query-tokens", "1", f"of the step, {MAX_QUERY_TOKENS} at most: a draft to verify has several")
     add = parser.add_argument
     add("--kv", nargs="+", metavar="SCHEME", help=f"(default: {' '.join(SCHEMES)})")
     add("--dtype", choices=["float16", "bfloat16", "float32"],
@@ -184,7 +192,8 @@ def kernels(argv, backends=None):
         _chosen(args, "tokens", (1024, 4096, 16384, 65536)[:4 if on_metal else 3], (256, 1024), LEAST_TOKENS),
         _chosen(args, "head_dim", (64, 128, 256) if on_metal else (128,), (128,), 32),
         _chosen(args, "gqa", (1, 4, 8) if on_metal else (4,), (4,), 1), schemes,
-        getattr(mx, args.dtype or ("float16" if on_metal else "float32")))
+        getattr(mx, args.dtype or ("float16" if on_metal else "float32")),
+        _chosen(args, "query_tokens", (1,), (1,), 1, MAX_QUERY_TOKENS))
     for head_dim in grid.head_dims:
         if why := attend_unsupported(4, 4, head_dim, head_dim, 1):
             raise CliError(f"--head-dim: {why}")
@@ -214,10 +223,11 @@ def _measure_kernels(grid, backends, device, effort, bandwidth):
 
 
 def _attend_contenders(grid, backends, scheme, n_tokens, head_dim, device):
-    """[[Contender of each backend] for each GQA factor of the grid] of one scheme's attention."""
+    """[[Contender of each backend] for each GQA factor and number of query tokens of the grid] of one scheme's
+    attention."""
     groups = bench_kernels.attention_contenders(grid._replace(schemes=(scheme,)), backends, n_tokens, head_dim, device)
     return [[c for c in contenders if c.name == scheme.name and c.column != "NumPy reference"]
-            for _, contenders in groups]
+            for contenders in groups.values()]
 
 
 def ablate(grid, metal, device, effort):
@@ -228,7 +238,8 @@ def ablate(grid, metal, device, effort):
         gqa = next((g for g in sorted(grid.gqa, reverse=True)
                     if ablation.covers(metal, scheme, head_dim, g)), 1)
         stages = [ablation.AblatedBackend(stage, metal) for stage in ablation.STAGES]
-        runs, = _attend_contenders(grid._replace(gqa=(gqa,)), stages, scheme, n_tokens, head_dim, device)
+        runs, = _attend_contenders(grid._replace(gqa=(gqa,), query_tokens=(1,)), stages, scheme, n_tokens, head_dim,
+                                   device)
         row = {"scheme": scheme.name, "head_dim": head_dim, "gqa": gqa, "tokens": n_tokens,
                "column": bench_kernels.column_of(metal)}
         rows.append(row)
@@ -277,8 +288,8 @@ def _tune(grid, metal, device, effort):
 
 
 def time_tunings(grid, metal, scheme, head_dim, device, effort, tunings):
-    """([geometric mean of the seconds over the grid's contexts and GQA factors, or None where a tuning is wrong or does
-    not run], {tuning: {"status", "problem"}} of those)."""
+    """([geometric mean of the seconds over the grid's contexts, GQA factors and query tokens, or None where a tuning is
+    wrong or does not run], {tuning: {"status", "problem"}} of those)."""
     backends, problems = [], {}
     for values in tunings:
         backend = MetalBackend(None if metal.is_real else metal._metal_kernel)
@@ -308,7 +319,7 @@ def time_tunings(grid, metal, scheme, head_dim, device, effort, tunings):
                 continue
             for i, t in timings.items():
                 logs[i] += math.log(t.median)
-    n = len(grid.tokens) * len(grid.gqa)
+    n = len(grid.tokens) * len(grid.gqa) * len(grid.query_tokens)
     return [None if math.isinf(x) else math.exp(x / n) for x in logs], problems
 
 
@@ -319,10 +330,11 @@ def ranked(rows):
 
 
 def kernel_groups(rows):
-    """{(operation, head_dim, gqa, tokens): rows}."""
+    """{(operation, head_dim, gqa, query tokens, tokens): rows}."""
     out = {}
     for row in rows:
-        out.setdefault((row["operation"], row["head_dim"], row["gqa"], row["tokens"]), []).append(row)
+        key = tuple(row[k] for k in ("operation", "head_dim", "gqa", "query_tokens", "tokens"))
+        out.setdefault(key, []).append(row)
     return out
 
 
@@ -339,8 +351,9 @@ def print_kernels(document):
         for left_out in row["left_out"]:
             print(f"  - {describe_tuning(row, left_out)}: {left_out['status'].upper()}: "
                   f"{left_out['problem'].partition(chr(10))[0]}")
-    for (operation, head_dim, gqa, tokens), rows in kernel_groups(document["rows"]).items():
-        what = f"attention of one decode step, GQA {gqa}" if gqa else f"{operation}, keys and values"
+    for (operation, head_dim, gqa, _, tokens), rows in kernel_groups(document["rows"]).items():
+        what = (f"attention of one decode step, {_queries(rows[0])}GQA {gqa}" if gqa else
+                f"{operation}, keys and values")
         print(f"\n{what}: {rows[0]['kv_heads']} kv heads of {head_dim}, {tokens} tokens, {rows[0]['dtype']}")
         print(f"{'':>4}{'cache':<16}{'computed by':<18}{'ms':>10}{'+-':>6}{'GB/s':>8}{'of copy':>9}"
               + (f"{'time':>8}{'bytes':>8}" if gqa else "") + f"{'error':>10}{'Python us':>11}")
@@ -470,7 +483,7 @@ def print_generate(document):
 
 
 # ---- compare ---------------------------------------------------------------------------------------------------
-KEYS = {"kernels": ("operation", "scheme", "name", "column", "head_dim", "gqa", "tokens", "dtype"),
+KEYS = {"kernels": ("operation", "scheme", "name", "column", "head_dim", "gqa", "query_tokens", "tokens", "dtype"),
         "generate": ("context", "generated", "name")}
 
 
@@ -479,10 +492,15 @@ def _read(name, file):
         document = json.loads(Path(file).read_text())
     except (OSError, ValueError) as e:
         raise CliError(f"{name}: cannot read {file!r}: {_one_line(e)}") from e
-    fields = isinstance(document, dict) and KEYS.get(document.get("benchmark"))
+    document = document if isinstance(document, dict) else {}
+    fields, rows = KEYS.get(str(document.get("benchmark"))), document.get("rows")
+    rows = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else [{}]
+    if "query_tokens" in (fields or ()):
+        for row in rows:  # in files of before there was a choice: one
+            row.setdefault("query_tokens", row.get("gqa") and 1)
     if not fields or document.get("format") != 1 or not {"machine", "backend", "command", "commit", "date",
                                                          "rows"} <= document.keys() or any(
-            not {*fields, "status"} <= row.keys() for row in document["rows"]):
+            not {*fields, "status"} <= row.keys() for row in rows):
         raise CliError(f"{name}: {file!r} is not what mlx-turbo bench --json writes")
     return document
 

@@ -48,6 +48,7 @@ class Grid(NamedTuple):
     gqa: tuple
     schemes: tuple
     dtype: mx.Dtype
+    query_tokens: tuple = (1,)
 
 
 def column_of(backend):
@@ -230,38 +231,37 @@ def _attend_chain(call, queries, caches):
 
 
 def attention_contenders(grid, backends, n_tokens, head_dim, device):
-    """[(gqa, contenders)] of one decode step over caches of n_tokens."""
-    scale, out = head_dim ** -0.5, [(g, []) for g in grid.gqa]
+    """{(gqa, query tokens): contenders} of one decode step over caches of n_tokens, the queries being the last."""
+    scale, steps = head_dim ** -0.5, [(g, n) for g in grid.gqa for n in grid.query_tokens]
     n_packed = n_tokens - N_SINK - N_RECENT
-    queries = {g: 2 * _normal(5, (1, N_KV_HEADS * g, 1, head_dim), grid.dtype) for g in grid.gqa}
-    wants = {}
+    queries = {(g, n): 2 * _normal(5, (1, N_KV_HEADS * g, n, head_dim), grid.dtype) for g, n in steps}
+    out, wants = {step: [] for step in steps}, {}
 
-    def oracle(what, g, k, v):
-        if (what, g) not in wants:
-            asked = _checked_queries(queries[g], N_KV_HEADS, n_tokens)
-            wants[what, g] = reference.attention(_float64(asked), k(), v(), scale=scale)
-        return wants[what, g]
+    def oracle(what, step, k, v):
+        if (what, step) not in wants:
+            asked = _checked_queries(queries[step], N_KV_HEADS, n_tokens)
+            wants[what, step] = reference.attention(_float64(asked), k(), v(), scale=scale, mask=_mask(step[1]))
+        return wants[what, step]
 
-    def check(call, cache, what, g, k, v, allowed):
-        got = call(queries[g], cache)
-        if got.shape != queries[g].shape:
-            return np.inf, allowed, f"output of shape {got.shape}, expected {queries[g].shape}"
+    def check(call, cache, what, step, k, v, allowed):
+        got = call(queries[step], cache)
+        if got.shape != queries[step].shape:
+            return np.inf, allowed, f"output of shape {got.shape}, expected {queries[step].shape}"
         got = _float64(_checked_queries(got, N_KV_HEADS, n_tokens))
-        return _verdict(_relative(got, oracle(what, g, k, v)), allowed)
+        return _verdict(_relative(got, oracle(what, step, k, v)), allowed)
 
     def add(name, column, call, caches, k, v, allowed, nbytes, on_cpu=False, lazy=True):
-        for g, contenders in out:
+        for step, contenders in out.items():
             contenders.append(Contender(
-                name, column, _attend_chain(call, queries[g], caches),
-                functools.partial(check, call, caches[0], name, g, k, v, allowed), nbytes, nbytes, on_cpu,
-                lazy))
+                name, column, _attend_chain(call, queries[step], caches),
+                functools.partial(check, call, caches[0], name, step, k, v, allowed), nbytes, nbytes, on_cpu, lazy))
 
     # MLX's own
     dense = [_normal(i, (1, N_KV_HEADS, n_tokens, head_dim), grid.dtype) for i in (0, 1)]
     caches = _copies(dense, device)
     k, v = (functools.cache(lambda x=x: _float64(_checked(x, n_tokens))) for x in dense)
     add("uncompressed", f"MLX {dtype_name(grid.dtype)}",
-        lambda q, kv: mx.fast.scaled_dot_product_attention(q, *kv, scale=scale), caches, k, v,
+        lambda q, kv: mx.fast.scaled_dot_product_attention(q, *kv, scale=scale, mask=_mask(q.shape[2])), caches, k, v,
         MLX_TOLERANCE[grid.dtype], sum(a.nbytes for a in dense))
     group_size = mlx_group_size(head_dim)
     for bits in (8, 4) if group_size else ():
@@ -291,9 +291,14 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
             add(scheme.name, column_of(backend), functools.partial(_attend, backend, scale), views, *restored, allowed,
                 nbytes, backend.name == "cpu", _is_lazy(backend))
         if n_tokens <= NUMPY_TOKENS:
-            for g, contenders in out:
-                contenders.append(_numpy_attention(scheme.name, arrays, sides, head_dim, queries[g], scale, nbytes))
+            for step, contenders in out.items():
+                contenders.append(_numpy_attention(scheme.name, arrays, sides, head_dim, queries[step], scale, nbytes))
     return out
+
+
+def _mask(n_query_tokens):
+    """As models give it."""
+    return "causal" if n_query_tokens > 1 else None
 
 
 def _restored(arrays, bits, head_dim, n_tokens):
@@ -305,14 +310,15 @@ def _restored(arrays, bits, head_dim, n_tokens):
 
 
 def _attend(backend, scale, queries, view):
-    return attention.attend(queries, view, scale=scale, backend=backend)
+    return attention.attend(queries, view, scale=scale, mask=_mask(queries.shape[2]), backend=backend)
 
 
 def _mlx_lm_attend(scale, group_size, bits, queries, cache):
     from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
     return quantized_scaled_dot_product_attention(  # it scales the queries in place
-        mx.array(queries), tuple(cache[:3]), tuple(cache[3:]), scale=scale, mask=None, group_size=group_size, bits=bits)
+        mx.array(queries), tuple(cache[:3]), tuple(cache[3:]), scale=scale, mask=_mask(queries.shape[2]),
+        group_size=group_size, bits=bits)
 
 
 def _numpy_attention(name, arrays, bits, head_dim, queries, scale, nbytes):
@@ -327,7 +333,7 @@ def _numpy_attention(name, arrays, bits, head_dim, queries, scale, nbytes):
         for _ in range(calls):
             k, v = (np.concatenate([sink, reference.dequantize(_oracle_rows(codes, scales, bits[i], head_dim)), recent],
                                    axis=2) for i, (sink, codes, scales, recent) in enumerate(sides))
-            reference.attention(q, k, v, scale=scale)
+            reference.attention(q, k, v, scale=scale, mask=_mask(q.shape[2]))
     return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes, nbytes, lazy=False)
 
 
@@ -486,14 +492,16 @@ def groups(grid, backends, device):
         for n_tokens in grid.tokens:
             common = {"head_dim": head_dim, "kv_heads": N_KV_HEADS, "tokens": n_tokens,
                       "dtype": dtype_name(grid.dtype)}
-            for g, contenders in attention_contenders(grid, backends, n_tokens, head_dim, device):
-                yield {"operation": "attention", "gqa": g, "scheme": None, **common}, contenders
+            for (g, n), contenders in attention_contenders(grid, backends, n_tokens, head_dim, device).items():
+                yield {"operation": "attention", "gqa": g, "query_tokens": n, "scheme": None, **common}, contenders
             if n_tokens <= max(PACK_TOKENS, min(grid.tokens)):
                 for operation, scheme, contenders in packing_contenders(grid, backends, n_tokens, head_dim, device):
-                    yield {"operation": operation, "gqa": None, "scheme": scheme, **common}, contenders
+                    yield {"operation": operation, "gqa": None, "query_tokens": None, "scheme": scheme,
+                           **common}, contenders
 
 
 def n_groups(grid):
     """How many groups `groups` yields."""
     packing = [n for n in grid.tokens if n <= max(PACK_TOKENS, min(grid.tokens))]
-    return len(grid.head_dims) * (len(grid.tokens) * len(grid.gqa) + len(packing) * 2 * len(grid.schemes))
+    return len(grid.head_dims) * (len(grid.tokens) * len(grid.gqa) * len(grid.query_tokens)
+                                  + len(packing) * 2 * len(grid.schemes))

@@ -46,19 +46,19 @@ def _than(ratio, more, less):
 
 
 def shown_group(document):
-    """(head_dim, gqa) of the attention that is plotted: 128 and 4 if they were measured."""
+    """(head_dim, gqa, query tokens) of the attention that is plotted: 128, 4 and the fewest if they were measured."""
     rows = [r for r in document["rows"] if r["operation"] == "attention"]
-    head_dims, gqas = (sorted({r[k] for r in rows}) for k in ("head_dim", "gqa"))
-    return 128 if 128 in head_dims else head_dims[-1], 4 if 4 in gqas else gqas[-1]
+    head_dims, gqas, steps = (sorted({r[k] for r in rows}) for k in ("head_dim", "gqa", "query_tokens"))
+    return 128 if 128 in head_dims else head_dims[-1], 4 if 4 in gqas else gqas[-1], steps[0]
 
 
 def headlines(document):
     """What won, in one sentence for each backend of ours, at the longest context."""
     kernels = document["benchmark"] == "kernels"
     if kernels:
-        head_dim, gqa = shown_group(document)
-        rows = [r for r in document["rows"] if r["operation"] == "attention" and (r["head_dim"], r["gqa"]) == (
-            head_dim, gqa) and "median_seconds" in r]
+        shown = shown_group(document)
+        rows = [r for r in document["rows"] if r["operation"] == "attention" and "median_seconds" in r
+                and (r["head_dim"], r["gqa"], r["query_tokens"]) == shown]
         at, base, speed = "tokens", "uncompressed", lambda r: 1 / r["median_seconds"]
     else:
         rows = [r for r in document["rows"] if "generation_tps" in r]
@@ -182,10 +182,10 @@ def _plain_log(ax, which="y"):
 
 def kernels_figure(document):
     """Time and memory against context, roofline, packing and, if measured, stages."""
-    head_dim, gqa = shown_group(document)
+    head_dim, gqa, query_tokens = shown_group(document)
     ok = [r for r in document["rows"] if "median_seconds" in r and r["head_dim"] == head_dim
           and r["column"] != "NumPy reference"]
-    attention = [r for r in ok if r["operation"] == "attention" and r["gqa"] == gqa]
+    attention = [r for r in ok if (r["operation"], r["gqa"], r["query_tokens"]) == ("attention", gqa, query_tokens)]
     packing = [r for r in ok if r["operation"] != "attention"]
     names = list(dict.fromkeys(r["name"] for r in attention))
     ablation = [row for row in document.get("ablation", []) if "seconds" in row]
@@ -219,7 +219,8 @@ def kernels_figure(document):
                   lambda r: (r["low_seconds"] * 1e3, r["high_seconds"] * 1e3))
     _plain_log(ax)
     ax.set_ylabel("milliseconds")
-    ax.set_title(f"Attention of one generated token, one layer\nlower is better; {RATIO}", loc="left", fontsize=11)
+    step = "one generated token" if query_tokens == 1 else f"{query_tokens} verified tokens"
+    ax.set_title(f"Attention of {step}, one layer\nlower is better; {RATIO}", loc="left", fontsize=11)
     _label_ends(ax, ends)
 
     ax = axes[1]
@@ -231,18 +232,19 @@ def kernels_figure(document):
     _label_ends(ax, ends)
 
     _roofline(axes[2], [r for r in attention if r["tokens"] == max(r["tokens"] for r in attention)], document, head_dim,
-              gqa, label, names)
+              gqa * query_tokens, label, names)
     _packing_bars(axes[3], packing, names)
     if ablation:
         _stages(axes[4], ablation)
     return figure
 
 
-def _roofline(ax, rows, document, head_dim, gqa, label, names):
+def _roofline(ax, rows, document, head_dim, n_queries, label, names):
+    """n_queries: per kv head."""
     bandwidth = document["measured"]["copy_gb_per_s"]
     points = []
     for r in rows:
-        flops = 4 * head_dim * gqa * r["kv_heads"] * r["tokens"]  # two products, a multiply and an add each
+        flops = 4 * head_dim * n_queries * r["kv_heads"] * r["tokens"]  # two products, a multiply and an add each
         points.append((flops / r["bytes"], flops / r["median_seconds"] / 1e9, r))
     x0, x1 = min(p[0] for p in points) / 2, max(p[0] for p in points) * 2
     ax.plot([x0, x1], [x0 * bandwidth, x1 * bandwidth], color="#888888", linewidth=2)
@@ -347,10 +349,10 @@ def generate_figure(document):
 
 # ---- the page ------------------------------------------------------------------------------------------------
 def _page(document, svg):
-    columns = [k for k in ("operation", "name", "column", "context", "tokens", "head_dim", "gqa", "median_seconds",
-                           "uncertainty", "gb_per_s", "bandwidth_share", "times_uncompressed", "generation_tps",
-                           "generation_tps_ratio", "prompt_tps", "prompt_tps_ratio", "cache_bytes", "peak_bytes",
-                           "error", "kld", "status", "problem") if any(k in r for r in document["rows"])]
+    columns = [k for k in ("operation", "name", "column", "context", "tokens", "head_dim", "gqa", "query_tokens",
+                           "median_seconds", "uncertainty", "gb_per_s", "bandwidth_share", "times_uncompressed",
+                           "generation_tps", "generation_tps_ratio", "prompt_tps", "prompt_tps_ratio", "cache_bytes",
+                           "peak_bytes", "error", "kld", "status", "problem") if any(k in r for r in document["rows"])]
 
     def cell(x):
         return f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x)

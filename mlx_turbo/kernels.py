@@ -91,6 +91,7 @@ class AttendTuning(NamedTuple):
     tokens_per_block: int = 128  # at least, a block being the tokens of a simdgroup: it works one tile after the other
     simdgroups_per_launch: int = 1024  # so many keep the largest chip busy: no more blocks than that
     one_launch_tokens: int = 1024  # up to so many a threadgroup does a kv head alone and no merge is needed
+    rows_per_decode: int = 256  # about so many query heads * query tokens of a kv head at most share decoded tiles
 
 
 # Operations per (key, value) pair as counted at head_dim 128: for a row of queries, for a simdgroup that reads a tile,
@@ -130,7 +131,8 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, n_rows, one):
     most = min(8, max(1, tuning.accumulators // dims_per_lane), THREADGROUP_BYTES * 3 // 4 // query_bytes)
     n_simdgroups = -(-n_rows // most)
     rows = -(-n_rows // n_simdgroups)
-    if not one and n_simdgroups > 1:  # simdgroups side by side on the same tokens, which are decoded once for all
+    # simdgroups side by side on the same tokens, which are decoded once for all
+    if not one and n_simdgroups > 1 and tuning.rows_per_decode > most:
         costs = _shared_shapes(tuning, key_dim, value_dim, n_rows)
         if costs:
             return min(costs, key=costs.get)  # decoded as rarely as can be
@@ -151,7 +153,7 @@ def _shared_shapes(tuning, key_dim, value_dim, n_rows):
     dims_per_lane = next(e for e in range(4, 65, 4) if value_dim % e == 0 and value_dim // e <= 32)
     most, costs = max(1, min(MOST_ROWS, tuning.accumulators // dims_per_lane)), {}
     for side_by_side in range(2, MOST_SIMDGROUPS + 1):
-        groups = -(-n_rows // (side_by_side * most))
+        groups = -(-n_rows // min(side_by_side * most, tuning.rows_per_decode))
         rows = -(-n_rows // (side_by_side * groups))
         for far, chunks in itertools.product((False, True), (1, 2) if key_dim % 64 == 0 else (1,)):
             tile = 2 * 32 * max(key_dim // chunks + 8, (value_dim + 8) // chunks)

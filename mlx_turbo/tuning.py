@@ -24,6 +24,7 @@ CANDIDATES = {
     "accumulators": (32, 64),
     "one_launch_tokens": (0, 512, 1024, 2048),
     "simdgroups_one_launch": (4, 8, 16),
+    "rows_per_decode": (8, 16, 32, 64, 256),
 }
 # Changes below this are noise, and the default is kept.
 GAIN = 0.03

@@ -45,10 +45,10 @@ def time_attention(n_tokens, effort, dtype):
     backend, device = ops.get_backend(), mx.default_device().type.name
     scheme = TurboConfig("turbo4").scheme
     grid = bench_kernels.Grid((n_tokens,), (HEAD_DIM,), (N_HEADS // N_KV_HEADS,), (scheme,), dtype)
-    (_, contenders), = bench_kernels.attention_contenders(grid, [backend], n_tokens, HEAD_DIM, device)
+    contenders, = bench_kernels.attention_contenders(grid, [backend], n_tokens, HEAD_DIM, device).values()
     contenders = [c for c in contenders if c.column != "NumPy reference"]
     rows = bench_kernels.measure(contenders, effort, {"what": "attention", "operation": "attention", "tokens": n_tokens,
-                                                      "head_dim": HEAD_DIM, "gqa": grid.gqa[0]})
+                                                      "head_dim": HEAD_DIM, "gqa": grid.gqa[0], "query_tokens": 1})
     for row in rows:
         if row["status"] != "ok":
             raise SystemExit(f"attention_timing: {row['status']}: {bench.describe_row(row)}: {row['problem']}")

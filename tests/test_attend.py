@@ -11,7 +11,7 @@ from conftest import SIMULATED, to_numpy
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from mlx_turbo import kernels
+from mlx_turbo import kernels, tuning
 from mlx_turbo.kernels import AttendTuning, BackendError, MetalBackend, attend_shape, attend_unsupported
 
 pytestmark = pytest.mark.usefixtures("simulated")
@@ -217,10 +217,11 @@ def test_a_long_cache():
 
 
 @pytest.mark.parametrize("tuning", [dict(tokens_per_lane=1), dict(tokens_per_lane=4, simdgroups=2),
-                                    dict(accumulators=16), dict(tokens_per_block=1000, simdgroups=4)], ids=str)
+                                    dict(accumulators=16), dict(tokens_per_block=1000, simdgroups=4),
+                                    dict(rows_per_decode=8), dict(rows_per_decode=16)], ids=str)
 def test_the_tuning_does_not_change_the_result(tuning):
     backend = MetalBackend(metalsim.metal_kernel)
-    case = make_case(dims=(64, 64), G=4)
+    case = make_case(dims=(64, 64), G=4, L=5 if "rows_per_decode" in tuning else 1)
     for one in (0, 1024):
         backend.tuning = AttendTuning(one_launch_tokens=one, **tuning)
         check(case, [backend])
@@ -396,6 +397,14 @@ def test_many_rows_share_what_is_decoded_once(head_dim, G, L):
     assert set(decodes(case, one_launch_tokens=0)) == {1}
 
 
+@pytest.mark.parametrize("rows, times", [(8, 4), (16, 2), (32, 1), (256, 1)])
+def test_a_tuning_says_for_how_many_rows_packed_words_are_decoded_at_once(rows, times):
+    case = make_case(dims=(64, 64), G=8, L=4, counts=(0, 128, 32))
+    assert set(decodes(case, one_launch_tokens=0, rows_per_decode=rows)) == {times}
+    shape = attend_shape(AttendTuning(rows_per_decode=rows), 4, 4, 64, 64, 32, False)
+    assert shape.SHARED == (rows > 8)  # a simdgroup does 8 alone
+
+
 @pytest.mark.parametrize("G, L, bits", [(16, 1, 4), (7, 1, 4), (4, 4, 4), (64, 1, 4), (5, 1, 3), (7, 1, 3)])
 def test_few_tokens_are_decoded_once_and_at_most_twice_for_many_heads(G, L, bits):
     case = make_case(bits=(bits, bits), dims=(128, 128), G=G, L=L, counts=(0, 192, 32))
@@ -428,9 +437,10 @@ def test_packed_words_are_decoded_once_for_all_rows_that_registers_hold(head_dim
 @pytest.mark.parametrize("one", [False, True], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("bits", [0, 2, 3, 4, 8])
 def test_every_shape_fits_into_threadgroup_memory_and_divides_the_values(one, bits):
-    for key_dim, value_dim, n_rows in itertools.product((32, 80, 256, 512, 576), (32, 80, 256, 512, 576), range(1, 40)):
+    for key_dim, value_dim, n_rows, at_once in itertools.product((32, 80, 256, 512, 576), (32, 80, 256, 512, 576),
+                                                                 range(1, 40), tuning.CANDIDATES["rows_per_decode"]):
         H, tokens, E, simdgroups, shared, chunks, far = attend_shape(
-            AttendTuning(), bits, bits, key_dim, value_dim, n_rows, one)
+            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, one)
         padded = H if H <= 2 else -(-H // 4) * 4
         queries = 0 if far else 4 * key_dim * H * (simdgroups if shared else 2 if one and bits else 1)
         tile = 64 * tokens * max(key_dim // chunks + 8, (value_dim + 8) // chunks) if shared else 0

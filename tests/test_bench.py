@@ -15,7 +15,7 @@ import pytest
 from attend_cases import make_case
 from no_kernels import NoKernels
 from mlx_turbo import ablation, bench, bench_generate, bench_kernels, bench_plots, cli, timing, tuning
-from mlx_turbo.fallback import CpuBackend
+from mlx_turbo.fallback import CpuBackend, tiled_attention
 from mlx_turbo.kernels import AttendTuning, BackendError, MetalBackend, compare_quantized, metal_source
 from mlx_turbo.scheme import Scheme, TurboConfig
 
@@ -80,6 +80,31 @@ def test_kernels_that_are_wrong_or_fail_are_reported_and_not_ranked(run):
     assert any("CPU fallback" in line for line in ranked)
     assert err.count("mlx-turbo: WRONG: ") == 5  # zeros: attention, quantize, dequantize; wrong rows: two of them
     assert "mlx-turbo: FAILED: quantize turbo4 by broken (head_dim 64, 160 tokens)" in err
+
+
+class SeesTheFuture(CpuBackend):
+    """Of several query tokens the first ones see the last ones, too."""
+    name = "no mask"
+
+    def why_not_fused(self, keys, values, n_query_tokens):
+        return None
+
+    def attend(self, queries, keys, values, counts, mask, **options):
+        return tiled_attention(queries, keys, values, counts, self.read_rows, mask=None, **options)
+
+
+def test_several_query_tokens_are_checked_with_their_causal_mask(run, capsys):
+    code, out, err = run("kernels", *SMALL, "--gqa", "1", "--query-tokens", "1", "4", "--json",
+                         backends=[SeesTheFuture(), CpuBackend()])
+    d = json.loads(out)
+    attention = {(r["name"], r["column"], r["query_tokens"]): r for r in d["rows"] if r["operation"] == "attention"}
+    assert len(attention) == 2 * 6 and {r["query_tokens"] for r in d["rows"]} == {1, 4, None}
+    assert [key for key, r in attention.items() if r["status"] != "ok"] == [("turbo4", "no mask", 4)]
+    assert code == 1 and "WRONG: attention turbo4 by no mask (head_dim 64, GQA 1, 4 query tokens, 160 tokens)" in err
+    assert bench_plots.shown_group(d) == (64, 1, 1)
+    bench.print_kernels(d)
+    out = capsys.readouterr().out
+    assert "attention of one decode step, GQA 1: 8" in out and "one decode step, 4 query tokens, GQA 1: 8" in out
 
 
 def test_a_wrong_row_has_no_time_in_the_json_and_red_words_in_the_plot(run, tmp_path):
@@ -167,6 +192,8 @@ def test_the_table_ranks_by_time_and_ends_with_the_command(run):
 
 @pytest.mark.parametrize("argv, said", [
     (["kernels", "--tokens", "100"], "--tokens: got 100, allowed are whole numbers from 128 on"),
+    (["kernels", "--query-tokens", "0"], "--query-tokens: got 0, allowed are whole numbers from 1 to 16"),
+    (["kernels", "--query-tokens", "17"], "--query-tokens: got 17, allowed are whole numbers from 1 to 16"),
     (["kernels", "--head-dim", "72"], "--head-dim: head_dim 72"),
     (["kernels", "--kv", "turbo5"], "--kv: got 'turbo5'"),
     (["kernels", "--kv", "turbo0v4"], "--kv: got 'turbo0v4', allowed are schemes that pack keys and values"),
@@ -415,6 +442,10 @@ def test_tunings_are_timed_and_wrong_ones_left_out(monkeypatch):
     tunings = [AttendTuning(), AttendTuning(tokens_per_lane_few_rows=1)]
     seconds, problems = bench.time_tunings(grid, metal, Scheme(4, 4), 64, "cpu", timing.Effort(1, 1, 0), tunings)
     assert all(s > 0 for s in seconds) and not problems
+    grid = grid._replace(query_tokens=(1, 3))
+    seconds, problems = bench.time_tunings(grid, metal, Scheme(4, 4), 64, "cpu", timing.Effort(1, 1, 0),
+                                           [AttendTuning(), AttendTuning(rows_per_decode=8)])
+    assert all(s > 0 for s in seconds) and not problems
     seconds, problems = bench.time_tunings(grid, NoKernels(), Scheme(4, 4), 64, "cpu", timing.Effort(1, 1, 0), tunings)
     assert seconds == [None, None] and [problems[t]["status"] for t in tunings] == ["wrong", "wrong"]
 
@@ -577,7 +608,13 @@ def test_compare_tells_a_difference_from_noise(run, tmp_path):
     assert "different chip: A " in out and f"A: {a['command']} (commit " in out and out.count("Backends: ") == 2
     code, out, err = run("compare", tmp_path / "a.json", tmp_path / "a.json")
     assert code == 0 and not err and "different" not in out
-    for damaged in ({"format": 1, "benchmark": "kernels"}, a | {"rows": [{"name": "turbo4"}]}, [], a | {"format": 2}):
+    for row in a["rows"]:  # a file of before several query tokens were measured
+        del row["query_tokens"]
+    (tmp_path / "old.json").write_text(json.dumps(a))
+    code, out, err = run("compare", tmp_path / "old.json", tmp_path / "b.json", "--json")
+    assert [r["verdict"] for r in json.loads(out)["rows"][:3]] == verdicts
+    for damaged in ({"format": 1, "benchmark": "kernels"}, a | {"rows": [{"name": "turbo4"}]}, [], a | {"format": 2},
+                    a | {"rows": 3}, a | {"rows": [3]}, a | {"benchmark": []}):
         (tmp_path / "b.json").write_text(json.dumps(damaged))
         code, out, err = run("compare", tmp_path / "a.json", tmp_path / "b.json")
         said = f"B.json: {str(tmp_path / 'b.json')!r} is not what mlx-turbo bench --json writes"
