@@ -22,8 +22,8 @@
 //         keys' dims, of the values' tokens. FAR, for so many rows that their queries do not fit there too: these wait
 //         in `acc`, where the block's results will be written in the end.
 //   Exact tokens (sink and recent as one list) and packed ones are different runs of the same code: block < X is exact.
-//   The tokens that some row sees (starts, ends, WINDOW) are divided over the blocks, others are not read. What tells
-//   rows and tokens apart (causal, WINDOW, arrays, the end) is looked at only in tiles that not all of them see.
+//   What tells rows and tokens apart (causal, an array, the end) is looked at only in tiles that not all of them see.
+//   Simdgroups of a SHARED threadgroup that have no row of their own only help to decode.
 //
 // INPUTS  (T: any float type, a type for each)
 //   queries                 T [B, Hq, L, DK], any strides
@@ -33,21 +33,18 @@
 //   k_means                 float16 [B, Hkv, CAPACITY, DK], rotated: row i is of the SEGMENT packed tokens from i *
 //                           SEGMENT on. As k_sink, read only if KM
 //   v_means                 float16 [B, Hkv, CAPACITY, DV], rotated: row 0 is of all tokens. Read only if VM
-//   diag                    float, the diagonals of the keys' rotation [ROUNDS, DK], then of the values' [ROUNDS, DV]
 //   mask                    bool or T [B, Hq, L, N], any strides, columns in order of the tokens. Read only if flag 2
 //   sinks                   T [Hq], a logit per head that takes weight and gives no value. Read only if flag 8 and ONE
-//   starts                  int32 [B], tokens before it are dead. Read only if flag 4
-//   ends                    int32 [B], tokens from there on are dead; N without it. Query l is token ends - L + l.
-//                           Read only if flag 16
-//   dims                    int32 [14]: n_sink, n_packed, n_recent, X = exact blocks, blocks, RG, flags, L, Hq, Hkv,
-//                           scale * log2 e (bits of a float), SEGMENT, a multiple of 128, WINDOW: a query that is token
-//                           i sees those after i - WINDOW (2^30: all), ACC_ROWS. flags: 1 causal, 2 mask, 4 starts, 8
-//                           sinks, 16 ends
+//   dims                    int32 [16]: n_sink, n_packed, n_recent, X = exact blocks, blocks, RG, flags, L, Hq, Hkv,
+//                           scale * log2 e (bits of a float), SEGMENT, a multiple of 128, ACC_ROWS, B, 0, 0; then, as
+//                           floats, the diagonals of the keys' rotation [ROUNDS, DK] and of the values' [ROUNDS, DV].
+//                           flags: 1 causal (query l is token N - L + l), 2 mask, 8 sinks
 // OUTPUTS
-//   ONE:  acc = the output, T [B, Hq, L, DV]; ml is not written
+//   ONE:  acc = the output, T [B, Hq, L, DV]
 //   else: acc float [B, Hkv, blocks, ACC_ROWS, ACC_ROW], of R rows the first DV numbers: sums of 2^(logit - m) * value,
 //         of blocks >= X still rotated, without UNIT; FAR: before that, a block's rows hold its queries.
-//         ml float [B, Hkv, R, blocks, 2] = m (base 2), sum of 2^(logit - m). An empty block has m = LOWEST, sum 0.
+//         Behind it, float [B, Hkv, R, blocks, 2] = m (base 2), sum of 2^(logit - m). An empty block has m = LOWEST,
+//         sum 0.
 // TEMPLATE  T type of acc; EXACT_K, EXACT_V types of exact keys and values; KB, VB bits in {0, 2, 3, 4, 8}; DK, DV head
 //   dims, multiples of 16, 32 to 576; KM, VM: packed keys / values have a mean; H rows per simdgroup, 1 to 8, or 12 if
 //   SHARED; TPL tokens per lane (1, 2, 4); E dims per lane of the values: a multiple of 8 (if VB = 3, 8 or a multiple
@@ -359,11 +356,11 @@ template <class M> struct Mask {
   M mask;                                                                       // of this batch row
   long head_stride, token_stride, column_stride;
   bool causal, array;
-  int L, newest, window;                                                        // newest: the column of query 0
+  int L, newest;                                                                // newest: the column of query 0
   int first_head, first_row, last_row;                                          // row r: head first_head + r / L
   METAL_FUNC float add(float logit, int h, int column) const {
     int r = min(first_row + h, last_row), g = r / L, l = r - g * L;
-    if ((causal && column > newest + l) || column <= newest + l - window) logit = TQ_DEAD;
+    if (causal && column > newest + l) logit = TQ_DEAD;
     if (!array) return logit;
     long at = (first_head + g) * head_stride + l * token_stride + column * column_stride;
     return max(logit + tq_mask(mask[at]), TQ_DEAD);
@@ -449,12 +446,12 @@ template <int HP> METAL_FUNC void tq_weights(const threadgroup float *from, thre
 }
 
 typedef const threadgroup float *Weights;
-// out += weight * value, U * TV tokens at a time while there are so many before `stop`.
+// out += weight * value, U * TV tokens at a time while at least that many are left. `left` counts the tokens from this
+// lane's next one to the end: a pointer that far back could lie before its array.
 template <int U, int TV, int HP, class VALUES, int H, int E>
-METAL_FUNC void tq_sum_values(thread typename VALUES::Pointer &v, thread Weights &w, Weights stop, int u,
+METAL_FUNC void tq_sum_values(thread typename VALUES::Pointer &v, thread Weights &w, thread int &left, int u,
                               thread Partial<H, E> &out) {
-  stop -= (U - 1) * TV * HP;
-  for (; w < stop; w += U * TV * HP, v += U * TV * VALUES::STRIDE) {
+  _Pragma("clang loop unroll(disable)") for (; left > (U - 1) * TV; left -= U * TV) {
     TQ_UNROLL for (int k = 0; k < U; k++) {
       float y[E], p[HP];
       VALUES::template values<E>(v + k * TV * VALUES::STRIDE, u, y);
@@ -463,6 +460,8 @@ METAL_FUNC void tq_sum_values(thread typename VALUES::Pointer &v, thread Weights
         TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = fma(p[h], y[d], out.acc[h][d]);
       }
     }
+    w += U * TV * HP;
+    v += U * TV * VALUES::STRIDE;
   }
 }
 
@@ -478,20 +477,22 @@ METAL_FUNC void tq_mean_bias(QUERIES q, const device half *mean, thread PerRow<H
   TQ_UNROLL for (int h = 0; h < H; h++) to.set(h, simd_sum(sum[h]), lane);
 }
 
-// Tokens begin .. end - 1 of a run. Every row sees all of a tile that begins at one of n_safe tokens from `safe` on.
-// q: H rows of ROW floats. weights: 32 * TPL * HP floats of this simdgroup. bias: of the raw logit. means: of segments.
+// Tokens begin .. end - 1 of a run. Every row sees all of a tile that ends at safe_end or before.
+// has_rows: whether this simdgroup has any; without, it only helps to decode (SHARED). q: H rows of ROW floats.
+// weights: 32 * TPL * HP floats of this simdgroup. bias: of the raw logit. means: of segments.
 template <int H, int HP, int TPL, int E, int NS, bool SHARED, int CHUNKS, int ROW, int DK, int DV, bool KM, class KEYS,
           class VALUES, class M, class QUERIES>
-METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, uint n_safe, int split, int shift,
+METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_end, int split, int shift,
                        QUERIES q, threadgroup float *weights, threadgroup half *tile,
                        const threadgroup float *bias, const device half *means, int segment, Mask<M> mask,
-                       thread Partial<H, E> &out, int sg, int lane) {
+                       thread Partial<H, E> &out, bool has_rows, int sg, int lane) {
   constexpr int LV = DV / E, TV = 32 / LV, TILE = 32 * TPL, U = H <= 2 ? 8 : 4;
   int u = uint(lane) % LV, tg = uint(lane) / LV;
   threadgroup float *mine = weights + lane * HP;
   int turn = 0;                                                                 // the first token of the newest segment
   PerRow<H> since, before;                                                      // what its mean adds, the last more
-  if (KM && begin < end) {
+  has_rows = has_rows || !SHARED;
+  if (KM && has_rows && begin < end) {
     turn = begin / segment * segment;
     tq_mean_bias<H, ROW, DK, KEYS>(q, means + (long)(begin / segment) * DK, since, lane);
   }
@@ -520,98 +521,102 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, u
           }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        tq_all_dots<H, TPL, ROW, N, TileRows<N>>(decoded, q + c, s);
+        if (has_rows) tq_all_dots<H, TPL, ROW, N, TileRows<N>>(decoded, q + c, s);
       }
     } else {
-      tq_all_dots<H, TPL, ROW, DK, KEYS>(row, q, s);
+      if (has_rows) tq_all_dots<H, TPL, ROW, DK, KEYS>(row, q, s);
     }
-
-    // ---- logits
-    if (KM && min(t0 + TILE, end) > turn + segment) {                           // a segment is no shorter than a tile
-      turn += segment;
-      before = since;
-      tq_mean_bias<H, ROW, DK, KEYS>(q, means + (long)(turn / segment) * DK, since, lane);
-      TQ_UNROLL for (int h = 0; h < H; h++) before.set(h, before.get(h) - since.get(h), lane);
-    }
-    float value_scale[TPL];
-    TQ_UNROLL for (int i = 0; i < TPL; i++) {
-      const threadgroup half *behind = tile + (32 * i + lane) * (DK / CHUNKS + 8) + DK / CHUNKS;
-      float key_scale = SHARED && KEYS::BITS ? float(behind[0]) : keys.scale(token[i]);
-      value_scale[i] = SHARED && KEYS::BITS && VALUES::BITS ? float(behind[1]) : values.scale(token[i]);
-      TQ_UNROLL for (int h = 0; h < H; h++) {
-        if (KEYS::BITS == 8) s[i * H + h] -= bias[h];
-        if (KEYS::BITS) s[i * H + h] *= key_scale;
-        if (KM) s[i * H + h] += since.get(h);
+    if (has_rows) {
+      // ---- logits
+      if (KM && min(t0 + TILE, end) > turn + segment) {                           // a segment is no shorter than a tile
+        turn += segment;
+        before = since;
+        tq_mean_bias<H, ROW, DK, KEYS>(q, means + (long)(turn / segment) * DK, since, lane);
+        TQ_UNROLL for (int h = 0; h < H; h++) before.set(h, before.get(h) - since.get(h), lane);
       }
-    }
-    if (KM && t0 < turn) {                                                      // the tile is in two segments
-      TQ_UNROLL for (int h = 0; h < H; h++) {
-        float more = before.get(h);
-        TQ_UNROLL for (int i = 0; i < TPL; i++) s[i * H + h] += token[i] < turn ? more : 0.0f;
-      }
-    }
-    if (uint(t0 - safe) >= n_safe) {
+      float value_scale[TPL];
       TQ_UNROLL for (int i = 0; i < TPL; i++) {
-        int column = token[i] + (token[i] < split ? 0 : shift);
-        bool live = t0 + 32 * i + lane < end;
+        const threadgroup half *behind = tile + (32 * i + lane) * (DK / CHUNKS + 8) + DK / CHUNKS;
+        float key_scale = SHARED && KEYS::BITS ? float(behind[0]) : keys.scale(token[i]);
+        value_scale[i] = SHARED && KEYS::BITS && VALUES::BITS ? float(behind[1]) : values.scale(token[i]);
         TQ_UNROLL for (int h = 0; h < H; h++) {
-          float logit = mask.add(s[i * H + h], h, column);
-          s[i * H + h] = live ? logit : TQ_DEAD;
+          if (KEYS::BITS == 8) s[i * H + h] -= bias[h];
+          if (KEYS::BITS) s[i * H + h] *= key_scale;
+          if (KM) s[i * H + h] += since.get(h);
         }
       }
-    }
+      if (KM && t0 < turn) {                                                      // the tile is in two segments
+        TQ_UNROLL for (int h = 0; h < H; h++) {
+          float more = before.get(h);
+          TQ_UNROLL for (int i = 0; i < TPL; i++) s[i * H + h] += token[i] < turn ? more : 0.0f;
+        }
+      }
+      if (t0 + TILE > safe_end) {
+        TQ_UNROLL for (int i = 0; i < TPL; i++) {
+          int column = token[i] + (token[i] < split ? 0 : shift);
+          bool live = t0 + 32 * i + lane < end;
+          TQ_UNROLL for (int h = 0; h < H; h++) {
+            float logit = mask.add(s[i * H + h], h, column);
+            s[i * H + h] = live ? logit : TQ_DEAD;
+          }
+        }
+      }
 
-    // ---- softmax
-    TQ_UNROLL for (int h = 0; h < H; h++) {
-      float top = s[h];
-      TQ_UNROLL for (int i = 1; i < TPL; i++) top = fmax(top, s[i * H + h]);
-      top = simd_max(top);
-      float m = out.m.get(h);
-      if (top > m) {                                                            // the same for the whole simdgroup
-        float f = fast::exp2(m - (top + TQ_SLACK));
-        m = top + TQ_SLACK;
-        out.m.set(h, m, lane);
-        out.sum[h] *= f;
-        TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] *= f;
+      // ---- softmax
+      TQ_UNROLL for (int h = 0; h < H; h++) {
+        float top = s[h];
+        TQ_UNROLL for (int i = 1; i < TPL; i++) top = fmax(top, s[i * H + h]);
+        top = simd_max(top);
+        float m = out.m.get(h);
+        if (top > m) {                                                            // the same for the whole simdgroup
+          float f = fast::exp2(m - (top + TQ_SLACK));
+          m = top + TQ_SLACK;
+          out.m.set(h, m, lane);
+          out.sum[h] *= f;
+          TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] *= f;
+        }
+        TQ_UNROLL for (int i = 0; i < TPL; i++) {
+          float p = fast::exp2(s[i * H + h] - m);
+          out.sum[h] += p;
+          mine[32 * i * HP + h] = VALUES::BITS ? p * value_scale[i] : p;
+        }
       }
       TQ_UNROLL for (int i = 0; i < TPL; i++) {
-        float p = fast::exp2(s[i * H + h] - m);
-        out.sum[h] += p;
-        mine[32 * i * HP + h] = VALUES::BITS ? p * value_scale[i] : p;
+        TQ_UNROLL for (int h = H; h < HP; h++) mine[32 * i * HP + h] = 0;
       }
-    }
-    TQ_UNROLL for (int i = 0; i < TPL; i++) {
-      TQ_UNROLL for (int h = H; h < HP; h++) mine[32 * i * HP + h] = 0;
     }
 
     // ---- values
     int n = min(TILE, end - t0);
     if (SHARED && VALUES::BITS) {
       constexpr int N = TILE / CHUNKS;                                          // tokens
-      _Pragma("clang loop unroll(disable)") for (int t = 0; t < n; t += N) {
+      _Pragma("clang loop unroll(disable)") for (int t = 0; t < (CHUNKS == 1 ? 1 : n); t += N) {
         threadgroup_barrier(mem_flags::mem_threadgroup);                        // what the tile holds is not needed now
         tq_decode<DV, N, NS>(values, t0 + t, end, 0, VALUES::BITS == 8 ? 1152.0f : 0.0f, tile, sg * 32 + lane);
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        if (LV * TV == 32 || tg < TV) {
-          Weights w = weights + (t + tg) * HP, stop = weights + min(t + N, n) * HP;
+        if (has_rows && (LV * TV == 32 || tg < TV)) {
+          Weights w = weights + (t + tg) * HP;
           const threadgroup half *v = tile + tg * (DV + 8);
-          tq_sum_values<U, TV, HP, TileRows<DV>>(v, w, stop, u, out);
-          tq_sum_values<1, TV, HP, TileRows<DV>>(v, w, stop, u, out);
+          int left = (CHUNKS == 1 ? n : min(N, n - t)) - tg;
+          tq_sum_values<U, TV, HP, TileRows<DV>>(v, w, left, u, out);
+          tq_sum_values<1, TV, HP, TileRows<DV>>(v, w, left, u, out);
         }
       }
     } else {
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
-    if (!(SHARED && VALUES::BITS) && (LV * TV == 32 || tg < TV)) {
-      Weights w = weights + tg * HP, stop = weights + n * HP;
+    if (!(SHARED && VALUES::BITS) && has_rows && (LV * TV == 32 || tg < TV)) {
+      Weights w = weights + tg * HP;
+      int left = n - tg;
       if (VALUES::BITS) {
         typename VALUES::Pointer v = values.at(t0 + tg);
-        tq_sum_values<U, TV, HP, VALUES>(v, w, stop, u, out);
-        tq_sum_values<1, TV, HP, VALUES>(v, w, stop, u, out);
+        tq_sum_values<U, TV, HP, VALUES>(v, w, left, u, out);
+        tq_sum_values<1, TV, HP, VALUES>(v, w, left, u, out);
       } else {
-        for (int t = t0 + tg; w < stop; t += TV) {                              // of two buffers
+        _Pragma("clang loop unroll(disable)") for (int t = t0 + tg; left > 0; t += TV, left -= TV) {   // two buffers
           typename VALUES::Pointer v = values.at(t);
-          tq_sum_values<1, TV, HP, VALUES>(v, w, w + 1, u, out);
+          int one = 1;
+          tq_sum_values<1, TV, HP, VALUES>(v, w, one, u, out);
         }
       }
     }
@@ -620,16 +625,16 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, u
 }
 
 // ---- the query -------------------------------------------------------------------------------------------------
-// H rows of the query to rows of ROW floats, times `factor`; rotated if ROTATE. With 8-bit keys bias[h] = 1152 times
+// n rows of the query to rows of ROW floats, times `factor`; rotated if ROTATE. With 8-bit keys bias[h] = 1152 times
 // the sum of the row.
-template <int BITS, int D, int H, int NS, int ROW, bool ROTATE, class Q, class STRIDES, class TO>
-METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L, int first_row, int last_row,
+template <int BITS, int D, int NS, int ROW, bool ROTATE, class Q, class STRIDES, class TO>
+METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L, int first_row, int n, int last_row,
                               float factor, const device float *diag, TO to, threadgroup float *bias, int sg,
                               int lane) {
   typedef Row<4, D> R;
   constexpr int E = R::E, LANES = R::LANES, VECTORS = R::VECTORS, P = tq_power_of_two_from(D / 2 + 1);
   int t = uint(lane) % LANES;
-  for (int h0 = sg * VECTORS; h0 < H; h0 += NS * VECTORS) {
+  for (int h0 = sg * VECTORS; h0 < n; h0 += NS * VECTORS) {
     int h = h0 + uint(lane) / LANES, r = min(first_row + h, last_row), g = r / L, l = r - g * L;
     Q from = queries + (first_head + g) * strides[1] + l * strides[2];
     float y[E];
@@ -655,11 +660,11 @@ METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L,
     TQ_UNROLL for (int i = 0; i < E; i++) {
       if (ROTATE) y[i] *= unit;
       if (ROTATE && BITS == 8) sum += y[i];
-      if (h < H && R::has(t, i)) to[h * ROW + t * E + i] = y[i];
+      if (h < n && R::has(t, i)) to[h * ROW + t * E + i] = y[i];
     }
     if (ROTATE && BITS == 8) {
       TQ_UNROLL for (int k = 1; k < LANES; k *= 2) sum += simd_shuffle_xor(sum, ushort(k));
-      if (h < H && t == 0) bias[h] = 1152.0f * sum;
+      if (h < n && t == 0) bias[h] = 1152.0f * sum;
     }
   }
 }
@@ -712,25 +717,26 @@ threadgroup float *memory = (threadgroup float *)memory4;
 int lane = thread_index_in_simdgroup, sg = thread_position_in_threadgroup.y, block = thread_position_in_grid.y;
 if (SHARED) block /= NS;
 int n_sink = dims[0], n_packed = dims[1], n_recent = dims[2], exact_blocks = dims[3], blocks = dims[4], RG = dims[5];
-int flags = dims[6], L = dims[7], Hq = dims[8], Hkv = dims[9], acc_rows = dims[13], N = n_sink + n_packed + n_recent;
+int flags = dims[6], L = dims[7], Hq = dims[8], Hkv = dims[9], acc_rows = dims[12], N = n_sink + n_packed + n_recent;
 int G = Hq / Hkv, R = G * L, z = thread_position_in_grid.z, head = z / RG, group_row = (z - head * RG) * ALL_ROWS;
 int b = head / Hkv, kvh = head - b * Hkv;
 int first_row = group_row + (SHARED ? sg * H : 0), rows = min(H, R - first_row);
+int group_rows = min((R - group_row + H - 1) / H * H, ALL_ROWS);                // of the simdgroups that have rows
 bool exact = block < exact_blocks;
+const device float *diag = (const device float *)(dims + 16);
 
 // ---- the query: as it is for exact keys, rotated for packed ones
 typedef Queries<FAR, DK, ACC_ROW> Q;
-device T *results = acc + (((long)head * blocks + block) * acc_rows + group_row) * ACC_ROW;   // unless ONE
+device float *results = (device float *)acc + (((long)head * blocks + block) * acc_rows + group_row) * ACC_ROW;
 typename Q::Pointer q = Q::choose(memory, results), q_rotated = q + (ONE && KB ? H * DK : 0);
 const device float *v_diag = diag + (tq_power_of_two_from(DK / 2 + 1) == DK ? 1 : 2) * DK;
 float factor = as_type<float>(dims[10]);
 if (ONE || exact || KB == 0)
-  tq_load_query<0, DK, ALL_ROWS, NS, Q::FLOATS, false>(queries + b * queries_strides[0], queries_strides, kvh * G, L,
-                                                       group_row, R - 1, factor, diag, q, bias, sg, lane);
+  tq_load_query<0, DK, NS, Q::FLOATS, false>(queries + b * queries_strides[0], queries_strides, kvh * G, L,
+                                             group_row, group_rows, R - 1, factor, diag, q, bias, sg, lane);
 if (KB && (ONE || !exact))
-  tq_load_query<KB, DK, ALL_ROWS, NS, Q::FLOATS, KB != 0>(queries + b * queries_strides[0], queries_strides, kvh * G,
-                                                          L, group_row, R - 1, factor, diag, q_rotated, bias, sg,
-                                                          lane);
+  tq_load_query<KB, DK, NS, Q::FLOATS, KB != 0>(queries + b * queries_strides[0], queries_strides, kvh * G, L,
+                                                group_row, group_rows, R - 1, factor, diag, q_rotated, bias, sg, lane);
 if (FAR) threadgroup_barrier(mem_flags::mem_device);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -742,17 +748,13 @@ TQ_UNROLL for (int h = 0; h < H; h++) {
   TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = 0;
 }
 int n = exact ? n_sink + n_recent : n_packed, split = exact ? n_sink : 0, shift = exact ? n_packed : n_sink;
-int window = dims[12], start = max(flags & 4 ? starts[b] : 0, 0), stop = flags & 16 ? min(ends[b], N) : N;
-int first = tq_before(max(start, stop - L - window + 1), split, shift), last = min(tq_before(stop, split, shift), n);
 int of = exact ? exact_blocks : blocks - exact_blocks, index = exact ? block : block - exact_blocks;
-int tiles = (max(last - first, 0) + 32 * TPL - 1) / (32 * TPL), per = (tiles + of - 1) / of * 32 * TPL;
-int begin = first + index * per, end = min(begin + per, last);
+int tiles = (n + 32 * TPL - 1) / (32 * TPL), per = (tiles + of - 1) / of * 32 * TPL;
+int begin = index * per, end = min(begin + per, n);
 // tokens that every row sees
-int safe = tq_before(max(start, stop - window), split, shift);
-int safe_end = flags & 2 ? safe : min(flags & 1 ? tq_before(stop - L + 1, split, shift) : end, end);
-uint n_safe = max(safe_end - 32 * TPL + 1 - safe, 0);
+int safe_end = flags & 2 ? 0 : flags & 1 ? min(tq_before(N - L + 1, split, shift), end) : end;
 Mask<decltype(mask)> masks = {mask + (flags & 2 ? b * mask_strides[0] : 0), mask_strides[1], mask_strides[2],
-                              mask_strides[3], bool(flags & 1), bool(flags & 2), L, stop - L, window, kvh * G,
+                              mask_strides[3], bool(flags & 1), bool(flags & 2), L, N - L, kvh * G,
                               first_row, R - 1};
 threadgroup float *weights = memory + QUERIES + sg * WEIGHTS;
 q += (first_row - group_row) * Q::FLOATS;
@@ -765,17 +767,17 @@ if (exact) {
                                  k_recent + b * k_recent_strides[0] + kvh * k_recent_strides[1], n_sink};
   ExactRows<EXACT_V, DV> values = {v_sink + b * v_sink_strides[0] + kvh * v_sink_strides[1],
                                    v_recent + b * v_recent_strides[0] + kvh * v_recent_strides[1], n_sink};
-  tq_run<H, HP, TPL, E, NS, SHARED, CHUNKS, Q::FLOATS, DK, DV, false>(keys, values, begin, end, safe, n_safe, split,
+  tq_run<H, HP, TPL, E, NS, SHARED, CHUNKS, Q::FLOATS, DK, DV, false>(keys, values, begin, end, safe_end, split,
                                                                       shift, q, weights, tile, row_bias, key_means, 0,
-                                                                      masks, out, sg, lane);
+                                                                      masks, out, rows > 0, sg, lane);
 } else {
   auto keys = tq_rows<KB, DK>(k_codes + b * k_codes_strides[0] + kvh * k_codes_strides[1],
                               k_scale + b * k_scale_strides[0] + kvh * k_scale_strides[1]);
   auto values = tq_rows<VB, DV>(v_codes + b * v_codes_strides[0] + kvh * v_codes_strides[1],
                                 v_scale + b * v_scale_strides[0] + kvh * v_scale_strides[1]);
-  tq_run<H, HP, TPL, E, NS, SHARED, CHUNKS, Q::FLOATS, DK, DV, KM>(keys, values, begin, end, safe, n_safe, split,
+  tq_run<H, HP, TPL, E, NS, SHARED, CHUNKS, Q::FLOATS, DK, DV, KM>(keys, values, begin, end, safe_end, split,
                                                                    shift, q_rotated, weights, tile, row_bias,
-                                                                   key_means, dims[11], masks, out, sg, lane);
+                                                                   key_means, dims[11], masks, out, rows > 0, sg, lane);
 }
 
 // ---- results of the simdgroup: its sums over tokens in flight
@@ -795,12 +797,13 @@ TQ_UNROLL for (int h = 0; h < H; h++) {
 if (!ONE) {
   if (FAR) simdgroup_barrier(mem_flags::mem_device);                            // the queries are not needed now
   results += (first_row - group_row) * ACC_ROW + u * E;
-  ml += (((long)head * R + first_row) * blocks + block) * 2;
+  device float *ml = (device float *)acc + (long)dims[13] * Hkv * blocks * acc_rows * ACC_ROW
+                     + (((long)head * R + first_row) * blocks + block) * 2;
   TQ_UNROLL for (int h = 0; h < H; h++) {
     float m = out.m.get(h);
     if (h < rows) {
       if (tg == 0) {
-        TQ_UNROLL for (int d = 0; d < E; d++) results[h * ACC_ROW + d] = T(out.acc[h][d]);
+        TQ_UNROLL for (int d = 0; d < E; d++) results[h * ACC_ROW + d] = out.acc[h][d];
       }
       if (lane == 0) {
         ml[h * blocks * 2] = m;
@@ -818,26 +821,26 @@ if (!ONE) {
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);                              // the queries are not needed now
   typedef Row<4, DV> F;
-  TQ_UNROLL for (int h0 = 0; h0 < H; h0 += TOGETHER) {
-    TQ_UNROLL for (int h = h0; h < tq_min(h0 + TOGETHER, H); h++) {
-      if (tg == 0) {
+  _Pragma("clang loop unroll(disable)") for (int h0 = 0; h0 < H; h0 += TOGETHER) {   // one copy of what follows
+    TQ_UNROLL for (int h = 0; h < H; h++) {
+      if (tg == 0 && h >= h0 && h < h0 + TOGETHER) {
         TQ_UNROLL for (int d = 0; d < E; d++) memory[((h - h0) * NS + sg) * DV + u * E + d] = out.acc[h][d];
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int k = sg * F::VECTORS; k < TOGETHER; k += NS * F::VECTORS) {
+    _Pragma("clang loop unroll(disable)") for (int k = sg * F::VECTORS; k < TOGETHER; k += NS * F::VECTORS) {
       int t = uint(lane) % F::LANES, i = k + uint(lane) / F::LANES, h = min(h0 + i, H - 1), r = first_row + h;
       bool live = i < TOGETHER && h0 + i < H && h < rows;
       int g = r / L, query_head = kvh * G + g;
       float top = TQ_LOWEST, sum = 0, packed_sum = 0, rotated_y[F::E], exact_y[F::E];
-      for (int j = 0; j < NS; j++) top = max(top, block_ml[(j * H + h) * 2]);
+      _Pragma("clang loop unroll(disable)") for (int j = 0; j < NS; j++) top = max(top, block_ml[(j * H + h) * 2]);
       if ((flags & 8) && live) {
         float sink = float(sinks[query_head]) * TQ_LOG2E;
         top = max(top, sink);
         sum = fast::exp2(sink - top);
       }
       TQ_UNROLL for (int d = 0; d < F::E; d++) rotated_y[d] = exact_y[d] = 0;
-      for (int j = 0; j < NS; j++) {
+      _Pragma("clang loop unroll(disable)") for (int j = 0; j < NS; j++) {
         float f = fast::exp2(block_ml[(j * H + h) * 2] - top), part = f * block_ml[(j * H + h) * 2 + 1];
         bool rotated = VB != 0 && j >= exact_blocks;
         sum += part;

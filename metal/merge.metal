@@ -11,16 +11,15 @@
 //   dequantize.metal.
 //
 // INPUTS
-//   acc    float [B, Hkv, blocks, ACC_ROWS, ACC_ROW], ml float [B, Hkv, R, blocks, 2]: as written by attend.metal;
-//          R = Hq / Hkv * L; of acc the first R rows and their first D numbers
+//   acc    float [B, Hkv, blocks, ACC_ROWS, ACC_ROW], behind it [B, Hkv, R, blocks, 2] = (m, sum): as written by
+//          attend.metal; R = Hq / Hkv * L; of acc the first R rows and their first D numbers
 //   means  float16 [B, Hkv, CAPACITY, D], rows contiguous, rotated: row 0 is of all packed values. Read only if MEAN
-//   diag   float, the diagonals of the rotation [ROUNDS, D] from element OFFSET on. Read only if BITS
 //   sinks  any float type [Hq]: a logit per head that takes weight and gives no value. Read only if flag 8
-//   dims   int32 [14], the same array as attend.metal's
+//   dims   the same array as attend.metal's; the diagonals of the values' rotation [ROUNDS, D] begin at element OFFSET
 // OUTPUTS
 //   out    T [B, Hq, L, D]
 // TEMPLATE  T float type of the output; BITS of the values, 0 = exact; D their head dim, a multiple of 16, 32 to 576;
-//   MEAN: packed values have a mean; OFFSET into diag; ACC_ROW floats of a row of acc; MS simdgroups per threadgroup.
+//   MEAN: packed values have a mean; OFFSET into dims; ACC_ROW floats of a row of acc; MS simdgroups per threadgroup.
 // LAUNCH  grid (32, MS, B * Hq * L), threadgroup (32, MS, 1).
 //
 // REGISTERS (estimate, 32-bit): 2 * D / 32 sums, then 2 * E, and 12: 44; 76 for D > 512.
@@ -170,8 +169,8 @@ int lane = thread_index_in_simdgroup, sg = thread_position_in_threadgroup.y, row
 int exact_blocks = dims[3], blocks = dims[4], flags = dims[6], L = dims[7], Hq = dims[8], Hkv = dims[9];
 int G = Hq / Hkv, R = G * L, head = row / R, r = row - head * R, g = r / L, b = head / Hkv;
 int kvh = head - b * Hkv, query_head = kvh * G + g;
-long block_floats = (long)dims[13] * ACC_ROW;
-ml += (long)row * blocks * 2;
+long block_floats = (long)dims[12] * ACC_ROW;
+const device float *ml = acc + (long)dims[13] * Hkv * blocks * block_floats + (long)row * blocks * 2;
 acc += head * blocks * block_floats + (long)r * ACC_ROW;
 
 // ---- weights of the blocks
@@ -228,7 +227,7 @@ if (sg == 0) {
       }
     }
   }
-  tq_finish<BITS, D, MEAN>(rotated_y, exact_y, sum, packed_sum, diag + OFFSET,
+  tq_finish<BITS, D, MEAN>(rotated_y, exact_y, sum, packed_sum, (const device float *)(dims + OFFSET),
                            means + b * means_strides[0] + kvh * means_strides[1],
                            out + (((long)b * Hq + query_head) * L + (r - g * L)) * D, live, lane, t);
 }

@@ -108,7 +108,7 @@ class AblatedBackend(MetalBackend):
 def covers(backend, scheme, head_dim, gqa):
     """Whether the stages are those of this kernel: where simdgroups share decoded tiles, it has others."""
     key = scheme.key_bits, scheme.value_bits, head_dim, head_dim
-    return not attend_shape(backend.tuned.get(key, backend.tuning), *key, gqa, False).SHARED
+    return not attend_shape(backend.tuned.get(key, backend.tuning), *key, gqa, 1, False).SHARED
 
 
 def verdict(seconds):
