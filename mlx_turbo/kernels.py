@@ -4,6 +4,7 @@ Each combination of template values is a Metal library of its own. Before one is
 compared with the NumPy reference on a few vectors, once per process; a kernel that does not build or disagrees
 raises `BackendError`. Nothing here ever falls back to another backend.
 """
+import contextlib
 import functools
 import itertools
 import math
@@ -300,7 +301,7 @@ class MetalBackend:
     name = "metal"
 
     def __init__(self, metal_kernel=None):
-        self._metal_kernel = metal_kernel or mx.fast.metal_kernel
+        self._metal_kernel = metal_kernel or metal_kernel_of(mx)
         self.is_real = metal_kernel is None and mx.metal.is_available()
         self._kernels = {}
         self._tested = set()
@@ -495,7 +496,7 @@ class MetalBackend:
         sinks_or_any = queries if sinks is None else sinks
         kernel = self._kernel("attend", ATTEND_INPUTS, ["acc"])
         acc, = kernel(
-            inputs=[queries, *sides, *means, queries if mask is None else mask, sinks_or_any, dims],
+            inputs=[queries, *sides, *means, _nothing(mx.bool_) if mask is None else mask, sinks_or_any, dims],
             template=template, grid=(32, blocks * (shape.NS if shape.SHARED else 1), n_groups),
             threadgroup=(32, shape.NS, 1), output_shapes=[out_shape if one else (n_partials,)],
             output_dtypes=[queries.dtype if one else mx.float32])
@@ -608,6 +609,49 @@ class MetalBackend:
             if error:
                 return error
         return None
+
+    # ---- building beforehand ---------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def two_launches(self):
+        """Inside this context attention takes two launches for any number of tokens: so few tokens build what many
+        tokens need (models.warm)."""
+        self._one_launch = lambda *arguments: False
+        try:
+            yield
+        finally:
+            del self._one_launch
+
+    @property
+    def n_tested(self):
+        """How many specializations have been built and checked so far."""
+        return len(self._tested)
+
+
+def metal_kernel_of(mlx):
+    """The metal_kernel of the module `mlx`, with names of kernels that stand for one text each.
+
+    MLX before 0.32.0 names a kernel by its template values only, though its text depends on the types of inputs and
+    outputs too, and forgets the pipeline of the one text when it meets the other, which commands that wait may still
+    use (ml-explore/mlx#3662).
+    """
+    version = tuple(int(n) for n in re.findall(r"\d+", mlx.__version__)[:3])
+    return mlx.fast.metal_kernel if version >= (0, 32, 0) else functools.partial(_named_by_types, mlx.fast.metal_kernel)
+
+
+def _named_by_types(metal_kernel, name, *texts, **options):
+    kernels = {}
+
+    def call(*, inputs, output_dtypes, **arguments):
+        # MLX passes arrays without dims and those of less than 8 elements in other ways
+        types = tuple((a.dtype, a.ndim == 0, a.size < 8) for a in inputs), tuple(output_dtypes)
+        if types not in kernels:
+            kinds = [(dtype, "s" * scalar + "c" * small) for dtype, scalar, small in types[0]]
+            suffix = "_".join(str(dtype).removeprefix("mlx.core.") + how
+                              for dtype, how in [*kinds, *((dtype, "") for dtype in types[1])])
+            kernels[types] = metal_kernel(f"{name}_{suffix}", *texts, **options)
+        return kernels[types](inputs=inputs, output_dtypes=output_dtypes, **arguments)
+
+    return call
 
 
 # Largest error of a restored vector, relative to its largest number: rounding of the output type, and of about ten

@@ -1,4 +1,5 @@
 """The doctor: it passes a right backend, and fails and names each planted fault."""
+import io
 import json
 
 import mlx.core as mx
@@ -75,8 +76,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_planted_fault_fails_exactly_the_checks_it_touches(capsys, fault):
-    assert doctor.main(["--json"], backend=fault()) == 1
+def test_each_planted_fault_fails_exactly_the_checks_it_touches(capsys, monkeypatch, fault):
+    monkeypatch.setattr(doctor, "quick_checks", list)  # the others have every kind of them
+    assert doctor.main(["--all", "--json"], backend=fault()) == 1
     report = json.loads(capsys.readouterr().out)
     expected = [str(c) for c in doctor.all_checks() if FAULTS[fault](str(c))]
     failed = [f["check"] for f in report["failures"]]
@@ -87,7 +89,7 @@ def test_each_planted_fault_fails_exactly_the_checks_it_touches(capsys, fault):
 
 def test_a_failure_is_printed_with_its_name_the_compiler_s_message_and_the_verdict(capsys):
     with use_backend(DoesNotBuildAt512()):
-        assert cli.main(["doctor"]) == 1
+        assert cli.main(["doctor", "--all"]) == 1
     out = capsys.readouterr().out
     assert "FAILED  quantize head_dim 512, 4 bits" in out
     assert out.count("program_source:12:5: error: too many registers") == 1
@@ -97,7 +99,7 @@ def test_a_failure_is_printed_with_its_name_the_compiler_s_message_and_the_verdi
 
 def test_it_passes_on_this_machine_and_says_what_it_checked(capsys):
     """On a Mac these are the real kernels."""
-    assert cli.main(["doctor", "--json"]) == 0
+    assert cli.main(["doctor", "--all", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] and report["failures"] == [] and report["checks"] == len(doctor.all_checks())
     for name in ("mlx_turbo", "mlx", "mlx-lm", "python", "numpy", "system", "chip", "memory",
@@ -122,7 +124,7 @@ def test_checks_cover_every_head_dim_bits_dtype_operation_with_and_without_mean(
 def test_text_ends_with_a_verdict_and_verbose_names_every_check(capsys):
     assert cli.main(["doctor", "--backend", "cpu", "--verbose"]) == 0
     out = capsys.readouterr().out
-    for check in doctor.all_checks():
+    for check in doctor.quick_checks():
         assert str(check) in out
     assert "because: --backend cpu" in out and "worst relative error" in out
     assert any(line.startswith("OK: ") for line in out.splitlines())
@@ -137,13 +139,62 @@ def test_metal_that_is_not_there_fails(capsys, monkeypatch):
 
 def test_metal_that_is_there_but_not_used_is_said_loudly(capsys, monkeypatch):
     check = doctor.Check("quantize", ((64, 4, False),), mx.float32, 5)
-    monkeypatch.setattr(doctor, "all_checks", lambda: [check])
+    monkeypatch.setattr(doctor, "quick_checks", lambda: [check])
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setenv("MLX_TURBO_BACKEND", "cpu")
     assert cli.main(["doctor"]) == 0
     out, err = capsys.readouterr()
     assert out.count("THIS MACHINE HAS METAL, BUT IT IS NOT USED: MLX_TURBO_BACKEND=cpu") == 2
     assert "IT IS NOT USED" in err
+
+
+def test_it_checks_what_widely_used_models_need_and_says_that_there_is_more(capsys):
+    quick, every = doctor.quick_checks(), doctor.all_checks()
+    assert cli.main(["doctor", "--backend", "cpu"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"OK: {len(quick)} of {len(every)} checks agree") and "--all runs the rest" in last
+    assert cli.main(["doctor", "--backend", "cpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["checks"], report["checks_with_all"]) == (len(quick), len(every))
+    assert doctor.main([], backend=GivesNaN()) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("NOT OK: ") and f" of {len(quick)} checks ({len(every)} with --all) failed" in last
+
+
+def test_the_quick_checks_pair_what_models_differ_in():
+    quick = doctor.quick_checks()
+    assert len(quick) == len(set(quick)) and set(quick) < set(doctor.all_checks())
+    attend = [c for c in quick if isinstance(c, doctor.AttendCheck)]
+    for head_dim in (64, 128, 256):
+        mine = [c for c in attend if c.keys[1] == c.values[1] == head_dim]
+        assert {c.keys[0] for c in mine} == {0, 4, 8} and {c.values[0] for c in mine} == {4}
+        assert {c.n_tokens > kernels.AttendTuning().one_launch_tokens for c in mine} == {False, True}
+        assert {c.dtype for c in mine} == {mx.float16, mx.bfloat16} and {4, 8} <= {c.heads_per_kv_head for c in mine}
+        for operation in ("quantize", "dequantize"):
+            sides = {c.sides for c in quick if isinstance(c, doctor.Check) and c.operation == operation}
+            assert {b for s in sides for d, b, _ in s if d == head_dim} == {4, 8}
+    for dtype in (mx.float16, mx.bfloat16):
+        mine = [c for c in attend if c.dtype == dtype]
+        assert {c.keys[0] for c in mine} == {0, 4, 8} and {c.means for c in mine} == {False, True}
+    assert {c.n_queries for c in attend} == {1, 4} and {c.sinks for c in attend} == {False, True}
+
+
+def test_the_quick_checks_pass_in_the_simulator_and_build_few_libraries(simulated, generated_texts, capsys):
+    assert doctor.main([], backend=kernels.MetalBackend(simulated._metal_kernel)) == 0
+    assert len(generated_texts) <= 34  # 32 when this was written; --all: over 300
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_shows_progress_on_a_terminal_and_nothing_elsewhere(capsys, monkeypatch):
+    assert cli.main(["doctor", "--backend", "cpu"]) == 0
+    assert "building and checking" not in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr", Terminal())
+    assert cli.main(["doctor", "--backend", "cpu"]) == 0
+    assert f"/{len(doctor.quick_checks())}" in cli.sys.stderr.getvalue()
 
 
 def test_unknown_options_are_refused_in_one_line(capsys):
