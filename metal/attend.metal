@@ -366,7 +366,8 @@ template <class M> struct Mask {
     if ((causal && column > newest + l) || column <= newest + l - window) logit = TQ_DEAD;
     if (!array) return logit;
     long at = (first_head + g) * head_stride + l * token_stride + column * column_stride;
-    return max(logit + tq_mask(mask[at]), TQ_DEAD);
+    float added = tq_mask(mask[at]);
+    return added > TQ_DEAD ? logit + added : TQ_DEAD;                           // a masked logit may be NaN
   }
 };
 
@@ -466,6 +467,18 @@ METAL_FUNC void tq_sum_values(thread typename VALUES::Pointer &v, thread Weights
   }
 }
 
+// The same for one token of a tile that not all rows see whole: of a row that it is masked for, its value adds nothing,
+// not even 0 * NaN.
+template <int HP, class VALUES, int H, int E>
+METAL_FUNC void tq_sum_seen(typename VALUES::Pointer v, Weights w, int u, thread Partial<H, E> &out) {
+  float y[E], p[HP];
+  VALUES::template values<E>(v, u, y);
+  tq_weights<HP>(w, p);
+  TQ_UNROLL for (int h = 0; h < H; h++) {
+    TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = fma(p[h], p[h] == 0 ? 0.0f : y[d], out.acc[h][d]);
+  }
+}
+
 // to[h] = query row h . mean; q carries UNIT, a mean does not.
 template <int H, int ROW, int DK, class KEYS, class QUERIES>
 METAL_FUNC void tq_mean_bias(QUERIES q, const device half *mean, thread PerRow<H> &to, int lane) {
@@ -550,13 +563,17 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, u
         TQ_UNROLL for (int i = 0; i < TPL; i++) s[i * H + h] += token[i] < turn ? more : 0.0f;
       }
     }
-    if (uint(t0 - safe) >= n_safe) {
+    bool whole = uint(t0 - safe) < n_safe;                                      // every row sees all of the tile
+    if (!whole) {
       TQ_UNROLL for (int i = 0; i < TPL; i++) {
         int column = token[i] + (token[i] < split ? 0 : shift);
         bool live = t0 + 32 * i + lane < end;
-        TQ_UNROLL for (int h = 0; h < H; h++) {
+        float nan = VALUES::BITS ? value_scale[i] * 0.0f : 0.0f;                // or 0
+        value_scale[i] = nan == 0 ? value_scale[i] : 0.0f;                      // where it is masked, 0 * NaN is NaN:
+        TQ_UNROLL for (int h = 0; h < H; h++) {                                 // the rows that see it get it by logit
           float logit = mask.add(s[i * H + h], h, column);
-          s[i * H + h] = live ? logit : TQ_DEAD;
+          logit = live ? logit : TQ_DEAD;
+          s[i * H + h] = logit <= TQ_LOWEST ? logit : logit + nan;
         }
       }
     }
@@ -611,7 +628,12 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe, u
       } else {
         for (int t = t0 + tg; w < stop; t += TV) {                              // of two buffers
           typename VALUES::Pointer v = values.at(t);
-          tq_sum_values<1, TV, HP, VALUES>(v, w, w + 1, u, out);
+          if (whole) {
+            tq_sum_values<1, TV, HP, VALUES>(v, w, w + 1, u, out);
+          } else {
+            tq_sum_seen<HP, VALUES>(v, w, u, out);
+            w += TV * HP;
+          }
         }
       }
     }
