@@ -363,7 +363,8 @@ template <class M> struct Mask {
     if (causal && column > newest + l) logit = TQ_DEAD;
     if (!array) return logit;
     long at = (first_head + g) * head_stride + l * token_stride + column * column_stride;
-    return max(logit + tq_mask(mask[at]), TQ_DEAD);
+    float added = tq_mask(mask[at]);
+    return added > TQ_DEAD ? logit + added : TQ_DEAD;                           // a masked logit may be NaN
   }
 };
 
@@ -465,6 +466,18 @@ METAL_FUNC void tq_sum_values(thread typename VALUES::Pointer &v, thread Weights
   }
 }
 
+// The same for one token of a tile that not all rows see whole: of a row that it is masked for, its value adds nothing,
+// not even 0 * NaN.
+template <int HP, class VALUES, int H, int E>
+METAL_FUNC void tq_sum_seen(typename VALUES::Pointer v, Weights w, int u, thread Partial<H, E> &out) {
+  float y[E], p[HP];
+  VALUES::template values<E>(v, u, y);
+  tq_weights<HP>(w, p);
+  TQ_UNROLL for (int h = 0; h < H; h++) {
+    TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = fma(p[h], p[h] == 0 ? 0.0f : y[d], out.acc[h][d]);
+  }
+}
+
 // to[h] = query row h . mean; q carries UNIT, a mean does not.
 template <int H, int ROW, int DK, class KEYS, class QUERIES>
 METAL_FUNC void tq_mean_bias(QUERIES q, const device half *mean, thread PerRow<H> &to, int lane) {
@@ -526,6 +539,7 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
     } else {
       if (has_rows) tq_all_dots<H, TPL, ROW, DK, KEYS>(row, q, s);
     }
+    bool whole = t0 + TILE <= safe_end;                                         // every row sees all of the tile
     if (has_rows) {
       // ---- logits
       if (KM && min(t0 + TILE, end) > turn + segment) {                           // a segment is no shorter than a tile
@@ -551,13 +565,16 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
           TQ_UNROLL for (int i = 0; i < TPL; i++) s[i * H + h] += token[i] < turn ? more : 0.0f;
         }
       }
-      if (t0 + TILE > safe_end) {
+      if (!whole) {
         TQ_UNROLL for (int i = 0; i < TPL; i++) {
           int column = token[i] + (token[i] < split ? 0 : shift);
           bool live = t0 + 32 * i + lane < end;
-          TQ_UNROLL for (int h = 0; h < H; h++) {
+          float not_finite = VALUES::BITS ? value_scale[i] * 0.0f : 0.0f;              // or 0
+          value_scale[i] = not_finite == 0 ? value_scale[i] : 0.0f;                    // where it is masked, 0 * NaN is NaN:
+          TQ_UNROLL for (int h = 0; h < H; h++) {                               // the rows that see it get it by logit
             float logit = mask.add(s[i * H + h], h, column);
-            s[i * H + h] = live ? logit : TQ_DEAD;
+            logit = live ? logit : TQ_DEAD;
+            s[i * H + h] = logit <= TQ_LOWEST ? logit : logit + not_finite;
           }
         }
       }
@@ -615,8 +632,13 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
       } else {
         _Pragma("clang loop unroll(disable)") for (int t = t0 + tg; left > 0; t += TV, left -= TV) {   // two buffers
           typename VALUES::Pointer v = values.at(t);
-          int one = 1;
-          tq_sum_values<1, TV, HP, VALUES>(v, w, one, u, out);
+          if (whole) {
+            int one = 1;
+            tq_sum_values<1, TV, HP, VALUES>(v, w, one, u, out);
+          } else {
+            tq_sum_seen<HP, VALUES>(v, w, u, out);
+            w += TV * HP;
+          }
         }
       }
     }

@@ -3,8 +3,8 @@
 //
 // MATHEMATICS, per vector x of D numbers:
 //   y = rotation of (x - mean);  code = nearest level of y * sqrt(D) / ||y||;  scale = <y, c> / <c, c> with c the
-//   levels of the codes (least squares), or another RULE. A zero vector gives scale 0; NaN or infinity in x gives a
-//   scale that is not finite.
+//   levels of the codes (least squares), or another RULE. A zero vector gives scale 0; NaN or infinity in x and a scale
+//   beyond float16 give NaN: with infinity a token could weigh nothing, by the sign of its logit.
 //   The rotation is ROUNDS rounds "multiply by a diagonal, Hadamard-transform a window": one round over all dims if D
 //   is a power of two, else two over the first and the last P dims, P the largest power of two below D. The diagonals
 //   carry the signs and the 1/sqrt(P).
@@ -280,7 +280,8 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
   if (RULE == 0) gamma = yc > 0 ? norm2 / (yc * Levels<BITS>::UNIT) : sigma;
   if (RULE == 1) gamma = cc > 0 ? yc / (cc * Levels<BITS>::UNIT) : BITS == 8 ? sigma : yc;
   if (RULE == 3) gamma = cc > 0 ? sigma * (sqrt(D / cc) / Levels<BITS>::UNIT) : sigma;
-  if (live && t == 0) scale[vector] = half(gamma);
+  half g = half(gamma);
+  if (live && t == 0) scale[vector] = g + (g - g);                              // infinity: NaN
 }
 // ==== body
 constexpr int V0 = Row<B0, D0>::VECTORS;
