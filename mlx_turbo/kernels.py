@@ -258,9 +258,9 @@ def metal_folder():
 
 @functools.lru_cache(maxsize=None)
 def metal_source(name):
-    """(header, body) of metal/<name>.metal, without comments and blank lines."""
+    """(header, body) of metal/<name>.metal, with shared.metal in front and without comments and blank lines."""
     header, body = (metal_folder() / f"{name}.metal").read_text().split(BODY_MARKER)
-    return _without_comments(header), _without_comments(body)
+    return _without_comments((metal_folder() / "shared.metal").read_text() + header), _without_comments(body)
 
 
 def _without_comments(text):

@@ -114,6 +114,6 @@ def test_the_text_that_metal_gets_has_no_comments_and_says_the_same():
     for name in ("attend", "merge", "quantize", "dequantize"):
         text = "".join(kernels.metal_source(name))
         assert "//" not in text and "\n\n" not in text and "/*" not in text
-        source = (kernels.metal_folder() / f"{name}.metal").read_text()
+        source = "".join((kernels.metal_folder() / f"{n}.metal").read_text() for n in ("shared", name))
         code = "".join(line.split("//")[0] for line in source.splitlines())
         assert "".join(text.split()) == "".join(code.split())
