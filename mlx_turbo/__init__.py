@@ -13,9 +13,11 @@ from .models import describe, disable, enable, make_prompt_cache
 from .ops import dequantize, get_backend, quantize, use_backend
 from .rotating import RotatingTurboKVCache
 from .scheme import Scheme, TurboConfig
+from .warming import warm
 
 __version__ = "0.1.0"
 
 __all__ = ["BackendError", "BatchRotatingTurboKVCache", "BatchTurboKVCache", "RotatingTurboKVCache", "Scheme",
            "TurboConfig", "TurboKVCache", "dequantize", "describe", "disable", "enable", "get_backend",
-           "load_prompt_cache", "make_prompt_cache", "quantize", "save_prompt_cache", "use_backend"]
+           "load_prompt_cache", "make_prompt_cache", "quantize", "save_prompt_cache", "use_backend",
+           "warm"]

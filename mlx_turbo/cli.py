@@ -9,11 +9,12 @@ import importlib
 import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
 from . import BackendError, TurboConfig, TurboKVCache, __version__, models
-from . import describe, make_prompt_cache, use_backend
+from . import describe, get_backend, make_prompt_cache, use_backend, warm
 from .files import load_with
 from .rotating import RotatingTurboKVCache
 
@@ -143,7 +144,7 @@ class TurboProgram:
     def __init__(self, module, args):
         self.module, self.args, self.caches = module, args, []
         self.scheme = args.kv or DEFAULT_SCHEME
-        self.config = kv_config(self.scheme, args)
+        self.config, self._file_config = kv_config(self.scheme, args), None
         self._n_loaded = 0
 
     @contextlib.contextmanager
@@ -163,11 +164,26 @@ class TurboProgram:
                                "does it in a way that is not known here, and nothing was compressed")
 
     def _load(self, original, path, *args, **kwargs):
-        flag = "--draft-model" if self._n_loaded else "--model"
-        self._n_loaded += 1
-        return load_model(original, path, flag, *args, **kwargs)
+        is_draft, self._n_loaded = self._n_loaded > 0, self._n_loaded + 1
+        model, *rest = load_model(original, path, "--draft-model" if is_draft else "--model", *args, **kwargs)
+        self.warm(model, rest[0], is_draft)
+        return model, *rest
 
     _sharded_load = _load
+
+    def warm(self, model, tokenizer, is_draft):
+        """Build the kernels before the first token (warming.py), and say so: a new Mac may need a while."""
+        config = self._file_config or self.config
+        if config is None or get_backend().name != "metal":
+            return
+        n_draft_tokens = 0
+        if is_draft or getattr(self.args, "draft_model", None):  # a draft model reads its own last token again
+            n_draft_tokens = 1 if is_draft else self.args.num_draft_tokens
+        _complain(f"building and checking the kernels for the {'draft ' if is_draft else ''}model ...")
+        start = time.perf_counter()
+        n = warm(model, tokenizer, config, n_draft_tokens=n_draft_tokens,
+                 max_kv_size=getattr(self.args, "max_kv_size", None))
+        _complain(f"{n} kernels in {time.perf_counter() - start:.1f} s")
 
     def _make_prompt_cache(self, original, model, max_kv_size=None):
         if self.config is None:
@@ -185,6 +201,7 @@ class TurboProgram:
             raise CliError(f"--prompt-cache-file: cannot read {file!r}: {_one_line(e)}") from e
         cache, *rest = result if isinstance(result, tuple) else (result,)
         for held in (c for c in models.members(cache) if isinstance(c, TurboKVCache)):
+            self._file_config = held.config  # it was made with a scheme of its own
             for name, given in (("name", self.args.kv), ("sink", self.args.kv_sink), ("recent", self.args.kv_recent)):
                 if name == "sink" and isinstance(held, RotatingTurboKVCache):
                     continue  # a window keeps what it was made to keep

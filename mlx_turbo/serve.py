@@ -25,12 +25,10 @@ from huggingface_hub.errors import CacheNotFound
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from . import models
-from .cache import TurboKVCache
 from .cli import (DEFAULT_SCHEME, DEMO_TEMPLATE, CliError, Parser, TurboProgram, _complain, _replaced,
                   add_program_arguments, complaining, describe_model_argument, load_model, refuse_kv_bits,
                   use_demo_model)
 from .ops import get_backend, use_backend
-from .scheme import TurboConfig
 
 
 # ---- models ------------------------------------------------------------------------------------------------
@@ -42,7 +40,7 @@ class ServerProgram(TurboProgram):
         model, *rest = load_model(original, path, flags.get(path, "model"), *args, **kwargs)
         if self.config is not None:
             models.enable(model, self.config)
-            check_kernels(model, self.config)
+        self.warm(model, rest[0], path == self.args.draft_model)
         with complaining():
             cache = make_prompt_cache(model)
         together = self.args.draft_model is None and all(hasattr(c, "merge") for c in models.members(cache))
@@ -55,18 +53,6 @@ class ServerProgram(TurboProgram):
 
     def _make_prompt_cache(self, original, model, max_kv_size=None):
         return original(model, max_kv_size)  # the model's own make_cache is ours
-
-
-def check_kernels(model, config):
-    """Pack a prompt and decode a token, so that a kernel that does not build says so before anybody waits for it.
-
-    Raises BackendError. The tokens are arbitrary.
-    """
-    config = TurboConfig.of(config, sink=1, recent=0, block=1, auto=False)
-    cache = models.make_prompt_cache(model, config)
-    if any(isinstance(c, TurboKVCache) for c in models.members(cache)):
-        model(mx.zeros((1, 8), mx.int32), cache=cache)
-        mx.eval(model(mx.zeros((1, 1), mx.int32), cache=cache))
 
 
 def context_of(model):

@@ -24,7 +24,7 @@ class NoKernels(MetalBackend):
 
 
 class DoesNotBuild(CpuBackend):
-    name = "metal"
+    name, n_tested = "metal", 0
 
     def quantize(self, sides, seed=0, scale="least-squares"):
         raise BackendError("the kernel does not build\nprogram_source:7:3: error: expected ';'")
