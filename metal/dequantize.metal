@@ -5,8 +5,8 @@
 // MATHEMATICS, per packed row: y = scale * levels of the codes;  x = inverse rotation of y, plus the mean. Rotation and
 //   levels are those of quantize.metal; the inverse runs the rounds backwards, transform first, diagonal second.
 //
-// MAPPING. A lane owns E = 16 consecutive dims (32 if D > 512), whole words of every packing. LANES lanes (a power of
-//   two) share a row, a simdgroup works on 32 / LANES rows. Butterflies over less than E dims are in registers, the
+// MAPPING. A lane owns DIMS_PER_LANE = 16 consecutive dims (32 if D > 512), whole words of every packing. LANES lanes (a power of
+//   two) share a row, a simdgroup works on 32 / LANES rows. Butterflies over less than DIMS_PER_LANE dims are in registers, the
 //   rest by shuffles. No threadgroup memory, no barrier.
 //
 // INPUTS  (side 0 = keys, side 1 = values; with one side the arguments of side 1 are never read)
@@ -23,30 +23,32 @@
 // LAUNCH  grid (32, S0 + S1, 1) with S = ceil(B * H * L / VECTORS) simdgroups per side, VECTORS = 32 / LANES;
 //   threadgroup (32, n, 1), any n. Lengths are data: nothing is compiled again when L changes.
 //
-// REGISTERS (estimate, 32-bit): E values, up to 4 words, 8 level pairs, a few indices: 16 + 4 + 8 + 10 = 38;
+// REGISTERS (estimate, 32-bit): DIMS_PER_LANE values, up to 4 words, 8 level pairs, a few indices: 16 + 4 + 8 + 10 = 38;
 //   54 for D > 512.
 
-// Restores the 32 / LANES rows of simdgroup `sg`. CODES, SCALE: pointers (constant if the array is tiny, else device).
+// Restores the 32 / LANES rows of simdgroup `simdgroup`. CODES, SCALE: pointers (constant if the array is tiny, else device).
 template <int BITS, int D, bool ROTATE, bool MEAN, class CODES, class SCALE, class SHAPE, class STRIDES, class T>
 METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_strides, SCALE scale, STRIDES scale_strides,
                               const device float *mean, const device float *diag, int first, int L, device T *x,
-                              int sg, int lane) {
+                              int simdgroup, int lane) {
   typedef Row<BITS, D> R;
-  constexpr int E = R::E, LANES = R::LANES, UNITS = E / 16, P = tq_power_of_two_from(D / 2 + 1);
+  constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, UNITS = DIMS_PER_LANE / 16,
+                P = tq_power_of_two_from(D / 2 + 1);
   constexpr int PER_UNIT = BITS == 3 ? 1 : BITS / 2, ROW_UNITS = R::UNITS;
-  constexpr int CODE_WORDS = BITS == 3 ? ROW_UNITS : R::WORDS;                  // without plane B
+  constexpr int CODE_WORDS = BITS == 3 ? ROW_UNITS : R::WORDS;  // without plane B
   int H = codes_shape[1], n_vectors = codes_shape[0] * H * L;
-  int t = uint(lane) % LANES, vector = sg * (32 / LANES) + uint(lane) / LANES;    // unsigned: no division
+  int t = uint(lane) % LANES, vector = simdgroup * (32 / LANES) + uint(lane) / LANES;  // unsigned: no division
   bool live = vector < n_vectors;
-  vector = min(vector, n_vectors - 1);                                          // lanes past the end shuffle along
+  vector = min(vector, n_vectors - 1);  // lanes past the end shuffle along
   int head = vector / L, token = first + vector - head * L, b = head / H, h = head - b * H;
   CODES row = codes + b * codes_strides[0] + h * codes_strides[1] + token * codes_strides[2];
-  float gamma = live ? float(scale[b * scale_strides[0] + h * scale_strides[1]
-                                   + token * scale_strides[2]]) * Levels<BITS>::UNIT : 0.0f;
+  float gamma =
+      live ? float(scale[b * scale_strides[0] + h * scale_strides[1] + token * scale_strides[2]]) * Levels<BITS>::UNIT
+           : 0.0f;
 
   // ---- levels of the codes, times the scale
-  float y[E];
-  uint plane_b = 0;                                                             // bytes of two units
+  float y[DIMS_PER_LANE];
+  uint plane_b = 0;  // bytes of two units
   if (BITS == 3) {
     if (live && (UNITS == 2 || t % 2 == 0) && t * UNITS < ROW_UNITS) plane_b = row[ROW_UNITS + t * UNITS / 2];
     if (UNITS == 1) {
@@ -70,15 +72,15 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
   // ---- un-rotate, add the mean, write
   if (ROTATE) {
     if (P != D) {
-      tq_hadamard<D, E, LANES, D - P, P>(y, lane, t);
-      TQ_UNROLL for (int i = 0; i < E; i++) {
-        if (R::has(t, i)) y[i] *= diag[D + t * E + i];
+      tq_hadamard<D, DIMS_PER_LANE, LANES, D - P, P>(y, lane, t);
+      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
+        if (R::has(t, i)) y[i] *= diag[D + t * DIMS_PER_LANE + i];
       }
     }
-    tq_hadamard<D, E, LANES, 0, P>(y, lane, t);
+    tq_hadamard<D, DIMS_PER_LANE, LANES, 0, P>(y, lane, t);
   }
-  TQ_UNROLL for (int i = 0; i < E; i++) {
-    int d = t * E + i;
+  TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
+    int d = t * DIMS_PER_LANE + i;
     if (live && R::has(t, i)) {
       if (ROTATE) y[i] = MEAN ? fma(diag[d], y[i], mean[head * D + d]) : diag[d] * y[i];
       x[(long)vector * D + d] = T(y[i]);
@@ -87,11 +89,11 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
 }
 // ==== body
 constexpr int V0 = Row<B0, D0>::VECTORS;
-int lane = thread_index_in_simdgroup, sg = thread_position_in_grid.y, first = span[0], L = span[1];
+int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_grid.y, first = span[0], L = span[1];
 int S0 = uint(codes0_shape[0] * codes0_shape[1] * L + V0 - 1) / V0;
-if (sg < S0)
-  tq_dequantize<B0, D0, ROTATE0, MEAN0>(codes0, codes0_shape, codes0_strides, scale0, scale0_strides, mean0,
-                                        diag0, first, L, x0, sg, lane);
+if (simdgroup < S0)
+  tq_dequantize<B0, D0, ROTATE0, MEAN0>(codes0, codes0_shape, codes0_strides, scale0, scale0_strides, mean0, diag0,
+                                        first, L, x0, simdgroup, lane);
 else
-  tq_dequantize<B1, D1, ROTATE1, MEAN1>(codes1, codes1_shape, codes1_strides, scale1, scale1_strides, mean1,
-                                        diag1, first, L, x1, sg - S0, lane);
+  tq_dequantize<B1, D1, ROTATE1, MEAN1>(codes1, codes1_shape, codes1_strides, scale1, scale1_strides, mean1, diag1,
+                                        first, L, x1, simdgroup - S0, lane);

@@ -7,8 +7,8 @@
 //   total = sum f sum + 2^(sink - M). Exact blocks are those below X; the packed ones are still rotated, and without
 //   the UNIT of their levels.
 //
-// MAPPING. A threadgroup of MS simdgroups makes one row. Simdgroup i sums blocks i, i + MS, ..., lane t dims t, t + 32,
-//   ...; then the first simdgroup adds the MS sums and un-rotates, E = 16 dims (32 if D > 512) per lane as in
+// MAPPING. A threadgroup of SIMDGROUPS simdgroups makes one row. Simdgroup i sums blocks i, i + SIMDGROUPS, ..., lane t dims t, t + 32,
+//   ...; then the first simdgroup adds the SIMDGROUPS sums and un-rotates, DIMS_PER_LANE = 16 dims (32 if D > 512) per lane as in
 //   dequantize.metal.
 //
 // INPUTS
@@ -20,19 +20,19 @@
 // OUTPUTS
 //   out    T [B, Hq, L, D]
 // TEMPLATE  T float type of the output; BITS of the values, 0 = exact; D their head dim, a multiple of 16, 32 to 576;
-//   MEAN: packed values have a mean; OFFSET into dims; ACC_ROW floats of a row of acc; MS simdgroups per threadgroup.
-// LAUNCH  grid (32, MS, B * Hq * L), threadgroup (32, MS, 1).
+//   MEAN: packed values have a mean; OFFSET into dims; ACC_ROW floats of a row of acc; SIMDGROUPS simdgroups per threadgroup.
+// LAUNCH  grid (32, SIMDGROUPS, B * Hq * L), threadgroup (32, SIMDGROUPS, 1).
 //
-// REGISTERS (estimate, 32-bit): 2 * D / 32 sums, then 2 * E, and 12: 44; 76 for D > 512.
-// Threadgroup memory: 8 * MS * D bytes.
+// REGISTERS (estimate, 32-bit): 2 * D / 32 sums, then 2 * DIMS_PER_LANE, and 12: 44; 76 for D > 512.
+// Threadgroup memory: 8 * SIMDGROUPS * D bytes.
 
 constant constexpr const float TQ_LOG2E = 1.44269504f, TQ_LOWEST = -1e29f;
 
 // ==== body
 typedef Row<4, D> F;
-constexpr int E = F::E, PER_LANE = (D + 31) / 32;
-threadgroup float sums[MS * 2 * D];
-int lane = thread_index_in_simdgroup, sg = thread_position_in_threadgroup.y, row = thread_position_in_grid.z;
+constexpr int DIMS_PER_LANE = F::DIMS_PER_LANE, PER_LANE = (D + 31) / 32;
+threadgroup float sums[SIMDGROUPS * 2 * D];
+int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_threadgroup.y, row = thread_position_in_grid.z;
 int exact_blocks = dims[3], blocks = dims[4], flags = dims[6], L = dims[7], Hq = dims[8], Hkv = dims[9];
 int G = Hq / Hkv, R = G * L, head = row / R, r = row - head * R, g = r / L, b = head / Hkv;
 int kvh = head - b * Hkv, query_head = kvh * G + g;
@@ -59,38 +59,41 @@ if (flags & 8) sum += fast::exp2(sink - top);
 
 // ---- this simdgroup's share of the blocks
 float rotated[PER_LANE], exact[PER_LANE];
-TQ_UNROLL for (int k = 0; k < PER_LANE; k++) rotated[k] = exact[k] = 0;
-for (int i = sg; i < blocks; i += MS) {
+TQ_UNROLL for (int k = 0; k < PER_LANE; k++)
+  rotated[k] = exact[k] = 0;
+for (int i = simdgroup; i < blocks; i += SIMDGROUPS) {
   float f = fast::exp2(ml[i * 2] - top);
   TQ_UNROLL for (int k = 0; k < PER_LANE; k++) {
     int d = lane + 32 * k;
     if (D % 32 == 0 || d < D) {
       float a = f * acc[i * block_floats + d];
-      if (BITS && i >= exact_blocks) rotated[k] += a;
-      else exact[k] += a;
+      if (BITS && i >= exact_blocks)
+        rotated[k] += a;
+      else
+        exact[k] += a;
     }
   }
 }
 TQ_UNROLL for (int k = 0; k < PER_LANE; k++) {
   int d = lane + 32 * k;
   if (D % 32 == 0 || d < D) {
-    sums[(sg * 2) * D + d] = exact[k];
-    if (BITS) sums[(sg * 2 + 1) * D + d] = rotated[k];
+    sums[(simdgroup * 2) * D + d] = exact[k];
+    if (BITS) sums[(simdgroup * 2 + 1) * D + d] = rotated[k];
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // ---- the row
-if (sg == 0) {
+if (simdgroup == 0) {
   int t = uint(lane) % F::LANES;
   bool live = lane < F::LANES;
-  float rotated_y[E], exact_y[E];
-  TQ_UNROLL for (int k = 0; k < E; k++) {
+  float rotated_y[DIMS_PER_LANE], exact_y[DIMS_PER_LANE];
+  TQ_UNROLL for (int k = 0; k < DIMS_PER_LANE; k++) {
     rotated_y[k] = exact_y[k] = 0;
     if (F::has(t, k)) {
-      for (int i = 0; i < MS; i++) {
-        exact_y[k] += sums[(i * 2) * D + t * E + k];
-        if (BITS) rotated_y[k] += sums[(i * 2 + 1) * D + t * E + k];
+      for (int i = 0; i < SIMDGROUPS; i++) {
+        exact_y[k] += sums[(i * 2) * D + t * DIMS_PER_LANE + k];
+        if (BITS) rotated_y[k] += sums[(i * 2 + 1) * D + t * DIMS_PER_LANE + k];
       }
     }
   }

@@ -10,8 +10,8 @@
 //   is a power of two, else two over the first and the last P dims, P the largest power of two below D. The diagonals
 //   carry the signs and the 1/sqrt(P).
 //
-// MAPPING. A lane owns E = 16 consecutive dims (32 if D > 512), whole words of every packing. LANES lanes (a power of
-//   two) share a vector, a simdgroup works on 32 / LANES vectors. Butterflies over less than E dims are in registers,
+// MAPPING. A lane owns DIMS_PER_LANE = 16 consecutive dims (32 if D > 512), whole words of every packing. LANES lanes (a power of
+//   two) share a vector, a simdgroup works on 32 / LANES vectors. Butterflies over less than DIMS_PER_LANE dims are in registers,
 //   the rest by shuffles. No threadgroup memory, no barrier.
 //
 // INPUTS  (side 0 = keys, side 1 = values; with one side the arguments of side 1 are never read)
@@ -28,18 +28,19 @@
 // LAUNCH  grid (32, S0 + S1, 1) with S = ceil(B * H * L / VECTORS) simdgroups per side, VECTORS = 32 / LANES;
 //   threadgroup (32, n, 1), any n. Lengths are data: nothing is compiled again when L changes.
 //
-// REGISTERS (estimate, 32-bit): E values, E codes until they are packed, 7 midpoints, a few indices:
+// REGISTERS (estimate, 32-bit): DIMS_PER_LANE values, DIMS_PER_LANE codes until they are packed, 7 midpoints, a few indices:
 //   16 + 16 + 7 + 10 = 49; 81 for D > 512.
 
 // Midpoints between neighbouring levels, positive half, in units of ||y|| / sqrt(D).
 constant constexpr const float TQ_T2[1] = {0.982770562f};
 constant constexpr const float TQ_T3[3] = {0.518164515f, 1.06871438f, 1.74880528f};
-constant constexpr const float TQ_T4[7] = {0.262764513f, 0.538102686f, 0.846286476f, 1.17448556f, 1.50268459f,
-                                           1.88297462f, 2.37873721f};
+constant constexpr const float TQ_T4[7] = {0.262764513f, 0.538102686f, 0.846286476f, 1.17448556f,
+                                           1.50268459f,  1.88297462f,  2.37873721f};
 
 // Code of y, offset binary: code n-1-c is the negative of code c. t: the midpoints times ||y|| / sqrt(D).
 // A binary search over the magnitude, then one exclusive or for the sign.
-template <int BITS> METAL_FUNC uint tq_code(float y, const thread float *t) {
+template <int BITS>
+METAL_FUNC uint tq_code(float y, const thread float *t) {
   float a = fabs(y);
   uint m;
   if (BITS == 2) {
@@ -50,36 +51,39 @@ template <int BITS> METAL_FUNC uint tq_code(float y, const thread float *t) {
   } else {
     bool high = a >= t[3];
     bool middle = a >= (high ? t[5] : t[1]);
-    float last = select(select(t[0], t[2], middle), select(t[4], t[6], middle), high);   // ?: would branch
+    float last = select(select(t[0], t[2], middle), select(t[4], t[6], middle), high);  // ?: would branch
     m = (high ? 4 : 0) | (middle ? 2 : 0) | (a >= last ? 1 : 0);
   }
   constexpr uint HALF = 1u << (BITS - 1);
   return m ^ (y < 0 ? HALF - 1 : HALF);
 }
 
-template <int LANES> METAL_FUNC float tq_sum_lanes(float v) {                   // over the lanes of a vector
-  TQ_UNROLL for (int m = 1; m < LANES; m *= 2) v += simd_shuffle_xor(v, ushort(m));
+template <int LANES>
+METAL_FUNC float tq_sum_lanes(float v) {  // over the lanes of a vector
+  TQ_UNROLL for (int m = 1; m < LANES; m *= 2)
+    v += simd_shuffle_xor(v, ushort(m));
   return v;
 }
 
-// Quantizes the 32 / LANES vectors of simdgroup `sg`. x_shape, x_strides: of [B, H, L, D].
+// Quantizes the 32 / LANES vectors of simdgroup `simdgroup`. x_shape, x_strides: of [B, H, L, D].
 template <int BITS, int D, bool ROTATE, bool MEAN, int RULE, class X, class SHAPE, class STRIDES>
-METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device float *shift,
-                            const device float *diag, device uint *codes, device half *scale, int sg, int lane) {
+METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device float *shift, const device float *diag,
+                            device uint *codes, device half *scale, int simdgroup, int lane) {
   static_assert(RULE >= 0 && RULE <= 3, "RULE is 0, 1, 2 or 3");
   typedef Row<BITS, D> R;
-  constexpr int E = R::E, LANES = R::LANES, UNITS = E / 16, P = tq_power_of_two_from(D / 2 + 1);
-  int H = x_shape[1], L = x_shape[2], n_vectors = x_shape[0] * H * L;
-  int t = uint(lane) % LANES, vector = sg * (32 / LANES) + uint(lane) / LANES;    // unsigned: no division
+  constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, UNITS = DIMS_PER_LANE / 16,
+                P = tq_power_of_two_from(D / 2 + 1);
+  int n_heads = x_shape[1], L = x_shape[2], n_vectors = x_shape[0] * n_heads * L;
+  int t = uint(lane) % LANES, vector = simdgroup * (32 / LANES) + uint(lane) / LANES;  // unsigned: no division
   bool live = vector < n_vectors;
-  vector = min(vector, n_vectors - 1);                                          // lanes past the end shuffle along
-  int head = vector / L, l = vector - head * L, b = head / H, h = head - b * H;
+  vector = min(vector, n_vectors - 1);  // lanes past the end shuffle along
+  int head = vector / L, l = vector - head * L, b = head / n_heads, h = head - b * n_heads;
   X from = x + b * x_strides[0] + h * x_strides[1] + l * x_strides[2];
 
   // ---- read, centre, rotate
-  float y[E];
-  TQ_UNROLL for (int i = 0; i < E; i++) {
-    int d = t * E + i;
+  float y[DIMS_PER_LANE];
+  TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
+    int d = t * DIMS_PER_LANE + i;
     y[i] = 0;
     if (live && R::has(t, i)) {
       y[i] = float(from[d * x_strides[3]]);
@@ -87,26 +91,27 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
     }
   }
   if (ROTATE) {
-    tq_hadamard<D, E, LANES, 0, P>(y, lane, t);
+    tq_hadamard<D, DIMS_PER_LANE, LANES, 0, P>(y, lane, t);
     if (P != D) {
-      TQ_UNROLL for (int i = 0; i < E; i++) {
-        if (R::has(t, i)) y[i] *= diag[D + t * E + i];
+      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
+        if (R::has(t, i)) y[i] *= diag[D + t * DIMS_PER_LANE + i];
       }
-      tq_hadamard<D, E, LANES, D - P, P>(y, lane, t);
+      tq_hadamard<D, DIMS_PER_LANE, LANES, D - P, P>(y, lane, t);
     }
   }
 
   // ---- norm, codes
   float norm2 = 0;
-  TQ_UNROLL for (int i = 0; i < E; i++) norm2 = fma(y[i], y[i], norm2);
+  TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++)
+    norm2 = fma(y[i], y[i], norm2);
   norm2 = tq_sum_lanes<LANES>(norm2);
   float sigma = sqrt(norm2 * (1.0f / D));
-  uint code[E];
+  uint code[DIMS_PER_LANE];
   if (BITS == 8) {
     float inverse = sigma > 0 ? 1.0f / (sigma * Levels<8>::UNIT) : 0.0f;
-    TQ_UNROLL for (int i = 0; i < E; i++) {
+    TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
       float c = rint(y[i] * inverse);
-      c = c >= -128.0f ? c : -128.0f;                                           // also for NaN
+      c = c >= -128.0f ? c : -128.0f;  // also for NaN
       code[i] = uint(int(min(c, 127.0f)) + 128);
     }
   } else {
@@ -114,27 +119,29 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
     float midpoint[N];
     TQ_UNROLL for (int i = 0; i < (BITS == 8 ? 0 : N); i++)
       midpoint[i] = sigma * (BITS == 2 ? TQ_T2[0] : BITS == 3 ? TQ_T3[i % 3] : TQ_T4[i % 7]);
-    TQ_UNROLL for (int i = 0; i < E; i++) code[i] = tq_code<BITS>(y[i], midpoint);
+    TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++)
+      code[i] = tq_code<BITS>(y[i], midpoint);
   }
-  TQ_UNROLL for (int i = 0; i < E; i++) {
+  TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
     if (!R::has(t, i)) code[i] = 0;
   }
 
   // ---- pack, and <y, c> or <c, c> with the levels as every reader will compute them
   constexpr int PER_UNIT = BITS == 3 ? 1 : BITS / 2, ROW_UNITS = R::UNITS;
-  constexpr int CODE_WORDS = BITS == 3 ? ROW_UNITS : R::WORDS;                  // without plane B
+  constexpr int CODE_WORDS = BITS == 3 ? ROW_UNITS : R::WORDS;  // without plane B
   device uint *row = codes + (long)vector * R::WORDS;
   float yc = 0, cc = 0;
   uint plane_b[UNITS];
   TQ_UNROLL for (int u = 0; u < UNITS; u++) {
     uint w[PER_UNIT];
     plane_b[u] = 0;
-    TQ_UNROLL for (int k = 0; k < PER_UNIT; k++) w[k] = 0;
+    TQ_UNROLL for (int k = 0; k < PER_UNIT; k++)
+      w[k] = 0;
     TQ_UNROLL for (int i = 0; i < 16; i++) {
       uint c = code[16 * u + i];
       int s = i % 2, j = i / 2;
       if (BITS != 3) {
-        constexpr int PAIRS = 16 / BITS;                                        // per word
+        constexpr int PAIRS = 16 / BITS;  // per word
         w[j / PAIRS % PER_UNIT] |= c << (16 * s + BITS * (j % PAIRS));
       } else if (j < 5) {
         w[0] |= c << (16 * s + 3 * j);
@@ -159,7 +166,7 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
       if (live && word < CODE_WORDS) row[word] = w[k];
     }
   }
-  if (BITS == 3) {                                                              // two units share a word of plane B
+  if (BITS == 3) {  // two units share a word of plane B
     uint odd = UNITS == 2 ? plane_b[UNITS - 1] : simd_shuffle_xor(plane_b[0], ushort(1));
     bool mine = live && (UNITS == 2 || t % 2 == 0);
     if (mine && t * UNITS < ROW_UNITS) row[ROW_UNITS + t * UNITS / 2] = plane_b[0] | (odd << 8);
@@ -174,13 +181,14 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
   if (RULE == 1) gamma = cc > 0 ? yc / (cc * Levels<BITS>::UNIT) : BITS == 8 ? sigma : yc;
   if (RULE == 3) gamma = cc > 0 ? sigma * (sqrt(D / cc) / Levels<BITS>::UNIT) : sigma;
   half g = half(gamma);
-  if (live && t == 0) scale[vector] = g + (g - g);                              // infinity: NaN
+  if (live && t == 0) scale[vector] = g + (g - g);  // infinity: NaN
 }
 // ==== body
 constexpr int V0 = Row<B0, D0>::VECTORS;
-int lane = thread_index_in_simdgroup, sg = thread_position_in_grid.y;
+int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_grid.y;
 int S0 = uint(x0_shape[0] * x0_shape[1] * x0_shape[2] + V0 - 1) / V0;
-if (sg < S0)
-  tq_quantize<B0, D0, ROTATE0, MEAN0, RULE>(x0, x0_shape, x0_strides, shift0, diag0, codes0, scale0, sg, lane);
+if (simdgroup < S0)
+  tq_quantize<B0, D0, ROTATE0, MEAN0, RULE>(x0, x0_shape, x0_strides, shift0, diag0, codes0, scale0, simdgroup, lane);
 else
-  tq_quantize<B1, D1, ROTATE1, MEAN1, RULE>(x1, x1_shape, x1_strides, shift1, diag1, codes1, scale1, sg - S0, lane);
+  tq_quantize<B1, D1, ROTATE1, MEAN1, RULE>(x1, x1_shape, x1_strides, shift1, diag1, codes1, scale1, simdgroup - S0,
+                                            lane);

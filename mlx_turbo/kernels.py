@@ -109,18 +109,18 @@ MOST_SIMDGROUPS = 12  # of a threadgroup: an Apple core has registers for 384 th
 
 class AttendShape(NamedTuple):
     """Template values of attend.metal that follow from the tuning; none depends on the number of tokens."""
-    H: int
-    TPL: int
-    E: int
-    NS: int
-    SHARED: bool = False
+    ROWS: int
+    TOKENS_PER_LANE: int
+    DIMS_PER_LANE: int
+    SIMDGROUPS: int
+    SHARED_TILES: bool = False
     CHUNKS: int = 1
-    FAR: bool = False
+    QUERIES_IN_DEVICE_MEMORY: bool = False
 
     @property
     def rows(self):
         """Rows that a threadgroup works on, for which packed words are decoded once."""
-        return self.H * (self.NS if self.SHARED else 1)
+        return self.ROWS * (self.SIMDGROUPS if self.SHARED_TILES else 1)
 
 
 @functools.lru_cache(maxsize=None)
@@ -181,15 +181,15 @@ def _padded(rows):
 def attend_blocks(tuning, shape, n_exact, n_packed, n_groups, one):
     """(blocks of exact tokens, blocks): how the tokens are divided over simdgroups. n_groups: kv heads * batch rows *
     row groups, each of which gets these blocks."""
-    tile = 32 * shape.TPL
+    tile = 32 * shape.TOKENS_PER_LANE
     if one:
         exact, packed = -(-n_exact // tile), -(-n_packed // tile)
         if exact and packed:
-            return min(max(round(shape.NS * exact / (exact + packed)), 1), shape.NS - 1), shape.NS
-        return (shape.NS if exact else 0), shape.NS
+            return min(max(round(shape.SIMDGROUPS * exact / (exact + packed)), 1), shape.SIMDGROUPS - 1), shape.SIMDGROUPS
+        return (shape.SIMDGROUPS if exact else 0), shape.SIMDGROUPS
     most = max(tuning.simdgroups_per_launch // n_groups, 1)
     tokens = max(tuning.tokens_per_block, -(-(n_exact + n_packed) // most))
-    step = 1 if shape.SHARED else shape.NS
+    step = 1 if shape.SHARED_TILES else shape.SIMDGROUPS
     exact, packed = (-(-(-(-n // tokens)) // step) * step for n in (n_exact, n_packed))
     return exact, exact + packed
 
@@ -264,9 +264,9 @@ def metal_source(name):
 
 
 def _without_comments(text):
-    """The text that is compiled: MLX hashes it at every launch, and half of it is comments."""
+    """The text that is compiled: MLX hashes it at every launch, and half of it is comments and spaces."""
     lines = (re.sub(r"\s*//.*", "", line) for line in text.splitlines())
-    return "".join(f"{line}\n" for line in lines if line.strip())
+    return "".join(f"{line.strip()}\n" for line in lines if line.strip())
 
 
 @functools.lru_cache(maxsize=None)
@@ -471,7 +471,7 @@ class MetalBackend:
                 mask = mask.astype(mx.bool_)
             mask = mx.broadcast_to(mask, (batch, n_heads, n_query_tokens, sum(counts)))
         acc_rows, acc_row = n_rows, values.head_dim
-        if shape.FAR:
+        if shape.QUERIES_IN_DEVICE_MEMORY:
             acc_rows, acc_row = row_groups * shape.rows, max(key_dim, values.head_dim)
         dims = _attend_dims((n_sink, n_packed, n_recent, exact_blocks, blocks, row_groups, flags, n_query_tokens,
                              n_heads, n_kv_heads), scale, keys.segment, acc_rows, batch, key_dim, values.head_dim, seed)
@@ -487,18 +487,18 @@ class MetalBackend:
                       exact if side.recent is None else side.recent]
             exact_types.append(exact.dtype)
         means = [side.means if side.has_means else _nothing(mx.float16) for side in (keys, values)]
-        template = [("T", queries.dtype if one else mx.float32), ("EXACT_K", exact_types[0]),
-                    ("EXACT_V", exact_types[1]), ("KB", keys.bits), ("VB", values.bits), ("DK", key_dim),
-                    ("DV", values.head_dim), ("KM", keys.has_means), ("VM", values.has_means),
-                    *shape._asdict().items(), ("ONE", one)]
+        template = [("T", queries.dtype if one else mx.float32), ("EXACT_KEY", exact_types[0]),
+                    ("EXACT_VALUE", exact_types[1]), ("KEY_BITS", keys.bits), ("VALUE_BITS", values.bits), ("KEY_DIM", key_dim),
+                    ("VALUE_DIM", values.head_dim), ("KEY_MEANS", keys.has_means), ("VALUE_MEANS", values.has_means),
+                    *shape._asdict().items(), ("SINGLE_LAUNCH", one)]
         out_shape = (batch, n_heads, n_query_tokens, values.head_dim)
         n_partials = batch * n_kv_heads * blocks * (acc_rows * acc_row + 2 * n_rows)
         sinks_or_any = queries if sinks is None else sinks
         kernel = self._kernel("attend", ATTEND_INPUTS, ["acc"])
         acc, = kernel(
             inputs=[queries, *sides, *means, _nothing(mx.bool_) if mask is None else mask, sinks_or_any, dims],
-            template=template, grid=(32, blocks * (shape.NS if shape.SHARED else 1), n_groups),
-            threadgroup=(32, shape.NS, 1), output_shapes=[out_shape if one else (n_partials,)],
+            template=template, grid=(32, blocks * (shape.SIMDGROUPS if shape.SHARED_TILES else 1), n_groups),
+            threadgroup=(32, shape.SIMDGROUPS, 1), output_shapes=[out_shape if one else (n_partials,)],
             output_dtypes=[queries.dtype if one else mx.float32])
         if one:
             return acc
@@ -508,7 +508,7 @@ class MetalBackend:
             inputs=[acc, means[1], sinks_or_any, dims],
             template=[("T", queries.dtype), ("D", values.head_dim), ("BITS", values.bits),
                       ("MEAN", values.has_means), ("OFFSET", DIMS + rounds * key_dim), ("ACC_ROW", acc_row),
-                      ("MS", MERGE_SIMDGROUPS)],
+                      ("SIMDGROUPS", MERGE_SIMDGROUPS)],
             grid=(32, MERGE_SIMDGROUPS, batch * n_heads * n_query_tokens), threadgroup=(32, MERGE_SIMDGROUPS, 1),
             output_shapes=[out_shape], output_dtypes=[queries.dtype])
         return out
@@ -546,7 +546,7 @@ class MetalBackend:
             return
         what = "attend.metal with " + " and ".join(
             f"{name} of head_dim {d}, {b} bits{', mean' if m else ''}" for name, (b, d, m, _)
-            in zip(("keys", "values"), sides)) + f", {shape.H} rows, {queries.dtype}"
+            in zip(("keys", "values"), sides)) + f", {shape.ROWS} rows, {queries.dtype}"
         self._run_check(what, lambda: self._check_attend(sides, shape, one, queries.dtype))
         self._tested.add(key)
 

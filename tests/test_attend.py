@@ -335,7 +335,7 @@ def test_a_tuning_says_for_how_many_rows_packed_words_are_decoded_at_once(rows, 
     case = make_case(dims=(64, 64), G=8, L=4, counts=(0, 128, 32))
     assert set(decodes(case, one_launch_tokens=0, rows_per_decode=rows)) == {times}
     shape = attend_shape(AttendTuning(rows_per_decode=rows), 4, 4, 64, 64, 8, 4, False)
-    assert shape.SHARED == (rows > 8)  # a simdgroup does 8 alone
+    assert shape.SHARED_TILES == (rows > 8)  # a simdgroup does 8 alone
 
 
 @pytest.mark.parametrize("G, L, bits", [(16, 1, 4), (7, 1, 4), (4, 4, 4), (64, 1, 4), (5, 1, 3), (7, 1, 3)])
