@@ -1,6 +1,7 @@
 """One suite over all backends: the NumPy oracle, the MLX fallback, the Metal kernels in the simulator (metalsim),
 and, where there is one, a real Metal GPU. With MLX_TURBO_REQUIRE_METAL=1 a missing GPU is an error."""
 import os
+import re
 import sys
 
 import metalsim
@@ -84,6 +85,27 @@ if not ops.metal_unavailable():
     BACKENDS["metal"] = MetalBackend()
 elif os.environ.get("MLX_TURBO_REQUIRE_METAL") == "1":
     raise pytest.UsageError(f"MLX_TURBO_REQUIRE_METAL=1, but {ops.metal_unavailable()}")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--part", metavar="K/N", help="every N-th test, from the K-th on: a share of a suite that is run in N")
+
+
+def part_of(items, part):
+    """The items of a part "K/N", with those of the other N - 1 parts all of them, each once."""
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    k, n = map(int, found.groups()) if found else (1, 0)
+    if k > n:
+        raise pytest.UsageError(f"--part: got {part!r}, allowed are 1/N to N/N")
+    return items[k - 1::n]
+
+
+@pytest.hookimpl(trylast=True)  # of what -m and -k leave
+def pytest_collection_modifyitems(config, items):
+    if part := config.getoption("part"):
+        mine = part_of(items, part)
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
+        items[:] = mine
 
 
 @pytest.fixture(params=list(BACKENDS))

@@ -17,7 +17,9 @@ from mlx_turbo.cli import DEMO_MODEL
 from mlx_turbo.fallback import CpuBackend, tiled_attention
 from mlx_turbo.kernels import AttendTuning, BackendError, MetalBackend
 
-CPU, MANY = CpuBackend(), 400  # tokens from which on attention takes two launches here: decoding 1,024 takes longer
+CPU = CpuBackend()
+# Tokens from which on attention takes two launches here, more than warm-up needs: decoding 1,024 would take long.
+MANY, MANY_OF_AUTO = 150, 400
 
 
 class Recorder(MetalBackend):
@@ -25,7 +27,7 @@ class Recorder(MetalBackend):
 
     def __init__(self):
         super().__init__(self._record)
-        self.texts, self.tuning = set(), AttendTuning(one_launch_tokens=MANY)
+        self.texts, self.tuning = set(), AttendTuning(one_launch_tokens=MANY_OF_AUTO)
         self._text_of = {}  # what the text depends on -> itself
 
     def _record(self, name, input_names, output_names, source, header="", ensure_row_contiguous=True):
@@ -124,11 +126,12 @@ def no_end(monkeypatch, tokenizer):
                                           ("biased keys", "turbo4"), ("sliding windows", "auto"),
                                           ("attention sinks", "turbo0v4")])
 def test_a_conversation_builds_no_kernel_after_warm_up(recorder, tokenizer, name, scheme):
-    model = MODELS[name]()
+    model, many = MODELS[name](), MANY_OF_AUTO if scheme == "auto" else MANY
+    recorder.tuning = AttendTuning(one_launch_tokens=many)
     n = mlx_turbo.warm(model, tokenizer, scheme)
     built, kinds = set(recorder.texts), recorder.kinds()
     assert n > 0 and all(kinds.values())
-    cache = converse(model, tokenizer, scheme, 20, MANY)  # packed, decided, and beyond one launch in its middle
+    cache = converse(model, tokenizer, scheme, 20, many)  # packed, decided, and beyond one launch in its middle
     assert any(c.report()["packed"] for c in cache if isinstance(c, mlx_turbo.TurboKVCache))
     assert recorder.texts == built
     converse(model, tokenizer, scheme, 600, 4)
@@ -139,7 +142,7 @@ def test_without_warm_up_they_are_built_in_the_middle(recorder, tokenizer):
     """What the test above would see."""
     model, seen = MODELS["llama"](), []
     cache = models.make_prompt_cache(model, "auto")
-    for i, _ in enumerate(mlx_lm.stream_generate(model, tokenizer, [5, 6, 7], max_tokens=MANY + 20, prompt_cache=cache)):
+    for i, _ in enumerate(mlx_lm.stream_generate(model, tokenizer, [5, 6, 7], max_tokens=MANY_OF_AUTO + 20, prompt_cache=cache)):
         seen.append(len(recorder.texts))
     assert seen[1] < seen[280] < seen[-1]  # packing, then two launches
 
@@ -150,12 +153,13 @@ def test_so_does_one_with_a_text_for_which_auto_chooses_other_bits(recorder, tok
     mlx_turbo.warm(model, tokenizer, "auto")
     built = set(recorder.texts)
     monkeypatch.setattr(auto, "TARGET", 0.02)
-    cache = converse(model, tokenizer, "auto", 20, MANY)
+    cache = converse(model, tokenizer, "auto", 20, MANY_OF_AUTO)
     assert {c.report()["scheme"] for c in cache} == {"turbo8v4"} and recorder.texts == built
 
 
 def test_drafts_are_verified_by_kernels_that_are_there(recorder, tokenizer):
     model, draft = MODELS["llama"](), MODELS["llama"]()
+    recorder.tuning = AttendTuning(one_launch_tokens=MANY)
     mlx_turbo.warm(model, tokenizer, "turbo4", n_draft_tokens=3)
     mlx_turbo.warm(draft, tokenizer, "turbo4", n_draft_tokens=1)
     built = set(recorder.texts)
@@ -222,7 +226,7 @@ def at_first_word(monkeypatch, recorder):
 
 
 STORY = " ".join((warming.TEXT * 3).split())[:1250]  # 370 tokens
-LONG = ["--kv-recent", "8", "-m", "50"]  # packs, and goes beyond MANY in the answer
+LONG = ["--kv-recent", "8", "-m", "50"]  # packs, and goes beyond MANY_OF_AUTO in the answer
 
 
 @pytest.mark.parametrize("more", [["--kv", "auto"], ["--kv", "turbo4", "--draft-model", DEMO_MODEL]], ids=["auto", "draft"])
