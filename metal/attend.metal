@@ -1,69 +1,84 @@
-// attend.metal: decode attention straight from a packed KV cache; pass 1 of 2 (partials of "flash decoding"), or all.
+// attend.metal: decode attention straight from a packed KV cache. Pass 1 of 2 (the partial results of "flash
+// decoding"), or the whole of it in a single launch.
 // Compiled behind shared.metal, which describes the packed row. The text above the line "// ==== body" is the end of
-// the header of mx.fast.metal_kernel, the rest its source.
+// the header of mx.fast.metal_kernel, the rest is its source.
 //
-// MATHEMATICS. The cache is [sink: exact][packed][recent: exact], in the order of the tokens. Packed rows are levels *
-//   scale of a rotated vector, plus a rotated mean: of the packed keys' segment (a stretch of tokens: RoPE turns a bias
-//   of the keys with the position), one mean for all packed values. q.k = (R q).(levels * scale) + (R q).mean, and
-//   sum p v = R^T (sum p (levels * scale) + (sum p) mean). So the query is rotated once, nothing is un-rotated inside
-//   the loop over tokens, a mean costs one addition per row and token, and sums over packed values and over exact
-//   values are kept apart until the end, where the packed ones are un-rotated.
-//   Logits, running maximum and sums are float32. Softmax is base 2: the query carries scale * log2 e. One maximum per
-//   row and tile; when it exceeds m, m becomes the maximum + SLACK = 8 and sums are rescaled: in practice on the first
-//   tile only. Weights are then at most 1 and the largest is 2^-8 or more in the tile that set m: harmless in float.
+// MATHEMATICS
+//   The cache is [sink: exact][packed][recent: exact], in the order of the tokens. A packed row is levels * scale of a
+//   rotated vector, plus a rotated mean. Keys have a mean per segment of tokens (RoPE turns a bias of the keys with the
+//   position), values have one mean for all tokens. With R the rotation:
+//     q.k     = (R q).(levels * scale) + (R q).mean
+//     sum p v = R^T (sum p (levels * scale) + (sum p) mean)
+//   So the query is rotated once and nothing is un-rotated in the loop over tokens. A mean costs one addition per row
+//   and token. Sums over packed values and over exact values stay apart until the end, where the former are un-rotated.
+//   Logits, the running maximum and sums are float32. Softmax has base 2: the query carries scale * log2 e. When the
+//   maximum of a row in a tile exceeds m, m becomes that maximum + SLACK = 8 and the sums are rescaled; in practice
+//   this happens in the first tile only. Weights are then at most 1, and the largest is at least 2^-8.
 //
-// MAPPING. A row is one query head of one query token of a kv head; a simdgroup works on ROWS rows and a run of tokens, in
-//   tiles of 32 * TOKENS_PER_LANE, so that a packed word is read and decoded once for ROWS rows.
-//   Keys: a lane owns TOKENS_PER_LANE whole tokens and forms their ROWS dot products alone; the query is broadcast from threadgroup
-//         memory. No shuffles, and exp2 and the scales cost once per row and token.
-//   Weights, times the values' scale, go through a piece of threadgroup memory of the simdgroup.
-//   Values: LANES_PER_TOKEN = VALUE_DIM / DIMS_PER_LANE lanes own DIMS_PER_LANE dims each, 32 / LANES_PER_TOKEN tokens in flight, ROWS * DIMS_PER_LANE accumulators.
-//   SHARED_TILES, for more rows than a simdgroup has: the SIMDGROUPS simdgroups of a threadgroup have ROWS rows each and the same
-//         tokens, which all of them together decode to threadgroup memory, tile by tile, or in CHUNKS of one: of the
-//         keys' dims, of the values' tokens. QUERIES_IN_DEVICE_MEMORY, for so many rows that their queries do not fit there too: these wait
-//         in `acc`, where the block's results will be written in the end.
-//   Exact tokens (sink and recent as one list) and packed ones are different runs of the same code: block < X is exact.
-//   What tells rows and tokens apart (causal, an array, the end) is looked at only in tiles that not all of them see.
-//   Simdgroups of a SHARED_TILES threadgroup that have no row of their own only help to decode.
+// MAPPING
+//   A row is one query head of one query token. A simdgroup works on ROWS rows of a kv head and on a run of tokens, in
+//   tiles of 32 * TOKENS_PER_LANE tokens. A packed word is read and decoded once for its ROWS rows.
+//   Keys: a lane owns TOKENS_PER_LANE whole tokens and forms their ROWS dot products alone. The query is broadcast from
+//     threadgroup memory. There are no shuffles, and exp2 and the scales cost once per row and token.
+//   Weights, times the scales of the values, pass through threadgroup memory of the simdgroup.
+//   Values: a lane sums DIMS_PER_LANE dims, so VALUE_DIM / DIMS_PER_LANE lanes share a token and several tokens are in
+//     flight. A lane holds ROWS * DIMS_PER_LANE sums.
+//   SHARED_TILES, for more rows than one simdgroup holds: the simdgroups of a threadgroup have ROWS rows each and the
+//     same tokens. Together they decode each tile to threadgroup memory, in CHUNKS pieces: of the dims of the keys, of
+//     the tokens of the values. A simdgroup that has no row of its own only helps to decode.
+//   QUERIES_IN_DEVICE_MEMORY, if the queries of so many rows do not fit into threadgroup memory: they wait in `acc`,
+//     where the results of the block will be written at the end.
+//   Exact tokens (sink and recent as one list) and packed ones are different runs of the same code: blocks below X are
+//   exact. Masks and the end of a run are looked at only in tiles that some row does not see whole.
 //
-// INPUTS  (T: any float type, a type for each)
-//   queries                 T [B, Hq, L, KEY_DIM], any strides
-//   k_sink, k_recent        T [B, Hkv, CAPACITY, KEY_DIM], the tokens of a head one behind the other: whole buffers. v_: VALUE_DIM
-//   k_codes                 uint32 [B, Hkv, CAPACITY, WORDS]; with KEY_BITS = 0 T [B, Hkv, CAPACITY, KEY_DIM]. As k_sink. v_: VALUE_DIM
-//   k_scale, v_scale        float16 [B, Hkv, CAPACITY, 1], tokens contiguous. Not read with 0 bits
-//   k_means                 float16 [B, Hkv, CAPACITY, KEY_DIM], rotated: row i is of the SEGMENT packed tokens from i *
-//                           SEGMENT on. As k_sink, read only if KEY_MEANS
-//   v_means                 float16 [B, Hkv, CAPACITY, VALUE_DIM], rotated: row 0 is of all tokens. Read only if VALUE_MEANS
-//   mask                    bool or T [B, Hq, L, N], any strides, columns in order of the tokens. Read only if flag 2
-//   sinks                   T [Hq], a logit per head that takes weight and gives no value. Read only if flag 8 and SINGLE_LAUNCH
-//   dims                    int32 [16]: n_sink, n_packed, n_recent, X = exact blocks, blocks, row_groups, flags, L, Hq, Hkv,
-//                           scale * log2 e (bits of a float), SEGMENT, a multiple of 128, ACC_ROWS, B, 0, 0; then, as
-//                           floats, the diagonals of the keys' rotation [ROUNDS, KEY_DIM] and of the values' [ROUNDS, VALUE_DIM].
-//                           flags: 1 causal (query l is token N - L + l), 2 mask, 8 sinks
-// OUTPUTS
-//   SINGLE_LAUNCH:  acc = the output, T [B, Hq, L, VALUE_DIM]
-//   else: acc float [B, Hkv, blocks, ACC_ROWS, ACC_ROW], of R rows the first VALUE_DIM numbers: sums of 2^(logit - m) * value,
-//         of blocks >= X still rotated, without UNIT; QUERIES_IN_DEVICE_MEMORY: before that, a block's rows hold its queries.
-//         Behind it, float [B, Hkv, R, blocks, 2] = m (base 2), sum of 2^(logit - m). An empty block has m = LOWEST,
-//         sum 0.
-// TEMPLATE  T type of acc; EXACT_KEY, EXACT_VALUE types of exact keys and values; KEY_BITS, VALUE_BITS bits in {0, 2, 3, 4, 8}; KEY_DIM, VALUE_DIM head
-//   dims, multiples of 16, 32 to 576; KEY_MEANS, VALUE_MEANS: packed keys / values have a mean; ROWS rows per simdgroup, 1 to 8, or 12 if
-//   SHARED_TILES; TOKENS_PER_LANE tokens per lane (1, 2, 4); DIMS_PER_LANE dims per lane of the values: a multiple of 8 (if VALUE_BITS = 3, 8 or a multiple
-//   of 16; of 4 if SHARED_TILES) that divides VALUE_DIM with VALUE_DIM / DIMS_PER_LANE <= 32; SIMDGROUPS simdgroups per threadgroup; SHARED_TILES: they share decoded
-//   tiles; CHUNKS of such a tile: 1, or 2 if 64 divides KEY_DIM; QUERIES_IN_DEVICE_MEMORY: queries in acc (only if SHARED_TILES); SINGLE_LAUNCH: a threadgroup
-//   holds all blocks, merges them and writes the output (not if SHARED_TILES).
-// LAUNCH  grid (32, blocks, B * Hkv * row_groups), threadgroup (32, SIMDGROUPS, 1); row_groups = ceil(R / ROWS) row groups, R = Hq / Hkv * L;
-//   blocks and X are multiples of SIMDGROUPS (SINGLE_LAUNCH: blocks = SIMDGROUPS, any X <= SIMDGROUPS). SHARED_TILES: grid (32, SIMDGROUPS * blocks, B * Hkv * row_groups),
-//   row_groups = ceil(R / (SIMDGROUPS * ROWS)), any X <= blocks. ACC_ROWS = R and ACC_ROW = VALUE_DIM, or if QUERIES_IN_DEVICE_MEMORY row_groups * SIMDGROUPS * ROWS and max(KEY_DIM, VALUE_DIM).
-//   How many tokens a block gets is computed here: lengths are data, nothing is compiled again when they change.
-//   merge.metal follows, unless SINGLE_LAUNCH.
+// INPUTS  (T: any float type, each input its own. "Whole buffer": the tokens of a head follow one another)
+//   queries               T [B, Hq, L, KEY_DIM], any strides
+//   k_sink, k_recent      T [B, Hkv, CAPACITY, KEY_DIM], whole buffers
+//   v_sink, v_recent      T [B, Hkv, CAPACITY, VALUE_DIM], whole buffers
+//   k_codes, v_codes      uint32 [B, Hkv, CAPACITY, WORDS], whole buffers; with 0 bits the exact vectors, as k_sink
+//   k_scale, v_scale      float16 [B, Hkv, CAPACITY, 1], tokens contiguous. Not read with 0 bits
+//   k_means               float16 [B, Hkv, CAPACITY, KEY_DIM], a whole buffer, rotated. Row i belongs to the packed
+//                         tokens i * SEGMENT .. (i + 1) * SEGMENT - 1. Read only if KEY_MEANS
+//   v_means               float16 [B, Hkv, CAPACITY, VALUE_DIM], rotated. Row 0: of all. Read only if VALUE_MEANS
+//   mask                  bool or T [B, Hq, L, N], any strides, columns in the order of the tokens. Read only if flag 2
+//   sinks                 T [Hq], a logit per head that takes weight and gives no value. Read here only if flag 8 and
+//                         SINGLE_LAUNCH
+//   dims                  int32 [16]: n_sink, n_packed, n_recent, X = exact blocks, blocks, row groups, flags, L, Hq,
+//                         Hkv, scale * log2 e (the bits of a float), SEGMENT (a multiple of 128), ACC_ROWS, B, 0, 0.
+//                         Behind them, as floats, the diagonals of the rotation of the keys [ROUNDS, KEY_DIM] and of
+//                         the values [ROUNDS, VALUE_DIM].
+//                         flags: 1 causal (query l is token N - L + l), 2 mask, 8 sinks
+// OUTPUT  acc
+//   SINGLE_LAUNCH: the output of attention, T [B, Hq, L, VALUE_DIM]
+//   else float [B, Hkv, blocks, ACC_ROWS, ACC_ROW]: the first VALUE_DIM numbers of the first R rows are sums of
+//     2^(logit - m) * value; those of blocks >= X are still rotated and without UNIT. Behind them
+//     float [B, Hkv, R, blocks, 2]: m (base 2) and the sum of 2^(logit - m). An empty block has m = LOWEST and sum 0.
+// TEMPLATE
+//   T type of acc; EXACT_KEY, EXACT_VALUE types of exact keys and values
+//   KEY_BITS, VALUE_BITS in {0, 2, 3, 4, 8}; KEY_DIM, VALUE_DIM head dims, multiples of 16 from 32 to 576
+//   KEY_MEANS, VALUE_MEANS: packed keys, values have a mean
+//   ROWS per simdgroup, 1 to 8, or to 12 if SHARED_TILES; TOKENS_PER_LANE 1, 2 or 4
+//   DIMS_PER_LANE of the values: a multiple of 8 (of 4 if SHARED_TILES; 8 or a multiple of 16 if VALUE_BITS = 3) that
+//     divides VALUE_DIM, with VALUE_DIM / DIMS_PER_LANE <= 32
+//   SIMDGROUPS per threadgroup; SHARED_TILES, QUERIES_IN_DEVICE_MEMORY (only with SHARED_TILES): as above
+//   CHUNKS of a shared tile: 1, or 2 if 64 divides KEY_DIM
+//   SINGLE_LAUNCH: a threadgroup has all blocks of its rows, merges them and writes the output (not if SHARED_TILES)
+// LAUNCH
+//   R = Hq / Hkv * L rows per kv head. How many tokens a block gets is computed here: lengths are data, and nothing is
+//   compiled again when they change. merge.metal follows, unless SINGLE_LAUNCH.
+//   grid (32, blocks, B * Hkv * row groups), threadgroup (32, SIMDGROUPS, 1), row groups = ceil(R / ROWS). blocks and X
+//     are multiples of SIMDGROUPS; if SINGLE_LAUNCH, blocks = SIMDGROUPS and X is any number up to it.
+//   SHARED_TILES: grid (32, SIMDGROUPS * blocks, B * Hkv * row groups), row groups = ceil(R / (SIMDGROUPS * ROWS)), any
+//     X <= blocks.
+//   ACC_ROWS = R and ACC_ROW = VALUE_DIM; if QUERIES_IN_DEVICE_MEMORY, ACC_ROWS = row groups * SIMDGROUPS * ROWS and
+//     ACC_ROW = max(KEY_DIM, VALUE_DIM).
 //
-// REGISTERS (estimate, 32-bit, D = 128): ROWS*DIMS_PER_LANE accumulators + TOKENS_PER_LANE*ROWS logits + 2*ROWS + decode 12*TOKENS_PER_LANE + 15:
-//   ROWS=1 77, ROWS=2 91, ROWS=4 87, ROWS=8 135 (115 with TOKENS_PER_LANE = 1); with KEY_MEANS 2*ROWS more. Of more than 8 rows, lanes share what is the
-//   same in all of them: ROWS*DIMS_PER_LANE + TOKENS_PER_LANE*ROWS + ROWS + 3 + decode: ROWS=12 (DIMS_PER_LANE=4) 102.
-//   Threadgroup memory: 4 bytes * (ROWS * KEY_DIM + SIMDGROUPS * 32 * TOKENS_PER_LANE * ROWS'), ROWS' = 1, 2, or ROWS up to a multiple of 4; with SINGLE_LAUNCH twice
-//   the queries, or SIMDGROUPS * VALUE_DIM and more of the merge; with SHARED_TILES the queries of all simdgroups (none if QUERIES_IN_DEVICE_MEMORY) and a tile
-//   of 64 * TOKENS_PER_LANE * max(KEY_DIM / CHUNKS + 8, (VALUE_DIM + 8) / CHUNKS) bytes. kernels.py keeps it below 31 KEY_BITS.
+// REGISTERS (estimate, 32 bits each, D = 128): ROWS * DIMS_PER_LANE sums, TOKENS_PER_LANE * ROWS logits, 2 * ROWS, and
+//   12 * TOKENS_PER_LANE + 15 to decode: 77 for 1 row, 91 for 2, 87 for 4, 135 for 8 (115 with TOKENS_PER_LANE = 1).
+//   KEY_MEANS adds 2 * ROWS. With more than 8 rows, lanes share what is equal in all of them: 102 for 12 rows.
+// THREADGROUP MEMORY, in floats: ROWS * KEY_DIM for the queries (twice that if SINGLE_LAUNCH; of all simdgroups if
+//   SHARED_TILES; none if QUERIES_IN_DEVICE_MEMORY), SIMDGROUPS * 32 * TOKENS_PER_LANE * PADDED_ROWS for the weights,
+//   and the tile. The launch keeps it below 31 KB.
 
 constant constexpr const float TQ_LOG2E = 1.44269504f, TQ_SLACK = 8.0f;
 constant constexpr const float TQ_DEAD = -1e30f, TQ_LOWEST = -1e29f;  // finite: safe under fast math
@@ -74,7 +89,9 @@ constexpr int tq_max(int a, int b) {
   return a > b ? a : b;
 }
 
-// ---- rows of keys or values. at(t): row t. Raw, read, eight: 32 (or the last 16) dims of a key. values: DIMS_PER_LANE dims ----
+// ---- rows of keys or values -------------------------------------------------------------------------------------
+// at(t): row t. read, eight: 32 (or the last 16) dims of a key, as they lie in memory and 8 decoded ones.
+// values: DIMS_PER_LANE dims of a value, decoded.
 template <class T, int D>
 struct ExactRows {  // tokens of two buffers as one list
   typedef const device T *Pointer;
@@ -352,7 +369,7 @@ METAL_FUNC const device float4 *tq_fours(const device float *p) {
   return (const device float4 *)p;
 }
 
-// s[i][h] += query row h . dims 32c .. 32c + N - 1 of the key at row[i]. Rows of the query are QUERY_STRIDE floats apart.
+// s[i][h] += query row h . dims 32c .. 32c + N - 1 of the key at row[i]. Query rows are QUERY_STRIDE floats apart.
 template <int N, int ROWS, int TOKENS_PER_LANE, int QUERY_STRIDE, class KEYS, class QUERIES>
 METAL_FUNC void tq_dots(const thread typename KEYS::Pointer *row, int c, QUERIES q, thread float *s) {
   typename KEYS::Raw raw[TOKENS_PER_LANE];
@@ -408,8 +425,8 @@ METAL_FUNC void tq_weights(const threadgroup float *from, thread float *p) {
 }
 
 typedef const threadgroup float *Weights;
-// out += weight * value, U * TOKENS_IN_FLIGHT tokens at a time while at least that many are left. `left` counts the tokens from this
-// lane's next one to the end: a pointer that far back could lie before its array.
+// out += weight * value, U * TOKENS_IN_FLIGHT tokens at a time while at least that many are left. `left` counts the
+// tokens from this lane's next one to the end. (A pointer set that far back could lie before its array.)
 template <int U, int TOKENS_IN_FLIGHT, int PADDED_ROWS, class VALUES, int ROWS, int DIMS_PER_LANE>
 METAL_FUNC void tq_sum_values(thread typename VALUES::Pointer &v, thread Weights &w, thread int &left, int u,
                               thread Partial<ROWS, DIMS_PER_LANE> &out) {
@@ -457,7 +474,7 @@ METAL_FUNC void tq_mean_bias(QUERIES q, const device half *mean, thread PerRow<R
 }
 
 // Tokens begin .. end - 1 of a run. Every row sees all of a tile that ends at safe_end or before.
-// has_rows: whether this simdgroup has any; without, it only helps to decode (SHARED_TILES). q: ROWS rows of QUERY_STRIDE floats.
+// has_rows: false for a simdgroup that only helps to decode (SHARED_TILES). q: ROWS rows, QUERY_STRIDE floats apart.
 // weights: 32 * TOKENS_PER_LANE * PADDED_ROWS floats of this simdgroup. bias: of the raw logit. means: of segments.
 template <int ROWS, int PADDED_ROWS, int TOKENS_PER_LANE, int DIMS_PER_LANE, int SIMDGROUPS, bool SHARED_TILES,
           int CHUNKS, int QUERY_STRIDE, int KEY_DIM, int VALUE_DIM, bool KEY_MEANS, class KEYS, class VALUES, class M,
@@ -625,8 +642,8 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
 }
 
 // ---- the query -------------------------------------------------------------------------------------------------
-// n rows of the query to rows of QUERY_STRIDE floats, times `factor`; rotated if ROTATE. With 8-bit keys bias[h] = 1152 times
-// the sum of the row.
+// n rows of the query times `factor` to rows that are QUERY_STRIDE floats apart; rotated if ROTATE. With 8-bit keys
+// bias[h] = 1152 times the sum of the row.
 template <int BITS, int D, int SIMDGROUPS, int QUERY_STRIDE, bool ROTATE, class Q, class STRIDES, class TO>
 METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L, int first_row, int n, int last_row,
                               float factor, const device float *diag, TO to, threadgroup float *bias, int simdgroup,
@@ -657,7 +674,7 @@ METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L,
       }
     }
     float unit = 1.0f, sum = 0;
-    if (ROTATE) unit = Levels < BITS == 0 ? 4 : BITS > ::UNIT;
+    if (ROTATE) unit = Levels<(BITS == 0 ? 4 : BITS)>::UNIT;
     TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
       if (ROTATE) y[i] *= unit;
       if (ROTATE && BITS == 8) sum += y[i];

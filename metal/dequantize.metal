@@ -5,9 +5,9 @@
 // MATHEMATICS, per packed row: y = scale * levels of the codes;  x = inverse rotation of y, plus the mean. Rotation and
 //   levels are those of quantize.metal; the inverse runs the rounds backwards, transform first, diagonal second.
 //
-// MAPPING. A lane owns DIMS_PER_LANE = 16 consecutive dims (32 if D > 512), whole words of every packing. LANES lanes (a power of
-//   two) share a row, a simdgroup works on 32 / LANES rows. Butterflies over less than DIMS_PER_LANE dims are in registers, the
-//   rest by shuffles. No threadgroup memory, no barrier.
+// MAPPING. A lane owns DIMS_PER_LANE = 16 consecutive dims (32 if D > 512), whole words of every packing. LANES lanes
+//   (a power of two) share a row, a simdgroup works on 32 / LANES rows. Butterflies over less than DIMS_PER_LANE dims
+//   happen in registers, the rest by shuffles. No threadgroup memory, no barrier.
 //
 // INPUTS  (side 0 = keys, side 1 = values; with one side the arguments of side 1 are never read)
 //   codes0/1      uint32 [B, H, CAPACITY, WORDS], rows contiguous, other strides free: the cache's whole buffer
@@ -23,10 +23,10 @@
 // LAUNCH  grid (32, S0 + S1, 1) with S = ceil(B * H * L / VECTORS) simdgroups per side, VECTORS = 32 / LANES;
 //   threadgroup (32, n, 1), any n. Lengths are data: nothing is compiled again when L changes.
 //
-// REGISTERS (estimate, 32-bit): DIMS_PER_LANE values, up to 4 words, 8 level pairs, a few indices: 16 + 4 + 8 + 10 = 38;
+// REGISTERS (estimate, 32 bits each): DIMS_PER_LANE values, up to 4 words, 8 pairs of levels, a few indices: 38;
 //   54 for D > 512.
 
-// Restores the 32 / LANES rows of simdgroup `simdgroup`. CODES, SCALE: pointers (constant if the array is tiny, else device).
+// Restores the 32 / LANES rows of a simdgroup. CODES, SCALE: pointers (constant if the array is tiny, else device).
 template <int BITS, int D, bool ROTATE, bool MEAN, class CODES, class SCALE, class SHAPE, class STRIDES, class T>
 METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_strides, SCALE scale, STRIDES scale_strides,
                               const device float *mean, const device float *diag, int first, int L, device T *x,

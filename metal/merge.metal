@@ -7,9 +7,9 @@
 //   total = sum f sum + 2^(sink - M). Exact blocks are those below X; the packed ones are still rotated, and without
 //   the UNIT of their levels.
 //
-// MAPPING. A threadgroup of SIMDGROUPS simdgroups makes one row. Simdgroup i sums blocks i, i + SIMDGROUPS, ..., lane t dims t, t + 32,
-//   ...; then the first simdgroup adds the SIMDGROUPS sums and un-rotates, DIMS_PER_LANE = 16 dims (32 if D > 512) per lane as in
-//   dequantize.metal.
+// MAPPING. A threadgroup of SIMDGROUPS simdgroups makes one row. Simdgroup i sums blocks i, i + SIMDGROUPS, ...; its
+//   lane t sums dims t, t + 32, ... Then the first simdgroup adds the sums of all and un-rotates, DIMS_PER_LANE = 16
+//   dims (32 if D > 512) per lane as in dequantize.metal.
 //
 // INPUTS
 //   acc    float [B, Hkv, blocks, ACC_ROWS, ACC_ROW], behind it [B, Hkv, R, blocks, 2] = (m, sum): as written by
@@ -20,7 +20,7 @@
 // OUTPUTS
 //   out    T [B, Hq, L, D]
 // TEMPLATE  T float type of the output; BITS of the values, 0 = exact; D their head dim, a multiple of 16, 32 to 576;
-//   MEAN: packed values have a mean; OFFSET into dims; ACC_ROW floats of a row of acc; SIMDGROUPS simdgroups per threadgroup.
+//   MEAN: packed values have a mean; OFFSET into dims; ACC_ROW floats of a row of acc; SIMDGROUPS per threadgroup.
 // LAUNCH  grid (32, SIMDGROUPS, B * Hq * L), threadgroup (32, SIMDGROUPS, 1).
 //
 // REGISTERS (estimate, 32-bit): 2 * D / 32 sums, then 2 * DIMS_PER_LANE, and 12: 44; 76 for D > 512.

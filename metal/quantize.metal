@@ -10,9 +10,9 @@
 //   is a power of two, else two over the first and the last P dims, P the largest power of two below D. The diagonals
 //   carry the signs and the 1/sqrt(P).
 //
-// MAPPING. A lane owns DIMS_PER_LANE = 16 consecutive dims (32 if D > 512), whole words of every packing. LANES lanes (a power of
-//   two) share a vector, a simdgroup works on 32 / LANES vectors. Butterflies over less than DIMS_PER_LANE dims are in registers,
-//   the rest by shuffles. No threadgroup memory, no barrier.
+// MAPPING. A lane owns DIMS_PER_LANE = 16 consecutive dims (32 if D > 512), whole words of every packing. LANES lanes
+//   (a power of two) share a vector, a simdgroup works on 32 / LANES vectors. Butterflies over less than DIMS_PER_LANE
+//   dims happen in registers, the rest by shuffles. No threadgroup memory, no barrier.
 //
 // INPUTS  (side 0 = keys, side 1 = values; with one side the arguments of side 1 are never read)
 //   x0, x1        T [B, H, L, D], any strides
@@ -28,7 +28,7 @@
 // LAUNCH  grid (32, S0 + S1, 1) with S = ceil(B * H * L / VECTORS) simdgroups per side, VECTORS = 32 / LANES;
 //   threadgroup (32, n, 1), any n. Lengths are data: nothing is compiled again when L changes.
 //
-// REGISTERS (estimate, 32-bit): DIMS_PER_LANE values, DIMS_PER_LANE codes until they are packed, 7 midpoints, a few indices:
+// REGISTERS (estimate, 32 bits each): DIMS_PER_LANE values and codes, 7 midpoints, a few indices:
 //   16 + 16 + 7 + 10 = 49; 81 for D > 512.
 
 // Midpoints between neighbouring levels, positive half, in units of ||y|| / sqrt(D).

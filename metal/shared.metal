@@ -114,7 +114,7 @@ METAL_FUNC void tq_unit_levels(const thread uint *w, uint b, thread half2 *y) {
   }
 }
 
-// Hadamard transform (not normalised) of the dims START .. START + P - 1 of vectors that lie DIMS_PER_LANE dims per lane.
+// Hadamard transform (not normalised) of the dims START .. START + P - 1 of vectors; a lane has DIMS_PER_LANE dims.
 template <int D, int DIMS_PER_LANE, int LANES, int START, int P>
 METAL_FUNC void tq_hadamard(thread float *y, int lane, int t) {
   constexpr bool ALL = P == D && LANES * DIMS_PER_LANE == D;  // every lane takes part
@@ -142,7 +142,8 @@ METAL_FUNC void tq_hadamard(thread float *y, int lane, int t) {
 }
 
 // ---- the output of one row of queries (attend.metal with one launch, merge.metal)
-// Lanes t = 0 .. LANES - 1 hold DIMS_PER_LANE dims each of the sums of packed values (rotated, without UNIT) and of exact ones.
+// Lanes t = 0 .. LANES - 1 hold DIMS_PER_LANE dims each of the sums of packed values (rotated, without UNIT) and of
+// exact ones.
 // mean: of the packed values, rotated; packed_sum: the sum of their weights.
 template <int BITS, int D, bool MEAN, class T>
 METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, float sum, float packed_sum,
@@ -151,7 +152,7 @@ METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, floa
   typedef Row<4, D> R;
   constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, P = tq_power_of_two_from(D / 2 + 1);
   if (MEAN) {
-    float weight = packed_sum * (1.0f / Levels < BITS ? BITS : 4 > ::UNIT);
+    float weight = packed_sum * (1.0f / Levels<(BITS ? BITS : 4)>::UNIT);
     TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
       if (R::has(t, i)) rotated[i] = fma(weight, float(mean[t * DIMS_PER_LANE + i]), rotated[i]);
     }
@@ -170,7 +171,7 @@ METAL_FUNC void tq_finish(thread float *rotated, const thread float *exact, floa
     int d = t * DIMS_PER_LANE + i;
     if (live && R::has(t, i)) {
       float y = exact[i];
-      if (BITS) y = fma(diag[d] * Levels < BITS ? BITS : 4 > ::UNIT, rotated[i], y);
+      if (BITS) y = fma(diag[d] * Levels<(BITS ? BITS : 4)>::UNIT, rotated[i], y);
       out[d] = T(y * inverse);
     }
   }

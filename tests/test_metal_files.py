@@ -21,7 +21,7 @@ def test_a_file_includes_nothing_and_states_its_layout_and_launch(name):
     header = text[:text.index("\n\n")]
     assert all(line.startswith("//") for line in header.splitlines() if line)
     if name != "shared":
-        assert all(word in header for word in ("INPUTS", "OUTPUTS", "TEMPLATE", "LAUNCH", "MAPPING"))
+        assert all(word in header for word in ("INPUTS", "OUTPUT", "TEMPLATE", "LAUNCH", "MAPPING"))
         assert text.count(kernels.BODY_MARKER) == 1
 
 
