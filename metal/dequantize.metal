@@ -79,11 +79,16 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
     }
     tq_hadamard<D, DIMS_PER_LANE, LANES, 0, P>(y, lane, t);
   }
-  TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
+  TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i += 4) {  // four at a time: neighbouring lanes write whole sectors
     int d = t * DIMS_PER_LANE + i;
     if (live && R::has(t, i)) {
-      if (ROTATE) y[i] = MEAN ? fma(diag[d], y[i], mean[head * D + d]) : diag[d] * y[i];
-      x[(long)vector * D + d] = T(y[i]);
+      float4 v = float4(y[i], y[i + 1], y[i + 2], y[i + 3]);
+      if (ROTATE) {
+        float4 a = *(const device float4 *)(diag + d);
+        float4 c = MEAN ? *(const device float4 *)(mean + head * D + d) : float4(0, 0, 0, 0);
+        v = float4(fma(a.x, v.x, c.x), fma(a.y, v.y, c.y), fma(a.z, v.z, c.z), fma(a.w, v.w, c.w));
+      }
+      *(device vec<T, 4> *)(x + (long)vector * D + d) = vec<T, 4>(T(v.x), T(v.y), T(v.z), T(v.w));
     }
   }
 }
