@@ -6,7 +6,7 @@ import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
-from attend_cases import expected, make_case
+from attend_cases import check_spoiled, expected, make_case
 from conftest import SIMULATED, to_numpy
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -143,6 +143,29 @@ def test_rows_may_end_anywhere():
             want = check(case, mask=mask, ends=ends)
         check(case, mask="causal", ends=ends, starts=mx.array([0, 5, 50, 100, 120], mx.int32))
     assert want[0].any() and not check(case, ends=mx.zeros(8, mx.int32)).any()
+
+
+def check_spoiled_launches(options, most):
+    """Launches as in the test against the oracle, which has compiled them."""
+    i = COMBINATIONS.index(options)
+    backend = (TWO, ONE)[i % 2]
+    check_spoiled(make_case(**{"rng_seed": i, **options}), lambda case, **given: backend.attend(
+        case.queries, case.keys, case.values, case.counts, scale=case.scale, **given), most, rows=True)
+
+
+def with_ids(combinations):
+    return pytest.mark.parametrize("options", combinations, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+
+
+@with_ids([COMBINATIONS[i] for i in (3, 5, 11, 12)])
+def test_a_token_that_is_not_finite_spoils_the_queries_that_see_it_and_no_others(options):
+    check_spoiled_launches(options, 3)
+
+
+@pytest.mark.slow
+@with_ids(COMBINATIONS)
+def test_whatever_token_is_not_finite_spoils_the_queries_that_see_it_and_no_others(options):
+    check_spoiled_launches(options, 12)
 
 
 @pytest.mark.parametrize("options", [dict(G=2), dict(G=1, L=16, B=1), dict(G=3, L=4, bits=(8, 0))], ids=str)
