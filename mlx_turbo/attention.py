@@ -48,7 +48,8 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
     backend, keys, values = get_backend(backend), view.keys, view.values
     options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed)
     if backend.why_not_fused((keys.bits, head_dim), (values.bits, values.head_dim), queries.shape[2]):
-        return tiled_attention(queries, keys, values, view.counts, backend.read_rows, **options)
+        return tiled_attention(queries, keys, values, view.counts, backend.read_rows, ahead=backend.tiles_ahead,
+                               **options)
     return backend.attend(queries, keys, values, view.counts, **options)
 
 
@@ -62,7 +63,7 @@ def _mask_dead(mask, view, n_queries):
     if isinstance(mask, str):
         return alive & (columns <= mx.arange(n_tokens - n_queries, n_tokens)[:, None])
     mask = mx.broadcast_to(mask, (*mask.shape[:-1], n_tokens - view.dead))
-    dead = False if mask.dtype == mx.bool_ else mx.finfo(mask.dtype).min
+    dead = False if mask.dtype == mx.bool_ else -float("inf")
     dead = mx.full((*mask.shape[:-1], view.dead), dead, mask.dtype)
     return mx.concatenate([mask[..., :n_sink], dead, mask[..., n_sink:]], axis=-1)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import auto
 from .cache import (KVView, LazyKV, TurboKVCache, _first, _make_sides, _read_config, _read_header,
-                    _restore, _Unread, _write)
+                    _restore, _Unread, _write, which_are_centred)
 from .kernels import CachedSide
 
 BATCH_MAGIC = 0x54554B42  # "TUKB"
@@ -169,6 +169,12 @@ class BatchTurboKVCache(TurboKVCache):
             rows.append((n_sink, n_packed, n_recent if n_packed else n_recent - n_sink))
         return rows
 
+    def _columns_of_rows(self):
+        columns = *self._columns(self._n_packed), self._n_columns
+        ends = [(self._sinks(n_packed) + n_packed, sum(columns) - n_recent)
+                for n_packed, n_recent in zip(self._n_packed, self._n_recent)]
+        return columns, [np.r_[:front, back:sum(columns)] for front, back in ends]
+
     # ---- update ----------------------------------------------------------------------------------------------
     def _plan(self, n_new):
         config = self.config
@@ -291,7 +297,7 @@ class BatchTurboKVCache(TurboKVCache):
         """Quantize n_pack[b] tokens of each row b, the oldest but sinks of the n_exact[b] that end at token ends[b] of
         `tails`. Rows in the same situation are quantized together. Raises before anything is changed."""
         self._unread.forget()
-        groups, done = {}, []
+        groups, begun, done = {}, [], []
         for b, n in enumerate(n_pack):
             if n:
                 situation = n, n_exact[b], ends[b], self._n_packed[b], *(c[b] for c in self._centred)
@@ -303,11 +309,14 @@ class BatchTurboKVCache(TurboKVCache):
                 mine.bits = side.bits
                 mine.means = _rows(side.means, rows) if yes and n_packed else None
             exact = [_rows(tail, rows)[:, :, end - exact:end] for tail in tails]
-            means = like._means([x[:, :, sinks:] for x in exact], n)
+            begun.append((rows, n, sinks, exact, like, like._new_means([x[:, :, sinks:] for x in exact], n)))
+        decided = which_are_centred([group[-2:] for group in begun])
+        for (rows, n, sinks, exact, like, new), centred in zip(begun, decided):
+            means = like._means(new, centred)
             packed = like._quantize([x[:, :, sinks:sinks + n] for x in exact], means)
-            done.append((rows, n, sinks, exact, means, packed))
+            done.append((rows, n, sinks, exact, means, packed, centred))
         self._n_recent = list(n_exact)
-        for rows, n, sinks, exact, means, packed in done:
+        for rows, n, sinks, exact, means, packed, centred in done:
             at = self._n_packed[rows[0]]
             for i, (side, x, mean, (codes, scale)) in enumerate(zip(self._sides, exact, means, packed)):
                 if sinks:
@@ -320,7 +329,7 @@ class BatchTurboKVCache(TurboKVCache):
                     mean = mean[:, :, :-(-(at + n) // side.segment)]
                     step = max(self.step // side.segment, 1)
                     side.means = _write_rows(side.means, self._n_rows, rows, 0, mean, step)
-                    yes = [self._centred[i][rows[0]]] * len(rows) if at else (mean != 0).any((1, 2, 3)).tolist()
+                    yes = [self._centred[i][rows[0]]] * len(rows) if at else centred[i]
                 for b, has in zip(rows, yes):
                     self._centred[i][b] = has
                     if not at and not has and side.means is not None:

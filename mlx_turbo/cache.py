@@ -11,10 +11,11 @@ import warnings
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from . import auto, centring, ops
 from .kernels import CachedSide
-from .ops import QuantizeSide, check_vectors, get_backend, require_finite
+from .ops import QuantizeSide, check_vectors, get_backend
 from .scheme import BITS, SCALES, Scheme, TurboConfig, words_per_row
 
 MAGIC, FORMAT_VERSION = 0x54554B56, 2  # "TUKV"
@@ -169,6 +170,14 @@ class _Unread:
         return {i: x[:, :, self.n_packed - n:] for i, x in self.packed.items()}  # a window lost its first ones
 
 
+def which_are_centred(caches):
+    """Of [(cache, its `_new_means`)], for each {side: whether any head of a row is centred, by row}. Those that have not
+    packed yet decide it here, all at once: the only time, but for auto's, that a sequence waits for its tokens."""
+    fresh = [new for cache, new in caches if not cache.n_packed]
+    decided = iter(centring.rows_worth_it([use for new in fresh for _, use in new.values()]))
+    return [{i: [True] if cache.n_packed else next(decided) for i in new} for cache, new in caches]
+
+
 class TurboKVCache:
     """A KV cache of one layer, in the place of mlx_lm.models.cache.KVCache.
 
@@ -205,8 +214,12 @@ class TurboKVCache:
 
         The older tokens come as lazy arrays: dequantizing costs nothing unless they are read.
 
-        Raises TypeError or ValueError, with the cache unchanged, for wrong shapes, dtypes or head dims, for a batch,
-        number of heads, head_dim or dtype other than before, and when NaN or infinity would be packed.
+        A token that is not finite, or too large for a float16 scale once it is packed, does what it does in mlx-lm's
+        cache: queries that see it get nothing finite, other rows and heads do not notice. `report` tells of it; nothing
+        is waited for to find it.
+
+        Raises TypeError or ValueError, with the cache unchanged, for wrong shapes, dtypes or head dims, and for a batch,
+        number of heads, head_dim or dtype other than before.
         """
         self._check(keys, values)
         new, n_new = (keys, values), keys.shape[2]
@@ -252,7 +265,8 @@ class TurboKVCache:
         keep those in new recent buffers. Raises before anything is changed."""
         self._unread.forget()
         n_pack = tails[0].shape[2] - self.config.recent
-        means = self._means(tails, n_pack)
+        new = self._new_means(tails, n_pack)
+        means = self._means(new, *which_are_centred([(self, new)]))
         packed = self._quantize([tail[:, :, :n_pack] for tail in tails], means)
         for side, tail, mean, (codes, scale) in zip(self._sides, tails, means, packed):
             side.means = mean
@@ -285,30 +299,32 @@ class TurboKVCache:
             raise ValueError(f"values: got {tuple(values.shape)}, expected [batch, n_kv_heads, tokens] as keys "
                              f"{tuple(keys.shape)}")
 
-    def _means(self, tails, n_pack):
-        """The means of each side (None: not centred) once the first n_pack of `tails` are packed.
+    def _new_means(self, tails, n_pack):
+        """{side: (means of the segments that the first n_pack of `tails` begin [B, H, S, D], which rows and heads are
+        centred [B, H, 1, 1])}, lazily.
 
         Whether a row and head is centred is decided when its first tokens are packed, from all that are at hand; a
         segment's mean when its first token is packed.
         """
-        if not self.config.centre or self.n_packed and all(side.means is None for side in self._sides):
-            return [None, None]
-        means, seen = [side.means for side in self._sides], {}
-        n_had, n = ([-(-n_tokens // side.segment) for side in self._sides]
-                    for n_tokens in (self.n_packed, self.n_packed + n_pack))
+        new = {}
         for i, side in enumerate(self._sides):
-            if side.bits and n[i] > n_had[i] and (means[i] is not None or not self.n_packed):
-                seen[i] = centring.summarize(tails[i], self.n_packed, side.segment)
-        if self.n_packed:
-            use = {i: (means[i][:, :, :1] != 0).any(-1, keepdims=True) for i in seen}
-        else:
-            use = {i: centring.worth_it(*summary) for i, summary in seen.items()}
-            wanted = mx.stack([u.any() for u in use.values()]).tolist() if use else []
-            means, seen = [None, None], {i: summary for (i, summary), yes in zip(seen.items(), wanted) if yes}
-        for i, (new, _, _) in seen.items():
-            begun = 1 if self.n_packed % self._sides[i].segment else 0
-            new = centring.stored(new[:, :, begun:][:, :, :n[i] - n_had[i]], use[i], self.config.seed)
-            means[i] = _write(means[i], n_had[i], new, max(self.step // self._sides[i].segment, 1))
+            n_had, n = (-(-n_tokens // side.segment) for n_tokens in (self.n_packed, self.n_packed + n_pack))
+            if not self.config.centre or not side.bits or n == n_had or self.n_packed and side.means is None:
+                continue
+            summary = centring.summarize(tails[i], self.n_packed, side.segment)
+            begun = 1 if self.n_packed % side.segment else 0
+            use = (side.means[:, :, :1] != 0).any(-1, keepdims=True) if self.n_packed else centring.worth_it(*summary)
+            new[i] = summary[0][:, :, begun:][:, :, :n - n_had], use
+        return new
+
+    def _means(self, new, centred):
+        """The means of each side (None: not centred) with those of `_new_means` and `which_are_centred`."""
+        means = [side.means if self.n_packed else None for side in self._sides]
+        for i, (segments, use) in new.items():
+            if any(centred[i]):
+                segment = self._sides[i].segment
+                segments = centring.stored(segments, use, self.config.seed)
+                means[i] = _write(means[i], -(-self.n_packed // segment), segments, max(self.step // segment, 1))
         return means
 
     def _quantize(self, tails, means):
@@ -324,9 +340,6 @@ class TurboKVCache:
                                   None if means[i] is None else centring.plain(means[i], seed)) for i in together]
             for i, result in zip(together, ops.quantize_sides(sides, seed, scale=self.config.scale)):
                 out[i] = result
-        quantized = [i for i in (0, 1) if out[i][1] is not None]
-        if quantized:
-            require_finite([out[i][1] for i in quantized], [("keys", "values")[i] for i in quantized])
         return out
 
     def _quantize_by_segment(self, x, side, means):
@@ -479,11 +492,34 @@ class TurboKVCache:
         """The same, of the tokens that a query sees."""
         return self._counts()
 
+    def _columns_of_rows(self):
+        """(n_sink, n_packed, n_recent) columns of the buffers, and of each row the columns with its tokens, in order."""
+        counts = self.n_sink, self.n_packed, self.n_recent
+        n_rows = 1 if self.empty() else self._sides[0].recent.shape[0]
+        return counts, [np.arange(sum(counts))] * n_rows
+
+    def not_finite(self):
+        """{"keys": [tokens of row 0, ...], "values": [...]}: how many tokens a query sees that are not finite, or were
+        too large for a float16 scale when they were packed, in some head. Looked up in what is stored, and so it costs
+        nothing until somebody asks; this waits for the tokens to be computed."""
+        columns, rows = self._columns_of_rows()
+        seen, found = self._seen_counts(), {}
+        for name, side in zip(("keys", "values"), self._sides):
+            buffers = side.sink, side.codes if side.scale is None else side.scale, side.recent
+            bad = [(~mx.isfinite(a[:, :, :n])).any((1, 3)) for a, n in zip(buffers, columns) if n]
+            bad = np.array(mx.concatenate(bad, axis=1)) if bad else np.zeros((len(rows), 0), bool)
+            found[name] = []
+            for b, row in enumerate(rows):
+                n_sink, *others = seen[b % len(seen)]
+                found[name].append(int(bad[b, row[:n_sink]].sum() + bad[b, row[len(row) - sum(others):]].sum()))
+        return found
+
     def report(self):
         """What the cache holds, as a dict of plain values: scheme (as it is, auto's choice included); tokens, of which
         sink, packed and recent; nbytes; uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would
         hold); packed_bits_per_value (of keys and values, from the arrays themselves); centred (sides with means);
-        auto (None, or how the bits were chosen); backend; attention ("fused", or why a decode step is not)."""
+        not_finite (tokens, by side and row, see there: this waits for them to be computed); auto (None, or how the bits
+        were chosen); backend; attention ("fused", or why a decode step is not)."""
         values = packed_bits = uncompressed = 0
         n_tokens = [sum(counts) for counts in self._seen_counts()]
         n_sink, n_packed, n_recent = map(sum, zip(*self._seen_counts()))
@@ -500,7 +536,7 @@ class TurboKVCache:
                 "packed": n_packed, "recent": n_recent, "nbytes": self.nbytes, "uncompressed_nbytes": uncompressed,
                 "packed_bits_per_value": packed_bits / values if values else 0.0,
                 "centred": [name for name, side in zip(("keys", "values"), self._sides) if side.means is not None],
-                "auto": self._auto_report(), "backend": get_backend().describe(),
+                "not_finite": self.not_finite(), "auto": self._auto_report(), "backend": get_backend().describe(),
                 "attention": self._attention()}
 
     def _uncompressed_capacity(self, n_tokens):

@@ -149,8 +149,8 @@ def _quantize(x, bits, mean, seed, rule):
     else:
         scale = sigma if rule == "norm" else sigma * mx.sqrt(x.shape[-1] / energy)
     # a vector of zeros has no dot product; 8-bit codes are all 0 if sigma is 0 or infinite
-    scale = mx.where(dot > 0 if rule == "inner-product" else energy > 0, scale, sigma)
-    return pack(codes, bits), scale.astype(mx.float16)
+    scale = mx.where(dot > 0 if rule == "inner-product" else energy > 0, scale, sigma).astype(mx.float16)
+    return pack(codes, bits), scale + (scale - scale)  # infinity: NaN
 
 
 SLICE_VALUES = 1 << 18  # quantized at a time: a prompt chunk's float32 intermediates would be 18 times the chunk
@@ -195,13 +195,15 @@ def _tiles(counts, n_rows, max_tile, logit_bytes):
     return [(spans, list(itertools.accumulate(n for _, _, n, _ in spans))[:-1]) for spans in tiles]
 
 
-def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=None, sinks=None, seed=0):
+def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=None, sinks=None, seed=0, ahead=0):
     """Attention over a cache, tile by tile, float32 inside: as MetalBackend.attend, for any L.
 
     `read_rows(side, first, n)` gives the packed rows of tokens first .. first + n - 1 in rotated space: (rows float32
     [B, H, n, S], scale [B, H, n, 1] or None, the bits of `slot_dims` if the S numbers are in that order or None if they
     are the dims). Rows are never un-rotated, and only a tile of them is restored at a time, merged by log-sum-exp
-    with what came before: no more memory is taken than 5 * LOGIT_BYTES and 6 times a float32 tile of both sides.
+    with what came before: no more memory is taken than 5 * LOGIT_BYTES and 6 times a float32 tile of both sides. That
+    is with ahead = 0, which waits for each tile; with ahead = 1 a tile is computed while the next is prepared, so that a
+    GPU never runs dry, in twice the memory.
 
     Raises ValueError for values with more than one mean: that would need the weight of every segment.
     """
@@ -213,7 +215,9 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
     rows = B, H, n_heads // H * L
     q = (queries.astype(mx.float32) * scale).reshape(*rows, -1)
     q_packed = q_rotated = value_order = None
+    n_seen = 0  # by every query, of the first tokens
     if isinstance(mask, str):
+        n_seen = n_tokens - L + 1
         mask = None if L == 1 else mx.arange(n_tokens) <= mx.arange(n_tokens - L, n_tokens)[:, None]
     if mask is not None:
         mask = mx.broadcast_to(mask, (B, n_heads, L, n_tokens)).reshape(*rows, n_tokens)
@@ -246,24 +250,31 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
         else:
             if mask is not None:
                 x = _join([mask[..., column:column + n] for _, _, n, column in spans])
-                logits = mx.where(x, logits, DEAD) if mask.dtype == mx.bool_ else mx.maximum(logits + x, DEAD)
+                logits = mx.where(x, logits, DEAD) if mask.dtype == mx.bool_ else mx.where(x > DEAD, logits + x, DEAD)
             highest = logits.max(-1, keepdims=True)
             if mask is not None:
                 highest = mx.maximum(highest, DEAD / 2)  # the weight of a masked token is 0 also in a row of such
             top = highest if top is None else mx.maximum(top, highest)
             weights = mx.exp(logits - top)
             sums = [weights.sum(-1, keepdims=True), 0, 0, 0]
-        for (part, first, n, _), w in zip(spans, mx.split(weights, splits, axis=-1) if splits else [weights]):
-            if part != "codes" or not values.bits:
-                sums[2] = _plus(sums[2], w @ _exact(values, part, first, n))
+        for (part, first, n, column), w in zip(spans, mx.split(weights, splits, axis=-1) if splits else [weights]):
+            packed = part == "codes" and values.bits
+            if packed:
+                v, gamma, value_order = read_rows(values, first, n)
+            else:
+                v, gamma = _exact(values, part, first, n), None
+            if mask is not None and column + n > n_seen:
+                v, gamma, spoiled = _without_nan(v, gamma, w)
+                sums[0] = sums[0] + spoiled
+            if not packed:
+                sums[2] = _plus(sums[2], w @ v)
                 continue
-            v, gamma, value_order = read_rows(values, first, n)
             sums[3] = _plus(sums[3], (w if gamma is None else w * gamma.swapaxes(-1, -2)) @ v)
             if values.means is not None:
                 sums[1] = _plus(sums[1], w.sum(-1, keepdims=True))
         return top, sums
 
-    top, sums = sinks, None
+    top, sums, started = sinks, None, []
     for spans, splits in tiles:
         before = top
         top, new = attend_tile(spans, splits, top)
@@ -271,8 +282,11 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
             fade = mx.exp(before - top)
             new = [a * fade + b for a, b in zip(sums, new)]
         sums = new
-        if len(tiles) > 1:
-            mx.eval(top, [a for a in sums if isinstance(a, mx.array)])  # or MLX would work on many tiles at a time
+        if len(tiles) > 1:  # or MLX would work on many tiles at a time
+            started.append([top, *(a for a in sums if isinstance(a, mx.array))])
+            mx.async_eval(started[-1])
+            if len(started) > ahead:
+                mx.eval(started.pop(0))
     total, packed_weight, out, rotated = sums
     if values.bits and n_packed:
         out = _plus(out, rotated @ _rotation(values.head_dim, seed, value_order)[1])
@@ -282,7 +296,7 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
         if sinks is not None:
             total = total + mx.exp(sinks - top)
         if mask is not None:
-            total = mx.where(total > 0, total, 1)  # a row that attends to nothing gives 0
+            total = mx.where(total == 0, 1, total)  # a row that attends to nothing gives 0
         out = out / total
     return out.reshape(B, n_heads, L, -1).astype(queries.dtype)
 
@@ -293,6 +307,14 @@ def _join(arrays):
 
 def _plus(a, b):
     return b if isinstance(a, int) else a + b
+
+
+def _without_nan(v, gamma, weights):
+    """Values [..., n, S], or else their scales [..., n, 1], with 0 where they are not finite, as 0 * NaN is NaN; and NaN
+    for each row of weights [..., n] that such a token has a part in, else 0."""
+    finite = mx.isfinite(v).all(-1, keepdims=True) if gamma is None else mx.isfinite(gamma)
+    spoiled = mx.where(weights @ (~finite).astype(mx.float32) > 0, mx.nan, 0)
+    return (mx.where(finite, v, 0), None, spoiled) if gamma is None else (v, mx.where(finite, gamma, 0), spoiled)
 
 
 def _mean_logits(q, side, first, n):
@@ -328,7 +350,7 @@ def _rotation(head_dim, seed, bits):
 class CpuBackend:
     """MLX operations instead of kernels: for machines without Metal, and for those who ask for it."""
 
-    name = "cpu"
+    name, tiles_ahead = "cpu", 0
 
     def describe(self):
         """What runs, for people: the backend, the device MLX uses, and the chip."""

@@ -298,7 +298,7 @@ def _grid(n_vectors, head_dims):
 class MetalBackend:
     """The kernels in metal/, launched through `metal_kernel` (mx.fast.metal_kernel, or a simulator of it)."""
 
-    name = "metal"
+    name, tiles_ahead = "metal", 1  # of tiled_attention
 
     def __init__(self, metal_kernel=None):
         self._metal_kernel = metal_kernel or metal_kernel_of(mx)

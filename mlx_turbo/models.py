@@ -178,13 +178,16 @@ def reports(prompt_cache):
 
 
 def describe(prompt_cache):
-    """One line on a prompt cache: how many layers are compressed, and what else they hold and why."""
-    kept, compressed, chosen, by, undecided = {}, set(), {}, set(), set()
+    """One line on a prompt cache: how many layers are compressed, what else they hold and why, and which hold tokens
+    that are not finite. Waits for the tokens to be computed."""
+    kept, compressed, chosen, by, undecided, not_finite = {}, set(), {}, set(), set(), {}
     for i, cache, report, why in reports(prompt_cache):
         if report is None:
             kept[type(cache).__name__, why] = kept.get((type(cache).__name__, why), 0) + 1
             continue
         compressed.add(i)
+        if any(bad := [sum(by_row) for by_row in report["not_finite"].values()]):
+            not_finite[i] = bad
         if report["auto"] and report["auto"]["undecided"]:
             undecided.add(i)
         elif report["auto"]:
@@ -206,4 +209,8 @@ def describe(prompt_cache):
         texts[0] += " layers"
         texts[1:] = [f"{t} ({', '.join(map(str, sorted(chosen[bits])))})" for t, bits in zip(texts[1:], raised[1:])]
         text += f"; auto: keys {', '.join(texts)}, chosen by {' and '.join(sorted(filter(None, by))) or 'another process'}"
+    if not_finite:
+        keys, values = map(max, zip(*not_finite.values()))
+        layers = ", ".join(map(str, not_finite))
+        text += f"; NOT FINITE in {len(not_finite)} layers ({layers}): keys of {keys} tokens at most, values of {values}"
     return text

@@ -93,7 +93,7 @@ def _check_mean(mean, batch, head_dim):
 
 def quantize_sides(sides, seed=0, backend=None, scale=SCALES[0]):
     """Quantize one or two `QuantizeSide` of equal [B, H, L] and dtype in one launch, lazily; only the scale's rule is
-    checked."""
+    checked. A vector that is not finite, or too large for a float16 scale, gets a scale of NaN."""
     if scale not in SCALES:
         raise ValueError(f"scale: got {scale!r}, allowed are {SCALES}")
     if 0 in sides[0].x.shape[:3]:
@@ -123,20 +123,10 @@ def quantize(x, bits=4, *, mean=None, seed=0, backend=None, scale=SCALES[0]):
     _check_bits(bits)
     _check_mean(mean, x.shape[:2], x.shape[-1])
     (codes, scales), = quantize_sides([QuantizeSide(x, bits, mean)], seed, backend, scale)
-    require_finite([scales], ["x"])
+    if not mx.isfinite(scales).all().item():
+        raise ValueError("x: has NaN, infinity or a vector with a root mean square beyond 65504 (float16), allowed are "
+                         "finite numbers")
     return codes, scales
-
-
-def require_finite(scales, names):
-    """Raise ValueError naming the arrays whose quantization has a scale that is not finite (one evaluation).
-
-    A vector with NaN or infinity gets a scale of NaN, one too large for float16 a scale of infinity.
-    """
-    finite = mx.stack([mx.isfinite(scale).all() for scale in scales]).tolist()
-    bad = [name for name, ok in zip(names, finite) if not ok]
-    if bad:
-        raise ValueError(f"{' and '.join(bad)}: has NaN, infinity or a vector with a root mean square beyond 65504 "
-                         "(float16), allowed are finite numbers; nothing was stored")
 
 
 def dequantize(codes, scale, bits=4, *, head_dim, mean=None, seed=0, dtype=mx.float32, backend=None):

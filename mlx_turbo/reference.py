@@ -145,7 +145,8 @@ def attention(queries, keys, values, *, scale, mask=None, sinks=None):
     the N tokens), boolean (True = attend) or additive, broadcast to [B, n_heads, L, N]. sinks: [n_heads], a
     logit per head that takes weight and gives no value (gpt-oss).
 
-    Returns [B, n_heads, L, D of values]. A row that attends to nothing gives 0.
+    Returns [B, n_heads, L, D of values]. A row that attends to nothing gives 0, one that attends to a token that is not
+    finite NaN; a token that a row does not see is nothing to it, finite or not.
     """
     keys, values = (dequantize(a) if isinstance(a, Quantized) else np.asarray(a, np.float64) for a in (keys, values))
     queries = np.asarray(queries, np.float64)
@@ -161,7 +162,8 @@ def attention(queries, keys, values, *, scale, mask=None, sinks=None):
         mask = np.arange(n_keys) <= np.arange(n_keys - n_queries, n_keys)[:, None]
     if mask is not None:
         mask = np.asarray(mask)
-        logits = np.where(mask, logits, -np.inf) if mask.dtype == bool else logits + mask
+        seen = mask if mask.dtype == bool else mask > -np.inf
+        logits = np.where(seen, logits if mask.dtype == bool else logits + mask, -np.inf)
     top = logits.max(-1, keepdims=True)
     if sinks is not None:
         sinks = np.asarray(sinks, np.float64).reshape(-1, 1, 1)
@@ -170,7 +172,10 @@ def attention(queries, keys, values, *, scale, mask=None, sinks=None):
     total = weights.sum(-1, keepdims=True)
     if sinks is not None:
         total = total + np.exp(sinks - top)
-    return np.divide(weights @ values, total, out=np.zeros((*logits.shape[:-1], values.shape[-1])), where=total > 0)
+    finite = np.isfinite(values).all(-1, keepdims=True)  # 0 * NaN is NaN: of a token that a row does not see too
+    spoiled = weights @ ~finite > 0
+    out = np.where(spoiled, np.nan, weights @ np.where(finite, values, 0))
+    return np.divide(out, total, out=np.zeros_like(out), where=total != 0)
 
 
 # ---- the paper's inner-product variant -----------------------------------------------------------------------

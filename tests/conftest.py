@@ -38,6 +38,7 @@ class OracleBackend:
                 q = reference.quantize(np.where(finite, x, 0), side.bits, rotation=seed, mean=mean,
                                        scale=scale, scale_dtype=np.float64)
                 scales = np.where(finite, q.scale[..., None], np.nan).astype(np.float16)
+            scales = np.where(np.isfinite(scales), scales, np.float16(np.nan))
             outs.append((mx.array(q.packed()), mx.array(scales)))
         return outs
 
@@ -48,7 +49,8 @@ class OracleBackend:
             codes = reference.unpack(codes, side.bits, side.head_dim)
             q = reference.Quantized(codes, scale[..., 0].astype(np.float64), None, side.bits, seed, None,
                                     None if side.mean is None else np.array(side.mean))
-            outs.append(mx.array(reference.dequantize(q).astype(np.float32)).astype(dtype))
+            with np.errstate(invalid="ignore"):  # of vectors that are not finite
+                outs.append(mx.array(reference.dequantize(q).astype(np.float32)).astype(dtype))
         return outs
 
     def why_not_fused(self, keys, values, n_query_tokens):
@@ -71,8 +73,9 @@ class OracleBackend:
                                             for a, n in parts if n], axis=2))
         if mask is not None and not isinstance(mask, str):
             mask = np.array(mask) if mask.dtype == mx.bool_ else to_numpy(mask)
-        out = reference.attention(to_numpy(queries), *restored, scale=scale, mask=mask,
-                                  sinks=None if sinks is None else to_numpy(sinks))
+        with np.errstate(invalid="ignore"):
+            out = reference.attention(to_numpy(queries), *restored, scale=scale, mask=mask,
+                                      sinks=None if sinks is None else to_numpy(sinks))
         return mx.array(out.astype(np.float32)).astype(queries.dtype)
 
 

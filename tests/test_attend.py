@@ -6,7 +6,7 @@ import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
-from attend_cases import expected, make_case
+from attend_cases import check_spoiled, expected, make_case
 from conftest import SIMULATED, to_numpy
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -123,6 +123,29 @@ def test_attention_sinks_take_weight_and_give_no_value(dtype):
     sinks = mx.array([0.5, -300, 30, 3, 1, 2, 0, -1, 4]).astype(dtype)  # 30: beyond every logit, -300: weighs nothing
     check(make_case(dims=(64, 64), G=3, Hkv=3, L=2), mask="causal", sinks=sinks)
     check(make_case(dims=(64, 64), G=2, means=True), sinks=sinks[:2])  # fewer than 8: in constant memory
+
+
+def check_spoiled_launches(options, most):
+    """Launches as in the test against the oracle, which has compiled them."""
+    i = COMBINATIONS.index(options)
+    backend = (TWO, ONE)[i % 2]
+    check_spoiled(make_case(**{"rng_seed": i, **options}), lambda case, mask: backend.attend(
+        case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask), most)
+
+
+def with_ids(combinations):
+    return pytest.mark.parametrize("options", combinations, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+
+
+@with_ids([COMBINATIONS[i] for i in (3, 5, 11, 12)])
+def test_a_token_that_is_not_finite_spoils_the_queries_that_see_it_and_no_others(options):
+    check_spoiled_launches(options, 3)
+
+
+@pytest.mark.slow
+@with_ids(COMBINATIONS)
+def test_whatever_token_is_not_finite_spoils_the_queries_that_see_it_and_no_others(options):
+    check_spoiled_launches(options, 12)
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (3, 8), (0, 2), (8, 0)], ids=str)

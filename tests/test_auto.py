@@ -199,19 +199,6 @@ def test_a_copy_and_a_saved_cache_go_on_as_the_original(backend, decided):
         assert c.report()["scheme"] == "turbo8v4"
 
 
-@fast
-def test_not_finite_keys_are_refused_once_they_would_be_packed(backend):
-    keys, values = turning(400, 0)
-    keys[0, 0, 150, 3] = np.nan
-    cache = TurboKVCache("auto")
-    cache.update_and_fetch(keys, values)
-    with pytest.raises(ValueError, match="^keys: has NaN"):
-        cache.observe(queries_for(keys), 0.1)
-    with pytest.raises(ValueError, match="^keys: has NaN"):
-        cache.update_and_fetch(keys[:, :, :1], values[:, :, :1])
-    assert cache.offset == 400
-
-
 # ---- in a model -----------------------------------------------------------------------------------------------------
 @fast
 def test_the_first_chunk_is_attended_as_without_a_cache(backend, demo):

@@ -327,20 +327,6 @@ def test_what_does_not_belong_together_is_refused(backend):
 
 
 @fast
-def test_an_update_that_cannot_be_packed_leaves_the_tokens_as_they_were(backend):
-    rows = Rows(SMALL, 2)
-    rows.update([30, 5])
-    before = [state_of(c) for c in rows.alone]
-    keys, values = random_tokens(np.random.default_rng(0), 20, batch=2)
-    keys[1, 0, 3, 0] = float("nan")
-    with pytest.raises(ValueError, match="keys: has NaN"):
-        rows.batch.update_and_fetch(keys, values)
-    rows.check()
-    assert all(same(state_of(c), want) for c, want in zip(rows.alone, before))
-    rows.update([20, 20])
-
-
-@fast
 @pytest.mark.parametrize("dtype", [mx.float32, mx.int32], ids=str)
 @pytest.mark.parametrize("n", [1, 7])
 def test_rows_of_one_length_give_batchkvcache_s_arrays_to_the_bit(backend, n, dtype):
@@ -728,10 +714,7 @@ def test_every_family_that_mlx_lm_batches_is_batched_with_our_caches(backend, na
     elif cell == families.EQUAL_LENGTHS:
         assert not batch_error(model, theirs) < 1e-4
         assert batch_error(model, theirs, (33, 33)) < 1e-4 and batch_error(model, ours, (33, 33)) < 1e-4
-        try:
-            batch_error(model, ours)  # no exception where mlx-lm has none
-        except ValueError as e:  # of numbers that are none, which a padded plamo2 makes now and then
-            assert "has NaN" in str(e)
+        batch_error(model, ours)  # no exception where mlx-lm has none
     else:
         assert cell == "yes"
         assert batch_error(model, theirs) < 1e-4 and batch_error(model, ours) < 1e-4

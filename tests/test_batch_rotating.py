@@ -159,20 +159,6 @@ def test_windows_that_do_not_belong_together_are_refused(backend):
         BatchTurboKVCache.from_state(batch.state)
 
 
-@fast
-def test_an_update_that_cannot_be_packed_leaves_the_windows_tokens_as_they_were(backend):
-    rows = rows_of(2, config=TurboConfig("turbo4", 0, 4, 4, centre=False))
-    rows.update([60, 5])
-    keys, values = random_tokens(np.random.default_rng(0), 20, batch=2)
-    keys[1, 0, 3, 0] = float("nan")
-    with pytest.raises(ValueError, match="keys: has NaN"):
-        rows.batch.update_and_fetch(keys, values)
-    assert rows.batch.offset.tolist() == [60, 5]
-    for b, cache in enumerate(rows.alone):  # what is dead may be gone
-        assert same(*([to_numpy(x) for x in c.keys_and_values()] for c in (rows.batch.extract(b), settled(cache))))
-    rows.update([20, 20])
-
-
 # ---- memory ------------------------------------------------------------------------------------------------------
 @fast
 @pytest.mark.parametrize("bias", [0, 20])

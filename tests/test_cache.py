@@ -543,11 +543,6 @@ SPOILED = {
     "fewer tokens": (lambda x: x[:, :, 1:], ValueError, "values: got .* expected .*as keys"),
     "another batch size": (lambda x: mx.concatenate([x, x]), ValueError, "(values: got .* expected|{name}: batch size 2)"),
     "another number of heads": (lambda x: x[:, :1], ValueError, "(values: got .* expected|{name}: number of kv heads 1)"),
-    "NaN": (put(float("nan"), 7), ValueError, "^{name}: has NaN, infinity or"),
-    "infinity": (put(float("-inf"), 7), ValueError, "^{name}: has NaN, infinity or"),
-    "NaN in the last token packed": (put(float("nan"), 25), ValueError, "^{name}: has NaN"),
-    "1e30": (put(1e30, 7), ValueError, "^{name}: .* root mean square beyond 65504"),
-    "1e30 in bfloat16": (lambda x: put(1e30, 7)(x.astype(mx.bfloat16)), ValueError, "^{name}: .*(65504|dtype)"),
 }
 
 
@@ -567,13 +562,6 @@ def test_bad_tokens_are_refused_by_name_and_the_cache_stays_as_it_was(backend, n
 
 
 @fast
-def test_both_sides_are_named_when_both_are_bad(backend):
-    bad = map(put(float("nan"), 9), random_tokens(np.random.default_rng(1), 30))
-    with pytest.raises(ValueError, match="^keys and values: "):
-        TurboKVCache("turbo4", recent=4, block=4).update_and_fetch(*bad)
-
-
-@fast
 @pytest.mark.parametrize("what, spoil", [
     ("batch size 2", lambda x: mx.concatenate([x, x])), ("number of kv heads 4", lambda x: mx.concatenate([x, x], 1)),
     ("head_dim 64", lambda x: mx.concatenate([x, x], -1)), ("dtype mlx.core.float16", lambda x: x.astype(mx.float16))])
@@ -589,7 +577,7 @@ def test_tokens_of_another_kind_in_mid_stream_are_refused(backend, what, spoil):
 
 
 @fast
-def test_nan_in_exact_tokens_is_stored_as_given_until_it_would_be_packed(backend):
+def test_nan_in_exact_tokens_is_stored_as_given_until_its_vector_is_packed(backend):
     cache, rng = TurboKVCache("turbo4", sink=2, recent=4, block=4), np.random.default_rng(0)
     keys, values = random_tokens(rng, 8)
     keys, values = put(float("nan"), 0)(keys), put(float("inf"), 5)(values)  # a sink token, a recent one
@@ -599,12 +587,10 @@ def test_nan_in_exact_tokens_is_stored_as_given_until_it_would_be_packed(backend
         cache.trim(8)
     cache.update_and_fetch(keys, values)
     cache.update_and_fetch(*random_tokens(rng, 2))
-    before = snapshot(cache)
-    with pytest.raises(ValueError, match="^values: has NaN, infinity"):  # token 5 leaves the window
-        cache.update_and_fetch(*random_tokens(rng, 1))
-    assert same(snapshot(cache), before)
-    cache.trim(5)
-    cache.update_and_fetch(*random_tokens(rng, 30))  # without it, on we go
+    cache.update_and_fetch(*random_tokens(rng, 1))  # token 5 leaves the window
+    finite = [np.isfinite(to_numpy(x)) for x in cache.keys_and_values()]
+    assert np.argwhere(~finite[0].all(-1)).tolist() == [[0, 1, 0]]
+    assert np.argwhere(~finite[1].any(-1)).tolist() == np.argwhere(~finite[1].all(-1)).tolist() == [[0, 1, 5]]
 
 
 @fast

@@ -82,10 +82,13 @@ def test_scale_rules_do_what_their_names_say(backend, scale):
 
 @pytest.mark.parametrize("scale", reference.SCALES)
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-def test_no_scale_rule_stores_what_is_not_finite(backend, scale, bits, bad):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30, 8e5])
+def test_a_vector_that_is_not_finite_has_a_scale_of_nan_and_quantize_refuses_it(backend, scale, bits, bad):
+    """Not infinity: times a level of the wrong sign, that would make a key weigh nothing."""
     x = np.ones((1, 1, 3, 64), np.float32)
     x[0, 0, 1, 5] = bad
+    (_, scales), = ops.quantize_sides([QuantizeSide(mx.array(x), bits)], scale=scale)
+    assert np.isnan(to_numpy(scales)[0, 0, :, 0]).tolist() == [False, True, False]
     with pytest.raises(ValueError, match="^x: has NaN, infinity"):
         ops.quantize(mx.array(x), bits, scale=scale)
 

@@ -328,18 +328,6 @@ def test_what_auto_observes_of_a_window_taken_over_is_where_its_keys_are(backend
 
 # ---- the rest ----------------------------------------------------------------------------------------------------
 @FAST
-def test_what_cannot_be_packed_leaves_the_window_as_it_was(backend):
-    cache = RotatingTurboKVCache(16, 0, "turbo4", **SMALL)
-    for tokens, _ in steps([40, *[1] * 20]):
-        cache.update_and_fetch(*tokens)
-    before, fetched = cache.offset, [to_numpy(x) for x in cache.keys_and_values()]
-    (keys, values), _ = next(steps([30]))
-    with pytest.raises(ValueError, match="keys: has NaN"):
-        cache.update_and_fetch(keys * float("nan"), values)
-    assert cache.offset == before and same([to_numpy(x) for x in cache.keys_and_values()], fetched)
-
-
-@FAST
 def test_its_sink_is_what_the_window_keeps(backend):
     cache = RotatingTurboKVCache(512, 3, TurboConfig("auto", sink=7, recent=32))
     assert (cache.keep, cache.config.sink, cache.config.recent, cache.undecided) == (3, 3, 32, True)
