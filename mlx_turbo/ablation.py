@@ -3,6 +3,8 @@
 Their results are wrong by construction; only their time means anything. What a stage costs is the time of the whole
 kernel less that of the variant without it. The costs need not add up: a GPU overlaps reading and arithmetic.
 """
+import re
+
 from .kernels import BODY_MARKER, MetalBackend, attend_shape, metal_source
 
 _NO_CODEBOOK = [
@@ -15,7 +17,7 @@ _NO_VALUES = [("int n = min(TILE, end - t0);", "int n = 0;")]
 _NO_SOFTMAX = [
     ("top = simd_max(top);", ""),
     ("if (top > m) {", "if (false) {"),
-    ("float p = fast::exp2(s[i * H + h] - m);", "float p = s[i * H + h];"),
+    ("float p = fast::exp2(s[i * ROWS + h] - m);", "float p = s[i * ROWS + h];"),
 ]
 # Every word is read and enters the result through one operation.
 _BYTES_ONLY = _NO_SOFTMAX + [
@@ -33,26 +35,26 @@ _BYTES_ONLY = _NO_SOFTMAX + [
   }"""),
     ("struct Raw { half4 v[8]; };", """struct Raw { half4 v[8]; };
   template <int N> static METAL_FUNC float fold(const thread Raw &raw) { return float(raw.v[0].x); }"""),
-    ("  TQ_UNROLL for (int x = 0; x < N / 8; x++) {\n    float y[TPL][8];", """\
-  TQ_UNROLL for (int i = 0; i < TPL; i++) s[i * H] += KEYS::template fold<N>(raw[i]);
+    ("TQ_UNROLL for (int x = 0; x < N / 8; x++) { float y[TOKENS_PER_LANE][8];", """\
+  TQ_UNROLL for (int i = 0; i < TOKENS_PER_LANE; i++) s[i * ROWS] += KEYS::template fold<N>(raw[i]);
   TQ_UNROLL for (int x = 0; x < 0; x++) {
-    float y[TPL][8];"""),
-    ("    half2 z[E / 2];\n", """    uint words = 0;
+    float y[TOKENS_PER_LANE][8];"""),
+    ("half2 z[DIMS_PER_LANE / 2];", """uint words = 0;
     if (B == 3) {
-      TQ_UNROLL for (int i = 0; i < E / 16; i++) {
-        int t = u * (E / 16) + i;
+      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 16; i++) {
+        int t = u * (DIMS_PER_LANE / 16) + i;
         words ^= row[t] ^ row[R::UNITS + t / 2];
       }
     } else {
-      TQ_UNROLL for (int i = 0; i < (E * B + 31) / 32; i++) words ^= row[u * E * B / 32 + i];
+      TQ_UNROLL for (int i = 0; i < (DIMS_PER_LANE * B + 31) / 32; i++) words ^= row[u * DIMS_PER_LANE * B / 32 + i];
     }
-    TQ_UNROLL for (int i = 1; i < E; i++) y[i] = 0;
+    TQ_UNROLL for (int i = 1; i < DIMS_PER_LANE; i++) y[i] = 0;
     y[0] = float(words & 1u);
     return;
-    half2 z[E / 2];
+    half2 z[DIMS_PER_LANE / 2];
 """),
-    ("        TQ_UNROLL for (int d = 0; d < E; d++) out.acc[h][d] = fma(p[h], y[d], out.acc[h][d]);\n",
-     "        if (h == 0) out.acc[0][0] += y[0];\n"),
+    ("TQ_UNROLL for (int d = 0; d < DIMS_PER_LANE; d++) out.acc[h][d] = fma(p[h], y[d], out.acc[h][d]);",
+     "if (h == 0) out.acc[0][0] += y[0];"),
 ]
 _NOTHING = [("for (int t0 = begin; t0 < end; t0 += TILE) {", "for (int t0 = begin; t0 < begin; t0 += TILE) {")]
 
@@ -67,11 +69,13 @@ STAGES = {  # name: (what is left out or left, substitutions)
 
 
 def substitute(text, substitutions):
-    """`text` with each (old, new) replaced. Raises ValueError unless every `old` stands in it exactly once."""
+    """`text` with each (old, new) replaced, whatever the white space. Raises ValueError unless every `old` stands in it
+    exactly once."""
     for old, new in substitutions:
-        if text.count(old) != 1:
-            raise ValueError(f"attend.metal has {text.count(old)} times, and an ablation expects once: {old!r}")
-        text = text.replace(old, new)
+        pattern = re.compile(r"\s+".join(map(re.escape, old.split())))
+        if (found := len(pattern.findall(text))) != 1:
+            raise ValueError(f"attend.metal has {found} times, and an ablation expects once: {old!r}")
+        text = pattern.sub(lambda match: new, text)
     return text
 
 
@@ -108,7 +112,7 @@ class AblatedBackend(MetalBackend):
 def covers(backend, scheme, head_dim, gqa):
     """Whether the stages are those of this kernel: where simdgroups share decoded tiles, it has others."""
     key = scheme.key_bits, scheme.value_bits, head_dim, head_dim
-    return not attend_shape(backend.tuned.get(key, backend.tuning), *key, gqa, False).SHARED
+    return not attend_shape(backend.tuned.get(key, backend.tuning), *key, gqa, 1, False).SHARED_TILES
 
 
 def verdict(seconds):

@@ -66,20 +66,10 @@ def make_case(bits=(4, 4), dims=(128, 128), counts=(4, 150, 33), G=4, Hkv=1, B=1
     return Case(queries, keys, values, counts, dims[0] ** -0.5, (k, v))
 
 
-def expected(case, mask=None, sinks=None, starts=None, ends=None, window=None):
+def expected(case, mask=None, sinks=None):
     """float64 [B, Hq, L, Dv]."""
     q = np.array(case.queries.astype(mx.float32)).astype(np.float64)
-    k, v = case.restored
-    B, n, L = len(q), k.shape[2], q.shape[2]
-    first, end = (np.full(B, fill) if a is None else np.array(a)[:B] for a, fill in ((starts, 0), (ends, n)))
-    first, end = (a[:, None, None, None] for a in (first, end))
-    token, position = np.arange(n), end - L + np.arange(L)[:, None]
-    alive = (token >= first) & (token < end) & (token > position - (window or 2 * n))
-    if isinstance(mask, str):
-        alive &= token <= position
-    elif mask is not None and mask.dtype == mx.bool_:
-        alive = alive & np.array(mask)
-    elif mask is not None:
-        alive = np.where(alive, np.array(mask.astype(mx.float32)), -np.inf)
     sinks = None if sinks is None else np.array(sinks.astype(mx.float32))
-    return reference.attention(q, k, v, scale=case.scale, mask=alive, sinks=sinks)
+    if mask is not None and not isinstance(mask, str):
+        mask = np.array(mask if mask.dtype == mx.bool_ else mask.astype(mx.float32))
+    return reference.attention(q, *case.restored, scale=case.scale, mask=mask, sinks=sinks)

@@ -28,12 +28,12 @@ TOLERANCE = kernels.ATTEND_TOLERANCE
 ROUNDING = {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}
 
 
-def check(case, backends=LAUNCHES.values(), tolerance=1.0, mask=None, sinks=None, **rows):
-    want = expected(case, mask, sinks, **rows)
+def check(case, backends=LAUNCHES.values(), tolerance=1.0, mask=None, sinks=None):
+    want = expected(case, mask, sinks)
     allowed = tolerance * TOLERANCE[case.keys.bits] + ROUNDING[case.queries.dtype]
     for backend in backends:
         out = backend.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask,
-                             sinks=sinks, **rows)
+                             sinks=sinks)
         assert out.dtype == case.queries.dtype and tuple(out.shape) == want.shape
         got = to_numpy(out)
         largest = np.abs(want).max() or 1.0
@@ -125,58 +125,15 @@ def test_attention_sinks_take_weight_and_give_no_value(dtype):
     check(make_case(dims=(64, 64), G=2, means=True), sinks=sinks[:2])  # fewer than 8: in constant memory
 
 
-def test_left_padding_is_skipped():
-    case = make_case(dims=(64, 64), G=2, B=5, counts=(4, 150, 33))
-    for starts in ([0, 1, 4, 77, 180], [3, 5, 153, 154, 186]):
-        starts = mx.array(starts, mx.int32)
-        check(case, starts=starts)
-        check(case, starts=starts, mask="causal")
-    check(case, starts=mx.array([0, 200, 0, 0, 0], mx.int32))  # nothing left: gives 0
-
-
-def test_rows_may_end_anywhere():
-    case = make_case(dims=(64, 64), G=2, L=3, B=5, counts=(4, 150, 33))
-    some = mx.array(np.random.default_rng(1).random((5, 1, 3, 187)) < 0.7)
-    for ends in ([187, 186, 154, 153, 90], [3, 4, 5, 0, 1], [187, 2, 60, 100, 177]):
-        ends = mx.array(ends, mx.int32)
-        for mask in (None, "causal", some):
-            want = check(case, mask=mask, ends=ends)
-        check(case, mask="causal", ends=ends, starts=mx.array([0, 5, 50, 100, 120], mx.int32))
-    assert want[0].any() and not check(case, ends=mx.zeros(8, mx.int32)).any()
-
-
-@pytest.mark.parametrize("options", [dict(G=2), dict(G=1, L=16, B=1), dict(G=3, L=4, bits=(8, 0))], ids=str)
-def test_a_sliding_window(options):
-    """Of one token, within the recent ones, to a packed token, to a sink, beyond all."""
-    case = make_case(**{"dims": (64, 64), "counts": (4, 290, 33), "B": 2, **options})
-    heads, L = case.queries.shape[1:3]
-    rng = np.random.default_rng(2)
-    for window in (1, 40, 200, 325, 400):
-        check(case, mask="causal", window=window)
-    bias = mx.array(rng.standard_normal((1, heads, L, 327)).astype(np.float32))
-    sinks = mx.array(rng.standard_normal(heads).astype(np.float32))
-    starts, ends = mx.array([3, 150], mx.int32), mx.array([250, 300], mx.int32)
-    check(case, window=7)
-    check(case, mask="causal", window=180, ends=ends, sinks=sinks)
-    check(case, mask=bias, window=180, starts=starts, ends=ends)
-    check(case, mask="causal", window=180, starts=ends, ends=starts)  # nothing left: gives 0
-
-
-def test_a_window_below_one_is_refused():
-    case = make_case(dims=(64, 64), G=2)
-    with pytest.raises(ValueError, match="window: got 0"):
-        ONE.attend(case.queries, case.keys, case.values, case.counts, scale=1.0, window=0)
-
-
 @pytest.mark.parametrize("bits", [(4, 4), (3, 8), (0, 2), (8, 0)], ids=str)
 def test_packed_tokens_may_be_relative_to_means(bits):
     check_means(bits, dims=(64, 96), G=2)
 
 
 def check_means(bits, launches=LAUNCHES.values(), **options):
-    """Several segments; the starts move the tiles, so that segments begin inside them."""
+    """Several segments, and a last one of one token."""
     options = dict(bits=bits, Hkv=2, B=2, means=True) | options
-    check(make_case(**options, counts=(4, 300, 33)), launches, starts=mx.array([37, 170], mx.int32))
+    check(make_case(**options, counts=(4, 300, 33)), launches)
     check(make_case(**options, counts=(0, 257, 0)), launches)  # the last segment is one token
 
 
@@ -239,11 +196,10 @@ def combinations(draw):
                    counts=counts, G=pick(1, 2, 3, 4, 5, 6, 7, 8, 12, 16), Hkv=pick(1, 2), B=pick(1, 2), L=L,
                    dtype=pick(mx.float32, mx.float16, mx.bfloat16), means=draw(st.booleans()),
                    segment=pick(128, 256), rng_seed=draw(st.integers(0, 99)))
-    rows = {name: draw(st.booleans()) for name in ("starts", "ends")} | {"window": pick(None, None, 1, 16, 100, 300)}
-    return options, pick(None, "causal", "boolean", "additive"), draw(st.booleans()), rows, pick(*ORDERS)
+    return options, pick(None, "causal", "boolean", "additive"), draw(st.booleans()), pick(*ORDERS)
 
 
-def check_combination(options, mask, sinks, rows, order):
+def check_combination(options, mask, sinks, order):
     case = make_case(**options)
     rng = np.random.default_rng(options["rng_seed"])
     B, heads, L, _ = case.queries.shape
@@ -253,10 +209,8 @@ def check_combination(options, mask, sinks, rows, order):
     elif mask == "additive":
         mask = mx.array(rng.standard_normal((1, heads, L, n)).astype(np.float32)).astype(options["dtype"])
     sinks = mx.array(rng.standard_normal(heads).astype(np.float32)) if sinks else None
-    for name in ("starts", "ends"):
-        rows[name] = mx.array(rng.integers(0, n + 1, B), mx.int32) if rows[name] else None
     with metalsim.configured(order=order, seed=options["rng_seed"]):
-        check(case, mask=mask, sinks=sinks, **rows)
+        check(case, mask=mask, sinks=sinks)
 
 
 @settings(max_examples=4, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
@@ -321,10 +275,10 @@ class Recorder(MetalBackend):
             return outs
         return launch
 
-    def run(self, case, mask=None, **rows):
+    def run(self, case, mask=None):
         """The counts of each launch for `case`, and of no self-test."""
         run_check, self._run_check = self._run_check, lambda what, check: None
-        self.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask, **rows)
+        self.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask)
         self._run_check = run_check
         return self.stats
 
@@ -338,6 +292,7 @@ def test_packed_bytes_are_read_once_and_outputs_written_once(options, one):
     case = make_case(**{"Hkv": 2, "counts": (4, 192, 60), "dtype": mx.float16, **options})
     recorder = Recorder(one_launch_tokens=1024 * one, tokens_per_block=64)
     stats = recorder.run(case, "causal")
+    one = one and case.queries.shape[2] == 1  # drafts are verified in two launches
     assert len(stats) == 2 - one
     n = case.counts[1]
     for side, dims_lanes in ((case.keys, "k"), (case.values, "v")):
@@ -349,31 +304,9 @@ def test_packed_bytes_are_read_once_and_outputs_written_once(options, one):
         for part, count in (("sink", 4), ("recent", 60)):
             reads = stats["attend"].reads[f"{dims_lanes}_{part}"].reshape(2, count + 24, -1)
             assert (reads[:, :count] == 1).all() and not reads[:, count:].any()
-    outputs = [("attend", "acc")] if one else [("attend", "acc"), ("attend", "ml"), ("merge", "out")]
+    outputs = [("attend", "acc")] if one else [("attend", "acc"), ("merge", "out")]
     for name, output in outputs:
         assert set(stats[name].writes[output]) == {1}, output
-
-
-@pytest.mark.parametrize("one", [False, True], ids=["two launches", "one launch"])
-def test_tokens_that_no_row_sees_are_not_read(one):
-    case = make_case(dims=(64, 64), G=2, L=3, B=3, counts=(4, 400, 60))
-    starts, ends = [0, 300, 100], [464, 350, 90]
-    recorder = Recorder(one_launch_tokens=1024 * one, tokens_per_block=64)
-    reads = recorder.run(case, "causal", starts=mx.array(starts, mx.int32), ends=mx.array(ends, mx.int32),
-                         window=150)["attend"].reads
-    for part, first, n in (("sink", 0, 4), ("codes", 4, 400), ("recent", 404, 60)):
-        for side in "kv":
-            read = reads[f"{side}_{part}"].reshape(3, n + 24, -1).any(-1)
-            seen = [[t < n and max(start, end - 152) <= first + t < end for t in range(n + 24)]
-                    for start, end in zip(starts, ends)]
-            assert np.array_equal(read, seen)
-
-
-def test_a_window_costs_what_it_shows_and_blocks_are_made_for_it():
-    case = make_case(dims=(128, 128), G=4, counts=(0, 4096, 0), dtype=mx.float16)
-    short = make_case(dims=(128, 128), G=4, counts=(0, 2000, 0), dtype=mx.float16)
-    cost, enough = (operations(*Recorder().run(c, window=2000).values()) for c in (case, short))
-    assert cost <= 1.001 * enough
 
 
 def decodes(case, **tuning):
@@ -401,8 +334,8 @@ def test_many_rows_share_what_is_decoded_once(head_dim, G, L):
 def test_a_tuning_says_for_how_many_rows_packed_words_are_decoded_at_once(rows, times):
     case = make_case(dims=(64, 64), G=8, L=4, counts=(0, 128, 32))
     assert set(decodes(case, one_launch_tokens=0, rows_per_decode=rows)) == {times}
-    shape = attend_shape(AttendTuning(rows_per_decode=rows), 4, 4, 64, 64, 32, False)
-    assert shape.SHARED == (rows > 8)  # a simdgroup does 8 alone
+    shape = attend_shape(AttendTuning(rows_per_decode=rows), 4, 4, 64, 64, 8, 4, False)
+    assert shape.SHARED_TILES == (rows > 8)  # a simdgroup does 8 alone
 
 
 @pytest.mark.parametrize("G, L, bits", [(16, 1, 4), (7, 1, 4), (4, 4, 4), (64, 1, 4), (5, 1, 3), (7, 1, 3)])
@@ -427,9 +360,10 @@ def test_packed_words_are_decoded_once_for_all_rows_that_registers_hold(head_dim
     backend, most = MetalBackend(metalsim.metal_kernel), {64: 128, 192: 96, 256: 96, 512: 48}
     rows_at_once = most.get(head_dim, 128)
     for G, L, bits in itertools.product(range(1, 17), range(1, 17), (2, 3, 4, 8)):
-        shape = attend_shape(backend.tuning, bits, bits, head_dim, head_dim, G * L, False)
+        shape = attend_shape(backend.tuning, bits, bits, head_dim, head_dim, G, L, False)
         times = -(-G * L // shape.rows)
-        assert times <= -(-G * L // rows_at_once)
+        built_for = G * next(n for n in kernels.QUERY_TOKENS if n >= L)
+        assert times <= -(-built_for // rows_at_once)
         if head_dim <= 128:
             assert times <= (1 if G <= 8 else 2)
 
@@ -440,7 +374,7 @@ def test_every_shape_fits_into_threadgroup_memory_and_divides_the_values(one, bi
     for key_dim, value_dim, n_rows, at_once in itertools.product((32, 80, 256, 512, 576), (32, 80, 256, 512, 576),
                                                                  range(1, 40), tuning.CANDIDATES["rows_per_decode"]):
         H, tokens, E, simdgroups, shared, chunks, far = attend_shape(
-            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, one)
+            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, 1, one)
         padded = H if H <= 2 else -(-H // 4) * 4
         queries = 0 if far else 4 * key_dim * H * (simdgroups if shared else 2 if one and bits else 1)
         tile = 64 * tokens * max(key_dim // chunks + 8, (value_dim + 8) // chunks) if shared else 0
@@ -564,7 +498,7 @@ def test_means_of_keys_and_values_cost_less_than_two_percent(bits, head_dim, G):
 
 
 # The same for many rows, G = 8 and more query tokens: shared tiles, in two chunks at (256, 16), with far queries at 64.
-ROWS_CEILING = {(128, 32): 89.0, (256, 16): 47.1, (128, 64): 167.5}
+ROWS_CEILING = {(128, 32): 89.0, (256, 16): 47.1, (128, 64): 167.8}
 
 
 @pytest.mark.parametrize("head_dim, n_rows", ROWS_CEILING, ids=str)

@@ -231,7 +231,7 @@ def test_attention_is_checked_with_every_scheme_head_dim_mask_length_and_dtype()
 def test_attention_is_checked_with_tiles_of_each_kind():
     """Decoded by each simdgroup for itself; shared by several; and shared by so many rows that queries lie elsewhere."""
     shapes = {kernels.attend_shape(kernels.AttendTuning(), c.keys[0], c.values[0], c.keys[1], c.values[1],
-                                   c.heads_per_kv_head * c.n_queries, False)
+                                   c.heads_per_kv_head, c.n_queries, False)
               for c in doctor.all_checks() if isinstance(c, doctor.AttendCheck) and c.n_queries <= 16}
-    assert {(s.SHARED, s.FAR) for s in shapes} == {(False, False), (True, False), (True, True)}
+    assert {(s.SHARED_TILES, s.QUERIES_IN_DEVICE_MEMORY) for s in shapes} == {(False, False), (True, False), (True, True)}
     assert {s.CHUNKS for s in shapes} == {1, 2}

@@ -1,10 +1,12 @@
 """The text of metal/*.metal: self-contained, documented, and tied to the Python that shares its constants."""
+import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mlx_turbo import codebook, kernels
+from mlx_turbo import codebook, kernels, scheme
 from mlx_turbo.scheme import bit_fields
 
 FILES = sorted(kernels.metal_folder().glob("*.metal"))
@@ -15,31 +17,26 @@ TEXTS = {path.stem: path.read_text() for path in FILES}
 def test_a_file_includes_nothing_and_states_its_layout_and_launch(name):
     text = TEXTS[name]
     assert not re.search(r"^\s*#\s*(include|import)", text, re.M)
+    assert max(map(len, text.splitlines())) <= 120
     header = text[:text.index("\n\n")]
     assert all(line.startswith("//") for line in header.splitlines() if line)
-    for word in ("INPUTS", "OUTPUTS", "TEMPLATE", "LAUNCH", "MAPPING"):
-        assert word in text[:text.index("#define")], word
-    assert text.count(kernels.BODY_MARKER) == 1
-    assert max(map(len, text.splitlines())) <= 120
+    if name != "shared":
+        assert all(word in header for word in ("INPUTS", "OUTPUT", "TEMPLATE", "LAUNCH", "MAPPING"))
+        assert text.count(kernels.BODY_MARKER) == 1
 
 
-def test_the_shared_section_is_the_same_in_every_file_that_has_one():
-    sections = {m for text in TEXTS.values() for m in re.findall(r"// ---- shared.*?// ---- end of shared ----", text, re.S)}
-    assert len(sections) == 1
-
-
-def test_both_attention_kernels_finish_a_row_with_the_same_text():
-    sections = [re.findall(r"// ---- finish.*?// ---- end of finish ----", TEXTS[name], re.S) for name in ("attend", "merge")]
-    assert sections[0] == sections[1] and len(sections[0]) == 1
+def test_no_definition_stands_in_two_files():
+    per_file = {name: set(re.findall(r"(?:METAL_FUNC|constexpr) [\w<>, *]+?\b(tq_\w+)\(", text)) for name, text in TEXTS.items()}
+    for a, b in itertools.combinations(per_file, 2):
+        assert not per_file[a] & per_file[b]
 
 
 def test_the_packed_row_is_described_in_the_same_words_everywhere():
-    """scheme.py and every kernel that reads or writes rows."""
-    rows = {m.strip() for text in TEXTS.values() for m in re.findall(r"(//   4 bits  word w.*?)//   Words are 0", text, re.S)}
-    scheme = (kernels.metal_folder().parent / "mlx_turbo" / "scheme.py")
-    source = (scheme if scheme.exists() else kernels.Path(kernels.__file__).with_name("scheme.py")).read_text()
+    """scheme.py and shared.metal."""
+    rows, = re.findall(r"(//   4 bits  word w.*?)//   Words are 0", TEXTS["shared"], re.S)
+    source = Path(scheme.__file__).read_text()
     python = re.search(r"(#   4 bits  word w.*?)# Words are 0", source, re.S)[1].strip()
-    assert {row.replace("//", "#") for row in rows} == {python}
+    assert rows.strip().replace("//", "#") == python
 
 
 def constants(pattern):

@@ -178,3 +178,58 @@ def test_the_accesses_of_an_llvm_instruction_are_recognised(line, expected):
 ])
 def test_an_llvm_instruction_counts_once_per_element(line, expected):
     assert operation(line) == expected
+
+
+# ---- code size -----------------------------------------------------------------------------------
+
+def size(body, header=""):
+    text = metalsim.generate("sized", ["a"], ["out"], "uint i = thread_position_in_grid.x;\n" + body, header,
+                             False, [mx.ones((N,))], [mx.float32], None)
+    return metalsim.code_size(*text).instructions
+
+
+def test_an_unrolled_loop_is_larger_by_its_body_times_its_trips():
+    loop = '_Pragma("clang loop unroll({})") for (int k = 0; k < {}; k++) v = exp(v) * a[k];'
+    rolled, *unrolled = (size(f"float v = a[i]; {loop.format(*how)} out[i] = v;")
+                         for how in (("disable", 64), ("full", 32), ("full", 64)))
+    assert rolled < 32
+    # an exponential, a product, a load, and the address of all but a[0]
+    assert unrolled[1] - unrolled[0] == 32 * 4 and unrolled[1] > 64 * 4
+
+
+def test_a_simdgroup_function_is_one_instruction_and_no_check_is_counted():
+    assert size("out[i] = simd_sum(simd_max(simd_shuffle_xor(a[i], 1)));") - size("out[i] = a[i];") == 3
+    once, twice = (size(f"out[i] = {'a[i] + ' * n}a[i + 1];") for n in (1, 2))
+    assert twice - once == 1                        # an addition: neither bounds nor counters
+
+
+@pytest.mark.parametrize("body", [
+    "out[i] = simd_broadcast_first(a[i]) + simd_prefix_inclusive_sum(a[i]) + quad_sum(a[i]);",
+    "out[i] = simd_any(a[i] > 0) + simd_is_first() + quad_shuffle(a[i], 1) + simd_shuffle_up(a[i], 1);",
+    "simdgroup_float8x8 x, y(2); simdgroup_load(x, a); simdgroup_multiply(x, x, y); simdgroup_store(x, out);",
+])
+def test_code_with_simdgroup_functions_of_every_kind_has_a_size(body):
+    assert 10 < size(body) < 100
+
+
+def test_code_that_is_called_counts_and_a_kernel_that_is_not_asked_for_does_not():
+    function = "__attribute__((noinline)) float f(float v) {{ {} return v; }}"
+    short, long = (size("out[i] = f(a[i]);", function.format("v = exp(v) * v; " * n)) for n in (2, 12))
+    assert long - short == 20
+    other = "[[kernel]] void other(device float *p [[buffer(0)]]) { p[0] = exp(p[1]); }\n"
+    assert size("out[i] = 0;", other) == size("out[i] = 0;")
+
+
+def test_a_size_is_kept_and_no_compiler_runs_for_it_again(monkeypatch):
+    text = "[[kernel]] void k(device float *p [[buffer(0)]]) { p[0] = 17; }"
+    first = metalsim.code_size(text, "k")
+    assert first.instructions > 2 and first.seconds > 0
+    monkeypatch.setattr(metalsim.compile, "_run", None)
+    assert metalsim.code_size(text, "k") == first
+    with pytest.raises(TypeError):
+        metalsim.code_size(text + " ", "k")
+
+
+def test_a_program_that_does_not_compile_has_no_size():
+    with pytest.raises(metalsim.MSLError, match="undeclared"):
+        size("out[i] = y;")

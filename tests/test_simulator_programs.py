@@ -319,6 +319,33 @@ def test_a_report_names_the_line_the_buffer_and_the_thread():
     assert "[thread 63,0,0 of group 0,0,0]" in text
 
 
+def add_all(n_inputs):
+    """The sum of n_inputs arrays, in a kernel that has two more buffers: a shape and the output."""
+    names = [f"x{k}" for k in range(n_inputs)]
+    terms = " + ".join(f"{name}[0]" for name in names)
+    kernel = metalsim.metal_kernel("buffers", names, ["out"], f"out[0] = x0_shape[0] * ({terms});")
+    inputs = [mx.full((8,), float(k)) for k in range(n_inputs)]
+    return kernel(inputs=inputs, output_shapes=[(1,)], output_dtypes=[mx.float32], grid=(1, 1, 1),
+                  threadgroup=(1, 1, 1))[0].item()
+
+
+def test_a_kernel_has_31_buffers_like_in_metal_and_no_more():
+    assert add_all(29) == 8 * sum(range(29))
+    with pytest.raises(metalsim.MSLError, match=r"line 33: buffer\(31\): Metal has the buffers 0 to 30"):
+        add_all(30)
+
+
+@pytest.mark.parametrize("n", [31, 32])
+def test_buffers_without_an_index_and_of_kernels_that_are_not_run_count_too(n):
+    parameters = ", ".join(f"device float *p{k}" for k in range(n))
+    header = f"[[kernel]] void other(uint i [[thread_position_in_grid]], {parameters}) {{}}\n"
+    if n == 31:
+        np.testing.assert_array_equal(run("out[i] = x[i];", header), THREADS)
+    else:
+        with pytest.raises(metalsim.MSLError, match="line 1: a kernel has at most 31 buffers"):
+            run("out[i] = x[i];", header)
+
+
 def test_configured_restores_what_it_changed_also_after_an_error():
     before = vars(metalsim.config).copy()
     with pytest.raises(ZeroDivisionError), metalsim.configured(order="random", seed=7, races=False):

@@ -6,12 +6,12 @@
     metalsim.last()                                                            # Stats of that dispatch
 """
 from . import launch
-from .launch import Config, Library, Stats, config, configured, metal_kernel
+from .launch import Config, Library, Stats, code_size, config, configured, metal_kernel
 from .signature import generate
 from .translate import MSLError
 
-__all__ = ["Config", "Library", "MSLError", "Stats", "config", "configured", "generate", "last",
-           "metal_kernel"]
+__all__ = ["Config", "Library", "MSLError", "Stats", "code_size", "config", "configured",
+           "generate", "last", "metal_kernel"]
 
 
 def last():

@@ -10,13 +10,15 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
-from .instrument import instrument
+from .instrument import count_instructions, instrument
 from .translate import MSLError
 
 HERE = Path(__file__).resolve().parent
@@ -25,21 +27,26 @@ TARGETS = {"x86_64": ["--target=x86_64-linux-gnu", "-march=x86-64-v3"],
 FREESTANDING = ["-fPIC", "-ffreestanding", "-nostdinc", "-fno-exceptions", "-fno-rtti",
                 "-fno-stack-protector",
                 "-fno-asynchronous-unwind-tables"]
-KERNEL_FLAGS = [
-    *FREESTANDING, "-x", "c++", "-std=c++14", "-O2", "-gline-tables-only", "-fno-threadsafe-statics",
+LANGUAGE_FLAGS = [
+    *FREESTANDING, "-x", "c++", "-std=c++14", "-O2", "-fno-threadsafe-statics",
     # one GPU thread executes scalar code: keep the counts close to that
     "-fno-vectorize", "-fno-slp-vectorize", "-mllvm", "-disable-loop-idiom-all",
     # arithmetic as in MSL's safe math mode, with half and bfloat rounded after every operation
     "-fno-math-errno", "-ffp-contract=on", "-Xclang", "-ffloat16-excess-precision=none",
     "-Xclang", "-fbfloat16-excess-precision=none", "-flax-vector-conversions=none",
+    "-Wno-c++17-extensions", "-Wno-c++20-extensions", "-Wno-duplicate-decl-specifier", "-Wno-unknown-pragmas",
+    "-Wno-pass-failed", "-fno-caret-diagnostics",
+]
+KERNEL_FLAGS = [
+    *LANGUAGE_FLAGS, "-gline-tables-only",
     # undefined behaviour must show: no loop is assumed to end, no stack frame jumps over the guard page
     "-ftrivial-auto-var-init=pattern", "-fsanitize=bounds,shift-exponent,integer-divide-by-zero",
     "-fstrict-flex-arrays=3",  # bounds also of an array that ends a struct
     "-fno-sanitize-recover=all", "-fno-finite-loops", "-fstack-clash-protection",
     "-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=return-type",
-    "-Wno-c++17-extensions", "-Wno-c++20-extensions", "-Wno-duplicate-decl-specifier", "-Wno-unknown-pragmas",
-    "-Wno-pass-failed", "-fno-caret-diagnostics",
 ]
+# A simdgroup function is one call of a function without a body, as on a GPU it is one instruction.
+CODE_SIZE_FLAGS = [*LANGUAGE_FLAGS, "-g0", "-DMSL_CODE_SIZE"]
 
 
 @functools.cache
@@ -109,9 +116,40 @@ def runtime():
     return ctypes.CDLL(str(shared), mode=ctypes.RTLD_GLOBAL)
 
 
+def _unit(cpp, entry):
+    return f'#include "msl.h"\n#line 1 "kernel"\n{cpp}\n#line 1 "entry"\n{entry}\n'
+
+
 @functools.cache
 def _own_sources():
     return "".join((HERE / name).read_text() for name in ("msl.h", "instrument.py", "compile.py"))
+
+
+class CodeSize(NamedTuple):
+    """instructions: of LLVM IR after -O2; seconds: CPU time clang took to get there, when it did."""
+    instructions: int
+    seconds: float
+
+
+def code_size(cpp, entry, extra_flags=()):
+    """CodeSize of one kernel without checks and counters; cpp and entry as for compile_kernel."""
+    compiler, _, identity = _toolchain()
+    text = _unit(cpp, entry)
+    known = cache_directory() / f"{_key(text, _own_sources(), identity, 'size', *extra_flags)}.size"
+    if not known.exists():
+        with tempfile.TemporaryDirectory(dir=cache_directory()) as name:
+            directory = Path(name)
+            (directory / "kernel.cpp").write_text(text)
+            ir = directory / "kernel.ll"
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            _run([*compiler, *CODE_SIZE_FLAGS, *extra_flags, "-I", str(HERE), "-S", "-emit-llvm",
+                  "-o", str(ir), str(directory / "kernel.cpp")], "MSL compilation")
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            size = [count_instructions(ir.read_text()), round(seconds, 3)]
+            (directory / "size").write_text(json.dumps(size))
+            os.replace(directory / "size", known)
+    return CodeSize(*json.loads(known.read_text()))
 
 
 def compile_kernel(cpp, entry, extra_flags=()):
@@ -122,7 +160,7 @@ def compile_kernel(cpp, entry, extra_flags=()):
     messages.
     """
     compiler, linker, identity = _toolchain()
-    text = f'#include "msl.h"\n#line 1 "kernel"\n{cpp}\n#line 1 "entry"\n{entry}\n'
+    text = _unit(cpp, entry)
     key = _key(text, _own_sources(), identity, *extra_flags)
     shared, description = cache_directory() / f"{key}.so", cache_directory() / f"{key}.json"
     if not shared.exists():                         # the shared object is put in place last
@@ -135,8 +173,8 @@ def compile_kernel(cpp, entry, extra_flags=()):
             instrumented, info = instrument(ir.read_text())
             ir.write_text(instrumented)
             (directory / "kernel.json").write_text(json.dumps(info))
-            # Code generation only: an optimiser would move or merge the counters. -O0 takes a third of -O1's time,
-            # and the kernels run as fast: what they wait for is the runtime.
+            # Code generation only: an optimiser would move or merge the counters. -O0 takes a third of -O1's
+            # time, and the kernels run as fast: what they wait for is the runtime.
             _run([*compiler, "-O0", "-fPIC", "-Wno-override-module", "-Xclang", "-disable-llvm-passes", "-c",
                   "-o", str(directory / "kernel.o"), str(ir)], "code generation")
             _run([*linker, "-o", str(directory / "kernel.so"), str(directory / "kernel.o")], "linking")

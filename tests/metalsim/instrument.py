@@ -222,6 +222,19 @@ def operation(line):
     return (CLASS_OF[op], n) if op in CLASS_OF else None
 
 
+NO_CODE = re.compile(r"@llvm\.(lifetime|assume|experimental\.noalias)")
+
+
+def count_instructions(ir):
+    """How many instructions all functions of the module have."""
+    n, in_function = 0, False
+    for line in ir.split("\n"):
+        if line.startswith(("define ", "}")):
+            in_function = line.startswith("define ")
+        n += in_function and bool(INSTRUCTION.match(line)) and not NO_CODE.search(line)
+    return n
+
+
 class DebugLocations:
     """Answers, from the !DILocation metadata, which line of the kernel an instruction comes from."""
 

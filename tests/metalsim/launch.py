@@ -208,28 +208,48 @@ class _Arena:
 
 # ---- kernels -------------------------------------------------------------------------------------
 
+def _entry(source, name, expression):
+    """(buffers in the order of their parameters, C++ function that calls the kernel `name` of `source`)."""
+    if name not in source.kernels:
+        raise MSLError(f"no kernel {name}; there are {sorted(source.kernels)}")
+    buffers, call = [], [expression or name]
+    for parameter, attributes in source.kernels[name]:
+        slot = next((ATTRIBUTE_SLOT[a] for a in attributes if a in ATTRIBUTE_SLOT), None)
+        if slot is not None:
+            call.append(f"*(uint3*)attributes->value[{slot}]")
+        elif not attributes or any(a.startswith("buffer(") for a in attributes):
+            call.append(f"arguments[{len(buffers)}]")
+            buffers.append(parameter)
+        else:
+            raise MSLError(f"parameter {parameter} of {name} has an unknown attribute: {attributes}")
+    return buffers, ('extern "C" __attribute__((visibility("default")))\n'
+                     "void msl_entry(void **arguments, msl::Attributes *attributes) "
+                     f"{{ msl::call({', '.join(call)}); }}")
+
+
+def _flags(fast_math):
+    return (("-ffast-math",) if fast_math else ()) + tuple(config.flags)
+
+
+def code_size(text, name, expression=None, constants=None, fast_math=False):
+    """(LLVM IR instructions, CPU seconds to compile to them) of one kernel of an MSL text, after -O2, with what
+    it calls: a proxy for what Apple's compiler will have to do.
+
+    text, name, expression: as generate() returns them, or any text with a kernel `name`, instantiated by
+    `expression` (such as "name<float, 128>"). constants: function constants, as for Library. Raises MSLError
+    for a text that a launch would refuse.
+    """
+    source = Source(text, constants)
+    return compiler.code_size(source.cpp, _entry(source, name, expression)[1], _flags(fast_math))
+
+
 class Function:
     """One compiled kernel: `name` of `source`, instantiated by `expression` (such as "name<float, 128>")."""
 
     def __init__(self, source, name, expression=None, fast_math=False):
-        if name not in source.kernels:
-            raise MSLError(f"no kernel {name}; there are {sorted(source.kernels)}")
-        self.buffers, call = [], [expression or name]
-        for parameter, attributes in source.kernels[name]:
-            slot = next((ATTRIBUTE_SLOT[a] for a in attributes if a in ATTRIBUTE_SLOT), None)
-            if slot is not None:
-                call.append(f"*(uint3*)attributes->value[{slot}]")
-            elif not attributes or any(a.startswith("buffer(") for a in attributes):
-                call.append(f"arguments[{len(self.buffers)}]")
-                self.buffers.append(parameter)
-            else:
-                raise MSLError(f"parameter {parameter} of {name} has an unknown attribute: {attributes}")
-        flags = (("-ffast-math",) if fast_math else ()) + tuple(config.flags)
-        entry = ('extern "C" __attribute__((visibility("default")))\n'
-                 "void msl_entry(void **arguments, msl::Attributes *attributes) "
-                 f"{{ msl::call({', '.join(call)}); }}")
+        self.buffers, entry = _entry(source, name, expression)
         compiler.runtime()
-        path, info = compiler.compile_kernel(source.cpp, entry, flags)
+        path, info = compiler.compile_kernel(source.cpp, entry, _flags(fast_math))
         self.library = ctypes.CDLL(str(path))
         self.blocks = info["blocks"]
         # [n, 2]: address and size of each threadgroup variable

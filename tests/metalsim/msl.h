@@ -335,6 +335,16 @@ template <class T> METAL_FUNC T from_lane(Exchange *e, uint lane) {
   return r;
 }
 METAL_FUNC uint lowest_lane(uint mask) { return __builtin_ctz(mask); }
+#ifdef MSL_CODE_SIZE  // nothing runs: a simdgroup function is one call
+template <class T> __attribute__((convergent, const)) T on_gpu(T x, uint n = 0);
+template <class T, class F> METAL_FUNC T reduce(T x, uint line, F f) { return on_gpu(x); }
+template <class T, class F> METAL_FUNC T reduce_quad(T x, uint line, F f) { return on_gpu(x); }
+template <class T, class F> METAL_FUNC T scan(T x, T, bool, uint line, F f) { return on_gpu(x); }
+template <class T> METAL_FUNC T from_first(T x, uint line) { return on_gpu(x); }
+METAL_FUNC ulong2 ballot(bool p, uint line) { return {on_gpu((ulong)p), ~0ul}; }
+METAL_FUNC bool is_first(uint line) { return on_gpu(true); }
+METAL_FUNC float2 multiply(float4 ab, float2 c, uint line) { return on_gpu(ab).xy + c; }
+#else
 // Over the active lanes of the simdgroup in lane order; the first lane to get here computes it for all.
 template <class T, class F> METAL_FUNC T reduce(T x, uint line, F f) {
   Exchange *e = exchange(x, line);
@@ -370,6 +380,22 @@ template <class T> METAL_FUNC T read(T x, int lane, bool in_range, uint line) {
   return from_lane<T>(e, lane);
 }
 METAL_FUNC uint quad_lane(uint lane) { return (msl_lane() & 28) | (lane & 3); }
+template <class T> METAL_FUNC T from_first(T x, uint line) {
+  Exchange *e = exchange(x, line);
+  return from_lane<T>(e, lowest_lane(e->mask));
+}
+METAL_FUNC ulong2 ballot(bool p, uint line) {  // who voted so, and who voted
+  Exchange *e = exchange(p, line);
+  ulong voted = 0;
+  for (uint l = 0; l < 32; l++)
+    if (e->mask >> l & 1) voted |= (ulong)e->lane[l][0] << l;
+  return {voted, e->mask};
+}
+METAL_FUNC bool is_first(uint line) {
+  bool p = true;
+  return msl_lane() == lowest_lane(exchange(p, line)->mask);
+}
+#endif
 }
 namespace metal {
 #define MSL_REDUCTION(name, expression)                                             \
@@ -390,8 +416,13 @@ MSL_REDUCTION(and, a & b) MSL_REDUCTION(or, a | b) MSL_REDUCTION(xor, a ^ b)
     return msl::scan(x, T(identity), false, line, [](T a, T b) -> T { return expression; }); \
   }
 MSL_PREFIX(sum, 0, a + b) MSL_PREFIX(product, 1, a * b)
+#ifdef MSL_CODE_SIZE
+#define MSL_SHUFFLE(name, lane, in_range)                                           \
+  template <class T> METAL_FUNC T name(T x, ushort n, MSL_LINE) { return msl::on_gpu(x, n); }
+#else
 #define MSL_SHUFFLE(name, lane, in_range)                                           \
   template <class T> METAL_FUNC T name(T x, ushort n, MSL_LINE) { return msl::read(x, lane, in_range, line); }
+#endif
 MSL_SHUFFLE(simd_shuffle, n & 31, n < 32)
 MSL_SHUFFLE(simd_broadcast, n & 31, n < 32)
 MSL_SHUFFLE(simd_shuffle_xor, (msl_lane() ^ n) & 31, n < 32)
@@ -402,10 +433,7 @@ MSL_SHUFFLE(simd_shuffle_rotate_down, (msl_lane() + n) & 31, true)
 MSL_SHUFFLE(quad_shuffle, msl::quad_lane(n), true)
 MSL_SHUFFLE(quad_broadcast, msl::quad_lane(n), true)
 MSL_SHUFFLE(quad_shuffle_xor, msl::quad_lane(msl_lane() ^ n), true)
-template <class T> METAL_FUNC T simd_broadcast_first(T x, MSL_LINE) {
-  msl::Exchange *e = msl::exchange(x, line);
-  return msl::from_lane<T>(e, msl::lowest_lane(e->mask));
-}
+template <class T> METAL_FUNC T simd_broadcast_first(T x, MSL_LINE) { return msl::from_first(x, line); }
 struct simd_vote {
   ulong voted, active;
   bool all() const { return voted == active; }
@@ -413,19 +441,13 @@ struct simd_vote {
   explicit operator ulong() const { return voted; }
 };
 METAL_FUNC simd_vote simd_ballot(bool p, MSL_LINE) {
-  msl::Exchange *e = msl::exchange(p, line);
-  ulong voted = 0;
-  for (uint l = 0; l < 32; l++)
-    if (e->mask >> l & 1) voted |= (ulong)e->lane[l][0] << l;
-  return {voted, e->mask};
+  ulong2 votes = msl::ballot(p, line);
+  return {votes[0], votes[1]};
 }
 METAL_FUNC bool simd_all(bool p, MSL_LINE) { return simd_ballot(p, line).all(); }
 METAL_FUNC bool simd_any(bool p, MSL_LINE) { return simd_ballot(p, line).any(); }
 METAL_FUNC simd_vote simd_active_threads_mask(MSL_LINE) { return simd_ballot(true, line); }
-METAL_FUNC bool simd_is_first(MSL_LINE) {
-  bool p = true;
-  return msl_lane() == msl::lowest_lane(msl::exchange(p, line)->mask);
-}
+METAL_FUNC bool simd_is_first(MSL_LINE) { return msl::is_first(line); }
 // ---- 8x8 simdgroup matrices: each lane holds two neighbouring elements of one row ---------------
 template <class T, int R = 8, int C = 8> struct simdgroup_matrix {
   vec<T, 2> e;
@@ -451,6 +473,25 @@ template <class T, int R, int C> METAL_FUNC simdgroup_matrix<T, R, C> make_fille
 METAL_FUNC ulong matrix_offset(uint r, uint c, ulong stride, ulong2 origin, bool transpose) {
   return transpose ? (origin.y + c) * stride + origin.x + r : (origin.y + r) * stride + origin.x + c;
 }
+#ifndef MSL_CODE_SIZE
+}
+namespace msl {
+METAL_FUNC float2 multiply(float4 ab, float2 sum, uint line) {
+  using M = simdgroup_matrix<float>;
+  Exchange *e = exchange(ab, line);
+  if (e->mask != ~0u) msl_fail("simdgroup_matrix operation with inactive lanes", line);
+  uint row = M::row(msl_lane()), column = M::column(msl_lane());
+  for (uint k = 0; k < 8; k++) {
+    float x = from_lane<float4>(e, M::lane_of(row, k))[k & 1];
+    float4 y = from_lane<float4>(e, M::lane_of(k, column));
+    sum[0] += x * y[2];
+    sum[1] += x * y[3];
+  }
+  return sum;
+}
+}
+namespace metal {
+#endif
 template <class T, class P>
 METAL_FUNC void simdgroup_load(simdgroup_matrix<T> &m, P p, ulong stride = 8, ulong2 origin = ulong2(0),
                                bool transpose = false) {
@@ -468,18 +509,8 @@ METAL_FUNC void simdgroup_store(simdgroup_matrix<T> m, P p, ulong stride = 8, ul
 template <class D, class A, class B, class C>
 METAL_FUNC void simdgroup_multiply_accumulate(simdgroup_matrix<D> &d, simdgroup_matrix<A> a,
                                               simdgroup_matrix<B> b, simdgroup_matrix<C> c, MSL_LINE) {
-  using M = simdgroup_matrix<float>;
-  float4 operands = {(float)a.e[0], (float)a.e[1], (float)b.e[0], (float)b.e[1]};
-  msl::Exchange *e = msl::exchange(operands, line);
-  if (e->mask != ~0u) msl_fail("simdgroup_matrix operation with inactive lanes", line);
-  uint row = M::row(msl_lane()), column = M::column(msl_lane());
-  float2 sum = {(float)c.e[0], (float)c.e[1]};
-  for (uint k = 0; k < 8; k++) {
-    float x = msl::from_lane<float4>(e, M::lane_of(row, k))[k & 1];
-    float4 y = msl::from_lane<float4>(e, M::lane_of(k, column));
-    sum[0] += x * y[2];
-    sum[1] += x * y[3];
-  }
+  float4 ab = {(float)a.e[0], (float)a.e[1], (float)b.e[0], (float)b.e[1]};
+  float2 sum = msl::multiply(ab, {(float)c.e[0], (float)c.e[1]}, line);
   d.e[0] = (D)sum[0];
   d.e[1] = (D)sum[1];
 }

@@ -35,6 +35,7 @@ FORBIDDEN = {
     "thread_local": "no thread_local in MSL", "asm": "no inline assembly in MSL",
     "printf": "no printf in MSL",
 }
+MAX_BUFFERS = 31  # in the argument table of a kernel
 # The section groups the variables of one kernel; the runtime learns their addresses from instrument.py.
 # `used`: to an optimiser of C++ a static belongs to one thread, so it would fold what other threads write.
 THREADGROUP_VARIABLE = 'static __attribute__((used, section("msl_threadgroup"))) threadgroup'
@@ -182,13 +183,19 @@ class Source:
         if any(t.text == "decltype" for t in tokens[i:opening]):
             return                                  # an explicit instantiation
         closing = _matching(tokens, opening, "(", ")")
-        parameters, depth, name = [], 0, None
+        parameters, depth, name, n_buffers = [], 0, None, 0
         for t in tokens[opening + 1:closing + 1]:
             if t.kind in ("attribute", "kernel"):
                 continue
             if depth == 0 and (t.text == "," or t is tokens[closing]) and name:
                 texts = ",".join(attributes.get(id(name), []))
                 parameters.append((name.text, texts.split(",") if texts else []))
+                index = re.search(r"buffer\((\d+)\)", texts)
+                n_buffers += not texts or "buffer(" in texts
+                if index and int(index[1]) >= MAX_BUFFERS:
+                    self._error(name, f"buffer({index[1]}): Metal has the buffers 0 to {MAX_BUFFERS - 1}")
+                elif n_buffers == MAX_BUFFERS + 1:
+                    self._error(name, f"a kernel has at most {MAX_BUFFERS} buffers")
                 name = None
                 continue
             depth += (t.text in "(<") - (t.text in ")>")
