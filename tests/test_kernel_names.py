@@ -21,6 +21,8 @@ class OldMLX:
         self.texts = {}  # name -> texts
 
     def metal_kernel(self, name, input_names, output_names, source, header="", ensure_row_contiguous=True):
+        assert re.fullmatch(r"\w+", name)  # part of a function's name
+
         def call(*, inputs, output_shapes, output_dtypes, template, **launch):
             values = "_".join(str(value) for _, value in template)
             text, kernel, _ = metalsim.generate(name, input_names, output_names, source, header, False,
@@ -56,7 +58,6 @@ def test_a_name_stands_for_one_text_also_where_mlx_leaves_the_types_out():
     mlx = types.SimpleNamespace(__version__="0.31.2", fast=old)
     launch_in_many_ways(kernels.metal_kernel_of(mlx))
     assert {len(texts) for texts in old.texts.values()} == {1}
-    assert all(re.match(r"turbo_(attend|merge|quantize|dequantize)_\w+_float32", name) for name in old.texts)
 
 
 @pytest.mark.parametrize("version, named", [("0.30.4", True), ("0.31.2", True), ("0.32.0", False),
