@@ -177,7 +177,7 @@ class TurboProgram:
         if config is None or get_backend().name != "metal":
             return
         n_draft_tokens = 0
-        if is_draft or getattr(self.args, "draft_model", None):  # a draft model reads its own last token again
+        if is_draft or getattr(self.args, "draft_model", None):  # a draft model rereads its last token
             n_draft_tokens = 1 if is_draft else self.args.num_draft_tokens
         _complain(f"building and checking the kernels for the {'draft ' if is_draft else ''}model ...")
         start = time.perf_counter()

@@ -25,7 +25,7 @@ PAIRS = (((128, 4, False), (128, 4, False)), ((128, 8, True), (128, 4, False)),
          ((64, 3, False), (64, 2, True)), ((192, 8, False), (128, 4, True)),
          ((512, 4, True), (64, 2, False)), ((80, 4, False), (80, 3, False)))
 BATCH, N_KV_HEADS = 2, 3
-ONE_LAUNCH, TWO_LAUNCHES = 90, 1100  # tokens, sink and recent ones included, for which attention takes so many launches
+ONE_LAUNCH, TWO_LAUNCHES = 90, 1100  # tokens, sink and recent ones included: attention takes so many launches
 
 
 class Check(NamedTuple):
@@ -77,8 +77,8 @@ def _dtype_name(dtype):
 class Model(NamedTuple):
     """What models that people run ask of the kernels: heads as published, a scheme that `auto` may come to.
 
-    n_tokens: for one launch or for two. means: keys and values are centred. n_drafts: so many tokens of a draft
-    model are verified besides."""
+    n_tokens: for one launch or for two. means: keys and values are centred. n_drafts: the number of tokens of a
+    draft model that are verified besides."""
     names: str
     head_dim: int
     heads_per_kv_head: int
@@ -90,7 +90,8 @@ class Model(NamedTuple):
     sinks: bool = False
 
 
-# Each head_dim with each of the keys' bits; values have 4, as in turbo4, turbo8v4 and auto. docs/compiling.md has them.
+# Each head_dim with each of the keys' bits; values have 4, as in turbo4, turbo8v4 and auto. docs/compiling.md
+# shows them.
 MODELS = (
     Model("Llama 3 8B, Mistral 7B", 128, 4, mx.float16, 4, ONE_LAUNCH),
     Model("Qwen3 8B", 128, 4, mx.bfloat16, 4, TWO_LAUNCHES, n_drafts=3),
@@ -116,14 +117,15 @@ def quick_checks():
                    for sides in (((side,) for side in packed) if model.means else (packed,))]
         checks.append(Check("dequantize", tuple((model.head_dim, b, False) for b in bits), model.dtype, 37))
         sides = (model.key_bits, model.head_dim), (4, model.head_dim)
-        checks += [AttendCheck(*sides, model.heads_per_kv_head, n_queries, model.n_tokens, "causal", model.sinks,
-                               model.means, model.dtype) for n_queries in sorted({1, 1 + model.n_drafts})]
+        checks += [AttendCheck(*sides, model.heads_per_kv_head, n_queries, model.n_tokens, "causal",
+                               model.sinks, model.means, model.dtype)
+                   for n_queries in sorted({1, 1 + model.n_drafts})]
     return list(dict.fromkeys(checks))
 
 
 def all_checks():
-    """The quick ones; then every head dim and bits in bfloat16; all dtypes at 64 and 128, with and without mean; two
-    sides."""
+    """The quick ones; then every head dim and bits in bfloat16; all dtypes at 64 and 128, with and without mean;
+    two sides."""
     checks = []
     for operation in ("quantize", "dequantize"):
         single = [(d, b, (i + j) % 2 == 0, mx.bfloat16)
@@ -147,7 +149,8 @@ def all_checks():
     # many rows, which share decoded tiles, with their queries in threadgroup memory or, from 48 on, elsewhere
     for keys, values, heads, n_queries in (((4, 128), (4, 128), 4, 6), ((8, 128), (4, 128), 8, 16),
                                            ((3, 256), (2, 256), 4, 16), ((4, 576), (4, 512), 16, 2)):
-        checks.append(AttendCheck(keys, values, heads, n_queries, ONE_LAUNCH, "causal", False, True, mx.bfloat16))
+        checks.append(AttendCheck(keys, values, heads, n_queries, ONE_LAUNCH, "causal", False, True,
+                                  mx.bfloat16))
     return list(dict.fromkeys(quick_checks() + checks))
 
 
@@ -294,9 +297,9 @@ def _parser():
 
     parser = Parser(
         prog="mlx-turbo doctor",
-        description="Prints versions, device and backend, builds the kernels that widely used models need and compares "
-                    "each with the NumPy oracle. Exit code 1 on any disagreement or build error.")
-    parser.add_argument("--all", action="store_true", help="every kernel: some hundred to build, which takes minutes")
+        description="Prints versions, device and backend, builds the kernels that widely used models need and "
+                    "compares each with the NumPy oracle. Exit code 1 on any disagreement or build error.")
+    parser.add_argument("--all", action="store_true", help="every kernel: over 300 to build, minutes")
     parser.add_argument("--backend", choices=["metal", "cpu"],
                         help="check this one (default: the one that is used)")
     parser.add_argument("--json", action="store_true", help="JSON instead of text")
@@ -379,8 +382,8 @@ def main(argv=None, backend=None):
             "checks": n_checks, "checks_with_all": n_all, "groups": groups,
             "failures": [{"check": check, "problem": problem} for check, problem in failures]}, indent=2))
     if failures:
-        say(f"\nNOT OK: {len(failures)} of {max(n_checks, 1)} checks ({n_all} with --all) failed on {description}, "
-            f"{seconds:.1f} s. Please report this with the output above.")
+        say(f"\nNOT OK: {len(failures)} of {max(n_checks, 1)} checks ({n_all} with --all) failed on "
+            f"{description}, {seconds:.1f} s. Please report this with the output above.")
         return 1
     how_many = f"all {n_checks}" if args.all else f"{n_checks} of {n_all}"
     say(f"\nOK: {how_many} checks agree with the oracle on {description}, {seconds:.1f} s"

@@ -613,8 +613,8 @@ class MetalBackend:
     # ---- building beforehand ---------------------------------------------------------------------------------
     @contextlib.contextmanager
     def two_launches(self):
-        """Inside this context attention takes two launches for any number of tokens: so few tokens build what many
-        tokens need (models.warm)."""
+        """Inside this context attention takes two launches for any number of tokens, so that few tokens build
+        what many tokens need (warming.py)."""
         self._one_launch = lambda *arguments: False
         try:
             yield
@@ -630,12 +630,14 @@ class MetalBackend:
 def metal_kernel_of(mlx):
     """The metal_kernel of the module `mlx`, with names of kernels that stand for one text each.
 
-    MLX before 0.32.0 names a kernel by its template values only, though its text depends on the types of inputs and
-    outputs too, and forgets the pipeline of the one text when it meets the other, which commands that wait may still
-    use (ml-explore/mlx#3662).
+    MLX before 0.32.0 names a kernel by its template values only, though its text depends on the types of inputs
+    and outputs too, and forgets the pipeline of the one text when it meets the other, which commands that wait may
+    still use (ml-explore/mlx#3662).
     """
     version = tuple(int(n) for n in re.findall(r"\d+", mlx.__version__)[:3])
-    return mlx.fast.metal_kernel if version >= (0, 32, 0) else functools.partial(_named_by_types, mlx.fast.metal_kernel)
+    if version >= (0, 32, 0):
+        return mlx.fast.metal_kernel
+    return functools.partial(_named_by_types, mlx.fast.metal_kernel)
 
 
 def _named_by_types(metal_kernel, name, *texts, **options):

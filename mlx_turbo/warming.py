@@ -1,11 +1,12 @@
 """Building kernels beforehand, so that no answer waits for a compiler in its middle.
 
-A short conversation is held with the model itself and thrown away: it needs what a real one needs, whatever the model
-does with its masks, sinks and dtypes. What depends on the text (auto's bits, whether keys are centred) may turn out
-otherwise in a real one, so each kind of layer is then tried with random keys of the other sort.
+A short conversation is held with the model itself and thrown away: it needs what a real one needs, whatever
+the model does with its masks, sinks and dtypes. What depends on the text (auto's bits, whether keys are
+centred) may turn out otherwise in a real one, so each kind of layer is then tried with random keys of either
+sort.
 
-All this happens before the first token in the thread that generates, not beside it: MLX holds its locks of libraries
-and pipelines while it compiles, so that a second thread would stop the first one at its next launch.
+All this happens before the first token, in the thread that generates, not beside it: MLX holds its locks of
+libraries and pipelines while it compiles, so a second thread would stop the first one at its next launch.
 """
 import contextlib
 import warnings
@@ -26,22 +27,24 @@ FEW_SINKS = 4
 CHUNK = MAX_QUERY_TOKENS + 1  # tokens of a prompt chunk, which attends to packed ones tile by tile
 MARGIN = 2  # auto's error on another text is at most so many times that on this one, or as much less
 BIASED = 3  # standard deviations: a mean that carries 0.9 of the energy
-TEXT = """Tom had a small red boat. Every morning he took it down to the river, where the water was slow and clear, and
-let it sail between the stones. One day the wind was strong, and the boat went faster than he could run. "Stop!" he
-cried, but a boat does not listen. It passed the bridge, the mill with its 12 white ducks, and the big oak tree. At last
-it got caught in the grass, far from home. Tom sat down, out of breath, and laughed: "Next time I will hold the string."
+TEXT = """Tom had a small red boat. Every morning he took it down to the river, where the water was slow and
+clear, and let it sail between the stones. One day the wind was strong, and the boat went faster than he could
+run. "Stop!" he cried, but a boat does not listen. It passed the bridge, the mill with its 12 white ducks, and
+the big oak tree. At last it got caught in the grass, far from home. Tom sat down, out of breath, and laughed:
+"Next time I will hold the string."
 """
 
 
 def warm(model, tokenizer, config="turbo4", *, n_draft_tokens=0, max_kv_size=None):
-    """Build, and check against the reference, the Metal kernels that conversations with `model` will need: packing,
-    restoring, attention of a decode step and of up to n_draft_tokens + 1 tokens, over few tokens and over many.
+    """Build, and check against the reference, the Metal kernels that conversations with `model` will need:
+    packing, restoring, attention of a decode step and of up to n_draft_tokens + 1 tokens, over few tokens and
+    over many.
 
-    config, max_kv_size: as of `make_prompt_cache`. Costs a prompt of about 70 tokens, with auto of 330, and the
-    compiler's time; nothing on a backend without kernels. Call it in the thread that will generate.
+    config, max_kv_size: as of `make_prompt_cache`. Costs a prompt of about 70 tokens, with auto of 330, and
+    the compiler's time; nothing on a backend without kernels. Call it in the thread that will generate.
 
-    Returns how many kernels it built. Raises BackendError for one that does not build or computes something wrong, and
-    ValueError for an unknown scheme.
+    Returns the number of kernels built. Raises BackendError for one that does not build or computes something
+    wrong, and ValueError for an unknown scheme.
     """
     backend, config = get_backend(), TurboConfig.of(config)
     if backend.name != "metal":
@@ -84,7 +87,7 @@ def _packs_at_once(config, sink):
 
 
 def _remember(cache, seen):
-    """In the place of cache.observe: what its layer attends with, {id of the cache: (queries, scale, sinks)}."""
+    """In the place of cache.observe: fills `seen` with {id of the cache: (queries, scale, sinks)}."""
     def observe(queries, scale, sinks=None):
         seen[id(cache)] = queries[:, :, :1], scale, sinks
         type(cache).observe(cache, queries, scale, sinks)
@@ -92,8 +95,8 @@ def _remember(cache, seen):
 
 
 class _Layer(NamedTuple):
-    """A kind of layer. config: with the bits of its keys, which auto chose. queries: [1, n_heads, 1, D], or None where
-    mlx-lm's models do not come to our attention."""
+    """A kind of layer. config: with the bits of its keys, which auto chose. queries: [1, n_heads, 1, D], or
+    None for a model that does not come to our attention."""
     config: TurboConfig
     auto: bool
     n_kv_heads: int
@@ -110,17 +113,18 @@ def _kinds(caches, seen):
     kinds = {}
     for c in caches:
         queries, *options = seen.get(id(c), (None, 1.0, None))
-        bits = {c._sides[0].bits} | {_bits_at(auto.TARGET * x, c._errors) for x in (1 / MARGIN, MARGIN) if c._errors}
+        targets = [auto.TARGET / MARGIN, auto.TARGET * MARGIN] if c._errors else []
+        bits = {c._sides[0].bits} | {_bits_at(target, c._errors) for target in targets}
         for b in bits:
             config = replace(c.config, scheme=Scheme(b, c.config.scheme.value_bits), sink=0, auto=False)
-            layer = _Layer(config, bool(c._errors), c.keys.shape[1], c.keys.shape[3], c.values.shape[3], c.keys.dtype,
-                           queries, *options)
+            layer = _Layer(config, bool(c._errors), c.keys.shape[1], c.keys.shape[3], c.values.shape[3],
+                           c.keys.dtype, queries, *options)
             kinds.setdefault((*layer[:6], None if queries is None else queries.shape[1]), layer)
     return kinds
 
 
 def _bits_at(target, errors):
-    """The key bits that auto would choose with another target; those it has not tried are taken to be enough."""
+    """The key bits that auto would choose with this target; those it has not tried are taken to be enough."""
     return next((b for b in auto.LADDER if b >= min(errors) and errors.get(b, 0) <= target), 0)
 
 
@@ -134,8 +138,8 @@ def _try_layer(layer, centred, steps):
         fetched = cache.update_and_fetch((keys + shift).astype(layer.dtype), values.astype(layer.dtype))
         view = attention.view_of(*fetched)
         if view is not None and layer.queries is not None:
-            mx.eval(attention.attend(mx.repeat(layer.queries, n, axis=2), view, scale=layer.scale, mask="causal",
-                                     sinks=layer.sinks))
+            queries = mx.repeat(layer.queries, n, axis=2)
+            mx.eval(attention.attend(queries, view, scale=layer.scale, mask="causal", sinks=layer.sinks))
 
     say(centring.FEWEST)
     say(CHUNK)

@@ -91,7 +91,7 @@ elif os.environ.get("MLX_TURBO_REQUIRE_METAL") == "1":
 
 
 def pytest_addoption(parser):
-    parser.addoption("--part", metavar="K/N", help="every N-th test, from the K-th on: a share of a suite that is run in N")
+    parser.addoption("--part", metavar="K/N", help="every N-th test from the K-th on: of a suite run in N shares")
 
 
 def part_of(items, part):

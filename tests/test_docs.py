@@ -36,6 +36,7 @@ def at_home(monkeypatch, tmp_path):
 SAYS = {  # what a program must have said besides running to its end
     "README.md": ["4 of 4 layers compressed", "'scheme': 'turbo4'"],
     "docs/app.md": ["'layers': '4 of 4 layers compressed", "there was a little girl named Lily."],
+    "docs/compiling.md": [],
     "docs/long-document.md": [r"\d+ tokens in [0-9.]+ MB, uncompressed [0-9.]+ MB. 4 of 4 layers compressed; auto: keys at",
                               "none +0 ", "turbo4 +4 ",
                               r"the story about\? (.{20,}?)\nWhat happened in the end\? .{20,}\1\n$"],  # as saved

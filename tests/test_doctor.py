@@ -3,6 +3,7 @@ import io
 import json
 
 import mlx.core as mx
+import pages
 import pytest
 
 from mlx_turbo import BackendError, cli, doctor, kernels, use_backend
@@ -169,7 +170,8 @@ def test_the_quick_checks_pair_what_models_differ_in():
         mine = [c for c in attend if c.keys[1] == c.values[1] == head_dim]
         assert {c.keys[0] for c in mine} == {0, 4, 8} and {c.values[0] for c in mine} == {4}
         assert {c.n_tokens > kernels.AttendTuning().one_launch_tokens for c in mine} == {False, True}
-        assert {c.dtype for c in mine} == {mx.float16, mx.bfloat16} and {4, 8} <= {c.heads_per_kv_head for c in mine}
+        assert {c.dtype for c in mine} == {mx.float16, mx.bfloat16}
+        assert {4, 8} <= {c.heads_per_kv_head for c in mine}
         for operation in ("quantize", "dequantize"):
             sides = {c.sides for c in quick if isinstance(c, doctor.Check) and c.operation == operation}
             assert {b for s in sides for d, b, _ in s if d == head_dim} == {4, 8}
@@ -177,6 +179,17 @@ def test_the_quick_checks_pair_what_models_differ_in():
         mine = [c for c in attend if c.dtype == dtype]
         assert {c.keys[0] for c in mine} == {0, 4, 8} and {c.means for c in mine} == {False, True}
     assert {c.n_queries for c in attend} == {1, 4} and {c.sinks for c in attend} == {False, True}
+
+
+def test_the_page_names_the_models_as_they_are_checked():
+    keys = {0: "exact", 4: "4 bits", 8: "8 bits"}
+    lines = [line for line in pages.text("docs/compiling.md").splitlines() if line.startswith("| ")]
+    assert [line[2:-2].split(" | ") for line in lines[1:]] == [[m.names, str(m.head_dim), str(m.heads_per_kv_head),
+                     keys[m.key_bits] + (", centred" if m.key_bits else ", values centred") * m.means,
+                     doctor._dtype_name(m.dtype),
+                     ("one launch" if m.n_tokens == doctor.ONE_LAUNCH else "two launches")
+                     + f", and {m.n_drafts} drafts verified" * bool(m.n_drafts) + ", sinks" * m.sinks]
+                    for m in doctor.MODELS]
 
 
 def test_the_quick_checks_pass_in_the_simulator_and_build_few_libraries(simulated, generated_texts, capsys):

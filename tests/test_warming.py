@@ -18,12 +18,12 @@ from mlx_turbo.fallback import CpuBackend, tiled_attention
 from mlx_turbo.kernels import AttendTuning, BackendError, MetalBackend
 
 CPU = CpuBackend()
-# Tokens from which on attention takes two launches here, more than warm-up needs: decoding 1,024 would take long.
+# Tokens from which on attention takes two launches here, more than warm-up needs: decoding 1,024 takes long.
 MANY, MANY_OF_AUTO = 150, 400
 
 
 class Recorder(MetalBackend):
-    """The Metal path: the texts of its kernels are written down, the results are those of the CPU fallback."""
+    """The Metal path: the texts of its kernels are written down, the results are the CPU fallback's."""
 
     def __init__(self):
         super().__init__(self._record)
@@ -34,8 +34,8 @@ class Recorder(MetalBackend):
         def call(*, inputs, output_shapes, output_dtypes, template, **launch):
             key = name, *template, *((a.dtype, a.ndim == 0, a.size < 8) for a in inputs), *output_dtypes
             if key not in self._text_of:
-                self._text_of[key] = metalsim.generate(name, input_names, output_names, source, header, False, inputs,
-                                                       output_dtypes, template)[0]
+                self._text_of[key] = metalsim.generate(name, input_names, output_names, source, header, False,
+                                                       inputs, output_dtypes, template)[0]
                 self.texts.add(self._text_of[key])
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
         return call
@@ -78,9 +78,10 @@ def tokenizer():
 
 def build(module, dtype=mx.bfloat16, key_bias=0, **options):
     """A random model of two layers that speaks the embedded one's tokens."""
-    args = dict(model_type=module.__name__.split(".")[-1], hidden_size=64, num_hidden_layers=2, intermediate_size=64,
-                num_attention_heads=4, num_key_value_heads=1, head_dim=64, rms_norm_eps=1e-5, vocab_size=2048,
-                rope_theta=1e6, tie_word_embeddings=True, max_position_embeddings=4096)
+    args = dict(model_type=module.__name__.split(".")[-1], hidden_size=64, num_hidden_layers=2,
+                intermediate_size=64, num_attention_heads=4, num_key_value_heads=1, head_dim=64,
+                rms_norm_eps=1e-5, vocab_size=2048, rope_theta=1e6, tie_word_embeddings=True,
+                max_position_embeddings=4096)
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict(args | options))
     model.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.2 if a.ndim > 1 else a, model.parameters()))
@@ -96,21 +97,23 @@ MODELS = {
     "llama": lambda: build(llama),
     "float16": lambda: build(llama, mx.float16, num_key_value_heads=2),
     "biased keys": lambda: build(qwen2, key_bias=30, hidden_size=128, num_attention_heads=2),
-    "sliding windows": lambda: build(gemma3_text, sliding_window=280, sliding_window_pattern=2, query_pre_attn_scalar=64),
-    "attention sinks": lambda: build(gpt_oss, mx.float32, num_attention_heads=8, num_key_value_heads=2, sliding_window=16,
-                                     layer_types=["sliding_attention", "full_attention"], num_local_experts=2,
-                                     num_experts_per_tok=1),
+    "sliding windows": lambda: build(gemma3_text, sliding_window=280, sliding_window_pattern=2,
+                                     query_pre_attn_scalar=64),
+    "attention sinks": lambda: build(gpt_oss, mx.float32, num_attention_heads=8, num_key_value_heads=2,
+                                     sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+                                     num_local_experts=2, num_experts_per_tok=1),
 }
 
 
 def converse(model, tokenizer, config, n_prompt, n_answer, **options):
-    """mlx-lm's own generation; the tokens of a second turn, of a length that goes to the kernel, are a prompt too."""
+    """mlx-lm's own generation, of two turns; the second prompt is a chunk over packed tokens."""
     prompt = [int(i) for i in np.random.default_rng(1).integers(3, 2000, n_prompt)]
     cache = models.make_prompt_cache(model, config)
     if draft := options.get("draft_model"):
         cache += models.make_prompt_cache(draft, config)
-    for _ in range(2):
-        for _ in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=n_answer, prompt_cache=cache, **options):
+    for n in (n_answer, 4):
+        options |= dict(max_tokens=n, prompt_cache=cache)
+        for _ in mlx_lm.stream_generate(model, tokenizer, prompt, **options):
             pass
         prompt = prompt[:30]
     return cache
@@ -131,7 +134,7 @@ def test_a_conversation_builds_no_kernel_after_warm_up(recorder, tokenizer, name
     n = mlx_turbo.warm(model, tokenizer, scheme)
     built, kinds = set(recorder.texts), recorder.kinds()
     assert n > 0 and all(kinds.values())
-    cache = converse(model, tokenizer, scheme, 20, many)  # packed, decided, and beyond one launch in its middle
+    cache = converse(model, tokenizer, scheme, 20, many)  # decides, packs, goes beyond one launch
     assert any(c.report()["packed"] for c in cache if isinstance(c, mlx_turbo.TurboKVCache))
     assert recorder.texts == built
     converse(model, tokenizer, scheme, 600, 4)
@@ -142,7 +145,8 @@ def test_without_warm_up_they_are_built_in_the_middle(recorder, tokenizer):
     """What the test above would see."""
     model, seen = MODELS["llama"](), []
     cache = models.make_prompt_cache(model, "auto")
-    for i, _ in enumerate(mlx_lm.stream_generate(model, tokenizer, [5, 6, 7], max_tokens=MANY_OF_AUTO + 20, prompt_cache=cache)):
+    options = dict(max_tokens=MANY_OF_AUTO + 20, prompt_cache=cache)
+    for _ in mlx_lm.stream_generate(model, tokenizer, [5, 6, 7], **options):
         seen.append(len(recorder.texts))
     assert seen[1] < seen[280] < seen[-1]  # packing, then two launches
 
@@ -204,9 +208,10 @@ def test_a_wrong_kernel_is_named_before_anything_is_said(simulated, door, tokeni
         assert mlx_turbo.warm(model, tokenizer, "turbo4") == backend.n_tested > 3
     source = kernels.metal_source
     monkeypatch.setattr(kernels, "metal_source",
-                        lambda name: (source(name)[0], "return;\n" + source(name)[1] if name == "merge" else source(name)[1]))
-    with ops.use_backend(MetalBackend(simulated._metal_kernel)), pytest.raises(BackendError, match="attend.metal"):
-        mlx_turbo.warm(model, tokenizer, "turbo4")
+                        lambda name: (source(name)[0], "return;\n" * (name == "merge") + source(name)[1]))
+    with ops.use_backend(MetalBackend(simulated._metal_kernel)):
+        with pytest.raises(BackendError, match="attend.metal"):
+            mlx_turbo.warm(model, tokenizer, "turbo4")
 
 
 # ---- the programs ------------------------------------------------------------------------------------------
@@ -229,7 +234,8 @@ STORY = " ".join((warming.TEXT * 3).split())[:1250]  # 370 tokens
 LONG = ["--kv-recent", "8", "-m", "50"]  # packs, and goes beyond MANY_OF_AUTO in the answer
 
 
-@pytest.mark.parametrize("more", [["--kv", "auto"], ["--kv", "turbo4", "--draft-model", DEMO_MODEL]], ids=["auto", "draft"])
+@pytest.mark.parametrize("more", [["--kv", "auto"], ["--kv", "turbo4", "--draft-model", DEMO_MODEL]],
+                         ids=["auto", "draft"])
 def test_generate_builds_all_before_its_first_token(run, recorder, at_first_word, more):
     code, _, err = run("generate", "--prompt", STORY, *LONG, *more)
     assert code == 0 and "building and checking the kernels for the model ..." in err
@@ -247,9 +253,10 @@ def test_a_prompt_cache_file_is_gone_on_with_its_own_scheme(run, recorder, at_fi
     model, tokenizer = cli.load_model(mlx_lm.load, DEMO_MODEL, "--model")
     cache = models.make_prompt_cache(model, "turbo3")
     mx.eval(model(mx.array([tokenizer.encode(warming.TEXT * 2)]), cache=cache))
-    mlx_turbo.save_prompt_cache(str(tmp_path / "a.safetensors"), cache, {"model": str(DEMO_MODEL), "tokenizer_config": "{}"})
+    file = str(tmp_path / "a.safetensors")
+    mlx_turbo.save_prompt_cache(file, cache, {"model": str(DEMO_MODEL), "tokenizer_config": "{}"})
     recorder.__init__()
-    code, _, err = run("generate", "--prompt", "Then", "--prompt-cache-file", tmp_path / "a.safetensors", "-m", "20")
+    code, _, err = run("generate", "--prompt", "Then", "--prompt-cache-file", file, "-m", "20")
     assert code == 0, err
     assert at_first_word[0] == recorder.texts and recorder.texts
 
@@ -259,15 +266,15 @@ def test_a_kernel_that_does_not_build_ends_it_before_the_first_token(run, comman
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nq\n"))
     with ops.use_backend(DoesNotBuild()):
         code, out, err = run(command, "-m", "4")
-    assert code == 1 and "mlx-turbo: error: the kernel does not build\nprogram_source:7:3: error: expected ';'" in err
+    assert code == 1 and "error: the kernel does not build\nprogram_source:7:3: error: expected ';'" in err
 
 
 def test_the_server_builds_what_its_answers_need(recorder, tokenizer, monkeypatch):
     asked = []
     monkeypatch.setattr(cli, "warm", lambda *args, **options: asked.append(options["n_draft_tokens"]) or 0)
     for draft in None, str(DEMO_MODEL) + "/.":
-        args = cli.argparse.Namespace(kv="auto", kv_sink=None, kv_recent=None, model=str(DEMO_MODEL), draft_model=draft,
-                                      num_draft_tokens=5)
+        args = cli.argparse.Namespace(kv="auto", kv_sink=None, kv_recent=None, model=str(DEMO_MODEL),
+                                      draft_model=draft, num_draft_tokens=5)
         program = serve.ServerProgram(serve.module, args)
         for path in filter(None, (args.model, draft)):
             program._load(mlx_lm.load, path)
