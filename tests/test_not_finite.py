@@ -167,7 +167,7 @@ COMMON = dict(deadline=None, derandomize=True, database=None, phases=[Phase.gene
 
 @pytest.mark.parametrize("name", FAST_BACKENDS + ["oracle"])
 def test_a_token_that_is_not_finite_spoils_the_queries_that_see_it_and_nothing_else(name):
-    @settings(max_examples=60, **COMMON)
+    @settings(max_examples=40, **COMMON)
     @given(faults(["turbo4", "turbo8v3", "turbo4v0", "turbo0v2"]))
     def check(fault):
         with ops.use_backend(BACKENDS[name]):

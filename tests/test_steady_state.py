@@ -99,7 +99,7 @@ class Layer:
 SMALL = TurboConfig("turbo4", recent=16, block=16)
 LAYERS = {
     "turbo4": lambda: Layer(TurboKVCache()).prompt(300),
-    "turbo8v4, centred": lambda: Layer(TurboKVCache("turbo8v4"), bias=30).prompt(2300, 300),
+    "turbo8v4, centred": lambda: Layer(TurboKVCache("turbo8v4"), bias=30).prompt(1100, 300),
     "exact keys": lambda: Layer(TurboKVCache("turbo0v4")).prompt(300),
     "head_dim 72, of which there is no kernel": lambda: Layer(TurboKVCache("turbo3"), dim=72).prompt(300),
     "auto": lambda: Layer(TurboKVCache("auto")).prompt(300),
