@@ -5,8 +5,8 @@ import mlx.core as mx
 import numpy as np
 from conftest import to_numpy
 
-from mlx_turbo import reference, rotation
-from mlx_turbo.kernels import ONE_SEGMENT, CachedSide
+from mlx_turbo.backends.sides import ONE_SEGMENT, CachedSide
+from mlx_turbo.quant import reference, rotation
 
 POISON = 24  # rows of capacity behind the last token, filled with what must never be read
 

@@ -9,10 +9,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_turbo import attention, cli, models, ops, reference, rotation
-from mlx_turbo.fallback import CpuBackend
-from mlx_turbo.kernels import MetalBackend
-from mlx_turbo.scheme import SCALES
+from mlx_turbo.backends import select
+from mlx_turbo.backends.metal import MetalBackend
+from mlx_turbo.backends.mlx_ops import CpuBackend
+from mlx_turbo.cli import main
+from mlx_turbo.integration import attention, prompt_cache
+from mlx_turbo.quant import reference, rotation
+from mlx_turbo.quant.scheme import SCALES
 
 
 def to_numpy(x):
@@ -84,10 +87,10 @@ SIMULATED.describe = lambda: "simulated metal (metalsim)"
 BACKENDS = {"oracle": OracleBackend(), "cpu": CpuBackend()}
 if sys.platform != "darwin":  # the simulator's code generation is for Linux; a Mac runs the kernels themselves
     BACKENDS["simulated"] = SIMULATED
-if not ops.metal_unavailable():
+if not select.metal_unavailable():
     BACKENDS["metal"] = MetalBackend()
 elif os.environ.get("MLX_TURBO_REQUIRE_METAL") == "1":
-    raise pytest.UsageError(f"MLX_TURBO_REQUIRE_METAL=1, but {ops.metal_unavailable()}")
+    raise pytest.UsageError(f"MLX_TURBO_REQUIRE_METAL=1, but {select.metal_unavailable()}")
 
 
 def pytest_addoption(parser):
@@ -114,7 +117,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(params=list(BACKENDS))
 def backend(request):
     """Each backend in turn, in use for the whole test."""
-    with ops.use_backend(BACKENDS[request.param]) as chosen:
+    with select.use_backend(BACKENDS[request.param]) as chosen:
         yield chosen
 
 
@@ -123,14 +126,14 @@ def simulated():
     """The Metal kernels in the simulator."""
     if "simulated" not in BACKENDS:
         pytest.skip("the simulator runs on Linux; here the kernels run on the GPU")
-    with ops.use_backend(SIMULATED) as chosen:
+    with select.use_backend(SIMULATED) as chosen:
         yield chosen
 
 
 @pytest.fixture
 def door():
     """Our classes and our attention in mlx-lm for the whole test, its own after it."""
-    models.register()
+    prompt_cache.register()
     yield
     attention.uninstall()
 
@@ -155,7 +158,7 @@ def run(capsys):
     def run(*argv):
         capsys.readouterr()
         try:
-            code = cli.main([str(a) for a in argv])
+            code = main.main([str(a) for a in argv])
         except SystemExit as e:  # argparse's --help and --version
             code = e.code
         return code, *capsys.readouterr()

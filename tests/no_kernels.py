@@ -2,8 +2,9 @@
 silently. And one whose kernels do not build."""
 import mlx.core as mx
 
-from mlx_turbo.fallback import CpuBackend
-from mlx_turbo.kernels import BackendError, MetalBackend
+from mlx_turbo.backends.metal import MetalBackend
+from mlx_turbo.backends.mlx_ops import CpuBackend
+from mlx_turbo.backends.sides import BackendError
 
 
 class NoKernels(MetalBackend):

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 import mlx_turbo
-from mlx_turbo.cli import DEMO_MODEL, DEMO_TEMPLATE
+from mlx_turbo.cli.common import DEMO_MODEL, DEMO_TEMPLATE
 
 # of sentences that the embedded model goes on from
 STORIES = [s.strip() for s in re.findall(r"[^.!?\n\"]{30,90}[.]", (DEMO_MODEL / "stories.txt").read_text())]
