@@ -1,6 +1,6 @@
 """C++ text -> instrumented shared object, through clang and LLVM IR, kept in a cache directory.
 
-The compiler is the clang inside `pip install ziglang`, or $METALSIM_CLANG (a clang >= 18 with lld next to
+The compiler is the clang inside `pip install ziglang`, or $METALSIM_CLANG (a clang >= 20 with lld next to
 it). The cache is $METALSIM_CACHE or a directory of this user under the system's temporary directory. A file
 appears there complete or not at all, so any number of processes may share it.
 """
@@ -18,7 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from .instrument import count_instructions, instrument
+from .instrument import count_instructions, instrument, prepare
+from .pointers import check_pointers
 from .translate import MSLError
 
 HERE = Path(__file__).resolve().parent
@@ -27,8 +28,9 @@ TARGETS = {"x86_64": ["--target=x86_64-linux-gnu", "-march=x86-64-v3"],
 FREESTANDING = ["-fPIC", "-ffreestanding", "-nostdinc", "-fno-exceptions", "-fno-rtti",
                 "-fno-stack-protector",
                 "-fno-asynchronous-unwind-tables"]
+LANGUAGE = ["-x", "c++", "-std=c++14"]
 LANGUAGE_FLAGS = [
-    *FREESTANDING, "-x", "c++", "-std=c++14", "-O2", "-fno-threadsafe-statics",
+    *FREESTANDING, "-O2", "-fno-threadsafe-statics",
     # one GPU thread executes scalar code: keep the counts close to that
     "-fno-vectorize", "-fno-slp-vectorize", "-mllvm", "-disable-loop-idiom-all",
     # arithmetic as in MSL's safe math mode, with half and bfloat rounded after every operation
@@ -42,11 +44,11 @@ KERNEL_FLAGS = [
     # undefined behaviour must show: no loop is assumed to end, no stack frame jumps over the guard page
     "-ftrivial-auto-var-init=pattern", "-fsanitize=bounds,shift-exponent,integer-divide-by-zero",
     "-fstrict-flex-arrays=3",  # bounds also of an array that ends a struct
-    "-fno-sanitize-recover=all", "-fno-finite-loops", "-fstack-clash-protection",
+    "-fno-sanitize-recover=all", "-fno-finite-loops", "-fstack-clash-protection", "-fwrapv-pointer",
     "-Werror=uninitialized", "-Werror=sometimes-uninitialized", "-Werror=return-type",
 ]
 # A simdgroup function is one call of a function without a body, as on a GPU it is one instruction.
-CODE_SIZE_FLAGS = [*LANGUAGE_FLAGS, "-g0", "-DMSL_CODE_SIZE"]
+CODE_SIZE_FLAGS = [*LANGUAGE, *LANGUAGE_FLAGS, "-g0", "-DMSL_CODE_SIZE"]
 
 
 @functools.cache
@@ -69,7 +71,7 @@ def _toolchain():
         import ziglang
     except ImportError:
         raise RuntimeError("metalsim needs a compiler: pip install ziglang==0.17.1, or set METALSIM_CLANG to "
-                           "a clang >= 18") from None
+                           "a clang >= 20") from None
     zig = Path(ziglang.__file__).with_name("zig")
     # `zig c++` would build its own C++ library first (a minute); the two subcommands used here do not
     linker = [str(zig), "ld.lld", "-shared", "--hash-style=gnu"]
@@ -122,7 +124,8 @@ def _unit(cpp, entry):
 
 @functools.cache
 def _own_sources():
-    return "".join((HERE / name).read_text() for name in ("msl.h", "instrument.py", "compile.py"))
+    names = ("msl.h", "instrument.py", "pointers.py", "compile.py")
+    return "".join((HERE / name).read_text() for name in names)
 
 
 class CodeSize(NamedTuple):
@@ -168,8 +171,11 @@ def compile_kernel(cpp, entry, extra_flags=()):
             directory = Path(name)
             (directory / "kernel.cpp").write_text(text)
             ir = directory / "kernel.ll"
-            _run([*compiler, *KERNEL_FLAGS, *extra_flags, "-I", str(HERE), "-S", "-emit-llvm", "-o", str(ir),
+            to_ir = [*compiler, *KERNEL_FLAGS, *extra_flags, "-S", "-emit-llvm", "-o", str(ir)]
+            _run([*to_ir, *LANGUAGE, "-I", str(HERE), "-Xclang", "-disable-llvm-passes",
                   str(directory / "kernel.cpp")], "MSL compilation")
+            (directory / "checked.ll").write_text(check_pointers(prepare(ir.read_text())))
+            _run([*to_ir, str(directory / "checked.ll")], "optimisation")
             instrumented, info = instrument(ir.read_text())
             ir.write_text(instrumented)
             (directory / "kernel.json").write_text(json.dumps(info))

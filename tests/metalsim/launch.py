@@ -39,6 +39,7 @@ class Config:
     order: str = "natural"          # schedule of threads and threadgroups: natural, reversed or random
     seed: int = 1                   # of the random order
     races: bool = True              # report data races
+    past_end: bool = False          # report pointers beyond the end of their array, too, not only before it
     ignore: tuple = ()  # reports that contain one of these texts do not raise (Stats.reports has them)
     flags: tuple = ()               # extra clang flags
     timeout: int = 120              # seconds after which a dispatch that has not ended is an error
@@ -169,10 +170,10 @@ class _Buffer(ctypes.Structure):
 class _Dispatch(ctypes.Structure):
     _fields_ = (_fields(ctypes.c_uint64,
                         "entry arguments buffers n_buffers chunk_owner arena arena_size threadgroup "
-                        "threadgroup_size threadgroup_variables n_threadgroup_variables counters "
-                        "counters_size block_lines")
+                        "threadgroup_size threadgroup_variables n_threadgroup_variables constants "
+                        "n_constants counters counters_size block_lines")
                 + _fields(ctypes.c_uint32 * 3, "grid group")
-                + _fields(ctypes.c_uint32, "order seed check_races timeout_seconds")
+                + _fields(ctypes.c_uint32, "order seed check_races past_end timeout_seconds padding")
                 + _fields(ctypes.c_uint64, "log log_size n_reports fatal n_simd_ops n_barriers n_threads "
                                            "threadgroup_read threadgroup_written constant_read n_atomics"))
 
@@ -232,8 +233,8 @@ def _flags(fast_math):
 
 
 def code_size(text, name, expression=None, constants=None, fast_math=False):
-    """(LLVM IR instructions, CPU seconds to compile to them) of one kernel of an MSL text, after -O2, with what
-    it calls: a proxy for what Apple's compiler will have to do.
+    """(LLVM IR instructions, CPU seconds to compile to them) of one kernel of an MSL text, after -O2, with
+    what it calls: a proxy for what Apple's compiler will have to do.
 
     text, name, expression: as generate() returns them, or any text with a kernel `name`, instantiated by
     `expression` (such as "name<float, 128>"). constants: function constants, as for Library. Raises MSLError
@@ -252,10 +253,13 @@ class Function:
         path, info = compiler.compile_kernel(source.cpp, entry, _flags(fast_math))
         self.library = ctypes.CDLL(str(path))
         self.blocks = info["blocks"]
-        # [n, 2]: address and size of each threadgroup variable
-        numbers = ctypes.c_uint64 * (2 * info["n_threadgroup_variables"])
-        variables = numbers.in_dll(self.library, "msl_threadgroup_variables")
-        self.threadgroup_variables = np.array(variables, np.uint64).reshape(-1, 2)
+        self.names = {kind: info[kind] for kind in ("threadgroup_variables", "constants")}
+        # [n, 2]: offset in msl_threadgroup, or address, and size of each of them
+        self.threadgroup_variables, self.constants = (self._spans(kind) for kind in self.names)
+
+    def _spans(self, kind):
+        numbers = ctypes.c_uint64 * (2 * len(self.names[kind]))
+        return np.array(numbers.in_dll(self.library, f"msl_{kind}"), np.uint64).reshape(-1, 2)
 
     def dispatch(self, arguments, grid, group):
         """Run it. arguments: {parameter: Argument}; those left out (function constants) are null pointers.
@@ -278,26 +282,31 @@ class Function:
         arena = _Arena(present)
         pointers = {a.name: arena.address + begin + a.start for a, begin in zip(present, arena.begin)}
         pointer_array = (ctypes.c_void_p * (len(self.buffers) + 1))(*map(pointers.get, self.buffers))
-        spans = self.threadgroup_variables.copy()
-        spans[:, 1] += spans[:, 0]
-        low, high = (int(spans[:, 0].min()), int(spans[:, 1].max())) if len(spans) else (0, 0)
+        variables, constants = self.threadgroup_variables, self.constants
+        threadgroup_end = int(variables.sum(1).max(initial=0))
+        threadgroup = (ctypes.c_uint8 * (threadgroup_end + 1)).in_dll(self.library, "msl_threadgroup")
         counters = self._counters()
         log = ctypes.create_string_buffer(16384)
         d = _Dispatch(
             entry=ctypes.cast(self.library.msl_entry, ctypes.c_void_p).value,
             arguments=ctypes.addressof(pointer_array), buffers=ctypes.addressof(arena.buffers),
             n_buffers=len(present), chunk_owner=arena.owner.ctypes.data, arena=arena.address,
-            arena_size=arena.size, threadgroup=low, threadgroup_size=high - low,
-            threadgroup_variables=spans.ctypes.data, n_threadgroup_variables=len(spans),
+            arena_size=arena.size, threadgroup=ctypes.addressof(threadgroup),
+            threadgroup_size=threadgroup_end,
+            threadgroup_variables=variables.ctypes.data, n_threadgroup_variables=len(variables),
+            constants=constants.ctypes.data, n_constants=len(constants),
             counters=ctypes.addressof(counters), counters_size=ctypes.sizeof(counters),
             block_lines=ctypes.addressof(ctypes.c_uint32.in_dll(self.library, "msl_block_lines")),
             grid=grid, group=group, order=ORDERS.index(config.order), seed=config.seed,
-            check_races=config.races, timeout_seconds=config.timeout, log=ctypes.addressof(log),
-            log_size=len(log))
+            check_races=config.races, past_end=config.past_end, timeout_seconds=config.timeout,
+            log=ctypes.addressof(log), log_size=len(log))
         ctypes.memset(counters, 0, ctypes.sizeof(counters))
         _dispatch_with_time_limit(d)
         names = [a.name for a in present]
-        text = re.sub(r"buffer #(\d+)", lambda m: f"'{names[int(m[1])]}'", log.value.decode())
+        named = {"buffer": names, "threadgroup variable": self.names["threadgroup_variables"],
+                 "constant": self.names["constants"]}
+        text = re.sub(f"({'|'.join(named)}) #(\\d+)", lambda m: f"'{named[m[1]][int(m[2])]}'",
+                      log.value.decode())
         last_stats = self._stats(d, arena, names, counters, threadgroup_size, text.splitlines())
         bad = [r for r in last_stats.reports if not any(ignored in r for ignored in config.ignore)]
         if bad:

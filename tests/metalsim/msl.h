@@ -6,7 +6,8 @@
 #define kernel
 #define device __attribute__((address_space(1)))
 #define constant const __attribute__((address_space(2)))
-#define threadgroup __attribute__((address_space(3)))
+// Pointers of 32 bits, as on Apple GPUs; instrument.py lets the memory begin at address 0, as it does there.
+#define threadgroup __attribute__((address_space(271)))
 #define METAL_FUNC inline __attribute__((always_inline))
 #define MLX_MTL_PRAGMA_UNROLL _Pragma("clang loop unroll(full)")
 // The line of the call, through any number of defaulted parameters.

@@ -3,7 +3,8 @@
 // Every GPU thread is a fiber on ONE operating-system thread. The 32 fibers of a simdgroup meet at simdgroup
 // functions, all fibers of a threadgroup meet at threadgroup_barrier; nothing else switches between them, so
 // a run is reproducible. The compiled kernel calls msl_mem1/2/3 before each access to
-// device/constant/threadgroup memory.
+// device/constant/threadgroup memory. Addresses of threadgroup memory begin at 0: msl_mem3 tells where that is in the
+// host.
 //
 // Freestanding: a handful of C library functions are taken from the host process, and no header is needed.
 typedef unsigned char u8;
@@ -36,6 +37,8 @@ struct Buffer {
   u32 writable, initialised;
 };
 
+struct Span { u64 begin, size; };
+
 struct Dispatch {
   void (*entry)(void **, void *);      // the compiled kernel
   void **arguments;
@@ -44,15 +47,17 @@ struct Dispatch {
   u16 *chunk_owner;                    // arena / 64 KB -> buffer index, or NO_OWNER
   u8 *arena;                           // all buffers lie here, with gaps between them
   u64 arena_size;
-  u8 *threadgroup;                     // begin and size of the span that holds all threadgroup variables
+  u8 *threadgroup;                     // the memory of the threadgroup
   u64 threadgroup_size;
-  u64 *threadgroup_variables;          // (begin, end) pairs
+  Span *threadgroup_variables;         // where they lie in it
   u64 n_threadgroup_variables;
+  Span *constants;                     // the program-scope ones
+  u64 n_constants;
   u8 *counters;                        // the kernel's block counters, whole pages
   u64 counters_size;
   const u32 *block_lines;              // source line of each counter
   u32 grid[3], group[3];
-  u32 order, seed, check_races, timeout_seconds;
+  u32 order, seed, check_races, past_end, timeout_seconds, padding;
   char *log;
   u64 log_size;
   u64 n_reports, fatal, n_simd_ops, n_barriers, n_threads;
@@ -98,7 +103,7 @@ static u32 exchange_parity[32];
 static u32 current;                        // linear index of the running thread in its threadgroup
 static u32 group_index, group_threads;
 static void *scheduler_sp;
-static u32 last_line;
+static u32 last_line;                      // of an access to memory
 static bool in_fiber;
 
 // void msl_switch(void **save_sp, void *to_sp): push the callee-saved registers, change stacks, pop them.
@@ -216,7 +221,8 @@ static void report(Severity severity, u32 line, const char *format, ...) {
     u64 n = strlen(D->log);
     auto more = [&](int printed) { n = n + printed < D->log_size ? n + printed : D->log_size - 1; };
     const u32 *p = attributes[current].value[14], *g = attributes[current].value[15];
-    more(snprintf(D->log + n, D->log_size - n, "line %u: ", line));
+    // an optimiser that moves an instruction may forget its line
+    more(snprintf(D->log + n, D->log_size - n, line ? "line %u: " : "after line %u: ", line ? line : last_line));
     __builtin_va_list values;
     __builtin_va_start(values, format);
     more(vsnprintf(D->log + n, D->log_size - n, format, values));
@@ -328,6 +334,7 @@ static inline bool is_write(u64 info) { return info >> 16 & 1; }
 static inline bool is_atomic(u64 info) { return info >> 17 & 1; }
 static inline bool is_read(u64 info) { return info >> 18 & 1; }
 static inline u32 line_of(u64 info) { return info >> 32; }
+static inline void note_line(u64 info) { if (line_of(info)) last_line = line_of(info); }
 static inline const char *verb(u64 info) { return is_write(info) ? "write" : "read"; }
 
 static inline bool is_ordered(const Toucher &before, const Toucher &me) {
@@ -361,8 +368,8 @@ static void report_race(const char *kind, u32 other, u64 info, Space space, u32 
            kind, thread, group, at, buffer);
   else
     report(CONTINUE, line_of(info),
-           "data race: %s by another thread (linear id %u of group %u), byte %llu of threadgroup memory",
-           kind, thread, group, at);
+           "data race: %s by another thread (linear id %u of group %u), byte %llu of threadgroup variable #%u",
+           kind, thread, group, at, buffer);
 }
 static void check_races(Shadow *s, u64 n_bytes, u64 info, Space space, u32 buffer, u64 offset) {
   Toucher me = {group_index * MAX_THREADS + current + 1, group_epoch[space],
@@ -397,31 +404,31 @@ static inline void increment(u32 *counts, u64 n) {
 }
 
 static inline void buffer_access(u8 *p, u64 info, u64 n_bytes, bool is_constant) {
-  last_line = line_of(info);
+  note_line(info);
   u64 arena_offset = p - D->arena;
   if (arena_offset >= D->arena_size) {
     if (is_constant) {                                                // a program-scope constant
       D->constant_read += n_bytes;
       return;
     }
-    report(FATAL, last_line, "wild device %s at %p", verb(info), p);
+    report(FATAL, line_of(info), "wild device %s at %p", verb(info), p);
   }
   u16 owner = D->chunk_owner[arena_offset >> 16];
   if (owner == NO_OWNER)
-    report(FATAL, last_line, "out-of-bounds device %s of %u bytes far from any buffer", verb(info),
+    report(FATAL, line_of(info), "out-of-bounds device %s of %u bytes far from any buffer", verb(info),
            (u32)n_bytes);
   Buffer &b = D->buffers[owner];
   u64 offset = p - b.begin;
   if (p < b.begin || p + n_bytes > b.end)
-    report(FATAL, last_line, "out-of-bounds %s of %u bytes at byte %lld of buffer #%u (%llu bytes)",
+    report(FATAL, line_of(info), "out-of-bounds %s of %u bytes at byte %lld of buffer #%u (%llu bytes)",
            verb(info),
            (u32)n_bytes, (long long)offset, owner, (unsigned long long)(b.end - b.begin));
   if ((u64)p & (alignment_of(info) - 1))
-    report(FATAL, last_line, "misaligned access: byte %lld of buffer #%u needs alignment %u",
+    report(FATAL, line_of(info), "misaligned access: byte %lld of buffer #%u needs alignment %u",
            (long long)offset, owner,
            alignment_of(info));
   if (is_write(info)) {
-    if (!b.writable) report(FATAL, last_line, "write to read-only buffer #%u", owner);
+    if (!b.writable) report(FATAL, line_of(info), "write to read-only buffer #%u", owner);
     b.bytes_written += n_bytes;
     b.n_stores++;
     increment(b.byte_writes + offset, n_bytes);
@@ -436,7 +443,7 @@ static inline void buffer_access(u8 *p, u64 info, u64 n_bytes, bool is_constant)
   if (!shadow) shadow = (Shadow *)calloc(b.end - b.begin, sizeof(Shadow));
   for (u64 i = 0; is_read(info) && !b.initialised && i < n_bytes; i++) {
     if (shadow[offset + i].initialised) continue;
-    report(CONTINUE, last_line, "read of uninitialised output, byte %llu of buffer #%u",
+    report(CONTINUE, line_of(info), "read of uninitialised output, byte %llu of buffer #%u",
            (unsigned long long)(offset + i),
            owner);
     break;
@@ -449,25 +456,91 @@ EXPORT void msl_mem1(u8 *p, u64 info, u64 n_bytes) {
   D->n_atomics += is_atomic(info);
 }
 EXPORT void msl_mem2(u8 *p, u64 info, u64 n_bytes) { buffer_access(p, info, n_bytes, true); }
-EXPORT void msl_mem3(u8 *p, u64 info, u64 n_bytes) {
-  last_line = line_of(info);
-  u64 k = 0, offset = p - D->threadgroup;
-  auto is_inside = [&](u64 *variable) { return (u64)p >= variable[0] && (u64)p + n_bytes <= variable[1]; };
-  while (k < D->n_threadgroup_variables && !is_inside(D->threadgroup_variables + 2 * k)) k++;
-  if (k == D->n_threadgroup_variables)
-    report(FATAL, last_line, "out-of-bounds threadgroup %s of %u bytes", verb(info), (u32)n_bytes);
-  if ((u64)p & (alignment_of(info) - 1))
-    report(FATAL, last_line, "misaligned threadgroup access (needs %u)", alignment_of(info));
+// Threadgroup variable k has the address k * SPACING, as in instrument.py; an address belongs to the nearest.
+static const u32 SPACING = 1 << 20;
+static inline u32 variable_of(u32 address) { return (u32)(address + SPACING / 2) / SPACING; }
+static inline long distance_from(u32 variable, u32 address) { return (int)(address - variable * SPACING); }
+EXPORT u8 *msl_mem3(u32 address, u64 info, u64 n_bytes) {
+  note_line(info);
+  u32 k = variable_of(address);
+  long at = distance_from(k, address);
+  if (k >= D->n_threadgroup_variables)
+    report(FATAL, line_of(info), "out-of-bounds threadgroup %s of %u bytes far from any variable", verb(info),
+           (u32)n_bytes);
+  Span &v = D->threadgroup_variables[k];
+  if (at < 0 || at + n_bytes > v.size)
+    report(FATAL, line_of(info),
+           "out-of-bounds threadgroup %s of %u bytes at byte %ld of threadgroup variable #%u (%llu bytes)",
+           verb(info), (u32)n_bytes, at, k, v.size);
+  if (address & (alignment_of(info) - 1))
+    report(FATAL, line_of(info), "misaligned threadgroup access (needs %u)", alignment_of(info));
   if (is_write(info)) D->threadgroup_written += n_bytes;
   if (is_read(info)) D->threadgroup_read += n_bytes;
   D->n_atomics += is_atomic(info);
+  Shadow *shadow = threadgroup_shadow + v.begin + at;
   for (u64 i = 0; is_read(info) && i < n_bytes; i++) {
-    if (threadgroup_shadow[offset + i].initialised) continue;
-    report(CONTINUE, last_line, "read of uninitialised threadgroup memory");
+    if (shadow[i].initialised) continue;
+    report(CONTINUE, line_of(info),
+           "read of uninitialised threadgroup memory, byte %llu of threadgroup variable #%u", at + i, k);
     break;
   }
-  check_races(threadgroup_shadow + offset, n_bytes, info, THREADGROUP, 0, offset);
+  check_races(shadow, n_bytes, info, THREADGROUP, k, at);
+  return D->threadgroup + v.begin + at;
 }
+
+// ---- pointer arithmetic -------------------------------------------------------------------------
+// pointers.py has unoptimised code call these. A pointer belongs to the array in or near which it points. It must
+// not be before it: addresses of threadgroup memory begin at 0, where 32 bits wrap. That it goes further than one
+// past the end is as undefined, but does no harm on a GPU unless it is used: reported if asked for. Program-scope
+// constants lie side by side: of these it is always reported.
+
+struct Array { const char *kind; u64 index, size; long at; };   // at: where in it, or outside, the pointer points
+
+static Array array_of(u64 p, u32 space) {
+  if (space == 3) {
+    u32 k = variable_of(p);
+    if (k >= D->n_threadgroup_variables) return {};
+    return {"threadgroup variable", k, D->threadgroup_variables[k].size, distance_from(k, p)};
+  }
+  u64 arena_offset = p - (u64)D->arena;
+  u16 owner = arena_offset < D->arena_size ? D->chunk_owner[arena_offset >> 16] : NO_OWNER;
+  if (owner == NO_OWNER) return {};                             // null, a constant, or far from any buffer
+  Buffer &b = D->buffers[owner];
+  return {"buffer", owner, (u64)(b.end - b.begin), (long)(p - (u64)b.begin)};
+}
+static void report_leaving(const Array &a, long to, u32 line) {
+  if (to < 0)
+    report(CONTINUE, line, "pointer arithmetic leaves %s #%llu: %ld bytes before its beginning", a.kind, a.index,
+           -to);
+  else
+    report(CONTINUE, line, "pointer arithmetic leaves %s #%llu: %ld bytes beyond its end", a.kind, a.index,
+           to - (long)a.size);
+}
+static void check_arithmetic(u64 from, u64 to, long distance, u32 space, u32 line) {
+  Array left = array_of(from, space);
+  bool strictly = D->past_end;
+  for (u64 k = 0; space == 2 && k < D->n_constants; k++) {
+    const Span &c = D->constants[k];
+    if (from - c.begin > c.size) continue;
+    if (to - c.begin <= c.size) return;
+    left = {"constant", k, c.size, (long)(from - c.begin)};
+    strictly = true;
+  }
+  long at = left.at + distance;
+  if (left.kind && (at < 0 || (strictly && at > (long)left.size))) report_leaving(left, at, line);
+}
+static void check_comparison(u64 p, u64 q, u32 space, u32 line) {
+  Array a = array_of(p, space), b = array_of(q, space);
+  if (a.kind && b.kind && a.index != b.index)
+    report(CONTINUE, line, "comparison of a pointer to %s #%llu with one to %s #%llu", a.kind, a.index, b.kind,
+           b.index);
+}
+EXPORT void msl_arithmetic1(u64 from, u64 to, u32 line) { check_arithmetic(from, to, to - from, 1, line); }
+EXPORT void msl_arithmetic2(u64 from, u64 to, u32 line) { check_arithmetic(from, to, to - from, 2, line); }
+EXPORT void msl_arithmetic3(u32 from, u32 to, u32 line) { check_arithmetic(from, to, (int)(to - from), 3, line); }
+EXPORT void msl_comparison1(u64 p, u64 q, u32 line) { check_comparison(p, q, 1, line); }
+EXPORT void msl_comparison2(u64 p, u64 q, u32 line) { check_comparison(p, q, 2, line); }
+EXPORT void msl_comparison3(u32 p, u32 q, u32 line) { check_comparison(p, q, 3, line); }
 
 // ---- what msl.h calls ---------------------------------------------------------------------------
 

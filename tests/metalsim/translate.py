@@ -36,9 +36,8 @@ FORBIDDEN = {
     "printf": "no printf in MSL",
 }
 MAX_BUFFERS = 31  # in the argument table of a kernel
-# The section groups the variables of one kernel; the runtime learns their addresses from instrument.py.
 # `used`: to an optimiser of C++ a static belongs to one thread, so it would fold what other threads write.
-THREADGROUP_VARIABLE = 'static __attribute__((used, section("msl_threadgroup"))) threadgroup'
+THREADGROUP_VARIABLE = "static __attribute__((used)) threadgroup"
 
 
 class MSLError(Exception):

@@ -1,11 +1,12 @@
 """The Metal simulator counts what a kernel does: checked on kernels whose cost is known by hand."""
+import re
 import sys
 
 import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
-from metalsim.instrument import accesses, operation, parse_type
+from metalsim.instrument import accesses, instrument, operation, parse_type
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="metalsim runs on Linux")
 
@@ -124,7 +125,7 @@ def test_barriers_and_atomics_are_counted():
 
 
 @pytest.mark.parametrize("text, n_bytes", [
-    ("i1", 1), ("i8", 1), ("i32", 4), ("half", 2), ("ptr addrspace(3)", 8),
+    ("i1", 1), ("i8", 1), ("i32", 4), ("half", 2), ("ptr addrspace(1)", 8), ("ptr addrspace(271)", 4),
     ("<2 x float>", 8), ("<2 x half>", 4), ("<3 x i32>", 12), ("<4 x i1>", 1), ("<2 x ptr addrspace(1)>", 16),
     ("[3 x i16]", 6), ("[2 x [3 x float]]", 24), ("[2 x <3 x float>]", 32),
     ("{ float, i32 }", 8), ("{ i8, <2 x float> }", 16), ("<{ i8, <2 x float> }>", 9),
@@ -143,27 +144,52 @@ def test_an_llvm_type_of_unknown_size_is_an_error():
 
 
 @pytest.mark.parametrize("line, expected", [
-    ("  store <2 x float> %a, ptr addrspace(3) %p, align 8", [("3", "%p", "8", 8)]),
+    ("  store <2 x float> %a, ptr addrspace(271) %p, align 8", [("271", "%p", "i64 8", 8)]),
     ("  store <2 x float> <float 1.0, float 2.0>, ptr addrspace(1) %p, align 8, !dbg !3",
-     [("1", "%p", "8", 8)]),
-    ("  store { <2 x float>, i32 } %a, ptr addrspace(1) %p, align 8", [("1", "%p", "16", 8)]),
-    ("  store ptr addrspace(1) %a, ptr addrspace(3) %p, align 8", [("3", "%p", "8", 8)]),
+     [("1", "%p", "i64 8", 8)]),
+    ("  store { <2 x float>, i32 } %a, ptr addrspace(1) %p, align 8", [("1", "%p", "i64 16", 8)]),
+    ("  store ptr addrspace(1) %a, ptr addrspace(271) %p, align 8", [("271", "%p", "i64 8", 8)]),
     ("  store ptr addrspace(1) %a, ptr %p, align 8", []),
     ("  store volatile i32 0, ptr addrspace(1) getelementptr inbounds (i8, ptr addrspace(1) @x, i64 4), "
      "align 4",
-     [("1", "getelementptr inbounds (i8, ptr addrspace(1) @x, i64 4)", "4", 4)]),
-    ("  %3 = load <4 x half>, ptr addrspace(1) %p, align 2, !tbaa !7", [("1", "%p", "8", 2)]),
-    ("  %3 = load atomic i32, ptr addrspace(1) %p monotonic, align 4", [("1", "%p", "4", 4)]),
-    ("  %3 = atomicrmw fadd ptr addrspace(3) %p, float %v monotonic, align 4", [("3", "%p", "4", 4)]),
+     [("1", "getelementptr inbounds (i8, ptr addrspace(1) @x, i64 4)", "i64 4", 4)]),
+    ("  %3 = load <4 x half>, ptr addrspace(1) %p, align 2, !tbaa !7", [("1", "%p", "i64 8", 2)]),
+    ("  %3 = load atomic i32, ptr addrspace(1) %p monotonic, align 4", [("1", "%p", "i64 4", 4)]),
+    ("  %3 = atomicrmw fadd ptr addrspace(271) %p, float %v monotonic, align 4", [("271", "%p", "i64 4", 4)]),
     ("  %3 = cmpxchg weak volatile ptr addrspace(1) %p, i32 %a, i32 %b monotonic monotonic, align 4",
-     [("1", "%p", "4", 4)]),
-    ("  tail call void @llvm.memcpy.p3.p1.i64(ptr addrspace(3) noundef align 4 %p, "
-     "ptr addrspace(1) align 4 %q, i64 12, i1 false), !dbg !4", [("3", "%p", "12", 4), ("1", "%q", "12", 4)]),
-    ("  call void @llvm.memset.p3.i64(ptr addrspace(3) align 16 %p, i8 0, i64 %n, i1 false)",
-     [("3", "%p", "%n", 16)]),
+     [("1", "%p", "i64 4", 4)]),
+    ("  tail call void @llvm.memcpy.p271.p1.i64(ptr addrspace(271) noundef align 4 %p, "
+     "ptr addrspace(1) align 4 %q, i64 12, i1 false), !dbg !4",
+     [("271", "%p", "i64 12", 4), ("1", "%q", "i64 12", 4)]),
+    ("  call void @llvm.memset.p271.i64(ptr addrspace(271) align 16 %p, i8 0, i64 %n, i1 false)",
+     [("271", "%p", "i64 %n", 16)]),
 ])
 def test_the_accesses_of_an_llvm_instruction_are_recognised(line, expected):
     assert [(str(a.space), a.pointer, a.n_bytes, a.alignment) for a in accesses(line)] == expected
+
+
+def test_an_access_to_threadgroup_memory_goes_where_that_lies_in_the_host():
+    ir, info = instrument("""
+%P = type { float, i8 }
+@_ZZ4loopE1p_0 = external addrspace(271) global [3 x %P], align 4
+@_ZZ1fE4last = external addrspace(271) global i8, align 16
+define void @f(ptr addrspace(1) %a, i64 %n) {
+  store float 1.0, ptr addrspace(271) getelementptr (i8, ptr addrspace(271) @_ZZ4loopE1p_0, i32 8), align 4
+  call void @llvm.memcpy.p271.p271.i64(ptr addrspace(271) @_ZZ1fE4last, ptr addrspace(271) %b, i64 %n, i1 0)
+  ret void
+}
+declare void @llvm.memcpy.p271.p271.i64(ptr addrspace(271), ptr addrspace(271), i64, i1)
+""")
+    assert info["threadgroup_variables"] == ["p", "last"]
+    assert "@msl_threadgroup_variables = global [5 x i64] [i64 0, i64 24, i64 32, i64 1, i64 0]" in ir
+    lines = [re.sub(r"(address|host)\d+", r"\1", line.strip()) for line in ir.split("\n")]
+    first = lines.index("store float 1.0, ptr %msl.host, align 4")
+    assert lines[first - 2] == ("%msl.address = ptrtoint ptr addrspace(271) getelementptr (i8, "
+                                "ptr addrspace(271) inttoptr (i32 0 to ptr addrspace(271)), i32 8) to i32")
+    second = "inttoptr (i32 1048576 to ptr addrspace(271))"
+    assert f"%msl.address = ptrtoint ptr addrspace(271) {second} to i32" in lines
+    assert "call void @llvm.memcpy.p0.p0.i64(ptr %msl.host, ptr %msl.host, i64 %n, i1 0)" in lines
+    assert sum("declare void @llvm.memcpy.p0.p0.i64(" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize("line, expected", [

@@ -65,9 +65,17 @@ BAD_PROGRAMS = {
     "threadgroup array overrun, static index": (
         "out of bounds", "threadgroup float s[64]; s[l + 1] = 1; out[i] = 0;", "", {}),
     "threadgroup array overrun through a pointer": (
-        "out of bounds",
+        "out-of-bounds threadgroup write of 4 bytes at byte 256 of 's' (256 bytes)",
         "threadgroup float s[64]; threadgroup float t[64]; threadgroup float* p = s; p[l + 1] = 1; t[l] = 1; "
         f"{BARRIER} out[i] = s[63 - l] + t[63 - l];", "", {}),
+    **{f"{name} threadgroup array read before its beginning": (
+        f"out-of-bounds threadgroup read of 4 bytes at byte -4 of '{array}' (256 bytes)",
+        f"threadgroup float s[64], t[64]; s[l] = t[l] = 1; {BARRIER} threadgroup float* p = {array}; "
+        "out[i] = p[(int)l - 1];", "", {}) for name, array in (("first", "s"), ("second", "t"))},
+    "threadgroup array overrun far into the next one": (
+        "out-of-bounds threadgroup read of 4 bytes at byte 384 of 's' (256 bytes)",
+        "threadgroup float s[64]; threadgroup float t[256]; threadgroup float* p = s; p[l] = 1; "
+        f"for (int k = 0; k < 4; k++) t[l * 4 + k] = 1; {BARRIER} out[i] = p[l ? l : 96] + t[l];", "", {}),
     "thread array overrun through a pointer parameter": (
         "out of bounds", "float a[4] = {}; f(a, l / 8); out[i] = a[0];",
         "void f(thread float* p, uint k) { p[k] = 1; }", {}),
