@@ -1,12 +1,13 @@
 // dequantize.metal: packed rows back to vectors; the keys and values of a layer in one launch.
-// Self-contained. The text above the line "// ==== body" is the header of mx.fast.metal_kernel, the rest its source.
+// Compiled behind shared.metal, which describes the packed row. The text above the line "// ==== body" is the end of
+// the header of mx.fast.metal_kernel, the rest its source.
 //
 // MATHEMATICS, per packed row: y = scale * levels of the codes;  x = inverse rotation of y, plus the mean. Rotation and
 //   levels are those of quantize.metal; the inverse runs the rounds backwards, transform first, diagonal second.
 //
-// MAPPING. A lane owns E = 16 consecutive dims (32 if D > 512), whole words of every packing. LANES lanes (a power of
-//   two) share a row, a simdgroup works on 32 / LANES rows. Butterflies over less than E dims are in registers, the
-//   rest by shuffles. No threadgroup memory, no barrier.
+// MAPPING. A lane owns DIMS_PER_LANE = 16 consecutive dims (32 if D > 512), whole words of every packing. LANES lanes
+//   (a power of two) share a row, a simdgroup works on 32 / LANES rows. Butterflies over less than DIMS_PER_LANE dims
+//   happen in registers, the rest by shuffles. No threadgroup memory, no barrier.
 //
 // INPUTS  (side 0 = keys, side 1 = values; with one side the arguments of side 1 are never read)
 //   codes0/1      uint32 [B, H, CAPACITY, WORDS], rows contiguous, other strides free: the cache's whole buffer
@@ -22,138 +23,32 @@
 // LAUNCH  grid (32, S0 + S1, 1) with S = ceil(B * H * L / VECTORS) simdgroups per side, VECTORS = 32 / LANES;
 //   threadgroup (32, n, 1), any n. Lengths are data: nothing is compiled again when L changes.
 //
-// PACKED ROW (scheme.py; bit i of a 32-bit word; "half s" = bits 16s .. 16s+15, s = 0 or 1)
-//   4 bits  word w = dims 8w .. 8w+7.    dim 8w+2j+s at bits 16s+4j .. +3, j = 0..3
-//   2 bits  word w = dims 16w .. 16w+15. dim 16w+2j+s at bits 16s+2j .. +1, j = 0..7
-//   8 bits  word w = dims 4w .. 4w+3.    dim 4w+2j+s at bits 16s+8j .. +7, j = 0..1
-//   3 bits  unit t = dims 16t .. 16t+15: word t of plane A, and bytes i and i+2 (i = t % 2) of word t / 2 of plane B,
-//           which follows plane A. dim 16t+2j+s: j = 0..4 in A at bits 16s+3j .. +2; j = 5, 6 in byte i+2s of B at
-//           bits 3(j-5) .. +2; j = 7: low two bits in that byte's bits 6, 7, top bit in A at bit 16s+15.
-//   Words are 0 where D does not fill them.
-//
-// REGISTERS (estimate, 32-bit): E values, up to 4 words, 8 level pairs, a few indices: 16 + 4 + 8 + 10 = 38;
+// REGISTERS (estimate, 32 bits each): DIMS_PER_LANE values, up to 4 words, 8 pairs of levels, a few indices: 38;
 //   54 for D > 512.
 
-// ---- shared: layout and levels (the same text in every file that uses it; tests/test_metal_files.py) ----
-#define TQ_UNROLL _Pragma("clang loop unroll(full)")
-
-constexpr int tq_power_of_two_from(int n) {                                     // least power of two >= n
-  int p = 1;
-  while (p < n) p *= 2;
-  return p;
-}
-template <int BITS, int D> struct Row {                                         // how lanes share a packed row
-  static constant constexpr const int UNITS = (D + 15) / 16;
-  static constant constexpr const int WORDS = BITS == 3 ? UNITS + (UNITS + 1) / 2 : (D * BITS + 31) / 32;
-  static constant constexpr const int E = D > 512 ? 32 : 16;                    // dims per lane
-  static constant constexpr const int LANES = tq_power_of_two_from((D + E - 1) / E);
-  static constant constexpr const int VECTORS = 32 / LANES;                     // per simdgroup
-  static constant constexpr const bool WHOLE = D % E == 0;                      // a lane has E dims or none
-  // Whether dim i of lane t exists; a constant if every lane is full, the same for all i if no lane is cut.
-  static METAL_FUNC bool has(int t, int i) { return LANES * E == D || (WHOLE ? t < D / E : t * E + i < D); }
-};
-
-// Levels without a table: f(c) = as_type<half>(base + (c << p)) is piecewise linear, its slope doubles with each
-// octave, so f(c) - f(n-1-c) is odd in c and sinh-like. Two integer operations and one half2 subtraction give two
-// levels.
-// x: the codes of dims 2j and 2j+1 at bit p of the two halves, nothing else set. level = UNIT * result.
-METAL_FUNC half2 tq_odd(uint x, uint low, uint sum) { return as_type<half2>(low + x) - as_type<half2>(sum - x); }
-
-template <int BITS> struct Levels {};
-template <> struct Levels<4> {
-  static constant constexpr const float UNIT = 2.102116088679744f;
-  static METAL_FUNC half2 at8(uint x) { return tq_odd(x & 0x0f000f00u, 0x2e762e76u, 0x3d763d76u); }
-  static METAL_FUNC void eight(uint w, thread half2 *y) {                       // a word: 4 pairs
-    y[0] = at8(w << 8); y[1] = at8(w << 4); y[2] = at8(w); y[3] = at8(w >> 4);
-  }
-};
-template <> struct Levels<2> {
-  static constant constexpr const float UNIT = 0.4557776517220176f * 128.0f;
-  static METAL_FUNC half2 at4(uint x) { return tq_odd(x & 0x00300030u, 0x3bd53bd5u, 0x3c053c05u); }
-  static METAL_FUNC half2 at6(uint x) { return tq_odd(x & 0x00c000c0u, 0x33543354u, 0x34143414u); }
-  static METAL_FUNC half2 at8(uint x) { return tq_odd(x & 0x03000300u, 0x29502950u, 0x2c502c50u); }
-  static METAL_FUNC void sixteen(uint w, thread half2 *y) {                     // a word: 8 pairs
-    uint a = w << 4, b = w >> 6;
-    y[0] = at4(a); y[1] = at6(a); y[2] = at4(w); y[3] = at6(w);
-    y[4] = at8(w); y[5] = at4(b); y[6] = at6(b); y[7] = at8(b);
-  }
-};
-template <> struct Levels<3> {
-  static constant constexpr const float UNIT = 0.25908226062160244f * 256.0f;
-  static METAL_FUNC half2 at3(uint x) { return tq_odd(x & 0x00380038u, 0x3bd23bd2u, 0x3c0a3c0au); }
-  static METAL_FUNC half2 at6(uint x) { return tq_odd(x & 0x01c001c0u, 0x2e902e90u, 0x30503050u); }
-  // a: word of plane A. b: the unit's byte of plane B in the low byte of each half.
-  static METAL_FUNC void sixteen(uint a, uint b, thread half2 *y) {
-    uint r = a >> 6;
-    y[0] = at3(a << 3); y[1] = at3(a); y[2] = at6(a); y[3] = at3(r); y[4] = at6(r);
-    y[5] = at3(b << 3); y[6] = at3(b); y[7] = at6((b & 0x00c000c0u) | ((a >> 7) & 0x01000100u));
-  }
-};
-template <> struct Levels<8> {
-  static constant constexpr const float UNIT = 0.0315f;
-  static METAL_FUNC half2 minus128(uint x) { return as_type<half2>(x | 0x64006400u) - half2(1152.0h); }   // exact
-  static METAL_FUNC void four(uint w, thread half2 *y) {                        // a word: 2 pairs
-    y[0] = minus128(w & 0x00ff00ffu);
-    y[1] = minus128((w >> 8) & 0x00ff00ffu);
-  }
-};
-// The 8 pairs of levels of a unit of 16 dims. w: its words; b: its byte of plane B (3 bits only), as in sixteen().
-template <int BITS> METAL_FUNC void tq_unit_levels(const thread uint *w, uint b, thread half2 *y) {
-  if (BITS == 4) { Levels<4>::eight(w[0], y); Levels<4>::eight(w[1], y + 4); }
-  else if (BITS == 2) Levels<2>::sixteen(w[0], y);
-  else if (BITS == 3) Levels<3>::sixteen(w[0], b, y);
-  else { TQ_UNROLL for (int i = 0; i < 4; i++) Levels<8>::four(w[i], y + 2 * i); }
-}
-
-// Hadamard transform (not normalised) of the dims START .. START + P - 1 of vectors that lie E dims per lane.
-template <int D, int E, int LANES, int START, int P>
-METAL_FUNC void tq_hadamard(thread float *y, int lane, int t) {
-  constexpr bool ALL = P == D && LANES * E == D;                                // every lane takes part
-  int r = t - START / E;
-  bool inside = ALL || (r >= 0 && r < P / E);
-  if (inside) {
-    TQ_UNROLL for (int h = 1; h < E; h *= 2) {
-      TQ_UNROLL for (int i = 0; i < E; i++) {
-        if ((i & h) == 0) {
-          float a = y[i], b = y[i + h];
-          y[i] = a + b;
-          y[i + h] = a - b;
-        }
-      }
-    }
-  }
-  TQ_UNROLL for (int m = 1; m < P / E; m *= 2) {
-    float sign = !inside ? 0.0f : (r & m) ? -1.0f : 1.0f;                       // outside, y comes from the lane itself
-    ushort from = ushort(inside ? lane + (r ^ m) - r : lane);
-    TQ_UNROLL for (int i = 0; i < E; i++) {
-      float other = ALL ? simd_shuffle_xor(y[i], ushort(m)) : simd_shuffle(y[i], from);
-      y[i] = fma(sign, y[i], other);
-    }
-  }
-}
-// ---- end of shared ----
-
-// Restores the 32 / LANES rows of simdgroup `sg`. CODES, SCALE: pointers (constant if the array is tiny, else device).
+// Restores the 32 / LANES rows of a simdgroup. CODES, SCALE: pointers (constant if the array is tiny, else device).
 template <int BITS, int D, bool ROTATE, bool MEAN, class CODES, class SCALE, class SHAPE, class STRIDES, class T>
 METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_strides, SCALE scale, STRIDES scale_strides,
                               const device float *mean, const device float *diag, int first, int L, device T *x,
-                              int sg, int lane) {
+                              int simdgroup, int lane) {
   typedef Row<BITS, D> R;
-  constexpr int E = R::E, LANES = R::LANES, UNITS = E / 16, P = tq_power_of_two_from(D / 2 + 1);
+  constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, UNITS = DIMS_PER_LANE / 16,
+                P = tq_power_of_two_from(D / 2 + 1);
   constexpr int PER_UNIT = BITS == 3 ? 1 : BITS / 2, ROW_UNITS = R::UNITS;
-  constexpr int CODE_WORDS = BITS == 3 ? ROW_UNITS : R::WORDS;                  // without plane B
+  constexpr int CODE_WORDS = BITS == 3 ? ROW_UNITS : R::WORDS;  // without plane B
   int H = codes_shape[1], n_vectors = codes_shape[0] * H * L;
-  int t = uint(lane) % LANES, vector = sg * (32 / LANES) + uint(lane) / LANES;    // unsigned: no division
+  int t = uint(lane) % LANES, vector = simdgroup * (32 / LANES) + uint(lane) / LANES;  // unsigned: no division
   bool live = vector < n_vectors;
-  vector = min(vector, n_vectors - 1);                                          // lanes past the end shuffle along
+  vector = min(vector, n_vectors - 1);  // lanes past the end shuffle along
   int head = vector / L, token = first + vector - head * L, b = head / H, h = head - b * H;
   CODES row = codes + b * codes_strides[0] + h * codes_strides[1] + token * codes_strides[2];
-  float gamma = live ? float(scale[b * scale_strides[0] + h * scale_strides[1]
-                                   + token * scale_strides[2]]) * Levels<BITS>::UNIT : 0.0f;
+  float gamma =
+      live ? float(scale[b * scale_strides[0] + h * scale_strides[1] + token * scale_strides[2]]) * Levels<BITS>::UNIT
+           : 0.0f;
 
   // ---- levels of the codes, times the scale
-  float y[E];
-  uint plane_b = 0;                                                             // bytes of two units
+  float y[DIMS_PER_LANE];
+  uint plane_b = 0;  // bytes of two units
   if (BITS == 3) {
     if (live && (UNITS == 2 || t % 2 == 0) && t * UNITS < ROW_UNITS) plane_b = row[ROW_UNITS + t * UNITS / 2];
     if (UNITS == 1) {
@@ -177,28 +72,33 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
   // ---- un-rotate, add the mean, write
   if (ROTATE) {
     if (P != D) {
-      tq_hadamard<D, E, LANES, D - P, P>(y, lane, t);
-      TQ_UNROLL for (int i = 0; i < E; i++) {
-        if (R::has(t, i)) y[i] *= diag[D + t * E + i];
+      tq_hadamard<D, DIMS_PER_LANE, LANES, D - P, P>(y, lane, t);
+      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
+        if (R::has(t, i)) y[i] *= diag[D + t * DIMS_PER_LANE + i];
       }
     }
-    tq_hadamard<D, E, LANES, 0, P>(y, lane, t);
+    tq_hadamard<D, DIMS_PER_LANE, LANES, 0, P>(y, lane, t);
   }
-  TQ_UNROLL for (int i = 0; i < E; i++) {
-    int d = t * E + i;
+  TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i += 4) {  // four at a time: neighbouring lanes write whole sectors
+    int d = t * DIMS_PER_LANE + i;
     if (live && R::has(t, i)) {
-      if (ROTATE) y[i] = MEAN ? fma(diag[d], y[i], mean[head * D + d]) : diag[d] * y[i];
-      x[(long)vector * D + d] = T(y[i]);
+      float4 v = float4(y[i], y[i + 1], y[i + 2], y[i + 3]);
+      if (ROTATE) {
+        float4 a = *(const device float4 *)(diag + d);
+        float4 c = MEAN ? *(const device float4 *)(mean + head * D + d) : float4(0, 0, 0, 0);
+        v = float4(fma(a.x, v.x, c.x), fma(a.y, v.y, c.y), fma(a.z, v.z, c.z), fma(a.w, v.w, c.w));
+      }
+      *(device vec<T, 4> *)(x + (long)vector * D + d) = vec<T, 4>(T(v.x), T(v.y), T(v.z), T(v.w));
     }
   }
 }
 // ==== body
 constexpr int V0 = Row<B0, D0>::VECTORS;
-int lane = thread_index_in_simdgroup, sg = thread_position_in_grid.y, first = span[0], L = span[1];
+int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_grid.y, first = span[0], L = span[1];
 int S0 = uint(codes0_shape[0] * codes0_shape[1] * L + V0 - 1) / V0;
-if (sg < S0)
-  tq_dequantize<B0, D0, ROTATE0, MEAN0>(codes0, codes0_shape, codes0_strides, scale0, scale0_strides, mean0,
-                                        diag0, first, L, x0, sg, lane);
+if (simdgroup < S0)
+  tq_dequantize<B0, D0, ROTATE0, MEAN0>(codes0, codes0_shape, codes0_strides, scale0, scale0_strides, mean0, diag0,
+                                        first, L, x0, simdgroup, lane);
 else
-  tq_dequantize<B1, D1, ROTATE1, MEAN1>(codes1, codes1_shape, codes1_strides, scale1, scale1_strides, mean1,
-                                        diag1, first, L, x1, sg - S0, lane);
+  tq_dequantize<B1, D1, ROTATE1, MEAN1>(codes1, codes1_shape, codes1_strides, scale1, scale1_strides, mean1, diag1,
+                                        first, L, x1, simdgroup - S0, lane);

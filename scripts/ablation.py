@@ -23,8 +23,11 @@ from mlx_lm.models.cache import KVCache
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mlx_turbo import TurboConfig, cli, fidelity, get_backend, models, plots  # noqa: E402
-from mlx_turbo.kernels import device_name  # noqa: E402
+from mlx_turbo import TurboConfig, get_backend  # noqa: E402
+from mlx_turbo.backends.device import device_name  # noqa: E402
+from mlx_turbo.cli import common
+from mlx_turbo.integration import prompt_cache
+from mlx_turbo.quality import metrics, plots
 
 LEAST = dict(scale="least-squares", centre=False)  # the cache without any of the protections
 NOTHING = dict(sink=0, recent=0, block=1)  # exact but for the current chunk: as severe as can be
@@ -60,9 +63,9 @@ ROWS = {
 
 def load():
     """(the embedded model in float32, its held-out stories as tokens)"""
-    model, tokenizer = cli.load_model(mlx_lm.load, cli.DEMO_MODEL, "--model")
+    model, tokenizer = common.load_model(mlx_lm.load, common.DEMO_MODEL, "--model")
     model.set_dtype(mx.float32)
-    text = (cli.DEMO_MODEL / "stories.txt").read_text()
+    text = (common.DEMO_MODEL / "stories.txt").read_text()
     return model, mx.array(sum((tokenizer.encode(t) for t in text.split("<|endoftext|>")), []))
 
 
@@ -71,7 +74,7 @@ def auto_cost(model, tokens, repeats=4):
     seconds = {"turbo4": [], "auto": []}
     for _ in range(repeats + 1):
         for name, times in seconds.items():
-            cache = models.make_prompt_cache(model, name)
+            cache = prompt_cache.make_prompt_cache(model, name)
             start = time.perf_counter()
             mx.eval(model(tokens[None], cache=cache), [c.state for c in cache])
             times.append(time.perf_counter() - start)
@@ -99,11 +102,11 @@ def main():
         return
     windows = [tokens[i * args.tokens:(i + 1) * args.tokens].tolist() for i in range(args.windows)]
     make = {"uncompressed": lambda: [KVCache() for _ in model.layers]}
-    make |= {name: partial(models.make_prompt_cache, model, config) for name, config in ROWS.items() if name in args.rows}
+    make |= {name: partial(prompt_cache.make_prompt_cache, model, config) for name, config in ROWS.items() if name in args.rows}
     with tqdm(total=sum(len(w) - 1 for w in windows), disable=not sys.stderr.isatty()) as bar:
-        results = fidelity.compare(model, windows, make, args.chunk, bar.update)
+        results = metrics.compare(model, windows, make, args.chunk, bar.update)
     rows = [{"configuration": name, "kld": measured["kld"], "kld_se": measured["kld_se"],
-             "bits_here": fidelity.resident_bits(cache), "bits_32k": fidelity.projected_bits(cache)}
+             "bits_here": metrics.resident_bits(cache), "bits_32k": metrics.projected_bits(cache)}
             for name, (measured, cache) in results.items()][1:]
     what = f"{args.windows} x {args.tokens:,} tokens of held-out stories in chunks of {args.chunk}, embedded model, float32"
     if args.png:

@@ -30,28 +30,34 @@ import numpy as np  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache  # noqa: E402
 from no_kernels import NoKernels  # noqa: E402
 
-from mlx_turbo import attention, bench, bench_kernels, ops, timing  # noqa: E402
-from mlx_turbo.cache import TurboKVCache  # noqa: E402
-from mlx_turbo.kernels import device_name  # noqa: E402
-from mlx_turbo.scheme import TurboConfig  # noqa: E402
+from mlx_turbo.backends import select
+from mlx_turbo.backends.device import device_name  # noqa: E402
+from mlx_turbo.bench import (
+    common,
+    timing,  # noqa: E402
+)
+from mlx_turbo.bench import contenders as contending
+from mlx_turbo.cache.single import TurboKVCache  # noqa: E402
+from mlx_turbo.integration import attention
+from mlx_turbo.quant.scheme import TurboConfig  # noqa: E402
 
-N_HEADS, N_KV_HEADS, HEAD_DIM = 32, bench_kernels.N_KV_HEADS, 128
+N_HEADS, N_KV_HEADS, HEAD_DIM = 32, contending.N_KV_HEADS, 128
 N_LAYERS = 8  # whose Python runs at a stretch; the first after an evaluation finds the processor's caches cold
 
 
 # ---- 1: attention ----------------------------------------------------------------------------------------------
 def time_attention(n_tokens, effort, dtype):
     """Rows of `bench kernels`: attention of one query token over n_tokens of each kind of cache."""
-    backend, device = ops.get_backend(), mx.default_device().type.name
+    backend, device = select.get_backend(), mx.default_device().type.name
     scheme = TurboConfig("turbo4").scheme
-    grid = bench_kernels.Grid((n_tokens,), (HEAD_DIM,), (N_HEADS // N_KV_HEADS,), (scheme,), dtype)
-    contenders, = bench_kernels.attention_contenders(grid, [backend], n_tokens, HEAD_DIM, device).values()
+    grid = contending.Grid((n_tokens,), (HEAD_DIM,), (N_HEADS // N_KV_HEADS,), (scheme,), dtype)
+    contenders, = contending.attention_contenders(grid, [backend], n_tokens, HEAD_DIM, device).values()
     contenders = [c for c in contenders if c.column != "NumPy reference"]
-    rows = bench_kernels.measure(contenders, effort, {"what": "attention", "operation": "attention", "tokens": n_tokens,
+    rows = contending.measure(contenders, effort, {"what": "attention", "operation": "attention", "tokens": n_tokens,
                                                       "head_dim": HEAD_DIM, "gqa": grid.gqa[0], "query_tokens": 1})
     for row in rows:
         if row["status"] != "ok":
-            raise SystemExit(f"attention_timing: {row['status']}: {bench.describe_row(row)}: {row['problem']}")
+            raise SystemExit(f"attention_timing: {row['status']}: {rows.describe_row(row)}: {row['problem']}")
     return rows
 
 
@@ -74,9 +80,9 @@ def time_overhead(n_tokens, steps, dtype):
     kinds = {
         ("uncompressed", mlx): (KVCache, None),
         ("mlx-lm 4 bit", mlx): (lambda: QuantizedKVCache(bits=4), None),
-        ("turbo4", ops.get_backend().describe()): (TurboKVCache, None),
+        ("turbo4", select.get_backend().describe()): (TurboKVCache, None),
     }
-    if ops.metal_unavailable():
+    if select.metal_unavailable():
         stub = NoKernels()
         kinds["turbo4", stub.describe()] = TurboKVCache, stub
     rng = np.random.default_rng(0)
@@ -87,7 +93,7 @@ def time_overhead(n_tokens, steps, dtype):
     try:
         for i in range(steps + 2):
             for kind, (_, stub) in kinds.items():
-                with ops.use_backend(stub) if stub else contextlib.nullcontext():
+                with select.use_backend(stub) if stub else contextlib.nullcontext():
                     took = one_step(layers[kind], rng, dtype)
                 if i >= 2:
                     seconds[kind].append(took)
@@ -117,7 +123,7 @@ def one_step(caches, rng, dtype):
 
 # ---- tables ----------------------------------------------------------------------------------------------------
 def print_tables(rows, dtype):
-    print(f"{device_name()}, MLX {mx.__version__}, {bench_kernels.dtype_name(dtype)}: {N_HEADS} query heads, "
+    print(f"{device_name()}, MLX {mx.__version__}, {contending.dtype_name(dtype)}: {N_HEADS} query heads, "
           f"{N_KV_HEADS} kv heads, head_dim {HEAD_DIM}. +-: half the 95 % interval of the median")
     for what, title, unit, times, over in (
             ("attention", "Attention of one decode step, milliseconds", 1e-3, "times_uncompressed", "uncompressed"),
@@ -135,15 +141,15 @@ def main():
     parser.add_argument("--quick", action="store_true", help="short contexts, few repeats")
     parser.add_argument("--json", action="store_true", help="a list of rows on stdout, and nothing else there")
     args = parser.parse_args()
-    dtype = mx.float32 if ops.metal_unavailable() else mx.float16
+    dtype = mx.float32 if select.metal_unavailable() else mx.float16
     rows = []
     for n_tokens in (512,) if args.quick else (4096, 16384):
         print(f"attention over {n_tokens} tokens", file=sys.stderr, flush=True)
-        rows += time_attention(n_tokens, bench.QUICK if args.quick else timing.Effort(), dtype)
+        rows += time_attention(n_tokens, common.QUICK if args.quick else timing.Effort(), dtype)
     print("python overhead", file=sys.stderr, flush=True)
     rows += time_overhead(256 if args.quick else 1024, 20 if args.quick else 300, dtype)
     if args.json:
-        print(json.dumps([{**row, "dtype": bench_kernels.dtype_name(dtype)} for row in rows], indent=1))
+        print(json.dumps([{**row, "dtype": contending.dtype_name(dtype)} for row in rows], indent=1))
     else:
         print_tables(rows, dtype)
 

@@ -6,7 +6,7 @@ multiple of the same keys without bias, for no mean, one mean of the first token
 
 Keys: head_dim 128, a Gaussian signal of norm 22 (the median of Qwen2.5-7B's key biases is about that) plus a bias of norm
 600 that RoPE turns with the position, in some of its frequencies. Queries: 32 Gaussian ones, scaled so that logits have a
-standard deviation of 4. NumPy, with mlx_turbo.reference.
+standard deviation of 4. NumPy, with mlx_turbo.quant.reference.
 """
 import argparse
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mlx_turbo import reference  # noqa: E402
+from mlx_turbo.quant import reference  # noqa: E402
 
 D, SIGNAL, NORM, LOGITS, FIXED = 128, 22, 600, 4, 2048
 SEGMENTS = (64, 128, 256, 1024)

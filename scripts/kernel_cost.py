@@ -28,9 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import metalsim  # noqa: E402
 
-from mlx_turbo.fallback import CpuBackend  # noqa: E402
-from mlx_turbo.kernels import AttendTuning, CachedSide, MetalBackend, QuantizeSide  # noqa: E402
-from mlx_turbo.scheme import TurboConfig  # noqa: E402
+from mlx_turbo.backends.attend_launch import AttendTuning
+from mlx_turbo.backends.metal import MetalBackend  # noqa: E402
+from mlx_turbo.backends.mlx_ops import CpuBackend  # noqa: E402
+from mlx_turbo.backends.sides import CachedSide, QuantizeSide
+from mlx_turbo.quant.scheme import TurboConfig  # noqa: E402
 
 HEAD_DIMS, GROUPS, SCHEMES = (64, 128, 256), (1, 4, 8), ("turbo4", "turbo3", "turbo2", "turbo8v4")
 CLASSES = ("fma", "fp", "int", "bit", "cvt", "cmp", "branch", "math", "idiv", "fdiv")

@@ -25,9 +25,10 @@ def rows():
     and has the fewest exceptions first."""
     import families
     from mlx_lm.models.cache import make_prompt_cache
+
     from mlx_turbo import TurboConfig
     from mlx_turbo import make_prompt_cache as ours
-    from mlx_turbo.models import members, reports
+    from mlx_turbo.integration.prompt_cache import members, reports
 
     found, config = collections.defaultdict(list), TurboConfig(recent=4, block=4)  # their windows have 16 tokens
     for name in (n for n in families.all_names() if n not in families.NOT_BUILT):

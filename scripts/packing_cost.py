@@ -23,7 +23,8 @@ def measure(head_dim, bits):
     import mlx.core as mx
     import numpy as np
 
-    from mlx_turbo.kernels import MetalBackend, PackedSide, QuantizeSide
+    from mlx_turbo.backends.metal import MetalBackend
+    from mlx_turbo.backends.sides import PackedSide, QuantizeSide
 
     backend, n = MetalBackend(metalsim.metal_kernel), N_VECTORS * head_dim
     x = np.random.default_rng(0).standard_normal((1, 1, N_VECTORS, head_dim)).astype(np.float16)

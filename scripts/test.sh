@@ -3,6 +3,7 @@
 #
 #   bash scripts/test.sh                       everything but the slow tests
 #   bash scripts/test.sh -m slow               the slow ones
+#   bash scripts/test.sh -m slow --part 1/3    a third of them, for machines that share the work
 #   bash scripts/test.sh -k codebook -x
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"

@@ -3,9 +3,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
+from conftest import to_numpy
 
-from mlx_turbo import reference, rotation
-from mlx_turbo.kernels import ONE_SEGMENT, CachedSide
+from mlx_turbo.backends.sides import ONE_SEGMENT, CachedSide
+from mlx_turbo.quant import reference, rotation
 
 POISON = 24  # rows of capacity behind the last token, filled with what must never be read
 
@@ -66,20 +67,54 @@ def make_case(bits=(4, 4), dims=(128, 128), counts=(4, 150, 33), G=4, Hkv=1, B=1
     return Case(queries, keys, values, counts, dims[0] ** -0.5, (k, v))
 
 
-def expected(case, mask=None, sinks=None, starts=None, ends=None, window=None):
+def visible(case, mask=None):
+    """[.., L, n_tokens]: which tokens a query may see, or with an additive mask what is added to its logits."""
+    n, L = sum(case.counts), case.queries.shape[2]
+    if mask is None:
+        return np.ones((1, 1, L, n), bool)
+    if isinstance(mask, str):
+        return np.arange(n) <= np.arange(n - L, n)[:, None]
+    return np.array(mask if mask.dtype == mx.bool_ else mask.astype(mx.float32))
+
+
+def expected(case, mask=None, sinks=None):
     """float64 [B, Hq, L, Dv]."""
     q = np.array(case.queries.astype(mx.float32)).astype(np.float64)
-    k, v = case.restored
-    B, n, L = len(q), k.shape[2], q.shape[2]
-    first, end = (np.full(B, fill) if a is None else np.array(a)[:B] for a, fill in ((starts, 0), (ends, n)))
-    first, end = (a[:, None, None, None] for a in (first, end))
-    token, position = np.arange(n), end - L + np.arange(L)[:, None]
-    alive = (token >= first) & (token < end) & (token > position - (window or 2 * n))
-    if isinstance(mask, str):
-        alive &= token <= position
-    elif mask is not None and mask.dtype == mx.bool_:
-        alive = alive & np.array(mask)
-    elif mask is not None:
-        alive = np.where(alive, np.array(mask.astype(mx.float32)), -np.inf)
     sinks = None if sinks is None else np.array(sinks.astype(mx.float32))
-    return reference.attention(q, k, v, scale=case.scale, mask=alive, sinks=sinks)
+    return reference.attention(q, *case.restored, scale=case.scale, mask=visible(case, mask), sinks=sinks)
+
+
+def spoiled(case, side, token, value):
+    """The case with a token's key (side 0) or value (1) spoiled in the last kv head of the last batch row: a packed one
+    as `quantize` would, an exact one in one number."""
+    cached, (n_sink, n_packed, _) = (case.keys, case.values)[side], case.counts
+    name, at = next((name, token - first) for name, first in (
+        ("recent", n_sink + n_packed), ("scale" if cached.bits else "codes", n_sink), ("sink", 0)) if token >= first)
+    array = mx.array(getattr(cached, name))
+    array[-1, -1, at, 0] = float("nan") if name == "scale" else value
+    return case._replace(**{("keys", "values")[side]: cached._replace(**{name: array})})
+
+
+def check_spoiled(case, attend, most):
+    """Masks of every kind, and with each `most` single tokens that are not finite: queries that see one get nothing
+    finite, all the others what they get without. attend(case, mask)."""
+    (B, heads, L, _), (n_sink, n_packed, n_recent), n = case.queries.shape, case.counts, sum(case.counts)
+    rng, seen = np.random.default_rng(0), set()
+    some = rng.random((B, heads, L, n)) < 0.5
+    added = np.where(some, rng.standard_normal(some.shape), -np.inf).astype(np.float32)
+    faults = [(side, token) for side in (0, 1) for token in (
+        0, n_sink, n_sink + n_packed // 2, n_sink + n_packed - 1, n - n_recent // 2 - 1, n - 1)]
+    for mask in ("causal", mx.array(some), mx.array(some[:, :1]), mx.array(added)):
+        sees, sound = visible(case, mask), to_numpy(attend(case, mask))
+        sees = np.broadcast_to(sees if sees.dtype == bool else sees > -1e30, (B, heads, L, n))
+        for side, token in rng.permutation(faults)[:most]:
+            # an infinite logit may be -infinity: then the token weighs nothing, as with MLX
+            value = rng.choice([np.nan, np.inf, -np.inf]) if side else np.nan
+            got = to_numpy(attend(spoiled(case, side, int(token), value), mask))
+            hit = np.zeros((B, heads, L), bool)
+            of_head = slice(heads - heads // case.keys.recent.shape[1], None)
+            hit[-1, of_head] = sees[-1, of_head, :, token]
+            assert not np.isfinite(got[hit]).all(-1).any(), (mask, side, token)
+            np.testing.assert_array_equal(got[~hit], sound[~hit], err_msg=f"{mask}, {side}, {token}")
+            seen |= {*hit[-1, of_head].ravel()}
+    assert seen == {False, True}

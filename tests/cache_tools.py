@@ -8,11 +8,15 @@ import mlx.core as mx
 import numpy as np
 from conftest import to_numpy
 from hypothesis import stateful
-from mlx_turbo import (TurboKVCache, centring, load_prompt_cache, ops, reference, rotation, save_prompt_cache)
-from mlx_turbo.cache import _HEADER
-from mlx_turbo.kernels import compare_quantized, compare_vectors
 
-FAST_BACKENDS = ["cpu"] if ops.metal_unavailable() else ["metal"]  # for tests with many small launches
+from mlx_turbo import TurboKVCache, load_prompt_cache, save_prompt_cache
+from mlx_turbo.backends import select
+from mlx_turbo.backends.self_test import compare_quantized, compare_vectors
+from mlx_turbo.cache import centering
+from mlx_turbo.cache.state import _HEADER
+from mlx_turbo.quant import reference, rotation
+
+FAST_BACKENDS = ["cpu"] if select.metal_unavailable() else ["metal"]  # for tests with many small launches
 STEPS = collections.Counter()  # of state machines: how often a rule ran, by (class, rule)
 WAYS = "deepcopy", "state", "file"
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -181,7 +185,7 @@ class ListModel:
         """What the first n packed tokens are relative to: float64 [B, H, n, D], or None."""
         if side["means"] is None:
             return None
-        segment = centring.segment_of(i)
+        segment = centering.segment_of(i)
         return rotation.unrotate(side["means"][:, :, np.arange(n) // segment].astype(np.float64), self.config.seed)
 
     def _check_fetched(self, fetched, n_sink, n_packed):

@@ -15,9 +15,15 @@ import mlx_lm.utils
 import pytest
 
 import mlx_turbo
-from mlx_turbo import (BatchRotatingTurboKVCache, BatchTurboKVCache, RotatingTurboKVCache, TurboConfig, TurboKVCache,
-                       models)
-from mlx_turbo.cli import DEMO_MODEL
+from mlx_turbo import (
+    BatchRotatingTurboKVCache,
+    BatchTurboKVCache,
+    RotatingTurboKVCache,
+    TurboConfig,
+    TurboKVCache,
+)
+from mlx_turbo.cli.common import DEMO_MODEL
+from mlx_turbo.integration import prompt_cache
 
 CLASSES = {"KVCache": TurboKVCache, "RotatingKVCache": RotatingTurboKVCache, "BatchKVCache": BatchTurboKVCache,
            "BatchRotatingKVCache": BatchRotatingTurboKVCache}
@@ -75,7 +81,7 @@ def remember_packing():
 
 replace(mlx_lm.utils.load, load)
 if what := os.environ.get("MLX_TURBO_IN_PLACE"):
-    models.register()
+    prompt_cache.register()
     place, _, scheme = what.partition(" ")
     # they pack from the fourth token on: the tests' texts are short
     {"classes": put_classes_in_place, "function": put_function_in_place}[place](

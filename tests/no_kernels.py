@@ -2,8 +2,9 @@
 silently. And one whose kernels do not build."""
 import mlx.core as mx
 
-from mlx_turbo.fallback import CpuBackend
-from mlx_turbo.kernels import BackendError, MetalBackend
+from mlx_turbo.backends.metal import MetalBackend
+from mlx_turbo.backends.mlx_ops import CpuBackend
+from mlx_turbo.backends.sides import BackendError
 
 
 class NoKernels(MetalBackend):
@@ -24,7 +25,7 @@ class NoKernels(MetalBackend):
 
 
 class DoesNotBuild(CpuBackend):
-    name = "metal"
+    name, n_tested = "metal", 0
 
     def quantize(self, sides, seed=0, scale="least-squares"):
         raise BackendError("the kernel does not build\nprogram_source:7:3: error: expected ';'")

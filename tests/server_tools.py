@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
 import mlx_turbo
-from mlx_turbo.cli import DEMO_MODEL, DEMO_TEMPLATE
+from mlx_turbo.cli.common import DEMO_MODEL, DEMO_TEMPLATE
 
 # of sentences that the embedded model goes on from
 STORIES = [s.strip() for s in re.findall(r"[^.!?\n\"]{30,90}[.]", (DEMO_MODEL / "stories.txt").read_text())]
@@ -104,8 +105,9 @@ class Server:
         return [json.loads(e.removeprefix("data: ")) for e in events[:-2] if not e.startswith(":")]  # : keepalive
 
 
-def save_model(folder, seed=None):
-    """The embedded model in float32, where rounding hardly ever decides between tokens. seed: with noise."""
+def save_model(folder, seed=None, infinite=None):
+    """The embedded model in float32, where rounding hardly ever decides between tokens. seed: with noise. infinite: a
+    token whose embedding is infinite."""
     import mlx_lm.utils
 
     model, _ = mlx_lm.utils.load(str(DEMO_MODEL))
@@ -120,6 +122,12 @@ def save_model(folder, seed=None):
         shutil.copy(file, folder)
     config = json.loads((DEMO_MODEL / "config.json").read_text())
     config = {k: v for k, v in config.items() if not k.startswith("quantization")}
+    if infinite is not None:
+        embedding = model.model.embed_tokens.weight
+        config["tie_word_embeddings"] = model.args.tie_word_embeddings = False  # what is written stays as it was
+        model.lm_head = nn.Linear(embedding.shape[1], embedding.shape[0], bias=False)
+        model.lm_head.weight = mx.array(embedding)
+        embedding[infinite] = float("inf")
     (folder / "config.json").write_text(json.dumps(config))
     mlx_lm.utils.save_model(folder, model, donate_model=False)
 

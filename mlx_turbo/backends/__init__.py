@@ -1,0 +1,1 @@
+"""Quantize, restore and attend: Metal kernels and MLX operations, and the choice between them."""

@@ -1,0 +1,71 @@
+"""The Metal backend: loads metal/*.metal, registers them with mx.fast.metal_kernel, tests and launches them.
+
+Each combination of template values is a Metal library of its own. Before one is used for real it is built and
+compared with the NumPy reference on a few vectors, once per process; a kernel that does not build or disagrees
+raises `BackendError`. Nothing here ever falls back to another backend.
+"""
+from typing import NamedTuple, Optional
+
+import mlx.core as mx
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that is not there, does not build, or computes something wrong."""
+
+
+class WrongResultError(BackendError):
+    """A kernel runs, and disagrees with the reference."""
+
+
+class QuantizeSide(NamedTuple):
+    """Vectors to quantize. x: [B, H, L, D]. mean: float32 [B, H, 1, D] or None."""
+    x: mx.array
+    bits: int
+    mean: Optional[mx.array] = None
+
+
+class PackedSide(NamedTuple):
+    """Packed rows. codes: uint32 [B, H, capacity, words]. scale: float16 [B, H, capacity, 1].
+    mean: float32 [B, H, 1, head_dim] or None."""
+    codes: mx.array
+    scale: mx.array
+    bits: int
+    head_dim: int
+    mean: Optional[mx.array] = None
+
+
+ONE_SEGMENT = 1 << 30  # of CachedSide: all packed tokens have the same mean
+
+
+class CachedSide(NamedTuple):
+    """The keys or the values of a cache, as `attend` reads them: whole buffers, whatever their length, or None.
+
+    sink, recent: exact tokens, [B, Hkv, capacity, head_dim] in the model's dtype. codes: uint32 [B, Hkv, capacity,
+    words] and scale: float16 [B, Hkv, capacity, 1]; with 0 bits codes are exact vectors and scale is None.
+    means: float16 [B, Hkv, capacity, head_dim] in rotated space, added to packed token p: that of row p // segment.
+    segment: a multiple of 128 for keys, ONE_SEGMENT for values. Both are for packed sides (bits > 0) only.
+    """
+    sink: Optional[mx.array]
+    codes: Optional[mx.array]
+    scale: Optional[mx.array]
+    recent: Optional[mx.array]
+    bits: int
+    head_dim: int
+    means: Optional[mx.array] = None
+    segment: int = 0
+
+    def packed(self):
+        """Its packed rows without the means, as the dequantize kernel takes them."""
+        return PackedSide(self.codes, self.scale, self.bits, self.head_dim)
+
+    @property
+    def has_means(self):
+        return bool(self.bits) and self.means is not None
+
+
+def _n_kv_heads(side):
+    return next(a for a in (side.recent, side.codes, side.sink) if a is not None).shape[1]
+
+
+def _exact_dtype(side, otherwise):
+    return next((a.dtype for a in (side.recent, side.sink) if a is not None), otherwise)

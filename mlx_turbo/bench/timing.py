@@ -1,0 +1,184 @@
+"""How `bench` measures, and on what: interleaved rounds after a warm-up, and the facts that belong beside every figure.
+
+A sample is the time of several calls. Where a call only builds a graph, its evaluation is timed and Python is told
+apart: in a model the GPU works while Python builds the next layer. The contenders of a group take turns, in an order
+that rotates, so that a machine that gets slower slows all of them. Rounds go on until the medians are known to
+`UNCERTAINTY`, or time is up.
+"""
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+WARM_UP_SECONDS = 1.0  # GPU clocks ramp up within it
+SAMPLE_SECONDS = 0.01  # so long, by more calls: the floor of one evaluation is then a small part
+MAX_CALLS = 256
+UNCERTAINTY = 0.02
+COPY_BYTES = 256 << 20  # beyond every chip's caches
+
+
+class Effort(NamedTuple):
+    """How long to measure. least, most: rounds. seconds: of a contender's samples, once it has `least`; one that takes
+    twice as long is sampled three times."""
+    least: int = 10
+    most: int = 50
+    seconds: float = 2.0
+
+
+class Timing(NamedTuple):
+    """Seconds of one call. low, high: quartiles of the samples. uncertainty: half the 95 % interval of the median,
+    relative to it (McGill, Tukey & Larsen 1978: 1.57 * interquartile range / sqrt n). python: median seconds of
+    building a call's graph, not among the others; 0 where that cannot be told apart."""
+    median: float
+    low: float
+    high: float
+    n: int
+    calls: int
+    uncertainty: float
+    python: float = 0.0
+
+    @classmethod
+    def of(cls, seconds, calls, python=(0.0,)):
+        low, median, high = (float(x) for x in np.percentile(seconds, (25, 50, 75)))
+        return cls(median, low, high, len(seconds), calls, 1.57 * (high - low) / len(seconds) ** 0.5 / median,
+                   float(np.median(python)))
+
+
+def sample(run, calls):
+    """(seconds, seconds of Python before) per call of `run(calls)`, which makes the calls and returns None, or returns
+    lazy arrays, whose evaluation is then what is timed."""
+    start = time.perf_counter()
+    out = run(calls)
+    built = time.perf_counter()
+    if out is None:
+        return (built - start) / calls, 0.0
+    mx.eval(out)
+    return (time.perf_counter() - built) / calls, (built - start) / calls
+
+
+def interleave(contenders, effort, warm_up=None):
+    """{name: `Timing`} of {name: run}, a run being what `sample` takes. warm_up: seconds, WARM_UP_SECONDS if None; in
+    it the calls of a sample are chosen. Raises what the runs raise."""
+    warm_up = WARM_UP_SECONDS if warm_up is None else warm_up
+    for run in contenders.values():
+        sample(run, 1)  # builds what must be built
+    calls, start, growing = dict.fromkeys(contenders, 1), time.perf_counter(), True
+    while growing or time.perf_counter() - start < warm_up:
+        growing = False
+        for name, run in contenders.items():
+            short = sample(run, calls[name])[0] * calls[name] < SAMPLE_SECONDS
+            if short and calls[name] < MAX_CALLS:
+                calls[name], growing = 2 * calls[name], True
+    names, seconds, python = list(contenders), {name: [] for name in contenders}, {name: [] for name in contenders}
+    for i in range(effort.most):
+        for name in names[i % len(names):] + names[:i % len(names)]:
+            taken = seconds[name]
+            spent = sum(taken) * calls[name]
+            if len(taken) < 3 or len(taken) < effort.least and spent < 2 * effort.seconds or (
+                    spent < effort.seconds and Timing.of(taken, calls[name]).uncertainty > UNCERTAINTY):
+                took, built = sample(contenders[name], calls[name])
+                taken.append(took)
+                python[name].append(built)
+    return {name: Timing.of(taken, calls[name], python[name]) for name, taken in seconds.items()}
+
+
+# ---- what the machine can do -----------------------------------------------------------------------------------
+EMPTY = "if (thread_position_in_grid.x == 0) y[0] = x[0] + 1.0f;"
+
+
+def floor_run(metal_kernel=None):
+    """run(calls) of calls that do nothing, chained: what a call costs at least. metal_kernel: of an empty kernel;
+    without it, an MLX operation on 8 numbers."""
+    x = mx.zeros((8,))
+    mx.eval(x)
+    kernel = metal_kernel and metal_kernel("turbo_empty", ["x"], ["y"], EMPTY)
+
+    def run(calls):
+        y = x
+        for _ in range(calls):
+            y = y + 1 if kernel is None else kernel(inputs=[y], grid=(32, 1, 1), threadgroup=(32, 1, 1),
+                                                    output_shapes=[(8,)], output_dtypes=[mx.float32])[0]
+        return y
+    return run
+
+
+def copy_run(metal, n_bytes=COPY_BYTES):
+    """(run, bytes moved by a call): a copy beyond the caches. On the GPU the negation of an array; on the CPU
+    numpy.copyto, because MLX would allocate, and fault in, fresh memory each time."""
+    if metal:
+        x = mx.zeros((n_bytes // 4,))
+        mx.eval(x)
+        return lambda calls: [-x for _ in range(calls)], 2 * n_bytes
+    source, target = np.zeros(n_bytes // 4, np.float32), np.ones(n_bytes // 4, np.float32)
+    source += 1  # or its pages would all be the kernel's one page of zeros
+
+    def run(calls):
+        for _ in range(calls):
+            np.copyto(target, source)
+    return run, 2 * n_bytes
+
+
+def measure_machine(metal, effort, n_bytes=COPY_BYTES):
+    """{"floor_seconds", "evaluation_seconds", "copy_gb_per_s", ...}: an empty kernel, chained; one evaluated alone; a
+    copy."""
+    copy, moved = copy_run(metal, n_bytes)
+    floor = floor_run(mx.fast.metal_kernel if metal else None)
+    alone = interleave({"floor": floor, "evaluation": lambda calls: [mx.eval(floor(1)) for _ in range(calls)] and None},
+                       effort)
+    copied = interleave({"copy": copy}, effort)["copy"]
+    return {"floor_seconds": alone["floor"].median,
+            "floor": "empty Metal kernel" if metal else "MLX operation on 8 numbers",
+            "evaluation_seconds": alone["evaluation"].median, "copy_gb_per_s": moved / copied.median / 1e9,
+            "copy": "MLX negation on the GPU" if metal else "numpy.copyto, one thread", "copy_bytes": n_bytes,
+            "copy_uncertainty": copied.uncertainty}
+
+
+# ---- facts that stand beside every figure ----------------------------------------------------------------------
+def _output(*command, cwd=None):
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=cwd)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit():
+    """The commit of the checkout that runs, "+" behind it if files differ; None for an installed package."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    head = _output("git", "rev-parse", "--short=12", "HEAD", cwd=folder)
+    return head and head + ("+" if _output("git", "status", "--porcelain", "-uno", cwd=folder) else "")
+
+
+def power():
+    """What the system says on power mode and thermal state, {} where it says nothing (Linux)."""
+    if platform.system() != "Darwin":
+        return {}
+    notes = {"thermal": _output("pmset", "-g", "therm"), "power": _output("pmset", "-g")}
+    notes["source"] = (_output("pmset", "-g", "batt") or "").partition("\n")[0]
+    modes = [" ".join(line.split()) for line in (notes.pop("power") or "").splitlines()
+             if line.split()[:1] in (["powermode"], ["lowpowermode"], ["highpowermode"])]
+    return {name: " ".join(text.split()) for name, text in {**notes, "mode": ", ".join(modes)}.items() if text}
+
+
+def command(argv):
+    """`mlx-turbo bench` as it was called, without the user's name: it is sent to us."""
+    return shlex.join(["mlx-turbo", "bench", *argv]).replace(str(Path.home()), "~")
+
+
+def header(what, argv, backend):
+    """The start of every document: what ran, where, and how it was called."""
+    from ..cli.provenance import machine
+
+    return {"benchmark": what, "format": 1, "command": command(argv), "commit": commit(),
+            "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "backend": backend, "machine": machine(), "power": power(),
+            "method": {"warm_up_seconds": WARM_UP_SECONDS, "sample_seconds": SAMPLE_SECONDS,
+                       "until_uncertainty": UNCERTAINTY, "order": "interleaved, rotating"},
+            "executable": Path(sys.executable).name}

@@ -1,0 +1,1 @@
+"""Key-value caches that hold most tokens packed."""

@@ -1,0 +1,59 @@
+"""`mlx-turbo chat`: mlx_lm.chat's own main() with compressed caches."""
+import contextlib
+
+import mlx_lm.chat as module
+
+from ..backends.select import use_backend
+from .common import (
+    DEMO_MODEL,
+    DEMO_TEMPLATE,
+    TurboProgram,
+    _replaced,
+    _tokens_before,
+    _warn_beyond_context,
+    add_program_arguments,
+    describe_model_argument,
+    report_lines,
+    use_demo_model,
+)
+
+
+class ChatProgram(TurboProgram):
+    """Holds on to the newest cache only: "r" starts over, and the old one's memory is to go."""
+
+    def _load(self, original, path, *args, **kwargs):
+        if path == str(DEMO_MODEL):
+            kwargs["tokenizer_config"] = {**kwargs.get("tokenizer_config", {}), "chat_template": DEMO_TEMPLATE}
+        return super()._load(original, path, *args, **kwargs)
+
+    def _make_prompt_cache(self, original, model, max_kv_size=None):
+        self.caches.clear()
+        return super()._make_prompt_cache(original, model, max_kv_size)
+
+
+def main(argv):
+    """The chat, then what its last cache holds."""
+    parser = module.setup_arg_parser()
+    add_program_arguments(parser, "chat", module)
+    describe_model_argument(parser)
+    args = parser.parse_args(argv)
+    program = ChatProgram(module, args)
+    if args.model is None:
+        use_demo_model(args)
+    original = module.stream_generate
+
+    def checked_stream_generate(model, tokenizer, prompt, **kwargs):
+        before = _tokens_before(kwargs["prompt_cache"])
+        _warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
+        return original(model, tokenizer, prompt, **kwargs)
+
+    parser.parse_args = lambda: args
+    with use_backend(args.backend) as backend, program.installed(), \
+            _replaced(module, setup_arg_parser=lambda: parser, stream_generate=checked_stream_generate):
+        with contextlib.suppress(EOFError, KeyboardInterrupt):  # the other ways to leave
+            module.main()
+        if program.caches:
+            print("\n" + "\n".join(report_lines(program.caches[0], program.scheme)))
+        if program.config is not None:
+            print(f"Backend: {backend.describe()}")
+    return 0

@@ -1,0 +1,368 @@
+"""`mlx-turbo doctor`: what is installed, what would run, and whether the kernels agree with the oracle."""
+import json
+import math
+import os
+import sys
+import time
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from ..backends import select
+from ..backends.attend_launch import SEGMENT_STEP
+from ..backends.select import get_backend
+from ..backends.self_test import ATTEND_TOLERANCE, TOLERANCE, compare_quantized, compare_vectors
+from ..backends.sides import ONE_SEGMENT, BackendError, CachedSide, PackedSide, QuantizeSide
+from ..cache.view import KVView
+from ..integration import attention
+from ..quant import reference, rotation
+from .provenance import machine
+
+HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 160, 192, 256, 512, 576)
+ATTEND_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
+BITS = (2, 3, 4, 8)
+# two sides in one launch: ((head_dim, bits, mean), ...); 192/128 and 512/64 are keys and values of MLA models
+PAIRS = (((128, 4, False), (128, 4, False)), ((128, 8, True), (128, 4, False)),
+         ((64, 3, False), (64, 2, True)), ((192, 8, False), (128, 4, True)),
+         ((512, 4, True), (64, 2, False)), ((80, 4, False), (80, 3, False)))
+BATCH, N_KV_HEADS = 2, 3
+ONE_LAUNCH, TWO_LAUNCHES = 90, 1100  # tokens, sink and recent ones included: attention takes so many launches
+
+
+class Check(NamedTuple):
+    """One launch to compare with the oracle. sides: one or two of (head_dim, bits, has mean)."""
+    operation: str
+    sides: tuple
+    dtype: mx.Dtype
+    n_tokens: int
+
+    @property
+    def group(self):
+        sides = "keys and values, " if len(self.sides) == 2 else ""
+        return f"{self.operation}, {sides}{_dtype_name(self.dtype)}"
+
+    def __str__(self):
+        sides = " and ".join(f"head_dim {d}, {b} bits{', mean' if m else ''}" for d, b, m in self.sides)
+        return f"{self.operation} {sides}, {_dtype_name(self.dtype)}, {self.n_tokens} tokens"
+
+
+class AttendCheck(NamedTuple):
+    """Attention over one cache to compare with the oracle. keys, values: (bits, head_dim). n_tokens: 4 sink, the
+    packed ones, 20 recent. mask: None, "causal", "boolean" or "additive". means: packed tokens are relative to some."""
+    keys: tuple
+    values: tuple
+    heads_per_kv_head: int
+    n_queries: int
+    n_tokens: int
+    mask: str
+    sinks: bool
+    means: bool
+    dtype: mx.Dtype
+
+    @property
+    def group(self):
+        return f"attend, {_dtype_name(self.dtype)}"
+
+    def __str__(self):
+        sides = " and ".join(f"{name} of head_dim {d}, {b} bits"
+                             for name, (b, d) in (("keys", self.keys), ("values", self.values)))
+        return (f"attend {sides}, {self.heads_per_kv_head} heads per kv head, {self.n_queries} query tokens, "
+                f"{self.n_tokens} tokens, mask {self.mask}, sinks {self.sinks}, means {self.means}, "
+                f"{_dtype_name(self.dtype)}")
+
+
+def _dtype_name(dtype):
+    return str(dtype).removeprefix("mlx.core.")
+
+
+class Model(NamedTuple):
+    """What models that people run ask of the kernels: heads as published, a scheme that `auto` may come to.
+
+    n_tokens: for one launch or for two. means: keys and values are centred. n_drafts: the number of tokens of a
+    draft model that are verified besides."""
+    names: str
+    head_dim: int
+    heads_per_kv_head: int
+    dtype: mx.Dtype
+    key_bits: int
+    n_tokens: int
+    means: bool = False
+    n_drafts: int = 0
+    sinks: bool = False
+
+
+# Each head_dim with each of the keys' bits; values have 4, as in turbo4, turbo8v4 and auto. docs/compiling.md
+# shows them.
+MODELS = (
+    Model("Llama 3 8B, Mistral 7B", 128, 4, mx.float16, 4, ONE_LAUNCH),
+    Model("Qwen3 8B", 128, 4, mx.bfloat16, 4, TWO_LAUNCHES, n_drafts=3),
+    Model("Llama 3 70B, Qwen3 32B", 128, 8, mx.float16, 8, TWO_LAUNCHES, means=True),
+    Model("Qwen3 30B-A3B", 128, 8, mx.bfloat16, 0, ONE_LAUNCH),
+    Model("Gemma 3 4B and 12B", 256, 2, mx.bfloat16, 4, ONE_LAUNCH),
+    Model("Qwen3.5 35B-A3B, Qwen3-Next 80B-A3B", 256, 8, mx.bfloat16, 8, TWO_LAUNCHES),
+    Model("Gemma 3 1B", 256, 4, mx.float16, 0, TWO_LAUNCHES),
+    Model("gpt-oss 20b and 120b", 64, 8, mx.bfloat16, 4, TWO_LAUNCHES, sinks=True),
+    Model("Llama 3.2 1B", 64, 4, mx.float16, 8, ONE_LAUNCH),
+    Model("Qwen2.5 0.5B", 64, 7, mx.bfloat16, 0, ONE_LAUNCH, means=True),
+)
+
+
+def quick_checks():
+    """What MODELS need: packing, restoring, and decode attention with one launch and with two."""
+    checks = []
+    for model in MODELS:
+        bits = [b for b in (model.key_bits, 4) if b]
+        packed = tuple((model.head_dim, b, model.means) for b in bits)
+        # keys with means are packed alone, by segment (cache.py); their rows are restored without the means
+        checks += [Check("quantize", sides, model.dtype, 37)
+                   for sides in (((side,) for side in packed) if model.means else (packed,))]
+        checks.append(Check("dequantize", tuple((model.head_dim, b, False) for b in bits), model.dtype, 37))
+        sides = (model.key_bits, model.head_dim), (4, model.head_dim)
+        checks += [AttendCheck(*sides, model.heads_per_kv_head, n_queries, model.n_tokens, "causal",
+                               model.sinks, model.means, model.dtype)
+                   for n_queries in sorted({1, 1 + model.n_drafts})]
+    return list(dict.fromkeys(checks))
+
+
+def all_checks():
+    """The quick ones; then every head dim and bits in bfloat16; all dtypes at 64 and 128, with and without mean;
+    two sides."""
+    checks = []
+    for operation in ("quantize", "dequantize"):
+        single = [(d, b, (i + j) % 2 == 0, mx.bfloat16)
+                  for i, d in enumerate(HEAD_DIMS) for j, b in enumerate(BITS)]
+        single += [(d, b, mean, dtype) for d in (64, 128) for b in BITS for dtype in (mx.float16, mx.float32)
+                   for mean in (False, True)]
+        # 1 token: decoding; 37: no multiple of any tile
+        checks += [Check(operation, ((d, b, mean),), dtype, 1 if i % 5 == 0 else 37)
+                   for i, (d, b, mean, dtype) in enumerate(single)]
+        checks += [Check(operation, pair, dtype, 37) for pair in PAIRS for dtype in (mx.bfloat16, mx.float32)]
+    # every head dim with three schemes, every scheme at 64 and 128; short caches take one launch, long ones two, a
+    # prompt chunk of 40 tokens goes tile by tile
+    masks, groups = (None, "causal", "boolean", "additive"), (1, 4, 8, 5, 2)
+    combinations = [(bits, (d, d)) for d in ATTEND_HEAD_DIMS for bits in ((4, 4), (8, 4), (3, 2))]
+    combinations += [((k, v), (d, d)) for d in (64, 128) for k in (0, *BITS) for v in (0, *BITS) if k or v]
+    combinations += [((4, 4), (192, 128)), ((8, 4), (64, 256))]
+    for i, ((k_bits, v_bits), (k_dim, v_dim)) in enumerate(combinations):
+        checks.append(AttendCheck((k_bits, k_dim), (v_bits, v_dim), groups[i % 5], (1, 3, 40)[i % 3],
+                                  TWO_LAUNCHES if i % 6 == 3 else ONE_LAUNCH, masks[i % 4], i % 3 == 1, i // 4 % 2 == 1,
+                                  (mx.bfloat16, mx.float16, mx.float32)[i % 7 % 3]))
+    # many rows, which share decoded tiles, with their queries in threadgroup memory or, from 48 on, elsewhere
+    for keys, values, heads, n_queries in (((4, 128), (4, 128), 4, 6), ((8, 128), (4, 128), 8, 16),
+                                           ((3, 256), (2, 256), 4, 16), ((4, 576), (4, 512), 16, 2)):
+        checks.append(AttendCheck(keys, values, heads, n_queries, ONE_LAUNCH, "causal", False, True,
+                                  mx.bfloat16))
+    return list(dict.fromkeys(quick_checks() + checks))
+
+
+def _vectors(rng, n_tokens, head_dim):
+    """Like a model's keys, float32 [B, H, n_tokens, head_dim]: some large dims. The last vector is zero."""
+    x = rng.standard_normal((BATCH, N_KV_HEADS, n_tokens, head_dim))
+    x[..., :: head_dim // 4] *= 20
+    x[-1, -1, -1] = 0
+    return x.astype(np.float32)
+
+
+def _mean(rng, head_dim, has_mean):
+    return rng.standard_normal((BATCH, N_KV_HEADS, 1, head_dim)).astype(np.float32) if has_mean else None
+
+
+def _to_mlx(x):
+    return None if x is None else mx.array(x)
+
+
+def _cached_side(rng, bits, head_dim, n_tokens, dtype, segment):
+    """A `CachedSide` of random tokens, and what it restores to, float64. segment: 0 for no means."""
+    x = mx.array(rng.standard_normal((1, 2, n_tokens, head_dim)).astype(np.float32)).astype(dtype)
+    restored = np.array(x.astype(mx.float32)).astype(np.float64)
+    codes, scale, means, n_packed = x[:, :, 4:-20], None, None, n_tokens - 24
+    if bits:
+        packed = reference.quantize(restored[:, :, 4:-20], bits)
+        restored[:, :, 4:-20] = reference.dequantize(packed)
+        if segment:
+            means = rng.standard_normal((1, 2, -(-n_packed // segment), head_dim)).astype(np.float16)
+            restored[:, :, 4:-20] += rotation.unrotate(means[:, :, np.arange(n_packed) // segment])
+        codes, scale = mx.array(packed.packed()), mx.array(packed.scale[..., None].astype(np.float16))
+    parts = [None if a is None else mx.contiguous(a) for a in (x[:, :, :4], codes, scale, x[:, :, -20:])]
+    return CachedSide(*parts, bits, head_dim, _to_mlx(means), segment), restored
+
+
+def _run_attend_check(check, backend):
+    rng = np.random.default_rng(0)
+    keys, k = _cached_side(rng, *check.keys, check.n_tokens, check.dtype, check.means * SEGMENT_STEP)
+    values, v = _cached_side(rng, *check.values, check.n_tokens, check.dtype, check.means * ONE_SEGMENT)
+    shape = (1, 2 * check.heads_per_kv_head, check.n_queries)
+    queries = mx.array(rng.standard_normal((*shape, check.keys[1])).astype(np.float32)).astype(check.dtype)
+    mask = check.mask
+    if mask == "boolean":
+        mask = rng.random((1, 1, check.n_queries, check.n_tokens)) < 0.7
+    elif mask == "additive":
+        mask = rng.standard_normal((1, shape[1], check.n_queries, check.n_tokens)).astype(np.float32)
+    sinks = None
+    if check.sinks:
+        sinks = np.array(mx.array(rng.standard_normal(shape[1])).astype(check.dtype).astype(mx.float32))
+    options = dict(scale=check.keys[1] ** -0.5)
+    counts = 4, check.n_tokens - 24, 20
+    got = attention.attend(queries, KVView(keys, values, counts, 0, None, 0), backend=backend, **options,
+                           mask=mask if mask is None or isinstance(mask, str) else mx.array(mask),
+                           sinks=None if sinks is None else mx.array(sinks).astype(check.dtype))
+    got = np.array(got.astype(mx.float32))
+    want = reference.attention(np.array(queries.astype(mx.float32)), k, v, mask=mask, sinks=sinks, **options)
+    error = float(np.abs(got - want).max() / np.abs(want).max())
+    allowed = ATTEND_TOLERANCE[check.keys[0]] + (check.dtype != mx.float32) * TOLERANCE[check.dtype]
+    return None if error <= allowed else f"relative error {error:.1e}, allowed is {allowed:.0e}", error
+
+
+def run_check(check, backend):
+    """(what is wrong or None, the largest relative error) of one check. Raises what the backend raises.
+
+    The error is that of the scales for quantize, of the vectors (by their largest number) for dequantize, of the
+    output (by its largest number) for attend.
+    """
+    if isinstance(check, AttendCheck):
+        return _run_attend_check(check, backend)
+    rng, seed = np.random.default_rng(0), len(check.sides) - 1
+    sides, wants, problems, worst = [], [], [], 0.0
+    if check.operation == "quantize":
+        for head_dim, bits, has_mean in check.sides:
+            # as a model's projection leaves them: [B, L, H, D] in memory
+            x = mx.array(_vectors(rng, check.n_tokens, head_dim).swapaxes(1, 2))
+            x = x.astype(check.dtype).swapaxes(1, 2)
+            mean = _mean(rng, head_dim, has_mean)
+            sides.append(QuantizeSide(x, bits, _to_mlx(mean)))
+            wants.append(reference.quantize(np.array(x.astype(mx.float32)), bits, rotation=seed, mean=mean))
+        for (codes, scale), want in zip(backend.quantize(sides, seed), wants, strict=True):
+            codes, scale = np.array(codes), np.array(scale)
+            problems.append(compare_quantized(codes, scale, want))
+            error = np.abs(scale[..., 0].astype(np.float64) - want.scale) / np.maximum(want.scale, 1e-30)
+            worst = max(worst, float(error.max()))
+    else:
+        first = 3  # of a buffer with more room, as in a cache
+        for head_dim, bits, has_mean in check.sides:
+            x = _vectors(rng, check.n_tokens + first + 2, head_dim)
+            want = reference.quantize(x, bits, rotation=seed, mean=_mean(rng, head_dim, has_mean))
+            wants.append(reference.dequantize(want)[:, :, first:first + check.n_tokens])
+            scale = mx.array(want.scale[..., None].astype(np.float16))
+            sides.append(PackedSide(mx.array(want.packed()), scale, bits, head_dim, _to_mlx(want.mean)))
+        outs = backend.dequantize(sides, first, check.n_tokens, check.dtype, seed)
+        for got, want in zip(outs, wants, strict=True):
+            if got.dtype != check.dtype:
+                problems.append(f"got {got.dtype}")
+            got = np.array(got.astype(mx.float32))
+            problems.append(compare_vectors(got, want, check.dtype))
+            error = np.abs(got - want).max(-1) / np.maximum(np.abs(want).max(-1), 1e-30)
+            worst = max(worst, float(error.max()))
+    problems = [p for p in problems if p]
+    return (problems[0] if problems else None), worst
+
+
+def _why(choice):
+    if choice:
+        return f"--backend {choice}"
+    if os.environ.get("MLX_TURBO_BACKEND"):
+        return f"MLX_TURBO_BACKEND={os.environ['MLX_TURBO_BACKEND']}"
+    return select.metal_unavailable() or "Metal is available"
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+def _parser():
+    from .common import Parser
+
+    parser = Parser(
+        prog="mlx-turbo doctor",
+        description="Prints versions, device and backend, builds the kernels that widely used models need and "
+                    "compares each with the NumPy oracle. Exit code 1 on any disagreement or build error.")
+    parser.add_argument("--all", action="store_true", help="every kernel: over 300 to build, minutes")
+    parser.add_argument("--backend", choices=["metal", "cpu"],
+                        help="check this one (default: the one that is used)")
+    parser.add_argument("--json", action="store_true", help="JSON instead of text")
+    parser.add_argument("--verbose", action="store_true", help="a line for every check")
+    return parser
+
+
+def _examine(checks, backend, say, verbose):
+    """Run the checks. Returns groups (name -> {"checks", "failed", "worst"}) and [(check, problem)]."""
+    groups, failures = {}, []
+    # None: on a terminal only
+    for check in tqdm(checks, "building and checking", unit="kernel", leave=False, disable=verbose or None):
+        try:
+            problem, worst = run_check(check, backend)
+        except Exception as e:  # a kernel may fail in any way; the rest must still be checked
+            problem, worst = str(e) if isinstance(e, BackendError) else f"{type(e).__name__}: {e}", 0.0
+        group = groups.setdefault(check.group, {"checks": 0, "failed": 0, "worst": 0.0})
+        group["checks"] += 1
+        group["worst"] = max(group["worst"], worst if math.isfinite(worst) else math.inf)
+        if problem:
+            group["failed"] += 1
+            failures.append((str(check), problem))
+        if verbose:
+            say(f"  {'FAILED' if problem else 'ok':<7}{check}  {worst:.1e}")
+    return groups, failures
+
+
+def _say_failures(failures, say):
+    """Each failed check by name; a compiler's message that many share is printed once."""
+    by_detail = {}
+    for check, problem in failures:
+        head, _, detail = problem.partition("\n")
+        by_detail.setdefault(detail, []).append((check, head))
+    for detail, failed in by_detail.items():
+        for check, head in failed:
+            say(f"FAILED  {check}: {head}")
+        if detail:
+            say(detail)
+
+
+def main(argv=None, backend=None):
+    """Run the command; returns its exit code. backend: check this object instead of the one in use."""
+    args = _parser().parse_args(argv)
+    tic = time.perf_counter()
+
+    def say(line=""):
+        if not args.json:
+            print(line, flush=True)
+
+    facts = machine()
+    for name, value in facts.items():
+        say(f"{name}: {value}")
+    why = "given by the caller" if backend else _why(args.backend)
+    warnings, groups, failures = [], {}, []
+    try:
+        backend = backend or get_backend(args.backend)
+    except BackendError as e:
+        failures = [("backend", str(e))]
+    description = backend.describe() if backend else "none"
+    say(f"backend: {description}, because: {why}")
+    if backend and mx.metal.is_available() and backend.name != "metal":
+        warnings.append(f"THIS MACHINE HAS METAL, BUT IT IS NOT USED: {why}")
+        say(f"\n*** {warnings[0]} ***")
+        print(f"mlx-turbo: warning: {warnings[0]}", file=sys.stderr)
+    say()
+    checks, n_all = (all_checks() if args.all else quick_checks()), len(all_checks())
+    if backend:
+        groups, failures = _examine(checks, backend, say, args.verbose)
+    for name, group in groups.items():
+        verdict = f"{group['failed']} FAILED" if group["failed"] else "ok"
+        say(f"{name:<38}{group['checks']:>4} checks  {verdict:<10} worst relative error {group['worst']:.1e}")
+    _say_failures(failures, say)
+    n_checks, seconds = sum(g["checks"] for g in groups.values()), time.perf_counter() - tic
+    if args.json:
+        for group in groups.values():
+            group["worst"] = group["worst"] if math.isfinite(group["worst"]) else None  # JSON has no infinity
+        print(json.dumps({
+            "ok": not failures, "machine": facts, "warnings": warnings, "seconds": round(seconds, 3),
+            "backend": {"name": getattr(backend, "name", None), "description": description, "why": why},
+            "checks": n_checks, "checks_with_all": n_all, "groups": groups,
+            "failures": [{"check": check, "problem": problem} for check, problem in failures]}, indent=2))
+    if failures:
+        say(f"\nNOT OK: {len(failures)} of {max(n_checks, 1)} checks ({n_all} with --all) failed on "
+            f"{description}, {seconds:.1f} s. Please report this with the output above.")
+        return 1
+    how_many = f"all {n_checks}" if args.all else f"{n_checks} of {n_all}"
+    say(f"\nOK: {how_many} checks agree with the oracle on {description}, {seconds:.1f} s"
+        + ("" if args.all else " (what widely used models need; --all runs the rest too)"))
+    for warning in warnings:
+        say(f"*** {warning} ***")
+    return 0

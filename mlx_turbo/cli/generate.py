@@ -1,0 +1,64 @@
+"""`mlx-turbo generate`: mlx-lm's program with a compressed cache."""
+import importlib
+import logging
+import sys
+
+from ..backends.select import use_backend
+from .common import (
+    DEMO_PROMPT,
+    CliError,
+    TurboProgram,
+    _replaced,
+    _tokens_before,
+    _warn_beyond_context,
+    add_program_arguments,
+    describe_model_argument,
+    refuse_kv_bits,
+    report_lines,
+    use_demo_model,
+)
+
+
+def _generate_parser(module):
+    parser = module.setup_arg_parser()
+    parser.set_defaults(prompt=None)
+    add_program_arguments(parser, "generate", module)
+    describe_model_argument(parser)
+    return parser
+
+
+def generate(argv):
+    """`mlx-turbo generate`: mlx_lm.generate's own main() with our caches, then what they hold."""
+    module = importlib.import_module("mlx_lm.generate")  # a plain import gives the function
+    parser = _generate_parser(module)
+    args = parser.parse_args(argv)
+    program = TurboProgram(module, args)
+    refuse_kv_bits(program)
+    if args.max_tokens < -1 or args.max_tokens == 0:
+        raise CliError(f"--max-tokens: got {args.max_tokens}, allowed are positive numbers, and -1 for no limit")
+    if demo := args.model is None and args.prompt_cache_file is None:
+        use_demo_model(args)
+    if args.prompt is None:
+        args.prompt = DEMO_PROMPT if demo else module.DEFAULT_PROMPT
+    original = module.generate
+
+    def checked_generate(model, tokenizer, prompt, **kwargs):
+        if len(prompt) == 0:
+            raise CliError("--prompt: is empty")
+        before = _tokens_before(kwargs.get("prompt_cache") or [])
+        _warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
+        return original(model, tokenizer, prompt, **kwargs)
+
+    parser.parse_args = lambda: args
+    # its warning about a long prompt speaks of "indexing errors", which MLX does not have; ours is below
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    with use_backend(args.backend) as backend, program.installed(), \
+            _replaced(module, setup_arg_parser=lambda: parser, generate=checked_generate):
+        module.main()
+        out = sys.stdout if args.verbose else sys.stderr
+        for i, cache in enumerate(program.caches):
+            for line in report_lines(cache, program.scheme):
+                print(f"Draft model's {line}" if i else line, file=out)
+        if program.config is not None:
+            print(f"Backend: {backend.describe()}", file=out)
+    return 0

@@ -1,0 +1,395 @@
+"""`mlx-turbo plan`: how many tokens fit into a memory size with each scheme, and how much memory so many tokens take.
+
+It reads a model's configuration only. mlx-lm's own model is built from it without memory (MLX is lazy: nothing is
+evaluated, and the parameters are one zero, broadcast) and called once, so that the shapes are those its caches really
+have, whatever the family. What a compressed cache takes is measured on a TurboKVCache with one head.
+"""
+import copy
+import functools
+import importlib
+import json
+import os
+import sys
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..backends.select import use_backend
+from ..cache.rotating import RotatingTurboKVCache
+from ..cache.single import TurboKVCache
+from ..integration import prompt_cache
+from .common import DEMO_MODEL, CliError, Parser, _one_line, _why_not_loaded, kv_config
+
+SCHEMES = ("none", "turbo8v4", "turbo4", "turbo3", "turbo2")
+FEW = 8  # tokens that fill states of constant size: convolutions, n-grams
+STEP = 256  # tokens by which mlx-lm's caches and ours grow
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+MOST_TOKENS = 2**40  # more than this counts as no limit
+
+
+# ---- the model's configuration and weights ----------------------------------------------------------------------
+def read_config(name, download=None):
+    """(config, bytes of the weights or None, where those come from) of a folder or a Hugging Face id.
+
+    Of the Hub only config.json and the index of the weights are read. download: in the place of
+    huggingface_hub.hf_hub_download. Raises CliError where there is no configuration to read.
+    """
+    folder = Path(name)
+    try:
+        if folder.exists():
+            file = folder / "config.json" if folder.is_dir() else folder
+            weights = sum(f.stat().st_size for f in file.parent.glob("model*.safetensors"))
+            source = "files"
+        else:
+            file, weights, source = _from_hub(str(name), download)
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        why = _one_line(e) if folder.exists() else _why_not_loaded(name, e)
+        raise CliError(f"--model: {f'cannot read the configuration of {str(name)!r}: ' * folder.exists()}{why}") from e
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise CliError(f"--model: {str(file)!r} has no 'model_type', so it is not the configuration of a model")
+    return config, weights or None, source if weights else None
+
+
+def _from_hub(name, download):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    download = download or huggingface_hub.hf_hub_download
+    file = download(name, "config.json")
+    try:
+        index = json.loads(Path(download(name, "model.safetensors.index.json")).read_text(encoding="utf-8"))
+        return file, index["metadata"]["total_size"], "index"
+    except (OSError, ValueError, KeyError, TypeError, errors.HfHubHTTPError):
+        pass  # one file of weights has no index
+    try:
+        files = huggingface_hub.HfApi().model_info(name, files_metadata=True).siblings
+        sizes = [f.size or 0 for f in files if f.rfilename.startswith("model") and f.rfilename.endswith(".safetensors")]
+        return file, sum(sizes), "Hub"
+    except Exception:  # whatever its HTTP library raises: without sizes they are computed
+        return file, None, None
+
+
+def build(config):
+    """mlx-lm's model for a configuration, its parameters one zero each and nothing evaluated: it takes no memory.
+
+    Raises CliError for a configuration that mlx-lm cannot build a model from.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_map
+
+    dtype = _dtype(config)
+    try:
+        model_class, args_class = importlib.import_module("mlx_lm.utils")._get_classes(config)
+        model = model_class(args_class.from_dict(copy.deepcopy(config)))
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError) as e:
+        raise CliError(f"--model: mlx-lm cannot build a {config['model_type']!r} model from this configuration: "
+                       f"{_one_line(e)}") from e
+
+    def zero(x):
+        floating = mx.issubdtype(x.dtype, mx.floating)
+        return mx.broadcast_to(mx.zeros((), dtype if floating else x.dtype), x.shape)
+
+    model.update(tree_map(zero, model.parameters()))
+    model.eval()
+    return model
+
+
+def _dtype(config):
+    import mlx.core as mx
+
+    text = config.get("text_config") or {}
+    name = next((c[key] for c in (config, text) for key in ("dtype", "torch_dtype") if c.get(key)), "bfloat16")
+    return {"float32": mx.float32, "float16": mx.float16}.get(str(name).removeprefix("torch."), mx.bfloat16)
+
+
+def parameter_bytes(model, config):
+    """Bytes of a model's parameters, quantized as its configuration says (affine, mxfp4, ...)."""
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+
+    quantization = config.get("quantization")
+    if quantization:
+        default = {k: v for k, v in quantization.items() if k in ("group_size", "bits", "mode")}
+
+        def predicate(path, module):
+            if path in quantization:
+                return quantization[path]
+            return hasattr(module, "to_quantized") and module.weight.shape[-1] % default["group_size"] == 0
+
+        nn.quantize(model, **default, class_predicate=predicate)
+    return sum(x.nbytes for _, x in tree_flatten(model.parameters()))
+
+
+# ---- what its caches hold ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Layer:
+    """One cache of a model, uncompressed, of one sequence.
+
+    kind: the name of mlx-lm's class. shape: (n_kv_heads, key_dim, value_dim) or None where it holds something else.
+    dtype: of its keys. per_token, constant: bytes. window: tokens it holds at most, or None.
+    """
+    kind: str
+    shape: tuple
+    dtype: str
+    per_token: float
+    constant: int = 0
+    window: int = None
+
+    def nbytes(self, tokens):
+        """Bytes with so many tokens; buffers of keys and values grow by STEP."""
+        held = -(-tokens // STEP) * STEP if self.shape else tokens
+        return round(self.constant + self.per_token * min(held, self.window or held))
+
+    def describe(self):
+        if self.shape is None:
+            growing = f" and {self.per_token:,.0f} bytes per token" if self.per_token else ""
+            return f"{self.kind}: {_size(self.constant)}{growing}"
+        heads, key_dim, value_dim = self.shape
+        text = f"{self.kind}: {heads} kv head{'s' * (heads > 1)}, keys {key_dim}, values {value_dim}, {self.dtype}"
+        return f"{text}, at most {self.window:,} tokens" if self.window else text
+
+
+def _size(nbytes):
+    unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB")) if abs(nbytes) >= u), (10**3, "KB"))
+    return f"{nbytes / unit:,.2f} {name}"
+
+
+def _call(model, tokens):
+    """A prompt cache of mlx-lm after so many tokens; nothing is evaluated."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    model(mx.zeros((1, tokens), mx.int32), cache=cache)
+    return prompt_cache.members(cache)
+
+
+def _held(cache):
+    from mlx.utils import tree_flatten
+
+    return sum(x.nbytes for _, x in tree_flatten(cache.state) if hasattr(x, "nbytes"))
+
+
+def layers_of(model):
+    """[Layer] of the caches that mlx-lm makes for a model, in order, those inside a CacheList one by one."""
+    from mlx_lm.models import cache as lm_cache
+
+    layers, unknown = [], []
+    for i, cache in enumerate(_call(model, FEW)):
+        kind, keys, values = type(cache).__name__, getattr(cache, "keys", None), getattr(cache, "values", None)
+        if isinstance(cache, (lm_cache.KVCache, lm_cache.RotatingKVCache, lm_cache.ChunkedKVCache)):
+            if keys is None:  # the model never uses it
+                layers.append(Layer(kind, None, "", 0.0))
+                continue
+            window = getattr(cache, "max_size", None)
+            if chunk := getattr(cache, "chunk_size", None):
+                window = chunk + STEP  # it forgets when it has to grow
+            layers.append(Layer(kind, (keys.shape[1], keys.shape[3], values.shape[3]), str(keys.dtype).split(".")[-1],
+                                (keys.nbytes + values.nbytes) / keys.shape[2], window=window))
+        else:
+            unknown += [i] * (not isinstance(cache, lm_cache.ArraysCache))
+            layers.append(Layer(kind, None, "", 0.0, _held(cache)))
+    if unknown:  # of a model's own: a line through two sizes
+        (short, less), (long, more) = ((n, _call(model, n)) for n in (2048, 4096))
+        for i in unknown:
+            slope = (_held(more[i]) - _held(less[i])) / (long - short)
+            layers[i] = Layer(layers[i].kind, None, "", slope, round(_held(less[i]) - slope * short))
+    return layers
+
+
+def configs_of(model, scheme):
+    """For each of `layers_of`, the TurboConfig of the cache that takes its place, or None where it stays.
+
+    scheme: a TurboConfig, or None for mlx-lm's own caches.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    if scheme is None:
+        return [None] * len(prompt_cache.members(make_prompt_cache(model)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "nothing is compressed": the table shows it
+        cache = prompt_cache.make_prompt_cache(model, scheme)
+    return [c.config if isinstance(c, TurboKVCache) else None for c in prompt_cache.members(cache)]
+
+
+@functools.lru_cache(None)
+def _measured(config, key_dim, value_dim, dtype):
+    """(bytes with up to STEP packed tokens, bytes of STEP more) of a TurboKVCache with one head."""
+    import mlx.core as mx
+
+    fewest, steps, sizes = config.sink + config.recent + STEP, 8, []
+    with use_backend("cpu"):
+        for n in (fewest, fewest + steps * STEP):
+            cache = TurboKVCache(config)
+            cache.update_and_fetch(*(mx.random.normal((1, 1, n, dim), key=mx.random.key(0)).astype(getattr(mx, dtype))
+                                     for dim in (key_dim, value_dim)))
+            sizes.append(cache.nbytes)
+    return sizes[0], (sizes[1] - sizes[0]) // steps
+
+
+def cache_bytes(layers, configs, tokens):
+    """Bytes of a prompt cache that holds so many tokens of one sequence. layers, configs: as from `layers_of` and
+    `configs_of`. A compressed layer counts at least sink + recent + STEP tokens; what depends on the text, means and the
+    key bits that `auto` chooses, is not counted.
+
+    Raises ValueError for a head_dim that cannot be packed.
+    """
+    total = 0
+    for layer, config in zip(layers, configs):
+        if config is None or layer.shape is None:
+            total += layer.nbytes(tokens)
+            continue
+        least, step = _measured(replace(config, auto=False), *layer.shape[1:], layer.dtype)
+        packed = max(tokens - config.sink - config.recent, 1)
+        if layer.window:
+            window = RotatingTurboKVCache(layer.window, config.sink, config)
+            rows = min(-(-packed // window.step) * window.step, window.room)
+            total += layer.shape[0] * (least - step + step * rows // STEP)
+            continue
+        total += layer.shape[0] * (least + step * (-(-packed // STEP) - 1))
+    return total
+
+
+def tokens_that_fit(layers, configs, memory, batch=1):
+    """The most tokens of each of `batch` sequences whose caches take at most `memory` bytes; None: any number."""
+    fits = lambda tokens: batch * cache_bytes(layers, configs, tokens) <= memory  # noqa: E731
+    if fits(MOST_TOKENS):
+        return None
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+def parse_size(text):
+    """Bytes of "24GB", "24 GiB" or "24" (GB). Raises CliError for anything else."""
+    digits = text.strip().rstrip("BbIiKkMmGgTt ")
+    unit = text.strip()[len(digits):].strip().upper()
+    try:
+        size = float(digits) * UNITS[unit or "GB"]
+    except (ValueError, KeyError):
+        size = 0
+    if not 0 < size < 2**63:
+        raise CliError(f"--memory: got {text!r}, expected a size such as 24GB or 512MB")
+    return int(size)
+
+
+def machine_memory():
+    """(bytes that a model may use on this machine, what they are)."""
+    import mlx.core as mx
+
+    info = mx.device_info() if hasattr(mx, "device_info") else {}
+    if limit := info.get("max_recommended_working_set_size"):
+        return limit, "what Metal recommends to use at most on this Mac"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory, which has no Metal GPU"
+
+
+def _parser():
+    parser = Parser(
+        prog="mlx-turbo plan",
+        description="How many tokens fit into a memory size with each scheme, or, with --tokens, how much memory the "
+                    "caches take. Reads the model's configuration only; nothing is loaded. Working memory of a prompt "
+                    "chunk comes on top.")
+    add = parser.add_argument
+    add("--model", help="a local folder or a Hugging Face id (default: the embedded demo model)")
+    add("--memory", metavar="SIZE", help="for weights and caches together, such as 24GB (default: what Metal "
+                                         "recommends to use at most, without Metal the machine's memory)")
+    add("--tokens", type=int, metavar="N", help="so many tokens, prompt and answer together: what do they take?")
+    add("--batch", type=int, default=1, metavar="N", help="so many sequences at once (default: 1)")
+    add("--kv", nargs="+", action="extend", metavar="SCHEME", help=f"default: {' '.join(SCHEMES)}")
+    add("--kv-sink", type=int, metavar="N", help="as of mlx-turbo generate")
+    add("--kv-recent", type=int, metavar="N", help="as of mlx-turbo generate")
+    add("--json", action="store_true", help="JSON instead of a table")
+    return parser
+
+
+def plan(name, schemes, memory, tokens=None, batch=1):
+    """The plan as a dict of plain values. schemes: {name: TurboConfig or None}; memory, tokens: as of the command."""
+    config, weights, source = read_config(name)
+    model = build(config)
+    layers = layers_of(model)
+    rows = []
+    for scheme, turbo in schemes.items():
+        configs = configs_of(model, turbo)
+        try:
+            far = [cache_bytes(layers, configs, n) for n in (2**24, 2**25)]
+        except ValueError as e:
+            raise CliError(f"--kv: {scheme} does not go with this model: {e}") from e
+        row = {"kv": scheme, "compressed": sum(c is not None for c in configs),
+               "bytes_per_token": (far[1] - far[0]) / 2**24}
+        if tokens is None:
+            row["tokens"] = 0
+        else:
+            row["cache_bytes"] = batch * cache_bytes(layers, configs, tokens)
+        rows.append((row, configs))
+    if weights is None:
+        weights, source = parameter_bytes(model, config), "computed"
+    for row, configs in rows:
+        if tokens is None:
+            row["tokens"] = tokens_that_fit(layers, configs, memory - weights, batch)
+        else:
+            row |= {"total_bytes": row["cache_bytes"] + weights, "fits": row["cache_bytes"] + weights <= memory}
+    text = config.get("text_config") or config
+    kinds = {}
+    for layer in layers:
+        kinds[layer.describe()] = kinds.get(layer.describe(), 0) + 1
+    return {"model": str(name), "model_type": config["model_type"], "caches": len(layers), "kinds": kinds,
+            "context": text.get("max_position_embeddings"), "weights_bytes": weights, "weights_source": source,
+            "memory_bytes": memory, "batch": batch, "tokens": tokens, "results": [row for row, _ in rows]}
+
+
+def _table(p, memory_is):
+    source = {"files": "its files", "index": "the index of its files", "Hub": "its files on the Hub",
+              "computed": "computed from the configuration"}[p["weights_source"]]
+    print(f"{p['model']} ({p['model_type']}): {p['caches']} caches")
+    for kind, n in p["kinds"].items():
+        print(f"  {n} x {kind}")
+    print(f"memory  {_size(p['memory_bytes']):>12} ({memory_is})")
+    print(f"weights {_size(p['weights_bytes']):>12} ({source})")
+    left = _size(p["memory_bytes"] - p["weights_bytes"])
+    print(f"left    {left:>12} for caches" + f" of {p['batch']} sequences" * (p["batch"] > 1) + "\n")
+    sequence = " of each sequence" if p["batch"] > 1 else ""
+    if p["tokens"] is None:
+        print(f"{'kv':<10}{'compressed':>11}{'bytes/token':>13}{f'tokens that fit{sequence}':>20}")
+        for r in p["results"]:
+            tokens = "any number" if r["tokens"] is None else f"{r['tokens']:,}"
+            print(f"{r['kv']:<10}{r['compressed']:>11}{r['bytes_per_token']:>13,.0f}{tokens:>20}")
+    else:
+        print(f"{p['tokens']:,} tokens{sequence}\n{'kv':<10}{'compressed':>11}{'bytes/token':>13}{'caches':>12}"
+              f"{'with weights':>14}{'fits':>6}")
+        for r in p["results"]:
+            print(f"{r['kv']:<10}{r['compressed']:>11}{r['bytes_per_token']:>13,.0f}{_size(r['cache_bytes']):>12}"
+                  f"{_size(r['total_bytes']):>14}{'yes' if r['fits'] else 'no':>6}")
+    print("\ncompressed: so many of the caches; the others stay as mlx-lm makes them. bytes/token: of a further token "
+          "of a sequence.\nNot counted: the working memory of a prompt chunk.")
+    if any(r["kv"] == "auto" for r in p["results"]):
+        print("auto: if turbo4 is enough for every layer; it decides on the first prompt chunk, and keys can take more.")
+    most = max((r["tokens"] or 0 for r in p["results"]), default=0) if p["tokens"] is None else p["tokens"]
+    if p["context"] and most > p["context"]:
+        print(f"The model was made for {p['context']:,} tokens.")
+
+
+def main(argv):
+    """`mlx-turbo plan`. Returns the exit code."""
+    args = _parser().parse_args(argv)
+    for name, value in (("tokens", args.tokens), ("batch", args.batch)):
+        if value is not None and value < 1:
+            raise CliError(f"--{name}: got {value}, allowed are whole numbers from 1 on")
+    schemes = {scheme: kv_config(scheme, args) for scheme in args.kv or SCHEMES}
+    memory, memory_is = (parse_size(args.memory), "--memory") if args.memory else machine_memory()
+    p = plan(args.model or DEMO_MODEL, schemes, memory, args.tokens, args.batch)
+    if p["weights_bytes"] > memory and args.tokens is None:
+        raise CliError(f"--memory: the weights alone are {_size(p['weights_bytes'])}, more than {_size(memory)} "
+                       f"({memory_is}); --tokens shows what the caches take")
+    if args.json:
+        json.dump(p | {"memory_is": memory_is}, sys.stdout, indent=2)
+        print()
+    else:
+        _table(p, memory_is)
+    return 0

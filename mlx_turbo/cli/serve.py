@@ -1,0 +1,289 @@
+"""`mlx-turbo serve`: mlx_lm.server's own main() with compressed caches, and answers where it has none.
+
+Beside the caches, what differs from mlx_lm.server:
+- The port, the model and the kernels are tried before it listens: what is wrong with them ends the program.
+- A prompt beyond the model's context is refused (400), and an answer ends there.
+- Prompt caches are filed under exactly the tokens they hold, and a prompt that is all there leaves its last token to
+  go on from; --prompt-cache-bytes holds without batching too. GET /kv-cache says what they take.
+"""
+import argparse
+import contextlib
+import functools
+import json
+import logging
+import signal
+import socket
+import sys
+import threading
+import types
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm.server as module
+from huggingface_hub.errors import CacheNotFound
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+from ..backends.select import get_backend, use_backend
+from ..integration import prompt_cache
+from .common import (
+    DEFAULT_SCHEME,
+    DEMO_TEMPLATE,
+    CliError,
+    Parser,
+    TurboProgram,
+    _complain,
+    _replaced,
+    add_program_arguments,
+    complaining,
+    describe_model_argument,
+    load_model,
+    refuse_kv_bits,
+    use_demo_model,
+)
+
+
+# ---- models ------------------------------------------------------------------------------------------------
+class ServerProgram(TurboProgram):
+    """Every model the server loads, at the start or for a request, makes compressed caches from then on."""
+
+    def _load(self, original, path, *args, **kwargs):
+        flags = {self.args.draft_model: "--draft-model", self.args.model: "--model"}
+        model, *rest = load_model(original, path, flags.get(path, "model"), *args, **kwargs)
+        if self.config is not None:
+            prompt_cache.enable(model, self.config)
+        self.warm(model, rest[0], path == self.args.draft_model)
+        with complaining():
+            cache = make_prompt_cache(model)
+        together = self.args.draft_model is None and all(hasattr(c, "merge") for c in prompt_cache.members(cache))
+        _complain(f"{path}: KV cache {self.scheme}, {prompt_cache.describe(cache)}; requests are answered "
+                  f"{'together' if together else 'one by one'}")
+        self.caches = [cache]
+        return model, *rest
+
+    _sharded_load = _load
+
+    def _make_prompt_cache(self, original, model, max_kv_size=None):
+        return original(model, max_kv_size)  # the model's own make_cache is ours
+
+
+def context_of(model):
+    """Tokens the model was made for; None if its configuration does not say."""
+    args = vars(getattr(model, "args", None) or types.SimpleNamespace())
+    for config in args, args.get("text_config") or {}:
+        if limit := config.get("max_position_embeddings"):
+            scaling = config.get("rope_scaling") or {}
+            extended = (scaling.get("original_max_position_embeddings") or 0) * (scaling.get("factor") or 0)
+            return max(limit, int(extended))
+
+
+class ModelProvider(module.ModelProvider):
+    """Tells the main thread when the default model is there, or why not."""
+
+    def __init__(self, cli_args):
+        self.tried, self.failure = threading.Event(), None
+        super().__init__(cli_args)  # loads the model, in mlx-lm 0.31
+        if not hasattr(super(), "load_default"):
+            self.tried.set()
+
+    def load(self, model_path, adapter_path=None, draft_model_path=None):
+        """mlx-lm 0.31.3 forgets the adapter of --adapter-path: it looks it up after it has replaced the model's name."""
+        adapters = getattr(self, "_adapter_map", {})
+        return super().load(model_path, adapters.get(model_path, adapter_path), draft_model_path)
+
+    def load_default(self):
+        try:
+            super().load_default()
+        except Exception as e:
+            self.failure = e
+            raise
+        finally:
+            self.tried.set()
+
+
+# ---- prompt caches -----------------------------------------------------------------------------------------
+class LRUPromptCache(module.LRUPromptCache):
+    """mlx-lm's, whose entries hold other tokens than they are filed under after speculative decoding (its last token
+    is in no cache yet), and which leaves a model nothing to go on from when a prompt is all there."""
+
+    def insert_cache(self, model, tokens, prompt_cache, **options):
+        caches = prompt_cache.members(prompt_cache)
+        offsets = [getattr(c, "offset", None) or len(tokens) for c in caches]  # 0: of a layer that is not used
+        n = min([len(tokens), *offsets])
+        for cache, offset in zip(caches, offsets):
+            if offset > n:
+                if not cache.is_trimmable():
+                    return
+                cache.trim(offset - n)
+        super().insert_cache(model, tokens[:n], prompt_cache, **options)
+
+    def fetch_nearest_cache(self, model, tokens):
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is None or rest:
+            return cache, rest
+        if not can_trim_prompt_cache(cache):
+            return None, tokens
+        trim_prompt_cache(cache, 1)
+        return cache, tokens[-1:]
+
+
+# ---- requests ----------------------------------------------------------------------------------------------
+class RequestError(ValueError):
+    """A request that cannot be answered: status 400."""
+
+
+class ResponseGenerator(module.ResponseGenerator):
+    def __init__(self, model_provider, prompt_cache):
+        if model_provider.cli_args.prompt_cache_bytes is not None:
+            prompt_cache.max_bytes = model_provider.cli_args.prompt_cache_bytes
+        super().__init__(model_provider, prompt_cache)
+
+    def _generate(self):
+        """The generation thread."""
+        try:
+            super()._generate()
+        except Exception as e:
+            if e is not self.model_provider.failure:  # that the main thread raises: mlx-lm would log its traceback
+                raise
+        finally:
+            if hasattr(mx, "clear_streams"):  # else MLX 0.32.4 aborts at the process's end (9 of 13 runs)
+                mx.clear_streams()
+
+    def _tokenize(self, tokenizer, request, args):
+        out = super()._tokenize(tokenizer, request, args)
+        n = len(out[0])
+        if n == 0:
+            raise RequestError("the prompt is empty")
+        given = self.cli_args.max_context
+        limit = context_of(self.model_provider.model) if given is None else given
+        if limit and n >= limit:
+            raise RequestError(f"the prompt has {n} tokens, allowed are less than {limit}, "
+                               f"{'what the model was made for' if given is None else 'by --max-context'}")
+        if limit:
+            args.max_tokens = min(args.max_tokens, limit - n)
+        return out
+
+    def kv_cache(self):
+        """What GET /kv-cache answers, and the program says at its end."""
+        return {"kv": self.cli_args.kv or DEFAULT_SCHEME, "backend": get_backend().describe(),
+                "sequences": len(self.prompt_cache), "nbytes": self.prompt_cache.nbytes,
+                "active_memory": mx.get_active_memory()}
+
+    def stop_and_join(self):
+        held = self.kv_cache()  # the thread drops its caches
+        super().stop_and_join()
+        _complain(f"prompt caches held: {held['sequences']} sequences, {held['nbytes'] / 1e6:.3f} MB")
+
+
+class APIHandler(module.APIHandler):
+    def _set_completion_headers(self, status_code=200):
+        """mlx-lm's handler answers 404 whatever is wrong, a model that it cannot find or the request."""
+        wrong_request = status_code == 404 and isinstance(sys.exc_info()[1], RequestError)
+        super()._set_completion_headers(400 if wrong_request else status_code)
+
+    def do_GET(self):
+        if self.path != "/kv-cache":
+            return super().do_GET()
+        self._set_completion_headers(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(self.response_generator.kv_cache()).encode())
+
+
+class HTTPServer(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        if isinstance(sys.exc_info()[1], ConnectionError):
+            logging.info("%s:%s went away", *client_address[:2])
+        else:
+            super().handle_error(request, client_address)
+
+
+def _scan_cache_dir(original, *args):
+    """An empty listing where there is no Hugging Face cache yet, so that GET /v1/models works."""
+    try:
+        return original(*args)
+    except CacheNotFound:
+        return types.SimpleNamespace(repos=())
+
+
+def _run_http_server(original, host, port, response_generator):
+    provider = response_generator.model_provider
+    try:
+        provider.tried.wait()
+        if provider.failure is not None:
+            raise provider.failure
+        original(host, port, response_generator, HTTPServer, APIHandler)
+    except BaseException:  # else the other thread goes on for ever
+        module.ResponseGenerator.stop_and_join(response_generator)
+        raise
+
+
+def check_port(host, port):
+    """Raise CliError unless a server can listen there."""
+    try:
+        if not 0 <= port < 2**16:
+            raise OSError(0, "allowed are ports from 0 to 65535")  # getaddrinfo takes them modulo 65536
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
+        with socket.socket(family, kind) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(address)
+            s.listen()
+    except OSError as e:
+        flag = "--host" if isinstance(e, socket.gaierror) else "--port"
+        raise CliError(f"{flag}: cannot listen at {host}:{port}: {e.strerror}") from e
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+def _size(text):
+    """mlx-lm's reading of sizes, with an error that says what is allowed."""
+    try:
+        return module._parse_size(text)
+    except (ArithmeticError, KeyError, ValueError) as e:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are bytes, and numbers with M, MB, G or GB") from e
+
+
+def _interrupt(signum, frame):
+    raise KeyboardInterrupt
+
+
+def main(argv):
+    """mlx_lm.server's main(); the program is put in place when that has made its parser and wants the arguments."""
+    parser = Parser(allow_abbrev=False)
+    group = add_program_arguments(parser, "serve", module)
+    group.add_argument("--max-context", type=int, metavar="N",
+                       help="refuse prompts of N tokens and more, and end answers there (default: what the model was "
+                            "made for; 0: no limit)")
+
+    def parse_args():
+        describe_model_argument(parser)
+        next(a for a in parser._actions if a.dest == "prompt_cache_bytes").type = _size
+        args = argparse.ArgumentParser.parse_args(parser, argv)
+        program = ServerProgram(module, args)
+        refuse_kv_bits(program)
+        for name in ("max_context", "prompt_cache_size"):
+            if (value := getattr(args, name)) is not None and value < 0:
+                raise CliError(f"--{name.replace('_', '-')}: got {value}, allowed are whole numbers from 0 on")
+        check_port(args.host, args.port)
+        if args.model is None:
+            use_demo_model(args)
+            args.chat_template = args.chat_template or DEMO_TEMPLATE
+        elif Path(args.model).exists():
+            args.model = str(Path(args.model).resolve())  # as GET /v1/models names it, so that it is loaded once
+        backend = stack.enter_context(use_backend(args.backend))
+        stack.enter_context(program.installed())
+        if program.config is not None:
+            _complain(f"Backend: {backend.describe()}")
+        return args
+
+    parser.parse_args = parse_args
+    with contextlib.ExitStack() as stack, _replaced(
+            module, argparse=types.SimpleNamespace(ArgumentParser=lambda **_: parser), ModelProvider=ModelProvider,
+            LRUPromptCache=LRUPromptCache, ResponseGenerator=ResponseGenerator,
+            scan_cache_dir=functools.partial(_scan_cache_dir, module.scan_cache_dir),
+            _run_http_server=functools.partial(_run_http_server, module._run_http_server)):
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            module.main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return 0

@@ -1,0 +1,1 @@
+"""How the caches meet mlx-lm."""

@@ -1,0 +1,1 @@
+"""The mathematics in NumPy: schemes, levels, rotations, and the oracle of every test."""

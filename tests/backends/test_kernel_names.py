@@ -1,0 +1,87 @@
+"""MLX keeps a compiled kernel under a name, which before MLX 0.32.0 does not tell its texts apart."""
+import contextlib
+import re
+import types
+
+import metalsim
+import mlx.core as mx
+import numpy as np
+import pytest
+from attend_cases import make_case
+from no_kernels import NoKernels
+
+from mlx_turbo.backends import metal
+from mlx_turbo.backends.sides import PackedSide, QuantizeSide
+
+
+class OldMLX:
+    """mx.fast.metal_kernel of MLX 0.30 and 0.31: template values make a name. Its kernels do nothing."""
+
+    def __init__(self):
+        self.texts = {}  # name -> texts
+
+    def metal_kernel(self, name, input_names, output_names, source, header="", ensure_row_contiguous=True):
+        assert re.fullmatch(r"\w+", name)  # part of a function's name
+
+        def call(*, inputs, output_shapes, output_dtypes, template, **launch):
+            values = "_".join(str(value) for _, value in template)
+            text, kernel, _ = metalsim.generate(name, input_names, output_names, source, header, False,
+                                                inputs, output_dtypes, template)
+            self.texts.setdefault(f"{name}_{values}", set()).add(text.replace(kernel, "NAME"))
+            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
+        return call
+
+
+def launch_in_many_ways(metal_kernel):
+    """What one process may ask for: models of several dtypes, masks, sinks, one launch and two."""
+    backend = NoKernels()
+    backend._metal_kernel = metal_kernel
+    for dtype in (mx.float16, mx.bfloat16, mx.float32):
+        x = mx.zeros((1, 2, 8, 64), dtype)
+        packed, = backend.quantize([QuantizeSide(x, 4)])
+        backend.dequantize([PackedSide(*packed, 4, 64)], 0, 8, dtype)
+        for G in (2, 8):
+            case = make_case(dims=(64, 64), G=G, Hkv=2, dtype=dtype)
+            masks = None, mx.zeros((187,), mx.bool_), *(mx.zeros((187,), t) for t in (dtype, mx.float32))
+            sinks = None, mx.zeros((2 * G,), dtype), mx.zeros((2 * G,), mx.float32)
+            for mask, sink in [(mask, None) for mask in masks] + [(None, sink) for sink in sinks]:
+                for launches in contextlib.nullcontext, backend.two_launches:
+                    with launches():
+                        backend.attend(*case[:4], scale=1.0, mask=mask, sinks=sink)
+
+
+def test_a_name_stands_for_one_text_also_where_mlx_leaves_the_types_out():
+    old = OldMLX()
+    launch_in_many_ways(old.metal_kernel)
+    assert max(map(len, old.texts.values())) > 1  # what it is about
+    old = OldMLX()
+    mlx = types.SimpleNamespace(__version__="0.31.2", fast=old)
+    launch_in_many_ways(metal.metal_kernel_of(mlx))
+    assert {len(texts) for texts in old.texts.values()} == {1}
+
+
+@pytest.mark.parametrize("version, named", [("0.30.4", True), ("0.31.2", True), ("0.32.0", False),
+                                            ("0.32.4.dev1", False), ("1.0.0", False)])
+def test_newer_mlx_names_them_itself(version, named):
+    mlx = types.SimpleNamespace(__version__=version, fast=OldMLX())
+    assert (metal.metal_kernel_of(mlx) != mlx.fast.metal_kernel) == named
+
+
+def test_results_are_the_same_with_names_of_ours(simulated):
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 2, 9, 64)).astype(np.float32))
+    mlx = types.SimpleNamespace(__version__="0.31.2", fast=metalsim)
+    named = metal.MetalBackend(metal.metal_kernel_of(mlx))
+    for dtype in (mx.float16, mx.float32):
+        side = QuantizeSide(x.astype(dtype), 4)
+        for got, want in zip(*(backend.quantize([side])[0] for backend in (named, simulated))):
+            assert mx.array_equal(got, want)
+
+
+def test_no_mask_a_causal_and_a_boolean_one_need_one_library():
+    """A window that fills up goes from none to a boolean one in the middle of an answer."""
+    recorded, backend = OldMLX(), NoKernels()
+    backend._metal_kernel = recorded.metal_kernel
+    case = make_case(dims=(64, 64), G=4, Hkv=2, dtype=mx.bfloat16)
+    for mask in (None, "causal", mx.zeros((187,), mx.bool_), mx.zeros((1, 8, 1, 187), mx.bool_)):
+        backend.attend(case.queries, case.keys, case.values, case.counts, scale=1.0, mask=mask)
+    assert [len(texts) for texts in recorded.texts.values()] == [1]

@@ -1,0 +1,298 @@
+"""auto: the layers that need it, and no others, get more bits for their keys; measured, deterministic, visible."""
+import copy
+
+import constructed_models as construct
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from cache_tools import FAST_BACKENDS, ListModel, held_nbytes, random_tokens, same, snapshot
+from conftest import to_numpy
+from mlx_lm.models.cache import KVCache
+from test_centering import biased_keys
+
+from mlx_turbo import TurboConfig, TurboKVCache
+from mlx_turbo.backends import select
+from mlx_turbo.cache import auto_bits
+from mlx_turbo.cli import common
+from mlx_turbo.integration import attention, prompt_cache
+from mlx_turbo.quality import metrics
+from mlx_turbo.quant import reference
+
+fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+
+
+def turning(n, norm=600, seed=0, D=64):
+    """Keys and values [1, 1, n, D] whose keys have a bias of half that norm, which no mean takes away."""
+    rng = np.random.default_rng(seed)
+    return tuple(mx.array(x, mx.float32) for x in (biased_keys(rng, n, D, norm, range(D // 2)) / 2,
+                                                   rng.standard_normal((1, 1, n, D))))
+
+
+def prompt(cache, keys, values, chunk, queries=None, scale=0.125):
+    """Feed a prompt as a model does; queries as attention.py would show them, or None."""
+    for at in range(0, keys.shape[2], chunk):
+        cache.update_and_fetch(keys[:, :, at:at + chunk], values[:, :, at:at + chunk])
+        if queries is not None:
+            cache.observe(queries[:, :, at:at + chunk], scale)
+
+
+def queries_for(keys, seed=5):
+    shape = (1, 2, *keys.shape[2:])
+    return mx.array(np.random.default_rng(seed).standard_normal(shape), mx.float32)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """(the embedded model in float32, 768 tokens of held-out stories)"""
+    model, tokenizer = common.load_model(mlx_lm.load, common.DEMO_MODEL, "--model")
+    model.set_dtype(mx.float32)
+    return model, mx.array(tokenizer.encode((common.DEMO_MODEL / "stories.txt").read_text()[:4000])[:768])
+
+
+# ---- the measurement ---------------------------------------------------------------------------------------------
+@fast
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_the_error_is_the_divergence_of_the_attention_weights(backend, bits, sinks):
+    """516 tokens are all sampled: 4 sinks and 4 runs of 128."""
+    rng, n, D = np.random.default_rng(0), 516, 64
+    keys = rng.standard_normal((2, 2, n, D)) + 2 * rng.standard_normal((2, 2, 1, D))
+    queries, positions = rng.standard_normal((2, 4, 3, D)), [300, 400, 515]
+    sinks = rng.standard_normal(4) if sinks else None
+    restored = keys.copy()
+    for s in range(4):
+        part = keys[:, :, 4 + 128 * s:132 + 128 * s]
+        restored[:, :, 4 + 128 * s:132 + 128 * s] = reference.dequantize(
+            reference.quantize(part, bits, mean=part.mean(2, keepdims=True)))
+    weights = []
+    for k in (keys, restored):
+        logits = 0.3 * queries @ np.repeat(k, 2, 1).swapaxes(-1, -2)
+        logits = np.where(np.arange(n) <= np.array(positions)[:, None], logits, -np.inf)
+        if sinks is not None:
+            logits = np.concatenate([logits, np.broadcast_to(sinks[:, None, None], (2, 4, 3, 1))], -1)
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        weights.append(p / p.sum(-1, keepdims=True))
+    p, q = weights
+    kl = np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0).sum(-1)
+    want = kl.reshape(2, 2, 6).mean(-1).max()
+    got = auto_bits.attention_error(*(mx.array(queries, mx.float32), positions, mx.array(keys, mx.float32)), bits,
+                               TurboConfig("auto"), 0.3, None if sinks is None else mx.array(sinks, mx.float32))
+    assert got.item() == pytest.approx(want, rel=0.03)
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 100, 2048])
+def test_samples_are_tokens_that_exist_each_once(n):
+    queries, (starts, length) = auto_bits.sample_queries(n), auto_bits.sample_keys(n)
+    assert queries == sorted(set(queries)) and 0 <= queries[0] and queries[-1] == n - 1
+    assert len(queries) == min(n, auto_bits.N_QUERIES) and (n < 32 or queries[0] >= n // 2)
+    assert all(a + length <= b for a, b in zip(starts, [*starts[1:], n])) and starts[0] == 0
+    assert len(starts) * length <= 4 * 128 and (n > 128 or length == n)
+
+
+# ---- the choice ---------------------------------------------------------------------------------------------------
+@fast
+@pytest.mark.parametrize("norm, bits", [(0, 4), (300, 8), (10000, 0)])
+def test_keys_get_the_bits_they_need(backend, norm, bits):
+    keys, values = turning(512, norm)
+    cache = TurboKVCache("auto")
+    prompt(cache, keys, values, 512, queries_for(keys))
+    report = cache.report()
+    assert report["scheme"] == {4: "turbo4", 8: "turbo8v4", 0: "turbo0v4"}[bits]
+    assert report["auto"]["by"] == "16 queries" and not report["auto"]["undecided"]
+    errors = report["auto"]["error"]
+    assert list(errors) == {4: [4], 8: [4, 8], 0: [4, 8]}[bits]
+    assert [e <= auto_bits.TARGET for e in errors.values()] == [False] * (len(errors) - (bits > 0)) + [True] * (bits > 0)
+    assert cache.nbytes == held_nbytes(cache)
+
+
+@fast
+@pytest.mark.parametrize("norm, bits", [(0, 4), (300, 8), (10000, 0)])
+def test_without_queries_the_keys_decide_and_the_report_says_so(backend, norm, bits):
+    keys, values = turning(512, norm)
+    cache = TurboKVCache("auto")
+    prompt(cache, keys, values, 512)
+    assert cache.undecided and cache.n_packed == 0
+    cache.update_and_fetch(keys[:, :, :1], values[:, :, :1])
+    assert cache.report()["scheme"] == {4: "turbo4", 8: "turbo8v4", 0: "turbo0v4"}[bits]
+    assert cache.report()["auto"]["by"] == "the keys alone"
+    assert cache.n_packed > 0
+
+
+@fast
+def test_observed_queries_are_bytes_of_the_cache_until_it_has_chosen(backend):
+    keys, values = turning(300)
+    queries = queries_for(keys)
+    cache, unseen = TurboKVCache("auto"), TurboKVCache("auto")
+    prompt(cache, keys[:, :, :100], values[:, :, :100], 100, queries[:, :, :100])
+    prompt(unseen, keys[:, :, :100], values[:, :, :100], 100)
+    assert cache.nbytes == held_nbytes(cache) == unseen.nbytes + 16 * 2 * 64 * 4  # 16 query tokens of two heads
+    batch = TurboKVCache.merge([cache, unseen])
+    assert batch.nbytes == held_nbytes([batch._sides, batch._observed]) > held_nbytes(batch._sides)
+    for i in range(100, 110):  # decode steps, whose queries the rows share
+        new = [mx.concatenate([x[:, :, i:i + 1]] * 2) for x in (keys, values, queries)]
+        batch.update_and_fetch(*new[:2])
+        batch.observe(new[2], 0.125)
+    assert batch.nbytes == held_nbytes([batch._sides, batch._observed])
+    row = batch.extract(1)  # 10 query tokens of its own, and not a view of both rows'
+    assert row.nbytes == held_nbytes(row) == sum(side.nbytes for side in row._sides) + 10 * 2 * 64 * 4
+    prompt(cache, keys[:, :, 100:], values[:, :, 100:], 200, queries[:, :, 100:])
+    assert not cache.undecided and cache.nbytes == sum(side.nbytes for side in cache._sides) == held_nbytes(cache)
+
+
+@fast
+def test_auto_from_another_scheme_never_takes_bits_away(backend):
+    keys, values = turning(512, 0)
+    for scheme, name in (("turbo3", "turbo4v3"), ("turbo8v2", "turbo8v2"), ("turbo0v4", "turbo0v4")):
+        cache = TurboKVCache(scheme, auto=True)
+        prompt(cache, keys, values, 512, queries_for(keys))
+        assert cache.report()["scheme"] == name
+
+
+@fast
+def test_the_choice_is_deterministic_and_packs_what_the_chosen_scheme_packs(backend):
+    keys, values = turning(600, 300)
+    caches = [TurboKVCache(s) for s in ("auto", "auto", "turbo8v4")]
+    for cache in caches:
+        prompt(cache, keys, values, 600, queries_for(keys))
+    a, b, c = ([to_numpy(x) for x in cache.keys_and_values()] for cache in caches)
+    assert same(a, b) and same(a, c)
+
+
+@fast
+def test_a_decode_only_start_decides_by_the_queries_of_the_newest_tokens(backend):
+    keys, values = turning(auto_bits.FEWEST + 30, 300)
+    cache = TurboKVCache("auto", sink=4)
+    prompt(cache, keys, values, 1, queries_for(keys))
+    assert cache.report()["auto"]["by"] == "16 queries" and cache.report()["scheme"] == "turbo8v4"
+    assert cache.n_packed > 0 and cache.n_recent <= 128
+
+
+@fast
+def test_a_decided_cache_is_a_list_of_tokens_like_any_other(backend):
+    cache = TurboKVCache("auto", sink=2, recent=4, block=4)
+    model, rng = ListModel(cache), np.random.default_rng(0)
+    cache.update_and_fetch(*random_tokens(rng, 300))
+    cache.update_and_fetch(*random_tokens(rng, 1))
+    cache.trim(10**6)
+    assert cache.undecided  # an empty cache starts anew
+    keys, values = random_tokens(rng, 300)
+    cache.update_and_fetch(keys, values)
+    cache.observe(queries_for(keys), 0.01)
+    assert cache.report()["scheme"] == "turbo4"
+    model.given, model.dtypes = [to_numpy(keys), to_numpy(values)], [mx.float32] * 2
+    model.check()
+    for n in (1, 1, 1, 1, 1, 9, 40, 1):
+        model.append(*random_tokens(rng, n))
+        model.trim(2)
+
+
+@fast
+@pytest.mark.parametrize("decided", [False, True])
+def test_a_copy_and_a_saved_cache_go_on_as_the_original(backend, decided):
+    keys, values = turning(400, 300)
+    cache = TurboKVCache("auto")
+    prompt(cache, keys[:, :, :300], values[:, :, :300], 300, queries_for(keys[:, :, :300]) if decided else None)
+    others = [copy.deepcopy(cache), TurboKVCache.from_state(cache.state)]
+    assert [c.undecided for c in (cache, *others)] == [not decided] * 3
+    before = snapshot(cache)
+    for c in others:
+        prompt(c, keys[:, :, 300:], values[:, :, 300:], 1)
+    assert same(snapshot(cache), before)
+    prompt(cache, keys[:, :, 300:], values[:, :, 300:], 1)
+    for c in others:
+        assert same([to_numpy(x) for x in c.keys_and_values()], [to_numpy(x) for x in cache.keys_and_values()])
+        assert c.report()["scheme"] == "turbo8v4"
+
+
+# ---- in a model -----------------------------------------------------------------------------------------------------
+@fast
+def test_the_first_chunk_is_attended_as_without_a_cache(backend, demo):
+    model, tokens = demo
+    want = model(tokens[None, :300], cache=[KVCache() for _ in model.layers])
+    cache = prompt_cache.make_prompt_cache(model, "auto")
+    assert mx.array_equal(model(tokens[None, :300], cache=cache), want)
+    assert all(c.report()["auto"]["by"] == "16 queries" and c.n_packed for c in cache)
+
+
+@fast
+def test_without_the_hook_auto_still_decides(backend, demo):
+    model, tokens = demo
+    cache = prompt_cache.make_prompt_cache(model, "auto")
+    attention.uninstall()
+    try:
+        for at, end in (0, 310), (310, 320):
+            model(tokens[None, at:end], cache=cache)
+    finally:
+        attention.install()
+    assert all(c.report()["auto"]["by"] == "the keys alone" and c.report()["scheme"] == "turbo4" for c in cache)
+    assert "chosen by the keys alone" in prompt_cache.describe(cache)
+
+
+@fast
+def test_describe_names_the_layers_that_were_raised(backend, demo):
+    model, tokens = construct.bad_ends(demo[0], where="all"), demo[1]
+    cache = prompt_cache.make_prompt_cache(model, "auto")
+    assert "auto: not yet decided" in prompt_cache.describe(cache)
+    model(tokens[None, :300], cache=cache)
+    assert "auto: keys at 4 bits in 2 layers, at 8 bits in 1 (0), exact in 1 (3)" in prompt_cache.describe(cache)
+
+
+HOSTILE = {
+    "healthy": lambda m: m,
+    "outlier channel": construct.outlier_channel,
+    "keys near zero": construct.near_zero_keys,
+    "sinks": construct.attention_sinks,
+    "value bias": construct.value_bias,
+    "bad ends, low": construct.bad_ends,
+    "bad ends, middle": lambda m: construct.bad_ends(m, where="middle"),
+    "bad ends, all": lambda m: construct.bad_ends(m, where="all"),
+    "low": construct.key_bias,
+    "middle": lambda m: construct.key_bias(m, where="middle"),
+    "all": lambda m: construct.key_bias(m, where="all"),
+    "all, norm 100": lambda m: construct.key_bias(m, norm=100, where="all"),
+    "middle, one layer": lambda m: construct.key_bias(m, layers=[2], where="middle"),
+    "outliers and bias": lambda m: construct.key_bias(construct.outlier_channel(m), where="middle"),
+}
+
+
+@fast
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOSTILE)
+def test_auto_never_costs_more_than_a_hundredth_of_a_nat(backend, demo, name):
+    """KLD against the uncompressed cache with nothing exact but the chunk of 16, the hardest case."""
+    model, tokens = HOSTILE[name](demo[0]), demo[1]
+    ours = prompt_cache.make_prompt_cache(model, TurboConfig("auto", recent=0, block=16))
+    plain, total = [KVCache() for _ in model.layers], 0
+    for at, end in [(0, 256)] + [(i, i + 16) for i in range(256, 768, 16)]:
+        log_p, log_q = (metrics.log_probabilities(model(tokens[None, at:end], cache=c)[0]) for c in (plain, ours))
+        total += metrics.kl_divergence(log_p, log_q).sum().item() if at else 0
+    assert total / 512 <= 0.01
+    if name == "healthy":
+        assert {c.report()["scheme"] for c in ours} == {"turbo4"}
+
+
+@fast
+def test_a_healthy_model_keeps_a_third_of_the_bytes_at_32k(backend):
+    """The bytes do not depend on the content, beyond the choice, which is that of the embedded model's layers."""
+    cache = TurboKVCache("auto")
+    keys, values = turning(32768, 0, D=128)
+    keys, values = keys.astype(mx.float16), values.astype(mx.float16)
+    prompt(cache, keys, values, 2048, queries_for(keys), scale=0.03)
+    report = cache.report()
+    assert report["scheme"] == "turbo4"
+    assert report["uncompressed_nbytes"] >= 3 * report["nbytes"]
+
+
+def test_ops_is_what_measures(monkeypatch):
+    """The measurement runs the backend's own kernels, not a formula: a backend that quantizes badly is found out."""
+    class Coarse(select.CpuBackend):
+        def dequantize(self, sides, *args):
+            return [mx.round(x) for x in super().dequantize(sides, *args)]
+
+    keys, values = turning(512, 0)
+    for backend, bits in ((select.CpuBackend(), "turbo4"), (Coarse(), "turbo0v4")):
+        with select.use_backend(backend):
+            cache = TurboKVCache("auto")
+            prompt(cache, keys, values, 512, queries_for(keys), scale=3.0 if bits == "turbo0v4" else 0.125)
+            assert cache.report()["scheme"] == bits

@@ -1,0 +1,28 @@
+"""The long run of the state machines that do to a cache, in any order, what mlx-lm does to it; its steps are counted."""
+import pytest
+from cache_tools import FAST_BACKENDS, STEPS
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from test_batch import BatchMachine
+from test_batch_rotating import WindowsMachine
+from test_cache import CacheMachine, quick
+from test_centering import short_segments  # noqa: F401
+from test_rotating import WindowMachine
+
+EXAMPLES = {CacheMachine: 110, WindowMachine: 55, BatchMachine: 55, WindowsMachine: 55}  # of at most 50 steps
+MERGES = "go_on_from_a_batch", "merge_what_is_extracted", "extend"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+def test_ten_thousand_steps_leave_every_cache_as_lists_of_tokens(backend, door, short_segments):  # noqa: F811
+    STEPS.clear()
+    for machine, examples in EXAMPLES.items():
+        run_state_machine_as_test(machine, settings=settings(quick, max_examples=examples, stateful_step_count=50))
+    assert STEPS.total() >= 10_000, STEPS
+    for machine in EXAMPLES:
+        of_it = {rule: n for (name, rule), n in STEPS.items() if name == machine.__name__}
+        assert sum(of_it.values()) >= 2_000
+        assert of_it["trim"] >= 30 and of_it["go_on_with_a_copy"] >= 60, of_it  # a third of these by a file
+        assert sum(n for rule, n in of_it.items() if rule in MERGES) >= 100, of_it
+    print(f"{STEPS.total()} steps")

@@ -1,0 +1,94 @@
+"""The measuring scripts in scripts/ run and print well-formed JSON with plausible numbers."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="metalsim runs on Linux")
+
+
+def run(script, *arguments):
+    done = subprocess.run([sys.executable, str(SCRIPTS / script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@LINUX
+def test_kernel_cost_counts_fewer_operations_and_bytes_than_fp16():
+    done = run("kernel_cost.py", "--gqa", "4", "--head-dim", "128", "--scheme", "turbo4", "--json")
+    row, = json.loads(done.stdout)
+    assert (row["head_dim"], row["gqa"], row["scheme"], row["tokens"]) == (128, 4, "turbo4", 2048)
+    assert 8 < row["ops_per_pair"] < 0.6 * row["mlx_fp16_ops_per_pair"]  # 8: a multiply-add per head and side
+    assert row["ops_per_pair"] == pytest.approx(row["attend_ops_per_pair"] + row["merge_ops_per_pair"])
+    assert row["ops_per_pair"] == pytest.approx(sum(row["ops_by_class"].values()))
+    assert row["launches"] == 2 and row["bytes_read_over_packed"] == 1
+    assert 0.25 < row["bytes_vs_fp16"] < 0.27
+    assert row["threadgroup_bytes"] <= 32768 and row["simd_ops_per_pair"] > 0
+    assert all(0.5 < ratio < 10 for ratio in row["predicted_fp16_over_ours"].values())
+    assert "1 of 1" in done.stderr
+
+
+@LINUX
+def test_kernel_cost_prints_a_table_that_calls_its_prediction_one():
+    out = run("kernel_cost.py", "--gqa", "1", "--head-dim", "64", "--scheme", "turbo2", "--tokens", "320",
+              "--exact").stdout
+    assert "320 packed and 68 exact tokens" in out and "PREDICTION, not a measurement" in out
+    assert "fp16 2pass_1" in out and "M4 Max" in out
+
+
+@LINUX
+def test_kernel_cost_says_what_is_missing_or_wrong(tmp_path, monkeypatch):
+    command = [sys.executable, str(SCRIPTS / "kernel_cost.py")]
+    done = subprocess.run([*command, "--scheme", "turbo5"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("kernel_cost: scheme: got 'turbo5'")
+    (tmp_path / "ziglang.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("METALSIM_CLANG", raising=False)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install ziglang" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_attention_timing_names_the_backend_of_each_figure():
+    rows = json.loads(run("attention_timing.py", "--quick", "--json").stdout)
+    assert all(0 < r["low_seconds"] <= r["median_seconds"] <= r["high_seconds"] and r["dtype"] for r in rows)
+    by = {what: {r["name"]: r for r in rows if r["what"] == what} for what in ("attention", "python overhead")}
+    assert list(by["attention"]) == ["uncompressed", "mlx-lm 8 bit", "mlx-lm 4 bit", "turbo4"]
+    assert list(by["python overhead"]) == ["uncompressed", "mlx-lm 4 bit", "turbo4"]
+    ours = [r for r in rows if r["name"] == "turbo4"]
+    assert ours[0]["status"] == "ok" and ours[0]["column"] in ("CPU fallback", "Metal")
+    assert all(r["column"].startswith(("cpu fallback", "metal")) for r in ours[1:])
+
+
+@LINUX
+def test_packing_cost_counts_what_the_ceilings_of_the_kernel_tests_allow():
+    from test_kernels import DEQUANTIZE_CEILING, QUANTIZE_CEILING
+
+    rows = json.loads(run("packing_cost.py", "--json").stdout)
+    assert {(r["head_dim"], r["bits"]) for r in rows} == set(QUANTIZE_CEILING)
+    for r in rows:
+        case = r["head_dim"], r["bits"]
+        assert 10 < r["quantize_ops"] <= QUANTIZE_CEILING[case] + 0.1
+        assert 10 < r["dequantize_ops"] <= DEQUANTIZE_CEILING[case] + 0.1
+        assert r["quantize_bytes"] == pytest.approx(2 + r["bits"] / 8 + 2 / r["head_dim"], abs=0.002)
+
+
+def test_ablation_measures_what_each_protection_contributes(tmp_path):
+    rows = ["4 bits, the paper's scale, nothing else", "+ inner-product scale", "+ recent 64 = the default"]
+    picture = tmp_path / "ablation.png"
+    out = json.loads(run("ablation.py", "--tokens", "400", "--windows", "1", "--json", "--png", str(picture), "--rows",
+                         *rows).stdout)
+    assert [r["configuration"] for r in out["rows"]] == rows and "cpu fallback" in out["where"]
+    paper, scale, default = (r["kld"] for r in out["rows"])
+    assert 0 < default < scale / 2 < paper / 3  # measured on 2,048 tokens: docs/quality.md
+    assert all(4.1 < r["bits_32k"] < 4.4 < r["bits_here"] for r in out["rows"][2:])
+    assert picture.stat().st_size > 10_000
+
+
+def test_centring_measures_that_a_bias_that_turns_needs_means_by_segment():
+    rows = {r["bias"]: r for r in json.loads(run("centring.py", "--tokens", "4096", "--json").stdout)}
+    unbiased, low = rows["none"]["not centred"], rows["low frequencies, base 1e4"]
+    assert low["per 128"] < 2 * unbiased < 50 * unbiased < min(low["not centred"], low["first 2,048"])
+    assert rows["constant after RoPE"]["first 2,048"] < 1.5 * unbiased
