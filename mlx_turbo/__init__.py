@@ -1,9 +1,10 @@
 """TurboQuant KV-cache compression for MLX: fewer bytes per token, one line in an mlx-lm program.
 
-    import mlx_turbo
-    cache = mlx_turbo.make_prompt_cache(model, "turbo4")     # beside mlx_lm's function of that name
-    mlx_turbo.enable(model, "turbo4")                        # for applications that make their own caches
+import mlx_turbo
+cache = mlx_turbo.make_prompt_cache(model, "turbo4")     # beside mlx_lm's function of that name
+mlx_turbo.enable(model, "turbo4")                        # for applications that make their own caches
 """
+
 from .backends.select import dequantize, get_backend, quantize, use_backend
 from .backends.sides import BackendError
 from .cache.batch import BatchTurboKVCache
@@ -17,7 +18,23 @@ from .quant.scheme import Scheme, TurboConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "BatchRotatingTurboKVCache", "BatchTurboKVCache", "RotatingTurboKVCache", "Scheme",
-           "TurboConfig", "TurboKVCache", "dequantize", "describe", "disable", "enable", "get_backend",
-           "load_prompt_cache", "make_prompt_cache", "quantize", "save_prompt_cache", "use_backend",
-           "warm"]
+__all__ = [
+    "BackendError",
+    "BatchRotatingTurboKVCache",
+    "BatchTurboKVCache",
+    "RotatingTurboKVCache",
+    "Scheme",
+    "TurboConfig",
+    "TurboKVCache",
+    "dequantize",
+    "describe",
+    "disable",
+    "enable",
+    "get_backend",
+    "load_prompt_cache",
+    "make_prompt_cache",
+    "quantize",
+    "save_prompt_cache",
+    "use_backend",
+    "warm",
+]

@@ -1,4 +1,5 @@
 """python -m mlx_turbo: the command `mlx-turbo`."""
+
 import sys
 
 from .cli.main import main

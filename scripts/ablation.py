@@ -9,6 +9,7 @@ A row is a configuration; windows of held-out stories are read through its cache
 window in float32, and projected to 32,768 tokens of a 16-bit model. Exact tokens are many of 768 and few of 32,768. --auto-cost: how much longer the first prompt
 chunk takes with `auto` than with turbo4.
 """
+
 import argparse
 import json
 import statistics
@@ -97,26 +98,45 @@ def main():
     where = f"{device_name()}, mlx {mx.__version__}, {get_backend().describe()}"
     if args.auto_cost:
         cost = auto_cost(model, tokens[:2048])
-        print(f"first chunk of 2,048 tokens: turbo4 {cost['turbo4']:.3f} s, auto {cost['auto']:.3f} s, "
-              f"{cost['auto'] / cost['turbo4'] - 1:+.1%}\n{where}")
+        print(
+            f"first chunk of 2,048 tokens: turbo4 {cost['turbo4']:.3f} s, auto {cost['auto']:.3f} s, "
+            f"{cost['auto'] / cost['turbo4'] - 1:+.1%}\n{where}"
+        )
         return
-    windows = [tokens[i * args.tokens:(i + 1) * args.tokens].tolist() for i in range(args.windows)]
+    windows = [tokens[i * args.tokens : (i + 1) * args.tokens].tolist() for i in range(args.windows)]
     make = {"uncompressed": lambda: [KVCache() for _ in model.layers]}
-    make |= {name: partial(prompt_cache.make_prompt_cache, model, config) for name, config in ROWS.items() if name in args.rows}
+    make |= {
+        name: partial(prompt_cache.make_prompt_cache, model, config)
+        for name, config in ROWS.items()
+        if name in args.rows
+    }
     with tqdm(total=sum(len(w) - 1 for w in windows), disable=not sys.stderr.isatty()) as bar:
         results = metrics.compare(model, windows, make, args.chunk, bar.update)
-    rows = [{"configuration": name, "kld": measured["kld"], "kld_se": measured["kld_se"],
-             "bits_here": metrics.resident_bits(cache), "bits_32k": metrics.projected_bits(cache)}
-            for name, (measured, cache) in results.items()][1:]
+    rows = [
+        {
+            "configuration": name,
+            "kld": measured["kld"],
+            "kld_se": measured["kld_se"],
+            "bits_here": metrics.resident_bits(cache),
+            "bits_32k": metrics.projected_bits(cache),
+        }
+        for name, (measured, cache) in results.items()
+    ][1:]
     what = f"{args.windows} x {args.tokens:,} tokens of held-out stories in chunks of {args.chunk}, embedded model, float32"
     if args.png:
-        plots.bar_plot(args.png, [(r["configuration"], r["kld"], r["kld_se"], f"{r['bits_32k']:.2f} bits") for r in rows],
-                       "What each protection of the cache contributes", what,
-                       f"scripts/ablation.py, {where}. Bits: per number, in a cache of 32,768 tokens.")
+        plots.bar_plot(
+            args.png,
+            [(r["configuration"], r["kld"], r["kld_se"], f"{r['bits_32k']:.2f} bits") for r in rows],
+            "What each protection of the cache contributes",
+            what,
+            f"scripts/ablation.py, {where}. Bits: per number, in a cache of 32,768 tokens.",
+        )
     if args.json:
         print(json.dumps({"where": where, "tokens": args.tokens, "chunk": args.chunk, "rows": rows}, indent=1))
         return
-    print(f"| Configuration | KLD (nats) | bits per value, {args.tokens:,} tokens of float32 | 32,768 of float16 |\n|---|---|---|---|")
+    print(
+        f"| Configuration | KLD (nats) | bits per value, {args.tokens:,} tokens of float32 | 32,768 of float16 |\n|---|---|---|---|"
+    )
     for row in rows:
         print(f"| {row['configuration']} | {row['kld']:.6f} | {row['bits_here']:.2f} | {row['bits_32k']:.3f} |")
     print(f"\n{what}; {where}")

@@ -15,6 +15,7 @@ Float16 where MLX computes on Metal, float32 on the CPU. On the CPU there is no 
 operations is timed, and, for the overhead, also the Python side of the Metal path with kernels that do nothing (what
 mx.fast.metal_kernel itself costs per call is then missing).
 """
+
 import argparse
 import contextlib
 import json
@@ -51,10 +52,20 @@ def time_attention(n_tokens, effort, dtype):
     backend, device = select.get_backend(), mx.default_device().type.name
     scheme = TurboConfig("turbo4").scheme
     grid = contending.Grid((n_tokens,), (HEAD_DIM,), (N_HEADS // N_KV_HEADS,), (scheme,), dtype)
-    contenders, = contending.attention_contenders(grid, [backend], n_tokens, HEAD_DIM, device).values()
+    (contenders,) = contending.attention_contenders(grid, [backend], n_tokens, HEAD_DIM, device).values()
     contenders = [c for c in contenders if c.column != "NumPy reference"]
-    rows = contending.measure(contenders, effort, {"what": "attention", "operation": "attention", "tokens": n_tokens,
-                                                      "head_dim": HEAD_DIM, "gqa": grid.gqa[0], "query_tokens": 1})
+    rows = contending.measure(
+        contenders,
+        effort,
+        {
+            "what": "attention",
+            "operation": "attention",
+            "tokens": n_tokens,
+            "head_dim": HEAD_DIM,
+            "gqa": grid.gqa[0],
+            "query_tokens": 1,
+        },
+    )
     for row in rows:
         if row["status"] != "ok":
             raise SystemExit(f"attention_timing: {row['status']}: {rows.describe_row(row)}: {row['problem']}")
@@ -86,8 +97,9 @@ def time_overhead(n_tokens, steps, dtype):
         stub = NoKernels()
         kinds["turbo4", stub.describe()] = TurboKVCache, stub
     rng = np.random.default_rng(0)
-    layers = {kind: [filled(make(), n_tokens, rng, dtype) for _ in range(N_LAYERS)]
-              for kind, (make, _) in kinds.items()}
+    layers = {
+        kind: [filled(make(), n_tokens, rng, dtype) for _ in range(N_LAYERS)] for kind, (make, _) in kinds.items()
+    }
     seconds = {kind: [] for kind in kinds}
     attention.install()
     try:
@@ -100,9 +112,21 @@ def time_overhead(n_tokens, steps, dtype):
     finally:
         attention.uninstall()
     found = {kind: timing.Timing.of(taken, 1) for kind, taken in seconds.items()}
-    return [{"what": "python overhead", "name": name, "column": column, "tokens": n_tokens, "n": t.n,
-             "median_seconds": t.median, "low_seconds": t.low, "high_seconds": t.high, "uncertainty": t.uncertainty,
-             "times_mlx_lm_4_bit": t.median / found["mlx-lm 4 bit", mlx].median} for (name, column), t in found.items()]
+    return [
+        {
+            "what": "python overhead",
+            "name": name,
+            "column": column,
+            "tokens": n_tokens,
+            "n": t.n,
+            "median_seconds": t.median,
+            "low_seconds": t.low,
+            "high_seconds": t.high,
+            "uncertainty": t.uncertainty,
+            "times_mlx_lm_4_bit": t.median / found["mlx-lm 4 bit", mlx].median,
+        }
+        for (name, column), t in found.items()
+    ]
 
 
 def one_step(caches, rng, dtype):
@@ -113,8 +137,9 @@ def one_step(caches, rng, dtype):
     start = time.perf_counter()
     for cache, (queries, keys, values) in zip(caches, new):
         keys, values = cache.update_and_fetch(keys, values)
-        outs.append(base.scaled_dot_product_attention(queries, keys, values, cache=cache, scale=HEAD_DIM ** -0.5,
-                                                      mask=None))
+        outs.append(
+            base.scaled_dot_product_attention(queries, keys, values, cache=cache, scale=HEAD_DIM**-0.5, mask=None)
+        )
     took = time.perf_counter() - start
     del outs, keys, values
     mx.eval([cache.state for cache in caches])
@@ -123,17 +148,27 @@ def one_step(caches, rng, dtype):
 
 # ---- tables ----------------------------------------------------------------------------------------------------
 def print_tables(rows, dtype):
-    print(f"{device_name()}, MLX {mx.__version__}, {contending.dtype_name(dtype)}: {N_HEADS} query heads, "
-          f"{N_KV_HEADS} kv heads, head_dim {HEAD_DIM}. +-: half the 95 % interval of the median")
+    print(
+        f"{device_name()}, MLX {mx.__version__}, {contending.dtype_name(dtype)}: {N_HEADS} query heads, "
+        f"{N_KV_HEADS} kv heads, head_dim {HEAD_DIM}. +-: half the 95 % interval of the median"
+    )
     for what, title, unit, times, over in (
-            ("attention", "Attention of one decode step, milliseconds", 1e-3, "times_uncompressed", "uncompressed"),
-            ("python overhead", "Python per layer and token, microseconds, nothing evaluated", 1e-6,
-             "times_mlx_lm_4_bit", "mlx-lm 4 bit")):
+        ("attention", "Attention of one decode step, milliseconds", 1e-3, "times_uncompressed", "uncompressed"),
+        (
+            "python overhead",
+            "Python per layer and token, microseconds, nothing evaluated",
+            1e-6,
+            "times_mlx_lm_4_bit",
+            "mlx-lm 4 bit",
+        ),
+    ):
         print(f"\n{title}\n{'cache':<14}{'tokens':>8}{'median':>9}{'+-':>6}{'over ' + over:>18}   computed by")
         for row in rows:
             if row["what"] == what:
-                print(f"{row['name']:<14}{row['tokens']:>8}{row['median_seconds'] / unit:>9.2f}"
-                      f"{row['uncertainty']:>6.0%}{row[times]:>17.2f}x   {row['column']}")
+                print(
+                    f"{row['name']:<14}{row['tokens']:>8}{row['median_seconds'] / unit:>9.2f}"
+                    f"{row['uncertainty']:>6.0%}{row[times]:>17.2f}x   {row['column']}"
+                )
 
 
 def main():

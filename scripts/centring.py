@@ -8,6 +8,7 @@ Keys: head_dim 128, a Gaussian signal of norm 22 (the median of Qwen2.5-7B's key
 600 that RoPE turns with the position, in some of its frequencies. Queries: 32 Gaussian ones, scaled so that logits have a
 standard deviation of 4. NumPy, with mlx_turbo.quant.reference.
 """
+
 import argparse
 import json
 import sys
@@ -39,7 +40,7 @@ def bias(rng, n, pairs, base):
     if pairs is None:
         return np.tile(b, (n, 1))
     angle = np.arange(n)[:, None] * base ** (-np.arange(D // 2) / (D // 2))
-    x, y = b[:D // 2], b[D // 2:]
+    x, y = b[: D // 2], b[D // 2 :]
     return np.concatenate([x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], -1)
 
 
@@ -50,15 +51,17 @@ def means(keys, how):
     kind, n = how
     if kind == "fixed":
         return keys[:n].mean(0)
-    return np.repeat([keys[i:i + n].mean(0) for i in range(0, len(keys), n)], n, axis=0)[:len(keys)]
+    return np.repeat([keys[i : i + n].mean(0) for i in range(0, len(keys), n)], n, axis=0)[: len(keys)]
 
 
 def attention_kl(signal, error, queries):
     """KL of the attention weights: the bias adds the same to every logit, so the signal is the truth."""
+
     def log_weights(keys):
         logits = queries @ keys.T * (LOGITS / SIGNAL)
         logits -= logits.max(-1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
     p, q = log_weights(signal), log_weights(signal + error)
     return (np.exp(p) * (p - q)).sum(-1).mean()
 
@@ -67,7 +70,11 @@ def measure(n, bits):
     """Rows {"bias", "tokens", how: KL}, first without bias."""
     rng = np.random.default_rng(0)
     signal, queries = rng.standard_normal((n, D)) * SIGNAL / np.sqrt(D), rng.standard_normal((32, D))
-    ways = {"not centred": None, f"first {FIXED:,}": ("fixed", FIXED), **{f"per {s:,}": ("segment", s) for s in SEGMENTS}}
+    ways = {
+        "not centred": None,
+        f"first {FIXED:,}": ("fixed", FIXED),
+        **{f"per {s:,}": ("segment", s) for s in SEGMENTS},
+    }
     rows = []
     for name, (pairs, base) in BIASES.items():
         keys = signal + (0 if name == "none" else bias(rng, n, pairs, base))

@@ -16,6 +16,7 @@ The simulator is no GPU: nothing here is a measurement of time. The last table i
 
 Runs on Linux; needs `pip install ziglang==0.17.1` (or METALSIM_CLANG).
 """
+
 import argparse
 import json
 import sys
@@ -59,6 +60,7 @@ class CountingBackend(MetalBackend):
             outs = kernel(**arguments)
             self.stats[name.removeprefix("turbo_")] = metalsim.last()
             return outs
+
         return launch
 
 
@@ -68,20 +70,21 @@ def random_side(rng, bits, head_dim, counts, cpu):
     n_sink, n_packed, n_recent = counts
     x = mx.array(rng.standard_normal((1, 1, sum(counts), head_dim)).astype(np.float16))
     sink, packed, recent = mx.split(x, [n_sink, n_sink + n_packed], axis=2)
-    (codes, scale), = cpu.quantize([QuantizeSide(packed, bits)])
+    ((codes, scale),) = cpu.quantize([QuantizeSide(packed, bits)])
     room = mx.zeros((1, 1, 8, head_dim), mx.float16)  # never empty: buffers have room for more
     side = CachedSide(mx.concatenate([sink, room], 2), codes, scale, mx.concatenate([recent, room], 2), bits, head_dim)
-    restored, = cpu.dequantize([side.packed()], 0, n_packed, mx.float32)
+    (restored,) = cpu.dequantize([side.packed()], 0, n_packed, mx.float32)
     return side, mx.concatenate([sink.astype(mx.float32), restored, recent.astype(mx.float32)], axis=2)
 
 
 def count_ours(backend, scheme, head_dim, gqa, counts):
     """{launch: Stats} of one step, and the bytes of the cache's tokens. Raises if the result is wrong."""
     rng, cpu = np.random.default_rng(0), CpuBackend()
-    (keys, k), (values, v) = (random_side(rng, bits, head_dim, counts, cpu)
-                              for bits in (scheme.key_bits, scheme.value_bits))
+    (keys, k), (values, v) = (
+        random_side(rng, bits, head_dim, counts, cpu) for bits in (scheme.key_bits, scheme.value_bits)
+    )
     queries = mx.array(rng.standard_normal((1, gqa, 1, head_dim)).astype(np.float16))
-    scale = head_dim ** -0.5
+    scale = head_dim**-0.5
     backend.attend(queries, keys, values, counts, scale=scale)  # the first call also tests the kernels
     backend.stats.clear()
     out = backend.attend(queries, keys, values, counts, scale=scale).astype(mx.float32)
@@ -96,8 +99,11 @@ def count_ours(backend, scheme, head_dim, gqa, counts):
 
 def cache_bytes_read(stats):
     """Bytes that one launch of ours requests of the cache's buffers."""
-    return sum(n for name, n in stats.read_bytes.items()
-               if name[:2] in ("k_", "v_") and name[2:] in ("sink", "codes", "scale", "recent"))
+    return sum(
+        n
+        for name, n in stats.read_bytes.items()
+        if name[:2] in ("k_", "v_") and name[2:] in ("sink", "codes", "scale", "recent")
+    )
 
 
 def mlx_library():
@@ -113,20 +119,35 @@ def count_mlx(library, head_dim, gqa, n_tokens, heads_per_thread=None):
     rng, half, D = np.random.default_rng(0), np.float16, head_dim
     q, k, v = (rng.standard_normal(shape).astype(half) for shape in ((gqa, 1, D), (1, n_tokens, D), (1, n_tokens, D)))
     head, row = np.uint64(n_tokens * D), np.uint64(D)
-    arguments = dict(queries=q, keys=k, values=v, N=np.int32(n_tokens), scale=np.float32(D ** -0.5), k_head_stride=head,
-                     k_seq_stride=row, v_head_stride=head, v_seq_stride=row)
-    outputs = {"out": ((gqa, 1, MLX_BLOCKS, D), half), "sums": ((gqa, MLX_BLOCKS), np.float32),
-               "maxs": ((gqa, MLX_BLOCKS), np.float32)}
+    arguments = dict(
+        queries=q,
+        keys=k,
+        values=v,
+        N=np.int32(n_tokens),
+        scale=np.float32(D**-0.5),
+        k_head_stride=head,
+        k_seq_stride=row,
+        v_head_stride=head,
+        v_seq_stride=row,
+    )
+    outputs = {
+        "out": ((gqa, 1, MLX_BLOCKS, D), half),
+        "sums": ((gqa, MLX_BLOCKS), np.float32),
+        "maxs": ((gqa, MLX_BLOCKS), np.float32),
+    }
     kernel = f"sdpa_vector_2pass_1<float16_t, {D}>"
     if heads_per_thread:
         kernel = f"sdpa_vector_2pass_1_gqa<float16_t, {D}, {D}, {gqa}, {heads_per_thread}>"
     partials = library(kernel, arguments, outputs, (32, gqa, MLX_BLOCKS), (32, gqa, 1))
     stats = [metalsim.last()]
-    out = library(f"sdpa_vector_2pass_2<float16_t, {D}>",
-                  dict(partials=partials["out"], sums=partials["sums"], maxs=partials["maxs"],
-                       blocks=np.int32(MLX_BLOCKS)),
-                  {"out": ((gqa, 1, D), half)}, (gqa * 1024, 1, 1), (1024, 1, 1))["out"]
-    logits = (q[:, 0].astype(np.float64) @ k[0].T.astype(np.float64)) * D ** -0.5
+    out = library(
+        f"sdpa_vector_2pass_2<float16_t, {D}>",
+        dict(partials=partials["out"], sums=partials["sums"], maxs=partials["maxs"], blocks=np.int32(MLX_BLOCKS)),
+        {"out": ((gqa, 1, D), half)},
+        (gqa * 1024, 1, 1),
+        (1024, 1, 1),
+    )["out"]
+    logits = (q[:, 0].astype(np.float64) @ k[0].T.astype(np.float64)) * D**-0.5
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     want = weights @ v[0] / weights.sum(-1, keepdims=True)
     assert np.abs(out[:, 0] - want).max() < 5e-3 * np.abs(want).max(), f"{kernel} computes something wrong"
@@ -181,9 +202,17 @@ def measure(backend, scheme, head_dim, gqa, counts, fp16):
     }
     row["predicted_fp16_over_ours"] = {
         chip: predicted_ns(chip, head_dim, row["mlx_fp16_ops_per_pair"], 1.0)
-        / predicted_ns(chip, head_dim, row["ops_per_pair"], row["bytes_vs_fp16"]) for chip in CHIPS}
-    return {"head_dim": head_dim, "gqa": gqa, "scheme": scheme.name, "tokens": counts[1],
-            "exact_tokens": counts[0] + counts[2], "tokens_per_block": backend.tuning.tokens_per_block} | row
+        / predicted_ns(chip, head_dim, row["ops_per_pair"], row["bytes_vs_fp16"])
+        for chip in CHIPS
+    }
+    return {
+        "head_dim": head_dim,
+        "gqa": gqa,
+        "scheme": scheme.name,
+        "tokens": counts[1],
+        "exact_tokens": counts[0] + counts[2],
+        "tokens_per_block": backend.tuning.tokens_per_block,
+    } | row
 
 
 def predicted_ns(chip, head_dim, ops_per_pair, bytes_vs_fp16):
@@ -196,42 +225,69 @@ def predicted_ns(chip, head_dim, ops_per_pair, bytes_vs_fp16):
 # ---- tables ----------------------------------------------------------------------------------------------------
 def print_tables(rows):
     first = rows[0]
-    print(f"Counted in the simulator, MLX {mx.__version__}: one query token, one kv head, {first['tokens']} packed"
-          f" and {first['exact_tokens']} exact tokens, {first['tokens_per_block']} a block.\n"
-          "Operations per (key, value) element pair, all launches of a step. x fp16: over the cheaper of MLX's kernels."
-          "\n")
-    print(f"{'D':>3} {'G':>2} {'':12}{'ops':>7}{'x fp16':>7}{'attend':>8}{'merge':>7}{'bytes/held':>11}{'x fp16':>7}"
-          f"{'simd/token':>11}{'tg bytes':>9}   " + "".join(f"{c:>7}" for c in CLASSES))
+    print(
+        f"Counted in the simulator, MLX {mx.__version__}: one query token, one kv head, {first['tokens']} packed"
+        f" and {first['exact_tokens']} exact tokens, {first['tokens_per_block']} a block.\n"
+        "Operations per (key, value) element pair, all launches of a step. x fp16: over the cheaper of MLX's kernels."
+        "\n"
+    )
+    print(
+        f"{'D':>3} {'G':>2} {'':12}{'ops':>7}{'x fp16':>7}{'attend':>8}{'merge':>7}{'bytes/held':>11}{'x fp16':>7}"
+        f"{'simd/token':>11}{'tg bytes':>9}   " + "".join(f"{c:>7}" for c in CLASSES)
+    )
     shown = set()
     for row in rows:
         where = row["head_dim"], row["gqa"]
         if where not in shown:
             for name, m in row["mlx_fp16"].items():
-                print_row(where, "fp16 gqa" if "gqa" in name else f"fp16 {name}", m, m["first_pass_ops_per_pair"],
-                          m["cache_reads_vs_fp16"], 1.0, row["mlx_fp16_ops_per_pair"])
+                print_row(
+                    where,
+                    "fp16 gqa" if "gqa" in name else f"fp16 {name}",
+                    m,
+                    m["first_pass_ops_per_pair"],
+                    m["cache_reads_vs_fp16"],
+                    1.0,
+                    row["mlx_fp16_ops_per_pair"],
+                )
             shown.add(where)
-        print_row(where, row["scheme"], row, row["attend_ops_per_pair"], row["bytes_read_over_packed"],
-                  row["bytes_vs_fp16"], row["mlx_fp16_ops_per_pair"])
-    print("\nops: of all launches. attend: of the first (for fp16: 2pass_1), merge: of the second. bytes/held:"
-          " requested by threads over held by the cache\n"
-          "(fp16: a cache line serves several heads). x fp16: bytes of the cache."
-          " simd: simdgroup functions per simdgroup. tg: threadgroup memory.\n")
-    print("PREDICTION, not a measurement: time of MLX's fp16 kernels over ours (above 1: ours is faster).\n"
-          f"Assumed: the longer of operations / (cores * {LANES_PER_CORE} lanes * GHz * {ISSUE_RATE} issue rate)"
-          " and bytes / bandwidth; each byte comes from DRAM once;\n"
-          "no latency, no spills, loads cost nothing: optimistic. "
-          + "; ".join(f"{chip}: {c} cores, {ghz} GHz, {bw} GB/s" for chip, (c, ghz, bw) in CHIPS.items()) + ".\n")
+        print_row(
+            where,
+            row["scheme"],
+            row,
+            row["attend_ops_per_pair"],
+            row["bytes_read_over_packed"],
+            row["bytes_vs_fp16"],
+            row["mlx_fp16_ops_per_pair"],
+        )
+    print(
+        "\nops: of all launches. attend: of the first (for fp16: 2pass_1), merge: of the second. bytes/held:"
+        " requested by threads over held by the cache\n"
+        "(fp16: a cache line serves several heads). x fp16: bytes of the cache."
+        " simd: simdgroup functions per simdgroup. tg: threadgroup memory.\n"
+    )
+    print(
+        "PREDICTION, not a measurement: time of MLX's fp16 kernels over ours (above 1: ours is faster).\n"
+        f"Assumed: the longer of operations / (cores * {LANES_PER_CORE} lanes * GHz * {ISSUE_RATE} issue rate)"
+        " and bytes / bandwidth; each byte comes from DRAM once;\n"
+        "no latency, no spills, loads cost nothing: optimistic. "
+        + "; ".join(f"{chip}: {c} cores, {ghz} GHz, {bw} GB/s" for chip, (c, ghz, bw) in CHIPS.items())
+        + ".\n"
+    )
     print(f"{'D':>3} {'G':>2} {'':12}" + "".join(f"{chip:>10}" for chip in CHIPS))
     for row in rows:
-        print(f"{row['head_dim']:3} {row['gqa']:2} {row['scheme']:12}"
-              + "".join(f"{x:10.2f}" for x in row["predicted_fp16_over_ours"].values()))
+        print(
+            f"{row['head_dim']:3} {row['gqa']:2} {row['scheme']:12}"
+            + "".join(f"{x:10.2f}" for x in row["predicted_fp16_over_ours"].values())
+        )
 
 
 def print_row(where, name, m, first_launch, reads, bytes_vs_fp16, fp16_ops):
-    print(f"{where[0]:3} {where[1]:2} {name:12}{m['ops_per_pair']:7.2f}{m['ops_per_pair'] / fp16_ops:7.2f}"
-          f"{first_launch:8.2f}{m['ops_per_pair'] - first_launch:7.2f}{reads:11.3f}{bytes_vs_fp16:7.3f}"
-          f"{m['simd_ops_per_pair'] * where[0]:11.3f}{m['threadgroup_bytes']:9}   "
-          + "".join(f"{m['ops_by_class'][c]:7.2f}" for c in CLASSES))
+    print(
+        f"{where[0]:3} {where[1]:2} {name:12}{m['ops_per_pair']:7.2f}{m['ops_per_pair'] / fp16_ops:7.2f}"
+        f"{first_launch:8.2f}{m['ops_per_pair'] - first_launch:7.2f}{reads:11.3f}{bytes_vs_fp16:7.3f}"
+        f"{m['simd_ops_per_pair'] * where[0]:11.3f}{m['threadgroup_bytes']:9}   "
+        + "".join(f"{m['ops_by_class'][c]:7.2f}" for c in CLASSES)
+    )
 
 
 def main():
@@ -241,8 +297,11 @@ def main():
     parser.add_argument("--scheme", nargs="+", default=SCHEMES, help="such as turbo4 or turbo8v4")
     parser.add_argument("--tokens", type=int, default=2048, help="packed tokens")
     parser.add_argument("--tokens-per-block", type=int, default=512, help="of a simdgroup")
-    parser.add_argument("--exact", action="store_true",
-                        help="beside the packed tokens, as many exact ones (sink and recent) as a cache has by default")
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="beside the packed tokens, as many exact ones (sink and recent) as a cache has by default",
+    )
     parser.add_argument("--json", action="store_true", help="a list of rows on stdout, and nothing else there")
     args = parser.parse_args()
     try:
@@ -251,8 +310,10 @@ def main():
     except (RuntimeError, ValueError) as e:
         raise SystemExit(f"kernel_cost: {e}") from None
     if not all(s.key_bits and s.value_bits for s in schemes) or min(args.tokens, args.tokens_per_block, *args.gqa) < 1:
-        raise SystemExit("kernel_cost: needs schemes that pack keys and values, and at least one token, token per block"
-                         " and query head")
+        raise SystemExit(
+            "kernel_cost: needs schemes that pack keys and values, and at least one token, token per block"
+            " and query head"
+        )
     config = TurboConfig()
     counts = (config.sink, args.tokens, config.recent) if args.exact else (0, args.tokens, 0)
 
@@ -262,8 +323,12 @@ def main():
         for gqa in args.gqa:
             fp16 = measure_mlx(library, has_gqa, head_dim, gqa, sum(counts))
             for scheme in schemes:
-                print(f"\r{len(rows) + 1} of {n_rows}: {scheme}, head_dim {head_dim}, G = {gqa}    ", end="",
-                      file=sys.stderr, flush=True)
+                print(
+                    f"\r{len(rows) + 1} of {n_rows}: {scheme}, head_dim {head_dim}, G = {gqa}    ",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 rows.append(measure(backend, scheme, head_dim, gqa, counts, fp16))
     print(file=sys.stderr)
     if args.json:

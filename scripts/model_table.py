@@ -7,6 +7,7 @@ Needs the extra `test`. Builds each family small and random (tests/families.py) 
 other cells are tests/families.py's, to which the tests hold every family. --write: into docs/models.md, in the place of
 the table there.
 """
+
 import argparse
 import collections
 import contextlib
@@ -40,8 +41,10 @@ def rows():
         kept = {f"{type(c).__name__}: {why}" for _, c, _, why in mine if why}
         compressed, kept = (", ".join(sorted(kinds)) or "nothing" for kinds in (compressed, kept))
         found[(compressed, kept, *(families.cell(name, phase) for phase in families.PHASES))].append(name)
-    return sorted(([*key, names] for key, names in found.items()),
-                  key=lambda r: (r[0] == "nothing", r[1] != "nothing", r[1], [cell != "yes" for cell in r[2:-1]], r))
+    return sorted(
+        ([*key, names] for key, names in found.items()),
+        key=lambda r: (r[0] == "nothing", r[1] != "nothing", r[1], [cell != "yes" for cell in r[2:-1]], r),
+    )
 
 
 def table():

@@ -5,6 +5,7 @@
 
 Needs the extra `test`. 64 vectors of float16; operations of all classes; bytes of the vectors, codes and scales.
 """
+
 import argparse
 import json
 import sys
@@ -35,7 +36,8 @@ def measure(head_dim, bits):
         moved = {k: stats.read_bytes[k] + stats.written_bytes[k] for k in stats.read_bytes}
         row[f"{name}_ops"] = round(sum(stats.ops.values()) / n, 1)
         row[f"{name}_bytes"] = round(sum(moved[k] for k in ("x0", "codes0", "scale0")) / n, 3)
-    (codes, scale), = backend.quantize([QuantizeSide(mx.array(x), bits)])
+
+    ((codes, scale),) = backend.quantize([QuantizeSide(mx.array(x), bits)])
     count("quantize")
     backend.dequantize([PackedSide(codes, scale, bits, head_dim)], 0, N_VECTORS, mx.float16)
     count("dequantize")
@@ -53,8 +55,10 @@ def main(argv=None):
     print(f"Per value, counted in the simulator on {N_VECTORS} vectors of float16\n")
     print("head_dim  bits  quantize ops  bytes  dequantize ops  bytes")
     for r in rows:
-        print(f"{r['head_dim']:>8}{r['bits']:>6}{r['quantize_ops']:>14}{r['quantize_bytes']:>7.3f}"
-              f"{r['dequantize_ops']:>16}{r['dequantize_bytes']:>7.3f}")
+        print(
+            f"{r['head_dim']:>8}{r['bits']:>6}{r['quantize_ops']:>14}{r['quantize_bytes']:>7.3f}"
+            f"{r['dequantize_ops']:>16}{r['dequantize_bytes']:>7.3f}"
+        )
 
 
 if __name__ == "__main__":

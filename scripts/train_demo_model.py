@@ -23,6 +23,7 @@ its thread count.  `quantize` is exact: the same bf16 checkpoint gives the same 
 
 Needs the extra `train` (torch, tokenizers, safetensors): pip install -e ".[train]"
 """
+
 import argparse
 import json
 import math
@@ -37,7 +38,7 @@ import numpy as np
 
 EOT = "<|endoftext|>"
 
-CONFIG = {                      # written to config.json as is
+CONFIG = {  # written to config.json as is
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "hidden_size": 256,
@@ -79,14 +80,33 @@ COPY_FIRST = (256, 16, 0.60, 0.5)
 # --------------------------------------------------------------------------
 # Corpus: clean, de-duplicated stories, split into train and held-out text
 # --------------------------------------------------------------------------
-OPENING = (r"(?:Once upon a time|Once there|Once,|One day|One (?:\w+ )?(?:morning|night|afternoon|evening)|"
-           r"There once|There was once|In a |A long time ago|It was a )")
+OPENING = (
+    r"(?:Once upon a time|Once there|Once,|One day|One (?:\w+ )?(?:morning|night|afternoon|evening)|"
+    r"There once|There was once|In a |A long time ago|It was a )"
+)
 # The first TinyStories release holds UTF-8 punctuation read as cp1252; longest matches first.
-MOJIBAKE = {"\u00e2\u20ac\u0153": '"', "\u00e2\u20ac\u009d": '"', "\u00e2\u20ac\u2122": "'",
-            "\u00e2\u20ac\u02dc": "'", "\u00e2\u20ac\u201d": " - ", "\u00e2\u20ac\u201c": "-",
-            "\u00e2\u20ac\u00a6": "...", "\u00e2\u20ac": '"'}
-PUNCTUATION = {"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "\u2014": " - ", "\u2013": "-",
-               "\u2026": "...", "\u00a0": " ", "\r": "", "\u200b": ""}
+MOJIBAKE = {
+    "\u00e2\u20ac\u0153": '"',
+    "\u00e2\u20ac\u009d": '"',
+    "\u00e2\u20ac\u2122": "'",
+    "\u00e2\u20ac\u02dc": "'",
+    "\u00e2\u20ac\u201d": " - ",
+    "\u00e2\u20ac\u201c": "-",
+    "\u00e2\u20ac\u00a6": "...",
+    "\u00e2\u20ac": '"',
+}
+PUNCTUATION = {
+    "\u201c": '"',
+    "\u201d": '"',
+    "\u2018": "'",
+    "\u2019": "'",
+    "\u2014": " - ",
+    "\u2013": "-",
+    "\u2026": "...",
+    "\u00a0": " ",
+    "\r": "",
+    "\u200b": "",
+}
 
 
 def clean(text):
@@ -134,8 +154,10 @@ def cmd_prepare(args):
         valid.append(stories.pop())
         n_chars += len(valid[-1]) + 1
     if not stories or not valid:
-        raise SystemExit(f"no story left for training: {n_chars:,} characters in all, "
-                         f"--valid-chars asks to hold out {args.valid_chars:,}")
+        raise SystemExit(
+            f"no story left for training: {n_chars:,} characters in all, "
+            f"--valid-chars asks to hold out {args.valid_chars:,}"
+        )
     args.run.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", stories), ("valid", valid)):
         (args.run / f"{name}.txt").write_text(f"\n{EOT}\n".join(part) + "\n", encoding="utf-8")
@@ -145,9 +167,11 @@ def cmd_prepare(args):
 # --------------------------------------------------------------------------
 # Recall documents
 # --------------------------------------------------------------------------
-NAMES = ("Lily Tom Ben Anna Max Mia Sam Tim Lucy Jack Sara Timmy Sue Bob Amy Leo Emma Jane Billy "
-         "Daisy Spot Bella Mark Joe Molly Fred Kate Nick Rose Kim Zoe Pete Ella Dan Ruby Luke Nina "
-         "Finn Roxy Milo Ollie Polly Jim Sally Mary John Lola Buddy Rex Grace").split()
+NAMES = (
+    "Lily Tom Ben Anna Max Mia Sam Tim Lucy Jack Sara Timmy Sue Bob Amy Leo Emma Jane Billy "
+    "Daisy Spot Bella Mark Joe Molly Fred Kate Nick Rose Kim Zoe Pete Ella Dan Ruby Luke Nina "
+    "Finn Roxy Milo Ollie Polly Jim Sally Mary John Lola Buddy Rex Grace"
+).split()
 DIGIT_ATTRS = ["secret number", "magic number", "lucky number", "door code"]
 WORD_ATTRS = {
     "favorite color": "red blue green yellow pink purple orange brown black white".split(),
@@ -155,11 +179,17 @@ WORD_ATTRS = {
     "favorite food": "cake soup bread cheese apple banana candy pizza honey rice".split(),
     "hiding place": "kitchen garden forest park cave attic barn beach school tree".split(),
 }
-FACTS = ["The {attr} of {name} is{val}.", "{name}'s {attr} is{val}.",
-         "Remember, the {attr} of {name} is{val}.", "The {attr} of {name} is{val}."]
-ASKS = ["Question: What is the {attr} of {name}? Answer:{val}.",
-        "Question: What is {name}'s {attr}? Answer:{val}.",
-        "Question: What is the {attr} of {name}? Answer:{val}."]
+FACTS = [
+    "The {attr} of {name} is{val}.",
+    "{name}'s {attr} is{val}.",
+    "Remember, the {attr} of {name} is{val}.",
+    "The {attr} of {name} is{val}.",
+]
+ASKS = [
+    "Question: What is the {attr} of {name}? Answer:{val}.",
+    "Question: What is {name}'s {attr}? Answer:{val}.",
+    "Question: What is the {attr} of {name}? Answer:{val}.",
+]
 SENTENCE = re.compile(r"""(?<=[.!?])(?=\s)|(?<=[.!?]")(?=\s)""")
 
 
@@ -186,8 +216,8 @@ class Data:
         self.eot = tok.token_to_id(EOT)
         self.cache = {}
         stories = [s.strip() for s in Path(path).read_text(encoding="utf-8").split(EOT)]
-        self.stories = []                      # each: a list of sentences (token lists)
-        self.sentences = []                    # all of them in a row, "\n\n" between stories
+        self.stories = []  # each: a list of sentences (token lists)
+        self.sentences = []  # all of them in a row, "\n\n" between stories
         for s in filter(None, stories):
             parts = [p for p in SENTENCE.split(s) if p]
             self.stories.append([e.ids for e in tok.encode_batch(parts)])
@@ -213,7 +243,7 @@ class Data:
             if not self.buf:
                 self.buf = [t for c in self.stories[self.order.pop()] for t in c] + [self.eot]
             take = self.buf[: n - len(out)]
-            self.buf = self.buf[len(take):]
+            self.buf = self.buf[len(take) :]
             out += take
         self.served += n
         return out, [1.0] * n
@@ -243,7 +273,7 @@ class Data:
             facts.append(random_fact(rng, used, digits_only))
         body = self.filler(length - 34 * k - 4)
         where = sorted(rng.randint(0, len(body)) for _ in facts)
-        if depth is not None:                 # evaluation: put the asked one there
+        if depth is not None:  # evaluation: put the asked one there
             where[0] = round(depth * len(body))
         toks, w = [], []
 
@@ -259,7 +289,7 @@ class Data:
                 lead = " " if toks else ""
                 head, tail = rng.choice(FACTS).format(name=name, attr=attr, val="\0").split("\0")
                 put(self.ids(lead + head), 1.0)
-                put(self.ids(val), 0.1)       # pure chance: hardly worth learning
+                put(self.ids(val), 0.1)  # pure chance: hardly worth learning
                 put(self.ids(tail), 1.0)
             if i < len(body):
                 put(body[i], 1.0)
@@ -349,8 +379,13 @@ def cmd_tokenizer(args):
     stories = (args.run / "train.txt").read_text(encoding="utf-8").split(EOT)
     tok.train_from_iterator(
         [s.strip() for s in stories] + made,
-        trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], special_tokens=[EOT], show_progress=False,
-                            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+        trainers.BpeTrainer(
+            vocab_size=CONFIG["vocab_size"],
+            special_tokens=[EOT],
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     tok.save(str(args.run / "tokenizer.json"))
     sample = stories[:500]
     n_tokens = sum(len(e.ids) for e in tok.encode_batch(sample))
@@ -376,7 +411,7 @@ def build(cfg, seed):
             y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + cfg["rms_norm_eps"])
             return (y * self.weight).to(x.dtype)
 
-    def rope(x, cos, sin):                       # rotate-half, x: (B, H, S, D)
+    def rope(x, cos, sin):  # rotate-half, x: (B, H, S, D)
         a, b = x.float().chunk(2, -1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
@@ -456,7 +491,7 @@ def build(cfg, seed):
         if p.ndim == 2:
             std = deep if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             if "embed" not in name:
-                std *= math.sqrt(768 / cfg["hidden_size"])   # the usual 0.02 is for width 768
+                std *= math.sqrt(768 / cfg["hidden_size"])  # the usual 0.02 is for width 768
             nn.init.normal_(p, std=std)
     return net
 
@@ -495,7 +530,7 @@ class Evaluator:
             for i in range(n_docs):
                 t, _, spans = data.recall_doc(s, k=3, digits_only=True, depth=(i + 0.5) / n_docs)
                 t = t[: spans[0][1]]
-                x[i, : len(t)] = torch.tensor(t)       # padding on the right: causally invisible
+                x[i, : len(t)] = torch.tensor(t)  # padding on the right: causally invisible
                 ends.append(len(t))
             self.needles[s] = x, ends
 
@@ -508,7 +543,7 @@ class Evaluator:
         with torch.no_grad(), autocast(float32):
             total = 0.0
             for i in range(0, len(self.story), 8):
-                x = self.story[i: i + 8]
+                x = self.story[i : i + 8]
                 logits = net(x[:, :-1]).float()
                 total += F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten()).item() * len(x)
             out["val"] = round(total / len(self.story), 4)
@@ -516,9 +551,9 @@ class Evaluator:
                 x, ends = self.needles[s]
                 exact = digits = 0
                 for i in range(0, len(x), 4):
-                    guess = net(x[i: i + 4]).argmax(-1)
-                    for j, e in enumerate(ends[i: i + 4]):
-                        hit = guess[j, e - 5: e - 1] == x[i + j, e - 4: e]
+                    guess = net(x[i : i + 4]).argmax(-1)
+                    for j, e in enumerate(ends[i : i + 4]):
+                        hit = guess[j, e - 5 : e - 1] == x[i + j, e - 4 : e]
                         exact += bool(hit.all())
                         digits += int(hit.sum())
                 out[f"needle{s}"] = (round(exact / len(x), 2), round(digits / (4 * len(x)), 2))
@@ -584,9 +619,17 @@ def cmd_train(args):
         due = int(p * EVALUATIONS) > evaluated
         if due or step <= 3:
             minutes = round((time.time() - begin) / 60, 2)
-            row = {"step": step, "p": round(p, 3), "tokens": tokens, "minutes": minutes,
-                   "seq": s, "lr": round(lr, 6), "loss": round(ema, 4), "norm": round(float(norm), 2),
-                   "epochs": round(data.served / n_story, 2)}
+            row = {
+                "step": step,
+                "p": round(p, 3),
+                "tokens": tokens,
+                "minutes": minutes,
+                "seq": s,
+                "lr": round(lr, 6),
+                "loss": round(ema, 4),
+                "norm": round(float(norm), 2),
+                "epochs": round(data.served / n_story, 2),
+            }
             if due:
                 evaluated = int(p * EVALUATIONS)
                 lengths = [256, 512] if p < 0.4 else [256, 1024] + ([2048] if p > 0.84 else [])
@@ -594,8 +637,15 @@ def cmd_train(args):
                 copies = copies or row["needle256"][1] > 0.5
             report(row)
     torch.save(net.state_dict(), args.run / "checkpoint.pt")
-    report({"final": True, "steps": step, "tokens": tokens, "minutes": round((time.time() - begin) / 60, 1),
-            **evaluate(net, [256, 512, 1024, 2048], args.float32)})
+    report(
+        {
+            "final": True,
+            "steps": step,
+            "tokens": tokens,
+            "minutes": round((time.time() - begin) / 60, 1),
+            **evaluate(net, [256, 512, 1024, 2048], args.float32),
+        }
+    )
     log.close()
 
 
@@ -611,17 +661,23 @@ def cmd_export(args):
     to.mkdir(exist_ok=True)
     cfg = json.loads((args.run / "config.json").read_text())
     weights = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
-    save_file({k: v.to(torch.bfloat16).contiguous() for k, v in weights.items()},
-              str(to / "model.safetensors"), metadata={"format": "pt"})
+    save_file(
+        {k: v.to(torch.bfloat16).contiguous() for k, v in weights.items()},
+        str(to / "model.safetensors"),
+        metadata={"format": "pt"},
+    )
     (to / "model.safetensors").chmod(0o644)
     shutil.copyfile(args.run / "tokenizer.json", to / "tokenizer.json")
     for name, content in {
         "config.json": cfg,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": EOT, "eos_token": EOT, "pad_token": EOT,
+            "bos_token": EOT,
+            "eos_token": EOT,
+            "pad_token": EOT,
             "clean_up_tokenization_spaces": False,
-            "model_max_length": cfg["max_position_embeddings"]},
+            "model_max_length": cfg["max_position_embeddings"],
+        },
         "generation_config.json": {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
     }.items():
         (to / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -646,8 +702,7 @@ def cmd_quantize(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
 
     def stage(run):
@@ -660,10 +715,10 @@ def main():
         p.add_argument("--seed", type=int, default=0)
 
     prepare = stage(cmd_prepare)
-    prepare.add_argument("texts", type=Path, nargs="+", metavar="TEXT",
-                         help="TinyStories text; of two equal stories the first stays")
-    prepare.add_argument("--valid-chars", type=int, default=1_000_000,
-                         help="characters to hold out (default: 1000000)")
+    prepare.add_argument(
+        "texts", type=Path, nargs="+", metavar="TEXT", help="TinyStories text; of two equal stories the first stays"
+    )
+    prepare.add_argument("--valid-chars", type=int, default=1_000_000, help="characters to hold out (default: 1000000)")
     seed(prepare)
     seed(stage(cmd_tokenizer))
     train = stage(cmd_train)
@@ -671,8 +726,7 @@ def main():
     budget.add_argument("--minutes", type=float, help="follow the wall clock; the shipped model: 55")
     budget.add_argument("--steps", type=int, help="follow the step count")
     train.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    train.add_argument("--float32", action="store_true",
-                       help="no bf16 autocast: faster on CPUs without bf16 units")
+    train.add_argument("--float32", action="store_true", help="no bf16 autocast: faster on CPUs without bf16 units")
     seed(train)
     stage(cmd_export)
     stage(cmd_quantize)

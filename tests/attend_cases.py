@@ -1,4 +1,5 @@
 """Caches with known contents for the tests of the attention kernels, and what attention over them must give."""
+
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ POISON = 24  # rows of capacity behind the last token, filled with what must nev
 
 class Case(NamedTuple):
     """What `attend` takes, and keys and values [B, Hkv, n_tokens, D] float64 as the oracle sees them."""
+
     queries: mx.array
     keys: CachedSide
     values: CachedSide
@@ -49,13 +51,26 @@ def _side(rng, shape, counts, bits, dtype, segment, seed, gain=None):
     elif n_packed:
         codes = _buffer(x[:, :, middle], dtype)
     sink = _buffer(x[:, :, :n_sink], dtype) if n_sink else None
-    recent = _buffer(x[:, :, n_sink + n_packed:], dtype) if n_recent else None
+    recent = _buffer(x[:, :, n_sink + n_packed :], dtype) if n_recent else None
     means = _buffer(means, mx.float16) if segment else None
     return CachedSide(sink, codes, scale, recent, bits, dim, means, segment), restored
 
 
-def make_case(bits=(4, 4), dims=(128, 128), counts=(4, 150, 33), G=4, Hkv=1, B=1, L=1, dtype=mx.float32, means=False,
-              seed=0, rng_seed=0, gain=1.0, segment=128):
+def make_case(
+    bits=(4, 4),
+    dims=(128, 128),
+    counts=(4, 150, 33),
+    G=4,
+    Hkv=1,
+    B=1,
+    L=1,
+    dtype=mx.float32,
+    means=False,
+    seed=0,
+    rng_seed=0,
+    gain=1.0,
+    segment=128,
+):
     """means: packed tokens are relative to one, of the keys to one for each `segment` of them. gain: the logits grow
     along the sequence up to so many times their usual size."""
     rng = np.random.default_rng(rng_seed)
@@ -88,8 +103,11 @@ def spoiled(case, side, token, value):
     """The case with a token's key (side 0) or value (1) spoiled in the last kv head of the last batch row: a packed one
     as `quantize` would, an exact one in one number."""
     cached, (n_sink, n_packed, _) = (case.keys, case.values)[side], case.counts
-    name, at = next((name, token - first) for name, first in (
-        ("recent", n_sink + n_packed), ("scale" if cached.bits else "codes", n_sink), ("sink", 0)) if token >= first)
+    name, at = next(
+        (name, token - first)
+        for name, first in (("recent", n_sink + n_packed), ("scale" if cached.bits else "codes", n_sink), ("sink", 0))
+        if token >= first
+    )
     array = mx.array(getattr(cached, name))
     array[-1, -1, at, 0] = float("nan") if name == "scale" else value
     return case._replace(**{("keys", "values")[side]: cached._replace(**{name: array})})
@@ -102,8 +120,11 @@ def check_spoiled(case, attend, most):
     rng, seen = np.random.default_rng(0), set()
     some = rng.random((B, heads, L, n)) < 0.5
     added = np.where(some, rng.standard_normal(some.shape), -np.inf).astype(np.float32)
-    faults = [(side, token) for side in (0, 1) for token in (
-        0, n_sink, n_sink + n_packed // 2, n_sink + n_packed - 1, n - n_recent // 2 - 1, n - 1)]
+    faults = [
+        (side, token)
+        for side in (0, 1)
+        for token in (0, n_sink, n_sink + n_packed // 2, n_sink + n_packed - 1, n - n_recent // 2 - 1, n - 1)
+    ]
     for mask in ("causal", mx.array(some), mx.array(some[:, :1]), mx.array(added)):
         sees, sound = visible(case, mask), to_numpy(attend(case, mask))
         sees = np.broadcast_to(sees if sees.dtype == bool else sees > -1e30, (B, heads, L, n))

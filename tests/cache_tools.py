@@ -1,4 +1,5 @@
 """What the cache's tests share: random vectors, what a cache holds in NumPy, and the oracle's view of it."""
+
 import collections
 import copy
 import functools
@@ -24,12 +25,15 @@ DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 def rule(**arguments):
     """hypothesis's rule, counted in STEPS."""
+
     def decorate(function):
         @functools.wraps(function)
         def counted(machine, **drawn):
             STEPS[type(machine).__name__, function.__name__] += 1
             return function(machine, **drawn)
+
         return stateful.rule(**arguments)(counted)
+
     return decorate
 
 
@@ -41,7 +45,7 @@ def copied(cache, way):
         return type(cache).from_state(cache.state)
     with tempfile.TemporaryDirectory() as folder:
         save_prompt_cache(f"{folder}/a.safetensors", [cache])
-        loaded, = load_prompt_cache(f"{folder}/a.safetensors")
+        (loaded,) = load_prompt_cache(f"{folder}/a.safetensors")
     assert type(loaded) is type(cache)
     return loaded
 
@@ -68,8 +72,13 @@ def stored(cache):
     """What a cache's state holds: for keys and values a dict of sink, codes, scale, means, recent, as NumPy or None."""
     head, arrays, sides = header(cache), iter(cache.state[1:]), []
     for bits, n_means in (head["chosen_key_bits"], head["key_means"]), (head["value_bits"], head["value_means"]):
-        present = dict(sink=head["n_sink"], codes=head["n_packed"], scale=head["n_packed"] and bits,
-                       means=n_means, recent=head["n_recent"])
+        present = dict(
+            sink=head["n_sink"],
+            codes=head["n_packed"],
+            scale=head["n_packed"] and bits,
+            means=n_means,
+            recent=head["n_recent"],
+        )
         side = {}
         for name, n in present.items():
             array = next(arrays) if n else None
@@ -150,7 +159,7 @@ class ListModel:
         if want == self.offset:
             self.clear()
         elif want:
-            self.given = [x[:, :, :self.offset - want] for x in self.given]
+            self.given = [x[:, :, : self.offset - want] for x in self.given]
             self.untrimmed = False
         self.check()
 
@@ -175,8 +184,9 @@ class ListModel:
             if last > first and not bits:
                 np.testing.assert_array_equal(side["codes"], x[:, :, first:last])
             elif last > first:
-                want = reference.quantize(x[:, :, first:last], bits, rotation=config.seed,
-                                          mean=self._mean(side, i, last - first))
+                want = reference.quantize(
+                    x[:, :, first:last], bits, rotation=config.seed, mean=self._mean(side, i, last - first)
+                )
                 error = compare_quantized(side["codes"], side["scale"], want)
                 assert error is None, error
         self._check_fetched(cache.keys_and_values(), head["n_sink"], head["n_packed"])
@@ -198,8 +208,9 @@ class ListModel:
             if n_packed and not b:
                 np.testing.assert_array_equal(x[:, :, first:last], want[:, :, first:last])
             elif n_packed:
-                restored = restore(side["codes"][:, :, :n_packed], side["scale"][:, :, :n_packed], b, x.shape[3],
-                                   self.config.seed)
+                restored = restore(
+                    side["codes"][:, :, :n_packed], side["scale"][:, :, :n_packed], b, x.shape[3], self.config.seed
+                )
                 mean = self._mean(side, i, n_packed)
                 restored = restored if mean is None else restored + mean
                 error = compare_vectors(x[:, :, first:last], restored, dtype)
@@ -208,8 +219,11 @@ class ListModel:
 
 def restore(codes, scale, bits, head_dim, seed=0):
     """The oracle's vectors of packed rows: float64 [B, H, n, head_dim]."""
-    return reference.dequantize(reference.Quantized(
-        reference.unpack(codes, bits, head_dim), scale[..., 0].astype(np.float64), None, bits, seed, None, None))
+    return reference.dequantize(
+        reference.Quantized(
+            reference.unpack(codes, bits, head_dim), scale[..., 0].astype(np.float64), None, bits, seed, None, None
+        )
+    )
 
 
 def filled(n=40, scheme="turbo4", seed=0, sink=2, recent=4, block=4, chunk=None, **options):
@@ -217,5 +231,5 @@ def filled(n=40, scheme="turbo4", seed=0, sink=2, recent=4, block=4, chunk=None,
     cache = TurboKVCache(scheme, sink=sink, recent=recent, block=block)
     keys, values = random_tokens(np.random.default_rng(seed), n, **options)
     for i in range(0, n, chunk or n):
-        cache.update_and_fetch(keys[:, :, i:i + (chunk or n)], values[:, :, i:i + (chunk or n)])
+        cache.update_and_fetch(keys[:, :, i : i + (chunk or n)], values[:, :, i : i + (chunk or n)])
     return cache

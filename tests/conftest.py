@@ -1,5 +1,6 @@
 """One suite over all backends: the NumPy oracle, the MLX fallback, the Metal kernels in the simulator (metalsim),
 and, where there is one, a real Metal GPU. With MLX_TURBO_REQUIRE_METAL=1 a missing GPU is an error."""
+
 import os
 import re
 import sys
@@ -38,8 +39,9 @@ class OracleBackend:
             x = to_numpy(side.x).astype(np.float64)
             finite = np.isfinite(x).all(-1, keepdims=True)
             with np.errstate(over="ignore"):
-                q = reference.quantize(np.where(finite, x, 0), side.bits, rotation=seed, mean=mean,
-                                       scale=scale, scale_dtype=np.float64)
+                q = reference.quantize(
+                    np.where(finite, x, 0), side.bits, rotation=seed, mean=mean, scale=scale, scale_dtype=np.float64
+                )
                 scales = np.where(finite, q.scale[..., None], np.nan).astype(np.float16)
             scales = np.where(np.isfinite(scales), scales, np.float16(np.nan))
             outs.append((mx.array(q.packed()), mx.array(scales)))
@@ -48,10 +50,17 @@ class OracleBackend:
     def dequantize(self, sides, first, length, dtype, seed=0):
         outs = []
         for side in sides:
-            codes, scale = (np.array(a[:, :, first:first + length]) for a in (side.codes, side.scale))
+            codes, scale = (np.array(a[:, :, first : first + length]) for a in (side.codes, side.scale))
             codes = reference.unpack(codes, side.bits, side.head_dim)
-            q = reference.Quantized(codes, scale[..., 0].astype(np.float64), None, side.bits, seed, None,
-                                    None if side.mean is None else np.array(side.mean))
+            q = reference.Quantized(
+                codes,
+                scale[..., 0].astype(np.float64),
+                None,
+                side.bits,
+                seed,
+                None,
+                None if side.mean is None else np.array(side.mean),
+            )
             with np.errstate(invalid="ignore"):  # of vectors that are not finite
                 outs.append(mx.array(reference.dequantize(q).astype(np.float32)).astype(dtype))
         return outs
@@ -65,20 +74,24 @@ class OracleBackend:
         for side in (keys, values):
             middle = None
             if n_packed and side.bits:
-                middle, = self.dequantize([side.packed()], 0, n_packed, mx.float32, seed)
+                (middle,) = self.dequantize([side.packed()], 0, n_packed, mx.float32, seed)
                 if side.means is not None:
                     rows = to_numpy(side.means)[:, :, np.arange(n_packed) // side.segment].astype(np.float64)
                     middle = to_numpy(middle) + rotation.unrotate(rows, seed)
             elif n_packed:
                 middle = side.codes[:, :, :n_packed]
             parts = [(side.sink, n_sink), (middle, n_packed), (side.recent, n_recent)]
-            restored.append(np.concatenate([a if isinstance(a, np.ndarray) else to_numpy(a[:, :, :n])
-                                            for a, n in parts if n], axis=2))
+            restored.append(
+                np.concatenate(
+                    [a if isinstance(a, np.ndarray) else to_numpy(a[:, :, :n]) for a, n in parts if n], axis=2
+                )
+            )
         if mask is not None and not isinstance(mask, str):
             mask = np.array(mask) if mask.dtype == mx.bool_ else to_numpy(mask)
         with np.errstate(invalid="ignore"):
-            out = reference.attention(to_numpy(queries), *restored, scale=scale, mask=mask,
-                                      sinks=None if sinks is None else to_numpy(sinks))
+            out = reference.attention(
+                to_numpy(queries), *restored, scale=scale, mask=mask, sinks=None if sinks is None else to_numpy(sinks)
+            )
         return mx.array(out.astype(np.float32)).astype(queries.dtype)
 
 
@@ -103,7 +116,7 @@ def part_of(items, part):
     k, n = map(int, found.groups()) if found else (1, 0)
     if k > n:
         raise pytest.UsageError(f"--part: got {part!r}, allowed are 1/N to N/N")
-    return items[k - 1::n]
+    return items[k - 1 :: n]
 
 
 @pytest.hookimpl(trylast=True)  # of what -m and -k leave
@@ -147,6 +160,7 @@ def generated_texts(monkeypatch):
         out = generate(*args, **options)
         texts.add(out[0])
         return out
+
     monkeypatch.setattr(metalsim.launch, "generate", remember)
     return texts
 

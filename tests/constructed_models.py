@@ -6,6 +6,7 @@ Each function takes an mlx-lm Qwen3 model (the embedded one, in float32: in half
 signal away) and returns a changed copy. They can be applied one after another. The changes are made between RoPE and
 the cache, so that they work with any cache, and attention is called as mlx-lm's models call it.
 """
+
 import copy
 
 import mlx.core as mx
@@ -44,8 +45,9 @@ class ConstructedAttention(nn.Module):
             values = values + self.value_bias[:, None]
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        out = base.scaled_dot_product_attention(queries, keys, values, cache=cache, scale=plain.scale, mask=mask,
-                                                sinks=self.sinks)
+        out = base.scaled_dot_product_attention(
+            queries, keys, values, cache=cache, scale=plain.scale, mask=mask, sinks=self.sinks
+        )
         if self.value_bias is not None:  # weights sum to one
             out = out - mx.repeat(self.value_bias, plain.n_heads // plain.n_kv_heads, axis=0)[:, None]
         return plain.o_proj(out.swapaxes(1, 2).reshape(B, L, -1))
@@ -94,6 +96,7 @@ def key_bias(model, layers=None, norm=600, where="low", own_dims=False, rope_bas
     EXTRA_DIMS more dims of keys and queries, in which queries are 0, so that the function stays exactly the same. Or,
     with own_dims, in the model's own: then the function changes, as queries see the bias turn.
     """
+
     def change(attention, i):
         def constant(queries, keys, offset):
             b = norm * _directions((keys.shape[1], keys.shape[3]), (seed, i))
@@ -105,9 +108,13 @@ def key_bias(model, layers=None, norm=600, where="low", own_dims=False, rope_bas
             if own_dims:
                 return queries, keys + turning_bias(H, L, head_dim=D, **options)
             b = mx.broadcast_to(turning_bias(H, L, head_dim=EXTRA_DIMS, **options), (B, H, L, EXTRA_DIMS))
-            return (mx.pad(queries, [(0, 0)] * 3 + [(0, EXTRA_DIMS)]),
-                    mx.concatenate([keys, b.astype(keys.dtype)], axis=-1))
+            return (
+                mx.pad(queries, [(0, 0)] * 3 + [(0, EXTRA_DIMS)]),
+                mx.concatenate([keys, b.astype(keys.dtype)], axis=-1),
+            )
+
         attention.changes.append(constant if where == "constant" else turning)
+
     return _with_attention(model, layers, change)
 
 
@@ -120,21 +127,28 @@ def bad_ends(model, where="low", seed=0):
 def value_bias(model, layers=None, norm=50, seed=0):
     """Every value carries a fixed vector of `norm`, which the layer's output is freed of: weights sum to one, so the
     function stays the same. Not together with `attention_sinks`: there they do not."""
+
     def change(attention, i):
-        b = _directions((attention.plain.n_kv_heads, attention.plain.v_proj.weight.shape[0] //
-                         attention.plain.n_kv_heads), (seed, i))
+        b = _directions(
+            (attention.plain.n_kv_heads, attention.plain.v_proj.weight.shape[0] // attention.plain.n_kv_heads),
+            (seed, i),
+        )
         attention.value_bias = mx.array(norm * b)
+
     return _with_attention(model, layers, change)
 
 
 def _scaled_dims(model, layers, factors):
     """Keys times `factors` [n_kv_heads or 1, head_dim], queries divided by them. Powers of two change no bit."""
+
     def change(attention, i):
         def scale(queries, keys, offset):
             f = mx.array(np.broadcast_to(factors, (keys.shape[1], keys.shape[3])).astype(np.float32))
             of_queries = mx.repeat(f, queries.shape[1] // keys.shape[1], axis=0)
             return queries / of_queries[:, None], keys * f[:, None]
+
         attention.changes.append(scale)
+
     return _with_attention(model, layers, change)
 
 
@@ -159,7 +173,9 @@ def near_zero_keys(model, layers=None, head=0, factor=2.0**-24):
 def attention_sinks(model, layers=None, logit=8.0, seed=0):
     """Every head has a learned-looking extra logit about `logit`, which takes weight from all tokens (gpt-oss). This
     is another function than the plain model's."""
+
     def change(attention, i):
         rng = np.random.default_rng((seed, i))
         attention.sinks = mx.array((logit + rng.standard_normal(attention.plain.n_heads)).astype(np.float32))
+
     return _with_attention(model, layers, change)

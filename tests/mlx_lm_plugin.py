@@ -1,6 +1,7 @@
 """A pytest plugin for mlx-lm's own tests: the embedded model in the place of those they load from the Hugging Face Hub
 and our caches in the place of mlx-lm's, as MLX_TURBO_IN_PLACE says ("classes SCHEME", "function SCHEME", or ""). Writes
 what came of each test, as JSON, to the file MLX_TURBO_OUTCOMES. From test_mlx_lm_suite.py."""
+
 import json
 import os
 import random
@@ -25,10 +26,16 @@ from mlx_turbo import (
 from mlx_turbo.cli.common import DEMO_MODEL
 from mlx_turbo.integration import prompt_cache
 
-CLASSES = {"KVCache": TurboKVCache, "RotatingKVCache": RotatingTurboKVCache, "BatchKVCache": BatchTurboKVCache,
-           "BatchRotatingKVCache": BatchRotatingTurboKVCache}
-TEMPLATE = ("{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}assistant: {% endif %}")
+CLASSES = {
+    "KVCache": TurboKVCache,
+    "RotatingKVCache": RotatingTurboKVCache,
+    "BatchKVCache": BatchTurboKVCache,
+    "BatchRotatingKVCache": BatchRotatingTurboKVCache,
+}
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 loaded_models = []
 outcomes = {}  # of a test: "passed", "skipped" or what it failed with
 packed = set()  # tests in which an update packed something
@@ -55,7 +62,7 @@ def load(*_, original=mlx_lm.utils.load, **__):
 
 def put_classes_in_place(config):
     """Our classes under the names of mlx-lm's, with `config` as their default."""
-    TurboKVCache.__init__.__defaults__ = config,
+    TurboKVCache.__init__.__defaults__ = (config,)
     BatchTurboKVCache.__init__.__defaults__ = config, (0,)
     RotatingTurboKVCache.__init__.__defaults__ = 0, config
     BatchRotatingTurboKVCache.__init__.__defaults__ = 0, config, (0,)
@@ -65,17 +72,21 @@ def put_classes_in_place(config):
 
 def put_function_in_place(config):
     """Our make_prompt_cache in the place of mlx-lm's."""
-    replace(mlx_lm.models.cache.make_prompt_cache,
-            lambda model, max_kv_size=None: mlx_turbo.make_prompt_cache(model, config, max_kv_size))
+    replace(
+        mlx_lm.models.cache.make_prompt_cache,
+        lambda model, max_kv_size=None: mlx_turbo.make_prompt_cache(model, config, max_kv_size),
+    )
 
 
 def remember_packing():
     for ours in CLASSES.values():
+
         def update_and_fetch(self, keys, values, update=ours.update_and_fetch):
             out = update(self, keys, values)
             if self.report()["packed"]:
                 packed.add(os.environ.get("PYTEST_CURRENT_TEST", "").split("::", 1)[-1].split(" ")[0])
             return out
+
         ours.update_and_fetch = update_and_fetch
 
 
@@ -85,7 +96,8 @@ if what := os.environ.get("MLX_TURBO_IN_PLACE"):
     place, _, scheme = what.partition(" ")
     # they pack from the fourth token on: the tests' texts are short
     {"classes": put_classes_in_place, "function": put_function_in_place}[place](
-        TurboConfig(scheme, sink=1, recent=1, block=1))
+        TurboConfig(scheme, sink=1, recent=1, block=1)
+    )
     remember_packing()
 
 

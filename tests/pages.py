@@ -1,4 +1,5 @@
 """The code that README.md and docs/ show."""
+
 import re
 from pathlib import Path
 

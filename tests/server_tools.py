@@ -1,4 +1,5 @@
 """A server in a process of its own, a client that speaks to it as OpenAI's does, and what a greedy answer must be."""
+
 import http.client
 import json
 import os
@@ -36,13 +37,19 @@ class Server:
         self.port, self.log_file = free_port(), Path(folder) / "server.log"
         package = str(Path(mlx_turbo.__file__).parents[1])
         # what a shell starts in the background, and all that this starts, ignores SIGINT
-        command = ("import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-                   f"sys.path.insert(0, {package!r}); from mlx_turbo.cli import main; sys.exit(main(sys.argv[1:]))")
+        command = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            f"sys.path.insert(0, {package!r}); from mlx_turbo.cli.main import main; sys.exit(main(sys.argv[1:]))"
+        )
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
         with open(self.log_file, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", command, "serve", "--port", str(self.port), *map(str, argv)],
-                stdout=log, stderr=log, env=env, cwd=folder)
+                stdout=log,
+                stderr=log,
+                env=env,
+                cwd=folder,
+            )
         while True:
             assert self.process.poll() is None, self.log
             try:
@@ -75,8 +82,9 @@ class Server:
     def connect(self, path, body):
         """The response of a POST, to be read."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        connection.request("POST", path, body if isinstance(body, str) else json.dumps(body),
-                           {"Content-Type": "application/json"})
+        connection.request(
+            "POST", path, body if isinstance(body, str) else json.dumps(body), {"Content-Type": "application/json"}
+        )
         return connection.getresponse()
 
     def get(self, path):
@@ -90,15 +98,17 @@ class Server:
         return response.status, json.loads(response.read())
 
     def chat(self, messages, max_tokens=8, **options):
-        status, answer = self.post("/v1/chat/completions", {"messages": messages, "max_tokens": max_tokens,
-                                                            "logprobs": True, **options})
+        status, answer = self.post(
+            "/v1/chat/completions", {"messages": messages, "max_tokens": max_tokens, "logprobs": True, **options}
+        )
         assert status == 200, answer
         return answer
 
     def stream(self, messages, max_tokens=8, **options):
         """The chunks of a streamed answer; checks the format of server-sent events."""
-        response = self.connect("/v1/chat/completions", {"messages": messages, "max_tokens": max_tokens,
-                                                         "stream": True, **options})
+        response = self.connect(
+            "/v1/chat/completions", {"messages": messages, "max_tokens": max_tokens, "stream": True, **options}
+        )
         assert response.status == 200 and response.headers["Content-Type"] == "text/event-stream"
         events = response.read().decode().split("\n\n")
         assert events[-1] == "" and events[-2] == "data: [DONE]"
@@ -115,8 +125,9 @@ def save_model(folder, seed=None, infinite=None):
     model.set_dtype(mx.float32)
     if seed is not None:
         mx.random.seed(seed)
-        model.update(tree_map(lambda a: a * (1 + 0.1 * mx.random.normal(a.shape)) if a.ndim == 2 else a,
-                              model.parameters()))
+        model.update(
+            tree_map(lambda a: a * (1 + 0.1 * mx.random.normal(a.shape)) if a.ndim == 2 else a, model.parameters())
+        )
     folder.mkdir()
     for file in DEMO_MODEL.glob("tokenizer*.json"):
         shutil.copy(file, folder)
@@ -137,10 +148,21 @@ def save_window_model(folder, window):
     import mlx_lm.utils
     from mlx_lm.models import llama
 
-    args = dict(model_type="llama", hidden_size=64, num_hidden_layers=4, intermediate_size=128, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-5, vocab_size=2048, max_position_embeddings=4096,
-                tie_word_embeddings=False, sliding_window=window,
-                layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"])
+    args = dict(
+        model_type="llama",
+        hidden_size=64,
+        num_hidden_layers=4,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        rms_norm_eps=1e-5,
+        vocab_size=2048,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        sliding_window=window,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    )
     mx.random.seed(0)
     model = llama.Model(llama.ModelArgs(**args))
     model.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.1 if a.ndim > 1 else a, model.parameters()))
@@ -175,7 +197,7 @@ class Reference:
         assert answer["usage"]["prompt_tokens"] == len(prompt) and answer["usage"]["completion_tokens"] == len(ids) > 0
         text = prompt + ids[:-1]
         n_past, cache = past.go_back(text, len(prompt) - 1) if past else (0, None)
-        logits = np.array(self.model(mx.array([text[n_past:]]), cache=cache))[0, len(prompt) - 1 - n_past:]
+        logits = np.array(self.model(mx.array([text[n_past:]]), cache=cache))[0, len(prompt) - 1 - n_past :]
         return logits.max(-1) - logits[np.arange(len(ids)), ids]
 
 

@@ -1,4 +1,5 @@
 """What a launch of the attention kernel looks like: a pure function of the shapes and the tuning."""
+
 import functools
 import itertools
 from typing import NamedTuple
@@ -14,6 +15,7 @@ MERGE_SIMDGROUPS = 4
 
 class AttendTuning(NamedTuple):
     """Numbers that do not change the result of `attend`, only its speed. `bench --tune` turns them."""
+
     accumulators: int = 64  # per lane: rows of a simdgroup * dims per lane
     tokens_per_lane: int = 2
     tokens_per_lane_few_rows: int = 4  # of at most 2 rows
@@ -37,6 +39,7 @@ MOST_SIMDGROUPS = 12  # of a threadgroup: an Apple core has registers for 384 th
 
 class AttendShape(NamedTuple):
     """Template values of attend.metal that follow from the tuning; none depends on the number of tokens."""
+
     ROWS: int
     TOKENS_PER_LANE: int
     DIMS_PER_LANE: int
@@ -58,8 +61,11 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, gqa, n_query_
     Numbers of query tokens are rounded up to those of QUERY_TOKENS, so that few kernels serve a conversation.
     """
     n_rows = gqa * next(n for n in QUERY_TOKENS if n >= n_query_tokens)
-    dims = [e for e in range(8, 65, 8) if value_dim % e == 0 and value_dim // e <= 32 and (
-        value_bits != 3 or e == 8 or e % 16 == 0)]
+    dims = [
+        e
+        for e in range(8, 65, 8)
+        if value_dim % e == 0 and value_dim // e <= 32 and (value_bits != 3 or e == 8 or e % 16 == 0)
+    ]
     dims_per_lane = dims[0]
     if value_bits in (2, 3) and n_rows <= 4 and 16 in dims:
         dims_per_lane = 16  # whole words, whole units
@@ -76,7 +82,8 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, gqa, n_query_
     simdgroups = tuning.simdgroups_one_launch if one else tuning.simdgroups
     results = 8 * rows if one else 0  # bytes of a simdgroup's maxima and sums
     while rows * query_bytes + simdgroups * (128 * tokens * _padded(rows) + results) > THREADGROUP_BYTES or (
-            one and simdgroups * 4 * value_dim > THREADGROUP_BYTES):
+        one and simdgroups * 4 * value_dim > THREADGROUP_BYTES
+    ):
         if tokens > 1:
             tokens //= 2
         else:
@@ -113,7 +120,9 @@ def attend_blocks(tuning, shape, n_exact, n_packed, n_groups, one):
     if one:
         exact, packed = -(-n_exact // tile), -(-n_packed // tile)
         if exact and packed:
-            return min(max(round(shape.SIMDGROUPS * exact / (exact + packed)), 1), shape.SIMDGROUPS - 1), shape.SIMDGROUPS
+            return min(
+                max(round(shape.SIMDGROUPS * exact / (exact + packed)), 1), shape.SIMDGROUPS - 1
+            ), shape.SIMDGROUPS
         return (shape.SIMDGROUPS if exact else 0), shape.SIMDGROUPS
     most = max(tuning.simdgroups_per_launch // n_groups, 1)
     tokens = max(tuning.tokens_per_block, -(-(n_exact + n_packed) // most))

@@ -1,4 +1,5 @@
 """Which chip this is."""
+
 import mlx.core as mx
 
 

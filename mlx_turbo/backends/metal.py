@@ -4,6 +4,7 @@ Each combination of template values is a Metal library of its own. Before one is
 compared with the NumPy reference on a few vectors, once per process; a kernel that does not build or disagrees
 raises `BackendError`. Nothing here ever falls back to another backend.
 """
+
 import contextlib
 import functools
 import math
@@ -47,7 +48,7 @@ DIMS = 16  # numbers of `dims` before the diagonals
 def _attend_dims(integers, scale, segment, acc_rows, batch, key_dim, value_dim, seed):
     """attend.metal's `dims`, the same array for all layers of a step: numbers, and the diagonals of both rotations."""
     dims = _dims_with_diagonals(key_dim, value_dim, seed).copy()
-    dims[:len(integers) + 4] = [*integers, np.float32(scale * LOG2_E).view(np.int32), segment, acc_rows, batch]
+    dims[: len(integers) + 4] = [*integers, np.float32(scale * LOG2_E).view(np.int32), segment, acc_rows, batch]
     return mx.array(dims)
 
 
@@ -77,8 +78,22 @@ def _tuned_values():
 
 
 LOG2_E = float(np.log2(np.e))
-ATTEND_INPUTS = ["queries", "k_sink", "k_codes", "k_scale", "k_recent", "v_sink", "v_codes", "v_scale", "v_recent",
-                 "k_means", "v_means", "mask", "sinks", "dims"]
+ATTEND_INPUTS = [
+    "queries",
+    "k_sink",
+    "k_codes",
+    "k_scale",
+    "k_recent",
+    "v_sink",
+    "v_codes",
+    "v_scale",
+    "v_recent",
+    "k_means",
+    "v_means",
+    "mask",
+    "sinks",
+    "dims",
+]
 
 
 def _grid(n_vectors, head_dims):
@@ -125,8 +140,12 @@ class MetalBackend:
             prepared.append((QuantizeSide(x, side.bits, mean), in_kernel))
         if len({side.x.dtype for side, _ in prepared}) > 1:  # one input rotated beforehand, the other not
             prepared = [(side._replace(x=side.x.astype(mx.float32)), r) for side, r in prepared]
-        self._test("quantize", tuple((s.x.shape[-1], s.bits, r, s.mean is not None) for s, r in prepared),
-                   prepared[0][0].x.dtype, scale)
+        self._test(
+            "quantize",
+            tuple((s.x.shape[-1], s.bits, r, s.mean is not None) for s, r in prepared),
+            prepared[0][0].x.dtype,
+            scale,
+        )
         return self._quantize(prepared, seed, scale)
 
     def dequantize(self, sides, first, length, dtype, seed=0):
@@ -183,12 +202,14 @@ class MetalBackend:
         if name not in self._kernels:
             header, body = metal_source(name)
             self._kernels[name] = self._metal_kernel(
-                f"turbo_{name}", inputs, outputs, body, header=header, ensure_row_contiguous=False)
+                f"turbo_{name}", inputs, outputs, body, header=header, ensure_row_contiguous=False
+            )
         return self._kernels[name]
 
     def _quantize(self, prepared, seed, scale):
-        kernel = self._kernel("quantize", ["x0", "x1", "shift0", "shift1", "diag0", "diag1"],
-                              ["codes0", "codes1", "scale0", "scale1"])
+        kernel = self._kernel(
+            "quantize", ["x0", "x1", "shift0", "shift1", "diag0", "diag1"], ["codes0", "codes1", "scale0", "scale1"]
+        )
         n = len(prepared)
         xs, shifts, diags, code_shapes, scale_shapes = [], [], [], [], []
         template = [("RULE", SCALES.index(scale))]
@@ -199,19 +220,30 @@ class MetalBackend:
             xs.append(x)
             diags.append(diag)
             shifts.append(diag if mean is None else mx.contiguous(-diag[0] * mean))
-            template += [(f"B{i}", bits), (f"D{i}", head_dim), (f"ROTATE{i}", in_kernel), (f"MEAN{i}", mean is not None)]
+            template += [
+                (f"B{i}", bits),
+                (f"D{i}", head_dim),
+                (f"ROTATE{i}", in_kernel),
+                (f"MEAN{i}", mean is not None),
+            ]
             code_shapes.append((*batch, words_per_row(bits, head_dim)) if i < n else (1,))
             scale_shapes.append((*batch, 1) if i < n else (1,))
         n_vectors = math.prod(xs[0].shape[:3])
         outs = kernel(
-            inputs=xs + shifts + diags, template=template, output_shapes=code_shapes + scale_shapes,
-            output_dtypes=[mx.uint32] * 2 + [mx.float16] * 2, **_grid(n_vectors, [x.shape[-1] for x in xs[:n]]))
+            inputs=xs + shifts + diags,
+            template=template,
+            output_shapes=code_shapes + scale_shapes,
+            output_dtypes=[mx.uint32] * 2 + [mx.float16] * 2,
+            **_grid(n_vectors, [x.shape[-1] for x in xs[:n]]),
+        )
         return [(outs[i], outs[2 + i]) for i in range(n)]
 
     def _dequantize(self, prepared, first, length, dtype, seed):
         kernel = self._kernel(
-            "dequantize", ["codes0", "codes1", "scale0", "scale1", "mean0", "mean1", "diag0", "diag1", "span"],
-            ["x0", "x1"])
+            "dequantize",
+            ["codes0", "codes1", "scale0", "scale1", "mean0", "mean1", "diag0", "diag1", "span"],
+            ["x0", "x1"],
+        )
         n = len(prepared)
         codes, scales, means, diags, template, shapes = [], [], [], [], [("T", dtype)], []
         for i in (0, 1):
@@ -221,14 +253,21 @@ class MetalBackend:
             scales.append(side.scale)
             diags.append(diag)
             means.append(diag if side.mean is None else side.mean)
-            template += [(f"B{i}", side.bits), (f"D{i}", side.head_dim), (f"ROTATE{i}", in_kernel),
-                         (f"MEAN{i}", side.mean is not None)]
+            template += [
+                (f"B{i}", side.bits),
+                (f"D{i}", side.head_dim),
+                (f"ROTATE{i}", in_kernel),
+                (f"MEAN{i}", side.mean is not None),
+            ]
             shapes.append((*side.codes.shape[:2], length, side.head_dim) if i < n else (1,))
         n_vectors = math.prod(shapes[0][:3])
         outs = kernel(
-            inputs=codes + scales + means + diags + [mx.array([first, length], mx.int32)], template=template,
-            output_shapes=shapes, output_dtypes=[dtype] * 2,
-            **_grid(n_vectors, [side.head_dim for side, _ in prepared]))
+            inputs=codes + scales + means + diags + [mx.array([first, length], mx.int32)],
+            template=template,
+            output_shapes=shapes,
+            output_dtypes=[dtype] * 2,
+            **_grid(n_vectors, [side.head_dim for side, _ in prepared]),
+        )
         return list(outs[:n])
 
     def _one_launch(self, queries, keys, values, counts):
@@ -264,8 +303,16 @@ class MetalBackend:
         acc_rows, acc_row = n_rows, values.head_dim
         if shape.QUERIES_IN_DEVICE_MEMORY:
             acc_rows, acc_row = row_groups * shape.rows, max(key_dim, values.head_dim)
-        dims = _attend_dims((n_sink, n_packed, n_recent, exact_blocks, blocks, row_groups, flags, n_query_tokens,
-                             n_heads, n_kv_heads), scale, keys.segment, acc_rows, batch, key_dim, values.head_dim, seed)
+        dims = _attend_dims(
+            (n_sink, n_packed, n_recent, exact_blocks, blocks, row_groups, flags, n_query_tokens, n_heads, n_kv_heads),
+            scale,
+            keys.segment,
+            acc_rows,
+            batch,
+            key_dim,
+            values.head_dim,
+            seed,
+        )
         sides, exact_types = [], []
         for side in (keys, values):
             exact = [a for a in (side.recent, side.sink) if a is not None]
@@ -273,35 +320,59 @@ class MetalBackend:
             codes = side.codes
             if codes is None:
                 codes = _nothing(mx.uint32) if side.bits else exact
-            sides += [exact if side.sink is None else side.sink, _eight(codes),
-                      _nothing(mx.float16) if side.scale is None else side.scale,
-                      exact if side.recent is None else side.recent]
+            sides += [
+                exact if side.sink is None else side.sink,
+                _eight(codes),
+                _nothing(mx.float16) if side.scale is None else side.scale,
+                exact if side.recent is None else side.recent,
+            ]
             exact_types.append(exact.dtype)
         means = [side.means if side.has_means else _nothing(mx.float16) for side in (keys, values)]
-        template = [("T", queries.dtype if one else mx.float32), ("EXACT_KEY", exact_types[0]),
-                    ("EXACT_VALUE", exact_types[1]), ("KEY_BITS", keys.bits), ("VALUE_BITS", values.bits), ("KEY_DIM", key_dim),
-                    ("VALUE_DIM", values.head_dim), ("KEY_MEANS", keys.has_means), ("VALUE_MEANS", values.has_means),
-                    *shape._asdict().items(), ("SINGLE_LAUNCH", one)]
+        template = [
+            ("T", queries.dtype if one else mx.float32),
+            ("EXACT_KEY", exact_types[0]),
+            ("EXACT_VALUE", exact_types[1]),
+            ("KEY_BITS", keys.bits),
+            ("VALUE_BITS", values.bits),
+            ("KEY_DIM", key_dim),
+            ("VALUE_DIM", values.head_dim),
+            ("KEY_MEANS", keys.has_means),
+            ("VALUE_MEANS", values.has_means),
+            *shape._asdict().items(),
+            ("SINGLE_LAUNCH", one),
+        ]
         out_shape = (batch, n_heads, n_query_tokens, values.head_dim)
         n_partials = batch * n_kv_heads * blocks * (acc_rows * acc_row + 2 * n_rows)
         sinks_or_any = queries if sinks is None else sinks
         kernel = self._kernel("attend", ATTEND_INPUTS, ["acc"])
-        acc, = kernel(
+        (acc,) = kernel(
             inputs=[queries, *sides, *means, _nothing(mx.bool_) if mask is None else mask, sinks_or_any, dims],
-            template=template, grid=(32, blocks * (shape.SIMDGROUPS if shape.SHARED_TILES else 1), n_groups),
-            threadgroup=(32, shape.SIMDGROUPS, 1), output_shapes=[out_shape if one else (n_partials,)],
-            output_dtypes=[queries.dtype if one else mx.float32])
+            template=template,
+            grid=(32, blocks * (shape.SIMDGROUPS if shape.SHARED_TILES else 1), n_groups),
+            threadgroup=(32, shape.SIMDGROUPS, 1),
+            output_shapes=[out_shape if one else (n_partials,)],
+            output_dtypes=[queries.dtype if one else mx.float32],
+        )
         if one:
             return acc
         rounds = len(rotation.windows(key_dim))
         kernel = self._kernel("merge", ["acc", "means", "sinks", "dims"], ["out"])
-        out, = kernel(
+        (out,) = kernel(
             inputs=[acc, means[1], sinks_or_any, dims],
-            template=[("T", queries.dtype), ("D", values.head_dim), ("BITS", values.bits),
-                      ("MEAN", values.has_means), ("OFFSET", DIMS + rounds * key_dim), ("ACC_ROW", acc_row),
-                      ("SIMDGROUPS", MERGE_SIMDGROUPS)],
-            grid=(32, MERGE_SIMDGROUPS, batch * n_heads * n_query_tokens), threadgroup=(32, MERGE_SIMDGROUPS, 1),
-            output_shapes=[out_shape], output_dtypes=[queries.dtype])
+            template=[
+                ("T", queries.dtype),
+                ("D", values.head_dim),
+                ("BITS", values.bits),
+                ("MEAN", values.has_means),
+                ("OFFSET", DIMS + rounds * key_dim),
+                ("ACC_ROW", acc_row),
+                ("SIMDGROUPS", MERGE_SIMDGROUPS),
+            ],
+            grid=(32, MERGE_SIMDGROUPS, batch * n_heads * n_query_tokens),
+            threadgroup=(32, MERGE_SIMDGROUPS, 1),
+            output_shapes=[out_shape],
+            output_dtypes=[queries.dtype],
+        )
         return out
 
     # ---- self-test -------------------------------------------------------------------------------------------
@@ -310,8 +381,11 @@ class MetalBackend:
         key = (name, sides, dtype, *rule)
         if key in self._tested:
             return
-        what = f"{name}.metal with " + " and ".join(
-            f"head_dim {d}, {b} bits{', mean' if m else ''}" for d, b, _, m in sides) + "".join(f", {x}" for x in (dtype, *rule))
+        what = (
+            f"{name}.metal with "
+            + " and ".join(f"head_dim {d}, {b} bits{', mean' if m else ''}" for d, b, _, m in sides)
+            + "".join(f", {x}" for x in (dtype, *rule))
+        )
         self._run_check(what, lambda: getattr(self, f"_check_{name}")(sides, dtype, *rule))
         self._tested.add(key)
 
@@ -323,21 +397,36 @@ class MetalBackend:
         if error:
             raise WrongResultError(
                 f"the Metal kernel disagrees with the NumPy reference: {what} on {device_name()}: {error}. Nothing "
-                "was computed on another backend; MLX_TURBO_BACKEND=cpu does that. Please report this.")
+                "was computed on another backend; MLX_TURBO_BACKEND=cpu does that. Please report this."
+            )
 
     def _test_attend(self, queries, keys, values, one):
         """Build and check the specialization of these arguments once."""
         n_kv_heads = _n_kv_heads(keys)
-        shape = attend_shape(self.tuning_of(keys, values), keys.bits, values.bits, keys.head_dim, values.head_dim,
-                             queries.shape[1] // n_kv_heads, queries.shape[2], one)
-        sides = tuple((side.bits, side.head_dim, side.has_means, _exact_dtype(side, queries.dtype))
-                      for side in (keys, values))
+        shape = attend_shape(
+            self.tuning_of(keys, values),
+            keys.bits,
+            values.bits,
+            keys.head_dim,
+            values.head_dim,
+            queries.shape[1] // n_kv_heads,
+            queries.shape[2],
+            one,
+        )
+        sides = tuple(
+            (side.bits, side.head_dim, side.has_means, _exact_dtype(side, queries.dtype)) for side in (keys, values)
+        )
         key = ("attend", sides, shape, one, queries.dtype)
         if key in self._tested:
             return
-        what = "attend.metal with " + " and ".join(
-            f"{name} of head_dim {d}, {b} bits{', mean' if m else ''}" for name, (b, d, m, _)
-            in zip(("keys", "values"), sides)) + f", {shape.ROWS} rows, {queries.dtype}"
+        what = (
+            "attend.metal with "
+            + " and ".join(
+                f"{name} of head_dim {d}, {b} bits{', mean' if m else ''}"
+                for name, (b, d, m, _) in zip(("keys", "values"), sides)
+            )
+            + f", {shape.ROWS} rows, {queries.dtype}"
+        )
         self._run_check(what, lambda: self._check_attend(sides, shape, one, queries.dtype))
         self._tested.add(key)
 
@@ -360,8 +449,11 @@ class MetalBackend:
                     means = mx.array(means)
                 codes, scale = mx.array(want.packed()), mx.array(want.scale[..., None].astype(np.float16))
             restored.append(x)
-            cached.append(CachedSide(exact[:, :, :counts[0]], codes, scale, exact[:, :, -counts[2]:], bits, head_dim,
-                                     means, segment))
+            cached.append(
+                CachedSide(
+                    exact[:, :, : counts[0]], codes, scale, exact[:, :, -counts[2] :], bits, head_dim, means, segment
+                )
+            )
         scale = sides[0][1] ** -0.5
         queries = mx.array(rng.standard_normal((1, shape.rows, 1, sides[0][1])).astype(np.float32)).astype(dtype)
         inner = mx.arange(sum(counts))
@@ -378,8 +470,15 @@ class MetalBackend:
             mean = mx.array(rng.standard_normal((1, 3, 1, head_dim)).astype(np.float32)) if has_mean else None
             x = mx.array(rng.standard_normal((1, 3, 7, head_dim)).astype(np.float32)).astype(dtype)
             prepared.append((QuantizeSide(x, bits, mean), in_kernel))
-            wants.append(reference.quantize(np.array(x.astype(mx.float32)), bits, rotation=0 if in_kernel else None,
-                                            mean=None if mean is None else np.array(mean), scale=rule))
+            wants.append(
+                reference.quantize(
+                    np.array(x.astype(mx.float32)),
+                    bits,
+                    rotation=0 if in_kernel else None,
+                    mean=None if mean is None else np.array(mean),
+                    scale=rule,
+                )
+            )
         for (codes, scale), want in zip(self._quantize(prepared, 0, rule), wants):
             error = compare_quantized(np.array(codes), np.array(scale), want)
             if error:
@@ -390,11 +489,20 @@ class MetalBackend:
         rng, prepared, wants = np.random.default_rng(0), [], []
         for head_dim, bits, in_kernel, has_mean in sides:
             mean = rng.standard_normal((1, 3, 1, head_dim)).astype(np.float32) if has_mean else None
-            want = reference.quantize(rng.standard_normal((1, 3, 9, head_dim)), bits,
-                                      rotation=0 if in_kernel else None)
+            want = reference.quantize(rng.standard_normal((1, 3, 9, head_dim)), bits, rotation=0 if in_kernel else None)
             wants.append(reference.dequantize(want, mean=mean)[:, :, 2:])
-            prepared.append((PackedSide(mx.array(want.packed()), mx.array(want.scale[..., None].astype(np.float16)),
-                                        bits, head_dim, None if mean is None else mx.array(mean)), in_kernel))
+            prepared.append(
+                (
+                    PackedSide(
+                        mx.array(want.packed()),
+                        mx.array(want.scale[..., None].astype(np.float16)),
+                        bits,
+                        head_dim,
+                        None if mean is None else mx.array(mean),
+                    ),
+                    in_kernel,
+                )
+            )
         for got, want in zip(self._dequantize(prepared, 2, 7, dtype, seed=0), wants):
             error = compare_vectors(np.array(got.astype(mx.float32)), want, dtype)
             if error:
@@ -439,8 +547,10 @@ def _named_by_types(metal_kernel, name, *texts, **options):
         types = tuple((a.dtype, a.ndim == 0, a.size < 8) for a in inputs), tuple(output_dtypes)
         if types not in kernels:
             kinds = [(dtype, "s" * scalar + "c" * small) for dtype, scalar, small in types[0]]
-            suffix = "_".join(str(dtype).removeprefix("mlx.core.") + how
-                              for dtype, how in [*kinds, *((dtype, "") for dtype in types[1])])
+            suffix = "_".join(
+                str(dtype).removeprefix("mlx.core.") + how
+                for dtype, how in [*kinds, *((dtype, "") for dtype in types[1])]
+            )
             kernels[types] = metal_kernel(f"{name}_{suffix}", *texts, **options)
         return kernels[types](inputs=inputs, output_dtypes=output_dtypes, **arguments)
 

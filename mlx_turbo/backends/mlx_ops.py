@@ -1,4 +1,5 @@
 """The same operations as kernels.py in MLX operations, on any device. float32 inside."""
+
 import mlx.core as mx
 import numpy as np
 
@@ -85,9 +86,9 @@ def read_slots(words, bits, head_dim):
     if bits != 3:
         return _constant(_table, bits)[words.view(mx.uint16)].flatten(-2)
     units = -(-head_dim // 16)
-    a = words[..., :units].view(mx.uint16)                                    # [..., 2 units], halves s = 0, 1
-    b = mx.contiguous(words[..., units:]).view(mx.uint8)                      # byte i + 2s of word t / 2, i = t % 2
-    b = mx.unflatten(b, -1, (-1, 2, 2)).swapaxes(-1, -2).flatten(-3)[..., :2 * units].astype(mx.uint16)
+    a = words[..., :units].view(mx.uint16)  # [..., 2 units], halves s = 0, 1
+    b = mx.contiguous(words[..., units:]).view(mx.uint8)  # byte i + 2s of word t / 2, i = t % 2
+    b = mx.unflatten(b, -1, (-1, 2, 2)).swapaxes(-1, -2).flatten(-3)[..., : 2 * units].astype(mx.uint16)
     levels = [_constant(_table_plane_a)[a & 0x7FFF], _constant(_table_plane_b)[b | ((a >> 15) << 8)]]
     return mx.concatenate(levels, axis=-1).flatten(-2)
 
@@ -129,7 +130,7 @@ def _quantize_in_slices(side, seed, rule):
         return _quantize(x, side.bits, side.mean, seed, rule)
     slices = []
     for at in range(0, n, step):
-        slices.append(_quantize(x[:, :, at:at + step], side.bits, side.mean, seed, rule))
+        slices.append(_quantize(x[:, :, at : at + step], side.bits, side.mean, seed, rule))
         mx.eval(slices[-1])
     return tuple(mx.concatenate(parts, axis=2) for parts in zip(*slices))
 
@@ -167,7 +168,7 @@ class CpuBackend:
 
     def read_rows(self, side, first, n):
         """For `tiled_attention`: levels as they lie in memory, and the scales, which go to logits and weights."""
-        codes, scale = mx.contiguous(side.codes[:, :, first:first + n]), side.scale[:, :, first:first + n]
+        codes, scale = mx.contiguous(side.codes[:, :, first : first + n]), side.scale[:, :, first : first + n]
         return read_slots(codes, side.bits, side.head_dim), scale, side.bits
 
     def why_not_fused(self, keys, values, n_query_tokens):

@@ -4,6 +4,7 @@ Each combination of template values is a Metal library of its own. Before one is
 compared with the NumPy reference on a few vectors, once per process; a kernel that does not build or disagrees
 raises `BackendError`. Nothing here ever falls back to another backend.
 """
+
 import functools
 
 import mlx.core as mx
@@ -33,10 +34,10 @@ def _constant(make, *args):
 # ---- rotation ------------------------------------------------------------------------------------------------
 def _transform_window(x, start, size):
     # mx.hadamard_transform is right for powers of two only, and on the CPU fast in float32 only
-    y = mx.hadamard_transform(x[..., start:start + size], scale=1.0)
+    y = mx.hadamard_transform(x[..., start : start + size], scale=1.0)
     if size == x.shape[-1]:
         return y
-    return mx.concatenate([x[..., :start], y, x[..., start + size:]], axis=-1)
+    return mx.concatenate([x[..., :start], y, x[..., start + size :]], axis=-1)
 
 
 def rotate(x, seed=0):

@@ -5,6 +5,7 @@ is the GPU; the CPU fallback where there is none, or where the user says so: `ML
 `backend="cpu"`, or `mx.set_default_device(mx.cpu)`. A Metal kernel that does not build or computes something wrong
 is an error, never a reason to use the other backend.
 """
+
 import contextlib
 import os
 
@@ -98,8 +99,13 @@ def quantize_sides(sides, seed=0, backend=None, scale=SCALES[0]):
     if scale not in SCALES:
         raise ValueError(f"scale: got {scale!r}, allowed are {SCALES}")
     if 0 in sides[0].x.shape[:3]:
-        return [(mx.zeros((*s.x.shape[:3], words_per_row(s.bits, s.x.shape[3])), mx.uint32),
-                 mx.zeros((*s.x.shape[:3], 1), mx.float16)) for s in sides]
+        return [
+            (
+                mx.zeros((*s.x.shape[:3], words_per_row(s.bits, s.x.shape[3])), mx.uint32),
+                mx.zeros((*s.x.shape[:3], 1), mx.float16),
+            )
+            for s in sides
+        ]
     return get_backend(backend).quantize(sides, seed, scale)
 
 
@@ -123,10 +129,12 @@ def quantize(x, bits=4, *, mean=None, seed=0, backend=None, scale=SCALES[0]):
     check_vectors(x, "x")
     _check_bits(bits)
     _check_mean(mean, x.shape[:2], x.shape[-1])
-    (codes, scales), = quantize_sides([QuantizeSide(x, bits, mean)], seed, backend, scale)
+    ((codes, scales),) = quantize_sides([QuantizeSide(x, bits, mean)], seed, backend, scale)
     if not mx.isfinite(scales).all().item():
-        raise ValueError("x: has NaN, infinity or a vector with a root mean square beyond 65504 (float16), allowed are "
-                         "finite numbers")
+        raise ValueError(
+            "x: has NaN, infinity or a vector with a root mean square beyond 65504 (float16), allowed are "
+            "finite numbers"
+        )
     return codes, scales
 
 

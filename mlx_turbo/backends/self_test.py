@@ -1,4 +1,5 @@
 """Is a backend right? Comparison with the NumPy reference, for first use, `doctor`, `bench` and the tests."""
+
 import mlx.core as mx
 import numpy as np
 

@@ -4,6 +4,7 @@ Each combination of template values is a Metal library of its own. Before one is
 compared with the NumPy reference on a few vectors, once per process; a kernel that does not build or disagrees
 raises `BackendError`. Nothing here ever falls back to another backend.
 """
+
 from typing import NamedTuple, Optional
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ class WrongResultError(BackendError):
 
 class QuantizeSide(NamedTuple):
     """Vectors to quantize. x: [B, H, L, D]. mean: float32 [B, H, 1, D] or None."""
+
     x: mx.array
     bits: int
     mean: Optional[mx.array] = None
@@ -27,6 +29,7 @@ class QuantizeSide(NamedTuple):
 class PackedSide(NamedTuple):
     """Packed rows. codes: uint32 [B, H, capacity, words]. scale: float16 [B, H, capacity, 1].
     mean: float32 [B, H, 1, head_dim] or None."""
+
     codes: mx.array
     scale: mx.array
     bits: int
@@ -45,6 +48,7 @@ class CachedSide(NamedTuple):
     means: float16 [B, Hkv, capacity, head_dim] in rotated space, added to packed token p: that of row p // segment.
     segment: a multiple of 128 for keys, ONE_SEGMENT for values. Both are for packed sides (bits > 0) only.
     """
+
     sink: Optional[mx.array]
     codes: Optional[mx.array]
     scale: Optional[mx.array]

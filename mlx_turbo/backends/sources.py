@@ -1,4 +1,5 @@
 """The text of metal/*.metal, as it is handed to MLX."""
+
 import functools
 import re
 from pathlib import Path
@@ -13,7 +14,9 @@ def metal_folder():
     for folder in (Path(__file__).parents[1] / "metal", Path(__file__).parents[2] / "metal"):
         if (folder / "quantize.metal").is_file():
             return folder
-    raise BackendError(f"no metal/quantize.metal in {Path(__file__).parent} or beside it: the installation is incomplete")
+    raise BackendError(
+        f"no metal/quantize.metal in {Path(__file__).parent} or beside it: the installation is incomplete"
+    )
 
 
 @functools.lru_cache(maxsize=None)

@@ -1,4 +1,5 @@
 """Attention over a packed cache by MLX operations, tile by tile: memory is bounded by the tile."""
+
 import functools
 import itertools
 
@@ -21,8 +22,11 @@ def _tiles(counts, n_rows, max_tile, logit_bytes):
     n_sink, n_packed, n_recent = counts
     most = int(min(max_tile, max(64, logit_bytes // (4 * n_rows) // 64 * 64)))
     tiles, room = [[]], most
-    for part, n_tokens, column in (("codes", n_packed, n_sink), ("sink", n_sink, 0),
-                                   ("recent", n_recent, n_sink + n_packed)):
+    for part, n_tokens, column in (
+        ("codes", n_packed, n_sink),
+        ("sink", n_sink, 0),
+        ("recent", n_recent, n_sink + n_packed),
+    ):
         for first in range(0, n_tokens, most):
             n = min(most, n_tokens - first)
             if n > room:
@@ -89,7 +93,7 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
             weights = mx.softmax(logits, axis=-1)
         else:
             if mask is not None:
-                x = _join([mask[..., column:column + n] for _, _, n, column in spans])
+                x = _join([mask[..., column : column + n] for _, _, n, column in spans])
                 logits = mx.where(x, logits, DEAD) if mask.dtype == mx.bool_ else mx.where(x > DEAD, logits + x, DEAD)
             highest = logits.max(-1, keepdims=True)
             if mask is not None:
@@ -164,7 +168,7 @@ def _exact(side, part, first, n):
     """Rows first .. first + n - 1 of a buffer, float32; one that is full is not sliced, which takes a microsecond."""
     buffer = getattr(side, part)
     if n < buffer.shape[2]:
-        buffer = buffer[:, :, first:first + n]
+        buffer = buffer[:, :, first : first + n]
     return buffer.astype(mx.float32)
 
 

@@ -4,6 +4,7 @@ One JSON file in the user's cache folder. An entry holds for one chip, one text 
 of head dims; entries of another text are ignored, and dropped with the next tuning. A tuned kernel is checked against
 the reference before its first use like any other.
 """
+
 import hashlib
 import json
 import os
@@ -72,7 +73,8 @@ def _allowed(values):
     """Whether an entry's values are some that could have been tried: the file may have been edited."""
     default = AttendTuning()._asdict()
     return set(values) == set(default) and all(
-        type(x) is int and (x in CANDIDATES[name] or x == default[name]) for name, x in values.items())
+        type(x) is int and (x in CANDIDATES[name] or x == default[name]) for name, x in values.items()
+    )
 
 
 def load(chip=None):
@@ -92,8 +94,10 @@ def save(tuned, chip=None):
     chip, kernels = chip or device_name(), kernel_hash()
     kept = [e for e in _read() if e.get("chip") != chip]
     names = "key_bits", "value_bits", "key_dim", "value_dim"
-    new = [{"chip": chip, "kernels": kernels, **dict(zip(names, key)), "values": values._asdict()}
-           for key, values in (load(chip) | tuned).items()]
+    new = [
+        {"chip": chip, "kernels": kernels, **dict(zip(names, key)), "values": values._asdict()}
+        for key, values in (load(chip) | tuned).items()
+    ]
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_suffix(f".{os.getpid()}")
@@ -104,8 +108,12 @@ def save(tuned, chip=None):
 
 def changes(values):
     """What differs from the defaults, for people: "simdgroups 8 (default 4)"."""
-    return ", ".join(f"{name} {x} (default {d})" for (name, x), d in zip(values._asdict().items(), AttendTuning())
-                     if x != d) or "the defaults"
+    return (
+        ", ".join(
+            f"{name} {x} (default {d})" for (name, x), d in zip(values._asdict().items(), AttendTuning()) if x != d
+        )
+        or "the defaults"
+    )
 
 
 def describe():
@@ -113,8 +121,10 @@ def describe():
     found = load()
     if not found:
         return "none (bench kernels --tune measures what this chip likes)"
-    return "; ".join(f"{k} and {v} bits, head_dim {dk}{f'/{dv}' if dv != dk else ''}: {changes(values)}"
-                     for (k, v, dk, dv), values in found.items())
+    return "; ".join(
+        f"{k} and {v} bits, head_dim {dk}{f'/{dv}' if dv != dk else ''}: {changes(values)}"
+        for (k, v, dk, dv), values in found.items()
+    )
 
 
 def search(time_all, default=AttendTuning(), progress=None):

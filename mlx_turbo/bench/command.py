@@ -8,6 +8,7 @@
 
 Exit codes: 0 done, 1 something failed or computed something wrong, 2 wrong input.
 """
+
 import contextlib
 import importlib
 import logging
@@ -44,17 +45,23 @@ from .tune import _attend_contenders, _tune
 
 # ---- kernels ---------------------------------------------------------------------------------------------------
 def _kernels_parser():
-    parser = _parser("kernels", "Quantize, dequantize and the attention of one decode step on every backend there is, "
-                                "beside MLX's own. Everything is compared with the NumPy oracle; what is wrong is "
-                                "reported as wrong and not ranked.")
+    parser = _parser(
+        "kernels",
+        "Quantize, dequantize and the attention of one decode step on every backend there is, "
+        "beside MLX's own. Everything is compared with the NumPy oracle; what is wrong is "
+        "reported as wrong and not ranked.",
+    )
     _numbers(parser, "--tokens", "1024 4096 16384, on Metal also 65536", "tokens in the cache")
     _numbers(parser, "--head-dim", "128, on Metal also 64 and 256", "numbers per head")
     _numbers(parser, "--gqa", "4, on Metal also 1 and 8", "query heads per kv head; there are 8 kv heads")
     _numbers(parser, "--query-tokens", "1", f"of the step, {MAX_QUERY_TOKENS} at most: a draft to verify has several")
     add = parser.add_argument
     add("--kv", nargs="+", metavar="SCHEME", help=f"(default: {' '.join(SCHEMES)})")
-    add("--dtype", choices=["float16", "bfloat16", "float32"],
-        help="of what is not packed (default: float16 on Metal, float32 on the CPU, where float16 is slow)")
+    add(
+        "--dtype",
+        choices=["float16", "bfloat16", "float32"],
+        help="of what is not packed (default: float16 on Metal, float32 on the CPU, where float16 is slow)",
+    )
     add("--backend", choices=["metal", "cpu"], help="this one only (default: all that there are)")
     add("--ablate", action="store_true", help="also time the attention kernel with one stage taken out (Metal only)")
     add("--tune", action="store_true", help="first find this chip's best launch parameters and keep them (Metal only)")
@@ -65,25 +72,29 @@ def kernels(argv, backends=None):
     """`mlx-turbo bench kernels`. backends: those to measure instead of the machine's."""
     args = _kernels_parser().parse_args(argv)
     _check_output(args)
-    schemes = _schemes(args.kv or SCHEMES[:1 if args.quick else None])
+    schemes = _schemes(args.kv or SCHEMES[: 1 if args.quick else None])
     backends = backends or _backends(args.backend)
     on_metal = any(isinstance(b, MetalBackend) and b.is_real for b in backends)
     metal = next((b for b in backends if isinstance(b, MetalBackend)), None)
     for flag in ("ablate", "tune"):
         if getattr(args, flag) and metal is None:
-            raise BackendError(f"--{flag}: is about the Metal kernel, but "
-                               f"{select.metal_unavailable() or 'only the CPU fallback was asked for'}")
+            raise BackendError(
+                f"--{flag}: is about the Metal kernel, but "
+                f"{select.metal_unavailable() or 'only the CPU fallback was asked for'}"
+            )
     if args.tune and on_metal:
         try:
             tuning.check_path()
         except OSError as e:
             raise CliError(f"--tune: cannot keep what it finds in {str(tuning.path())!r}: {e.strerror}") from e
     grid = contending.Grid(
-        _chosen(args, "tokens", (1024, 4096, 16384, 65536)[:4 if on_metal else 3], (256, 1024), LEAST_TOKENS),
+        _chosen(args, "tokens", (1024, 4096, 16384, 65536)[: 4 if on_metal else 3], (256, 1024), LEAST_TOKENS),
         _chosen(args, "head_dim", (64, 128, 256) if on_metal else (128,), (128,), 32),
-        _chosen(args, "gqa", (1, 4, 8) if on_metal else (4,), (4,), 1), schemes,
+        _chosen(args, "gqa", (1, 4, 8) if on_metal else (4,), (4,), 1),
+        schemes,
         getattr(mx, args.dtype or ("float16" if on_metal else "float32")),
-        _chosen(args, "query_tokens", (1,), (1,), 1, MAX_QUERY_TOKENS))
+        _chosen(args, "query_tokens", (1,), (1,), 1, MAX_QUERY_TOKENS),
+    )
     for head_dim in grid.head_dims:
         if why := attend_unsupported(4, 4, head_dim, head_dim, 1):
             raise CliError(f"--head-dim: {why}")
@@ -117,35 +128,51 @@ def ablate(grid, metal, device, effort):
     of the last two where a stage does not run."""
     rows, head_dim, n_tokens = [], grid.head_dims[0], max(grid.tokens)
     for scheme in grid.schemes:
-        gqa = next((g for g in sorted(grid.gqa, reverse=True)
-                    if kernel_stages.covers(metal, scheme, head_dim, g)), 1)
+        gqa = next((g for g in sorted(grid.gqa, reverse=True) if kernel_stages.covers(metal, scheme, head_dim, g)), 1)
         stages = [kernel_stages.AblatedBackend(stage, metal) for stage in kernel_stages.STAGES]
-        runs, = _attend_contenders(grid._replace(gqa=(gqa,), query_tokens=(1,)), stages, scheme, n_tokens, head_dim,
-                                   device)
-        row = {"scheme": scheme.name, "head_dim": head_dim, "gqa": gqa, "tokens": n_tokens,
-               "column": contending.column_of(metal)}
+        (runs,) = _attend_contenders(
+            grid._replace(gqa=(gqa,), query_tokens=(1,)), stages, scheme, n_tokens, head_dim, device
+        )
+        row = {
+            "scheme": scheme.name,
+            "head_dim": head_dim,
+            "gqa": gqa,
+            "tokens": n_tokens,
+            "column": contending.column_of(metal),
+        }
         rows.append(row)
         try:
-            timings = timing.interleave({stage: contending.timed(c) for stage, c in zip(kernel_stages.STAGES, runs,
-                                                                                            strict=True)}, effort)
+            timings = timing.interleave(
+                {stage: contending.timed(c) for stage, c in zip(kernel_stages.STAGES, runs, strict=True)}, effort
+            )
         except (RuntimeError, ValueError) as e:  # what was measured before must not be lost
             row["problem"] = f"{type(e).__name__}: {e}"
             continue
         row["seconds"] = {stage: t.median for stage, t in timings.items()}
-        row["verdict"] = (kernel_stages.verdict(row["seconds"]) if metal.is_real else
-                          "Times of the simulator say nothing about a GPU.")
+        row["verdict"] = (
+            kernel_stages.verdict(row["seconds"])
+            if metal.is_real
+            else "Times of the simulator say nothing about a GPU."
+        )
     return rows
 
 
 # ---- generate --------------------------------------------------------------------------------------------------
 def _generate_parser():
-    parser = _parser("generate", "Prompt and generation speed and memory of a model with each of several KV caches, by "
-                                 "context length. The caches take turns; ratios are to the uncompressed one in the "
-                                 "same round.")
+    parser = _parser(
+        "generate",
+        "Prompt and generation speed and memory of a model with each of several KV caches, by "
+        "context length. The caches take turns; ratios are to the uncompressed one in the "
+        "same round.",
+    )
     add = parser.add_argument
     add("--model", help="a local folder or a Hugging Face id (default: the embedded demo model)")
-    add("--kv", nargs="+", metavar="CACHE",
-        help="none (uncompressed), mlx8 and mlx4 (mlx-lm's own) and schemes (default: none mlx8 mlx4 turbo4 turbo8v4)")
+    add(
+        "--kv",
+        nargs="+",
+        metavar="CACHE",
+        help="none (uncompressed), mlx8 and mlx4 (mlx-lm's own) and schemes (default: none mlx8 mlx4 turbo4 turbo8v4)",
+    )
     _numbers(parser, "--context", "512 2048, on Metal also 8192 and 32768", "tokens of the prompt")
     add("--tokens", type=int, metavar="N", help="to generate (default: 128)")
     add("--rounds", type=int, metavar="N", help="so often each cache runs (default: 5)")
@@ -161,15 +188,16 @@ def generate(argv, backends=None):
 
     args = _generate_parser().parse_args(argv)
     _check_output(args)
-    names = list(dict.fromkeys(["none", *(args.kv or (["turbo4"] if args.quick else
-                                                      ["mlx8", "mlx4", "turbo4", "turbo8v4"]))]))
+    names = list(
+        dict.fromkeys(["none", *(args.kv or (["turbo4"] if args.quick else ["mlx8", "mlx4", "turbo4", "turbo8v4"]))])
+    )
     try:
         caches = {kv: None if kv in bench_generate.MLX_LM else kv_config(kv, args) for kv in names}
     except CliError as e:
         quantized = f"; or {', '.join(bench_generate.MLX_LM)}: its quantized ones"
         raise CliError(f"{e}{quantized if str(e).startswith('--kv:') else ''}") from e
     metal = not select.metal_unavailable()
-    contexts = _chosen(args, "context", (512, 2048, 8192, 32768)[:4 if metal else 2], (128, 384), 2)
+    contexts = _chosen(args, "context", (512, 2048, 8192, 32768)[: 4 if metal else 2], (128, 384), 2)
     for flag, default, quick, least in (("tokens", 128, 16, 2), ("rounds", 5, 3, 1)):
         value = getattr(args, flag)
         setattr(args, flag, (quick if args.quick else default) if value is None else value)
@@ -179,8 +207,9 @@ def generate(argv, backends=None):
     model, tokenizer = load_model(load, args.model or DEMO_MODEL, "--model")
     limit = getattr(getattr(model, "args", None), "max_position_embeddings", None)
     if limit and max(contexts) + args.tokens > limit:
-        raise CliError(f"--context: got {max(contexts)}, and {args.tokens} generated tokens, but the model was made "
-                       f"for {limit}")
+        raise CliError(
+            f"--context: got {max(contexts)}, and {args.tokens} generated tokens, but the model was made for {limit}"
+        )
     if not metal:
         model.set_dtype(mx.float32)  # 16-bit arithmetic is slow on the CPU, for every cache
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # a text longer than the context
@@ -188,12 +217,16 @@ def generate(argv, backends=None):
     with select.use_backend(backends[0] if backends else args.backend) as backend:
         document = timing.header("generate", ["generate", *argv], _describe(backend, on_cpu=False))
         on_gpu = metal and backend.name == "cpu"
-        document |= {"model": (args.model or "embedded demo model").replace(str(Path.home()), "~"),
-                     "column": "fallback in MLX operations" if on_gpu else contending.column_of(backend),
-                     "dtype": "float32" if not metal else "the model's dtype", "rounds": args.rounds}
+        document |= {
+            "model": (args.model or "embedded demo model").replace(str(Path.home()), "~"),
+            "column": "fallback in MLX operations" if on_gpu else contending.column_of(backend),
+            "dtype": "float32" if not metal else "the model's dtype",
+            "rounds": args.rounds,
+        }
         with _progress(len(contexts) * args.rounds * len(names), "run") as bar:
-            document["rows"] = bench_generate.measure(model, tokens, contexts, args.tokens, caches, args.rounds,
-                                                      progress=bar.update)
+            document["rows"] = bench_generate.measure(
+                model, tokens, contexts, args.tokens, caches, args.rounds, progress=bar.update
+            )
     return finish(document, args, print_generate)
 
 
@@ -202,8 +235,11 @@ BENCHMARKS = {"kernels": kernels, "generate": generate, "compare": compare}
 
 def main(argv):
     """`mlx-turbo bench`; returns the exit code."""
-    parser = Parser(prog="mlx-turbo bench", description="Benchmarks: kernels (quantize, dequantize, attention), "
-                    "generate (a model with several caches), compare (two files of --json).")
+    parser = Parser(
+        prog="mlx-turbo bench",
+        description="Benchmarks: kernels (quantize, dequantize, attention), "
+        "generate (a model with several caches), compare (two files of --json).",
+    )
     parser.add_argument("benchmark", choices=BENCHMARKS, metavar="BENCHMARK", help=", ".join(BENCHMARKS))
     if not argv or argv[0].startswith("-"):
         parser.parse_args(argv)

@@ -1,4 +1,5 @@
 """What the benchmarks share: options, where results go, and which backends run."""
+
 import contextlib
 import json
 import sys
@@ -50,8 +51,10 @@ def _chosen(args, name, default, quick, least, most=None):
     values = getattr(args, name) or (quick if args.quick else default)
     for value in values:
         if value < least or most and value > most:
-            raise CliError(f"--{name.replace('_', '-')}: got {value}, allowed are whole numbers from {least} "
-                           + (f"to {most}" if most else "on"))
+            raise CliError(
+                f"--{name.replace('_', '-')}: got {value}, allowed are whole numbers from {least} "
+                + (f"to {most}" if most else "on")
+            )
     return tuple(dict.fromkeys(values))
 
 
@@ -71,16 +74,26 @@ def finish(document, args, print_tables):
         print_tables(document)
         for name, said in document["power"].items():
             print(f"{name}: {said}")
-        print(f"Reproduce: {document['command']} (commit {document['commit'] or 'unknown, an installed package'})\n"
-              "The same with --json > bench.json gives the file to attach to an issue (template: benchmark).")
+        print(
+            f"Reproduce: {document['command']} (commit {document['commit'] or 'unknown, an installed package'})\n"
+            "The same with --json > bench.json gives the file to attach to an issue (template: benchmark)."
+        )
     # launch parameters may be too much for a chip: that they fail is no fault, but to compute something wrong is one
-    bad_tunings = [row for row in document.get("tuning", ())
-                   if "values" not in row or "wrong" in [left_out["status"] for left_out in row["left_out"]]]
+    bad_tunings = [
+        row
+        for row in document.get("tuning", ())
+        if "values" not in row or "wrong" in [left_out["status"] for left_out in row["left_out"]]
+    ]
     bad_stages = [row for row in document.get("ablation", ()) if "problem" in row]
-    complain([f"{row['status'].upper()}: {describe_row(row)}: {row['problem']}" for row in bad]
-             + [f"{left_out['status'].upper()}: {describe_tuning(row, left_out)}: {left_out['problem']}"
-                for row in document.get("tuning", ()) for left_out in row["left_out"]]
-             + [f"FAILED: stages of {row['scheme']}: {row['problem']}" for row in bad_stages])
+    complain(
+        [f"{row['status'].upper()}: {describe_row(row)}: {row['problem']}" for row in bad]
+        + [
+            f"{left_out['status'].upper()}: {describe_tuning(row, left_out)}: {left_out['problem']}"
+            for row in document.get("tuning", ())
+            for left_out in row["left_out"]
+        ]
+        + [f"FAILED: stages of {row['scheme']}: {row['problem']}" for row in bad_stages]
+    )
     for flag in ("html", "png"):  # last: on a disk that is full nothing else is lost
         if file := getattr(args, flag):
             try:
@@ -116,7 +129,9 @@ def _schemes(names):
         except ValueError:
             scheme = None
         if scheme is None or not scheme.key_bits or not scheme.value_bits or name == "auto":
-            raise CliError(f"--kv: got {name!r}, allowed are schemes that pack keys and values: turboN and turboKvV "
-                           "with N, K, V in (2, 3, 4, 8), for example turbo4, turbo8v4")
+            raise CliError(
+                f"--kv: got {name!r}, allowed are schemes that pack keys and values: turboN and turboKvV "
+                "with N, K, V in (2, 3, 4, 8), for example turbo4, turbo8v4"
+            )
         out.append(scheme)
     return tuple(out)

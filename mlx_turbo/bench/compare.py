@@ -1,4 +1,5 @@
 """`mlx-turbo bench compare`: the rows of several runs side by side."""
+
 import json
 import textwrap
 from pathlib import Path
@@ -10,8 +11,10 @@ from .rows import describe_row
 from .tables import heading
 
 # ---- compare ---------------------------------------------------------------------------------------------------
-KEYS = {"kernels": ("operation", "scheme", "name", "column", "head_dim", "gqa", "query_tokens", "tokens", "dtype"),
-        "generate": ("context", "generated", "name")}
+KEYS = {
+    "kernels": ("operation", "scheme", "name", "column", "head_dim", "gqa", "query_tokens", "tokens", "dtype"),
+    "generate": ("context", "generated", "name"),
+}
 
 
 def _read(name, file):
@@ -25,9 +28,12 @@ def _read(name, file):
     if "query_tokens" in (fields or ()):
         for row in rows:  # in files of before there was a choice: one
             row.setdefault("query_tokens", row.get("gqa") and 1)
-    if not fields or document.get("format") != 1 or not {"machine", "backend", "command", "commit", "date",
-                                                         "rows"} <= document.keys() or any(
-            not {*fields, "status"} <= row.keys() for row in rows):
+    if (
+        not fields
+        or document.get("format") != 1
+        or not {"machine", "backend", "command", "commit", "date", "rows"} <= document.keys()
+        or any(not {*fields, "status"} <= row.keys() for row in rows)
+    ):
         raise CliError(f"{name}: {file!r} is not what mlx-turbo bench --json writes")
     return document
 
@@ -63,38 +69,69 @@ def compare(argv):
         row = dict(zip(keys, key)) | {"status_a": old["status"], "status_b": new["status"]}
         if was and now:
             apart = now[1] > was[2] or now[2] < was[1]
-            row |= {"seconds_a": was[0], "seconds_b": now[0], "ratio": now[0] / was[0],
-                    "verdict": ("slower" if now[0] > was[0] else "faster") if apart else "within the spread"}
+            row |= {
+                "seconds_a": was[0],
+                "seconds_b": now[0],
+                "ratio": now[0] / was[0],
+                "verdict": ("slower" if now[0] > was[0] else "faster") if apart else "within the spread",
+            }
         else:
-            row["verdict"] = "not compared: " + "; ".join(f"{n} is {r['status']}" for n, r in (("A", old), ("B", new))
-                                                          if r["status"] != "ok")
+            row["verdict"] = "not compared: " + "; ".join(
+                f"{n} is {r['status']}" for n, r in (("A", old), ("B", new)) if r["status"] != "ok"
+            )
         rows.append(row)
     if not rows:
         raise CliError(f"B.json: {args.a!r} and {args.b!r} have no row in common")
-    different = {name: (a["machine"].get(name), b["machine"].get(name))
-                 for name in ("chip", "system", "mlx", "mlx-lm", "mlx_turbo", "attention tuning")
-                 if a["machine"].get(name) != b["machine"].get(name)}
-    different |= {name: (a.get(name), b.get(name)) for name in ("commit", "backend", "model", "power")
-                  if a.get(name) != b.get(name)}
-    bad = [f"{letter}: {row['status'].upper()}: {describe_row(row)}: {row.get('problem')}"
-           for letter, document in (("A", a), ("B", b)) for row in document["rows"] if row["status"] != "ok"]
+    different = {
+        name: (a["machine"].get(name), b["machine"].get(name))
+        for name in ("chip", "system", "mlx", "mlx-lm", "mlx_turbo", "attention tuning")
+        if a["machine"].get(name) != b["machine"].get(name)
+    }
+    different |= {
+        name: (a.get(name), b.get(name))
+        for name in ("commit", "backend", "model", "power")
+        if a.get(name) != b.get(name)
+    }
+    bad = [
+        f"{letter}: {row['status'].upper()}: {describe_row(row)}: {row.get('problem')}"
+        for letter, document in (("A", a), ("B", b))
+        for row in document["rows"]
+        if row["status"] != "ok"
+    ]
     if args.json:
-        print(json.dumps({"benchmark": a["benchmark"], "command": timing.command(["compare", *argv]),
-                          **{letter: {k: v for k, v in d.items() if k != "rows"} for letter, d in (("a", a), ("b", b))},
-                          "different": different, "rows": rows, "bad": bad}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "benchmark": a["benchmark"],
+                    "command": timing.command(["compare", *argv]),
+                    **{letter: {k: v for k, v in d.items() if k != "rows"} for letter, d in (("a", a), ("b", b))},
+                    "different": different,
+                    "rows": rows,
+                    "bad": bad,
+                },
+                indent=1,
+            )
+        )
         complain(bad)
         return 1 if bad else 0
     for letter, document in (("A", a), ("B", b)):
-        print(f"{letter}: {document['command']} (commit {document['commit'] or 'unknown'}, {document['date']})\n"
-              f"{textwrap.indent(heading(document), '   ')}")
+        print(
+            f"{letter}: {document['command']} (commit {document['commit'] or 'unknown'}, {document['date']})\n"
+            f"{textwrap.indent(heading(document), '   ')}"
+        )
     for name, (x, y) in different.items():
         print(f"different {name}: A {x}; B {y}")
     print(f"{'A ms':>10}{'B ms':>10}{'B / A':>8}  {'':<18}")
     for row in rows:
-        figures = (f"{row['seconds_a'] * 1e3:>10.3f}{row['seconds_b'] * 1e3:>10.3f}{row['ratio']:>8.2f}"
-                   if "ratio" in row else f"{'-':>10}{'-':>10}{'-':>8}")
+        figures = (
+            f"{row['seconds_a'] * 1e3:>10.3f}{row['seconds_b'] * 1e3:>10.3f}{row['ratio']:>8.2f}"
+            if "ratio" in row
+            else f"{'-':>10}{'-':>10}{'-':>8}"
+        )
         print(f"{figures}  {row['verdict']:<18} {describe_row(row)}")
-    print(f"\n{len(rows)} rows in common, {len(a['rows'])} in A, {len(b['rows'])} in B. faster, slower: the quartiles "
-          "do not overlap.")
+    print(
+        f"\n{len(rows)} rows in common, {len(a['rows'])} in A, {len(b['rows'])} in B. faster, slower: the quartiles "
+        "do not overlap."
+    )
     complain(bad)
     return 1 if bad else 0

@@ -3,6 +3,7 @@
 Every contender is checked before it is timed; one that fails or is wrong becomes a row that says so, without a figure.
 All kv heads are compared up to ORACLE_TOKENS tokens; beyond, where the oracle takes minutes, the first and the last.
 """
+
 import contextlib
 import functools
 from typing import Callable, NamedTuple, Optional
@@ -35,6 +36,7 @@ MLX_QUANTIZED_TOLERANCE = {mx.float32: 1e-4, mx.float16: 3e-2, mx.bfloat16: 2e-1
 class Contender(NamedTuple):
     """One row. run(calls): makes so many calls and returns their arrays. check(): (error, allowed, problem or None).
     nbytes: of one call's cache reads, or of all its input and output. column: what computes it, as printed."""
+
     name: str
     column: str
     run: Callable
@@ -47,6 +49,7 @@ class Contender(NamedTuple):
 
 class Grid(NamedTuple):
     """What to measure."""
+
     tokens: tuple
     head_dims: tuple
     gqa: tuple
@@ -92,8 +95,14 @@ def measure(contenders, effort, facts, bandwidth=None):
             rows[i] |= {"status": "failed", "problem": f"while its group was timed: {e}"}
     for i, t in timings.items():
         gigabytes = rows[i]["bytes"] / t.median / 1e9
-        rows[i] |= {**{f"{name}_seconds": getattr(t, name) for name in ("median", "low", "high")}, "n": t.n,
-                    "calls": t.calls, "uncertainty": t.uncertainty, "python_seconds": t.python, "gb_per_s": gigabytes}
+        rows[i] |= {
+            **{f"{name}_seconds": getattr(t, name) for name in ("median", "low", "high")},
+            "n": t.n,
+            "calls": t.calls,
+            "uncertainty": t.uncertainty,
+            "python_seconds": t.python,
+            "gb_per_s": gigabytes,
+        }
         if bandwidth:
             rows[i]["bandwidth_share"] = gigabytes / bandwidth
     base = next((r for r in rows if r["name"] == "uncompressed" and "median_seconds" in r), None)
@@ -149,7 +158,7 @@ def _float64(x):
 
 def _checked(x, n_tokens):
     """The kv heads of x [B, n_kv_heads, *] that are compared with the oracle where there are n_tokens: a view of it."""
-    return x if n_tokens <= ORACLE_TOKENS else x[:, ::max(x.shape[1] - 1, 1)]
+    return x if n_tokens <= ORACLE_TOKENS else x[:, :: max(x.shape[1] - 1, 1)]
 
 
 def _checked_queries(x, n_kv_heads, n_tokens):
@@ -226,17 +235,19 @@ def _verdict(error, allowed):
 # ---- attention -------------------------------------------------------------------------------------------------
 def _attend_chain(call, queries, caches):
     """run(calls): each call's output is the next one's queries, as a model's layers depend on each other."""
+
     def run(calls):
         q = queries
         for i in range(calls):
             q = call(q, caches[i % len(caches)])
         return q
+
     return run
 
 
 def attention_contenders(grid, backends, n_tokens, head_dim, device):
     """{(gqa, query tokens): contenders} of one decode step over caches of n_tokens, the queries being the last."""
-    scale, steps = head_dim ** -0.5, [(g, n) for g in grid.gqa for n in grid.query_tokens]
+    scale, steps = head_dim**-0.5, [(g, n) for g in grid.gqa for n in grid.query_tokens]
     n_packed = n_tokens - N_SINK - N_RECENT
     queries = {(g, n): 2 * _normal(5, (1, N_KV_HEADS * g, n, head_dim), grid.dtype) for g, n in steps}
     out, wants = {step: [] for step in steps}, {}
@@ -256,44 +267,95 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
 
     def add(name, column, call, caches, k, v, allowed, nbytes, on_cpu=False, lazy=True):
         for step, contenders in out.items():
-            contenders.append(Contender(
-                name, column, _attend_chain(call, queries[step], caches),
-                functools.partial(check, call, caches[0], name, step, k, v, allowed), nbytes, nbytes, on_cpu, lazy))
+            contenders.append(
+                Contender(
+                    name,
+                    column,
+                    _attend_chain(call, queries[step], caches),
+                    functools.partial(check, call, caches[0], name, step, k, v, allowed),
+                    nbytes,
+                    nbytes,
+                    on_cpu,
+                    lazy,
+                )
+            )
 
     # MLX's own
     dense = [_normal(i, (1, N_KV_HEADS, n_tokens, head_dim), grid.dtype) for i in (0, 1)]
     caches = _copies(dense, device)
     k, v = (functools.cache(lambda x=x: _float64(_checked(x, n_tokens))) for x in dense)
-    add("uncompressed", f"MLX {dtype_name(grid.dtype)}",
-        lambda q, kv: mx.fast.scaled_dot_product_attention(q, *kv, scale=scale, mask=_mask(q.shape[2])), caches, k, v,
-        MLX_TOLERANCE[grid.dtype], sum(a.nbytes for a in dense))
+    add(
+        "uncompressed",
+        f"MLX {dtype_name(grid.dtype)}",
+        lambda q, kv: mx.fast.scaled_dot_product_attention(q, *kv, scale=scale, mask=_mask(q.shape[2])),
+        caches,
+        k,
+        v,
+        MLX_TOLERANCE[grid.dtype],
+        sum(a.nbytes for a in dense),
+    )
     group_size = mlx_group_size(head_dim)
     for bits in (8, 4) if group_size else ():
         affine = [a for x in dense for a in mx.quantize(x, group_size=group_size, bits=bits)]
         mx.eval(affine)
-        k, v = (functools.cache(lambda x=affine[i:i + 3], bits=bits: affine_values(
-            *(_checked(a, n_tokens) for a in x), bits)) for i in (0, 3))
-        add(f"mlx-lm {bits} bit", "mlx-lm", functools.partial(_mlx_lm_attend, scale, group_size, bits),
-            _copies(affine, device), k, v, MLX_QUANTIZED_TOLERANCE[grid.dtype], sum(a.nbytes for a in affine))
+        k, v = (
+            functools.cache(
+                lambda x=affine[i : i + 3], bits=bits: affine_values(*(_checked(a, n_tokens) for a in x), bits)
+            )
+            for i in (0, 3)
+        )
+        add(
+            f"mlx-lm {bits} bit",
+            "mlx-lm",
+            functools.partial(_mlx_lm_attend, scale, group_size, bits),
+            _copies(affine, device),
+            k,
+            v,
+            MLX_QUANTIZED_TOLERANCE[grid.dtype],
+            sum(a.nbytes for a in affine),
+        )
 
     # ours
     for scheme in grid.schemes:
         sides, arrays, restored = [], [], []
         for i, bits in enumerate((scheme.key_bits, scheme.value_bits)):
-            arrays += [dense[i][:, :, :N_SINK] + 0, *_random_rows(10 + 2 * i, n_packed, bits, head_dim),
-                       dense[i][:, :, -N_RECENT:] + 0]
+            arrays += [
+                dense[i][:, :, :N_SINK] + 0,
+                *_random_rows(10 + 2 * i, n_packed, bits, head_dim),
+                dense[i][:, :, -N_RECENT:] + 0,
+            ]
             restored.append(functools.cache(functools.partial(_restored, arrays[-4:], bits, head_dim, n_tokens)))
         mx.eval(arrays)
         nbytes = sum(a.nbytes for a in arrays)
         sides = (scheme.key_bits, scheme.value_bits)
-        views = [KVView(*(CachedSide(*a[4 * i:4 * i + 4], sides[i], head_dim, None, (SEGMENT_STEP, ONE_SEGMENT)[i])
-                          for i in (0, 1)), (N_SINK, n_packed, N_RECENT), 0, None, 0) for a in _copies(arrays, device)]
+        views = [
+            KVView(
+                *(
+                    CachedSide(*a[4 * i : 4 * i + 4], sides[i], head_dim, None, (SEGMENT_STEP, ONE_SEGMENT)[i])
+                    for i in (0, 1)
+                ),
+                (N_SINK, n_packed, N_RECENT),
+                0,
+                None,
+                0,
+            )
+            for a in _copies(arrays, device)
+        ]
         allowed = ATTEND_TOLERANCE[scheme.key_bits] + TOLERANCE[grid.dtype] * (grid.dtype != mx.float32)
         for backend in backends:
             if device == "gpu" and backend.name == "cpu" and n_tokens > FALLBACK_TOKENS:
                 continue
-            add(scheme.name, column_of(backend), functools.partial(_attend, backend, scale), views, *restored, allowed,
-                nbytes, backend.name == "cpu", _is_lazy(backend))
+            add(
+                scheme.name,
+                column_of(backend),
+                functools.partial(_attend, backend, scale),
+                views,
+                *restored,
+                allowed,
+                nbytes,
+                backend.name == "cpu",
+                _is_lazy(backend),
+            )
         if n_tokens <= NUMPY_TOKENS:
             for step, contenders in out.items():
                 contenders.append(_numpy_attention(scheme.name, arrays, sides, head_dim, queries[step], scale, nbytes))
@@ -321,23 +383,35 @@ def _mlx_lm_attend(scale, group_size, bits, queries, cache):
     from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
     return quantized_scaled_dot_product_attention(  # it scales the queries in place
-        mx.array(queries), tuple(cache[:3]), tuple(cache[3:]), scale=scale, mask=_mask(queries.shape[2]),
-        group_size=group_size, bits=bits)
+        mx.array(queries),
+        tuple(cache[:3]),
+        tuple(cache[3:]),
+        scale=scale,
+        mask=_mask(queries.shape[2]),
+        group_size=group_size,
+        bits=bits,
+    )
 
 
 def _numpy_attention(name, arrays, bits, head_dim, queries, scale, nbytes):
     sides = []
     for i in (0, 1):
-        sink, codes, scales, recent = (np.array(a.astype(mx.float32) if a.dtype == mx.bfloat16 else a)
-                                       for a in arrays[4 * i:4 * i + 4])
+        sink, codes, scales, recent = (
+            np.array(a.astype(mx.float32) if a.dtype == mx.bfloat16 else a) for a in arrays[4 * i : 4 * i + 4]
+        )
         sides.append((sink, codes, scales, recent))
     q = _float64(queries)
 
     def run(calls):
         for _ in range(calls):
-            k, v = (np.concatenate([sink, reference.dequantize(_oracle_rows(codes, scales, bits[i], head_dim)), recent],
-                                   axis=2) for i, (sink, codes, scales, recent) in enumerate(sides))
+            k, v = (
+                np.concatenate(
+                    [sink, reference.dequantize(_oracle_rows(codes, scales, bits[i], head_dim)), recent], axis=2
+                )
+                for i, (sink, codes, scales, recent) in enumerate(sides)
+            )
             reference.attention(q, k, v, scale=scale, mask=_mask(q.shape[2]))
+
     return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes, nbytes, lazy=False)
 
 
@@ -357,23 +431,40 @@ def packing_contenders(grid, backends, n_tokens, head_dim, device):
         bits = scheme.key_bits, scheme.value_bits
         wants = [reference.quantize(x, b) for x, b in zip(exact, bits)]
         rows = _copies([a for i in (0, 1) for a in _random_rows(10 + 2 * i, n_tokens, bits[i], head_dim)], device)
-        restored = [reference.dequantize(_quantized(*rows[0][2 * i:2 * i + 2], bits[i], head_dim)) for i in (0, 1)]
+        restored = [reference.dequantize(_quantized(*rows[0][2 * i : 2 * i + 2], bits[i], head_dim)) for i in (0, 1)]
         packed_bytes = sum(a.nbytes for a in rows[0])
-        affine = group_size and [[a for x, b in zip(copy, bits) for a in mx.quantize(x, group_size=group_size, bits=b)]
-                                 for copy in dense]
+        affine = group_size and [
+            [a for x, b in zip(copy, bits) for a in mx.quantize(x, group_size=group_size, bits=b)] for copy in dense
+        ]
         quantize, dequantize = [], []
         for backend in backends:
             on_cpu, lazy = backend.name == "cpu", _is_lazy(backend)
             pack = functools.partial(_quantize, backend, bits)
             unpack = functools.partial(_dequantize, backend, bits, head_dim, n_tokens, grid.dtype)
-            quantize.append(Contender(
-                scheme.name, column_of(backend), _independent(pack, dense),
-                functools.partial(_check_quantize, pack, dense[0], wants), dense_bytes + packed_bytes, None, on_cpu,
-                lazy))
-            dequantize.append(Contender(
-                scheme.name, column_of(backend), _independent(unpack, rows),
-                functools.partial(_check_dequantize, unpack, rows[0], restored, grid.dtype),
-                dense_bytes + packed_bytes, None, on_cpu, lazy))
+            quantize.append(
+                Contender(
+                    scheme.name,
+                    column_of(backend),
+                    _independent(pack, dense),
+                    functools.partial(_check_quantize, pack, dense[0], wants),
+                    dense_bytes + packed_bytes,
+                    None,
+                    on_cpu,
+                    lazy,
+                )
+            )
+            dequantize.append(
+                Contender(
+                    scheme.name,
+                    column_of(backend),
+                    _independent(unpack, rows),
+                    functools.partial(_check_dequantize, unpack, rows[0], restored, grid.dtype),
+                    dense_bytes + packed_bytes,
+                    None,
+                    on_cpu,
+                    lazy,
+                )
+            )
         if n_tokens <= NUMPY_TOKENS:
             quantize.append(_numpy_quantize(scheme.name, dense[0], bits, dense_bytes + packed_bytes))
             dequantize.append(_numpy_dequantize(scheme.name, rows[0], bits, head_dim, dense_bytes + packed_bytes))
@@ -383,12 +474,24 @@ def packing_contenders(grid, backends, n_tokens, head_dim, device):
             name = "affine " + "/".join(str(b) for b in dict.fromkeys(bits)) + " bit"
             pack = functools.partial(_affine_quantize, bits, group_size)
             unpack = functools.partial(_affine_dequantize, bits, group_size)
-            quantize.append(Contender(name, "mx.quantize", _independent(pack, dense),
-                                      functools.partial(_check_affine_quantize, pack, dense[0], exact, bits,
-                                                        grid.dtype), dense_bytes + affine_bytes))
-            dequantize.append(Contender(name, "mx.dequantize", _independent(unpack, affine),
-                                        functools.partial(_check_affine_dequantize, unpack, affine[0], bits,
-                                                          grid.dtype), dense_bytes + affine_bytes))
+            quantize.append(
+                Contender(
+                    name,
+                    "mx.quantize",
+                    _independent(pack, dense),
+                    functools.partial(_check_affine_quantize, pack, dense[0], exact, bits, grid.dtype),
+                    dense_bytes + affine_bytes,
+                )
+            )
+            dequantize.append(
+                Contender(
+                    name,
+                    "mx.dequantize",
+                    _independent(unpack, affine),
+                    functools.partial(_check_affine_dequantize, unpack, affine[0], bits, grid.dtype),
+                    dense_bytes + affine_bytes,
+                )
+            )
         out += [("quantize", scheme.name, quantize), ("dequantize", scheme.name, dequantize)]
     return out
 
@@ -398,7 +501,7 @@ def _quantize(backend, bits, xs):
 
 
 def _dequantize(backend, bits, head_dim, n_tokens, dtype, rows):
-    sides = [PackedSide(*rows[2 * i:2 * i + 2], bits[i], head_dim) for i in (0, 1)]
+    sides = [PackedSide(*rows[2 * i : 2 * i + 2], bits[i], head_dim) for i in (0, 1)]
     return backend.dequantize(sides, 0, n_tokens, dtype)
 
 
@@ -430,6 +533,7 @@ def _numpy_quantize(name, xs, bits, nbytes):
         for _ in range(calls):
             for x, b in zip(xs, bits):
                 reference.quantize(x, b).packed()
+
     return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes, lazy=False)
 
 
@@ -439,7 +543,8 @@ def _numpy_dequantize(name, rows, bits, head_dim, nbytes):
     def run(calls):
         for _ in range(calls):
             for i in (0, 1):
-                reference.dequantize(_oracle_rows(*rows[2 * i:2 * i + 2], bits[i], head_dim))
+                reference.dequantize(_oracle_rows(*rows[2 * i : 2 * i + 2], bits[i], head_dim))
+
     return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes, lazy=False)
 
 
@@ -463,7 +568,7 @@ def _affine_quantize(bits, group_size, xs):
 
 
 def _affine_dequantize(bits, group_size, arrays):
-    return [mx.dequantize(*arrays[3 * i:3 * i + 3], group_size=group_size, bits=bits[i]) for i in (0, 1)]
+    return [mx.dequantize(*arrays[3 * i : 3 * i + 3], group_size=group_size, bits=bits[i]) for i in (0, 1)]
 
 
 def _check_affine_quantize(call, xs, exact, bits, dtype):
@@ -481,7 +586,7 @@ def _check_affine_quantize(call, xs, exact, bits, dtype):
 def _check_affine_dequantize(call, arrays, bits, dtype):
     worst = 0.0
     for i, got in enumerate(call(arrays)):
-        want = affine_values(*(_checked(a, a.shape[2]) for a in arrays[3 * i:3 * i + 3]), bits[i])
+        want = affine_values(*(_checked(a, a.shape[2]) for a in arrays[3 * i : 3 * i + 3]), bits[i])
         worst = max(worst, _relative(_float64(_checked(got, got.shape[2])), want))
     return _verdict(worst, 2 * TOLERANCE[dtype])
 
@@ -494,18 +599,20 @@ def groups(grid, backends, device):
     """Yields (facts, contenders) of every group that is measured together, in the order of the report."""
     for head_dim in grid.head_dims:
         for n_tokens in grid.tokens:
-            common = {"head_dim": head_dim, "kv_heads": N_KV_HEADS, "tokens": n_tokens,
-                      "dtype": dtype_name(grid.dtype)}
+            common = {"head_dim": head_dim, "kv_heads": N_KV_HEADS, "tokens": n_tokens, "dtype": dtype_name(grid.dtype)}
             for (g, n), contenders in attention_contenders(grid, backends, n_tokens, head_dim, device).items():
                 yield {"operation": "attention", "gqa": g, "query_tokens": n, "scheme": None, **common}, contenders
             if n_tokens <= max(PACK_TOKENS, min(grid.tokens)):
                 for operation, scheme, contenders in packing_contenders(grid, backends, n_tokens, head_dim, device):
-                    yield {"operation": operation, "gqa": None, "query_tokens": None, "scheme": scheme,
-                           **common}, contenders
+                    yield (
+                        {"operation": operation, "gqa": None, "query_tokens": None, "scheme": scheme, **common},
+                        contenders,
+                    )
 
 
 def n_groups(grid):
     """How many groups `groups` yields."""
     packing = [n for n in grid.tokens if n <= max(PACK_TOKENS, min(grid.tokens))]
-    return len(grid.head_dims) * (len(grid.tokens) * len(grid.gqa) * len(grid.query_tokens)
-                                  + len(packing) * 2 * len(grid.schemes))
+    return len(grid.head_dims) * (
+        len(grid.tokens) * len(grid.gqa) * len(grid.query_tokens) + len(packing) * 2 * len(grid.schemes)
+    )

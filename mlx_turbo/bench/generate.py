@@ -6,6 +6,7 @@ the uncompressed one: how far the next token's distribution moves, over a few de
 may hide a fault, a model's next token depending little on what is far away; so attention over what our caches then hold
 is also compared with the oracle.
 """
+
 import importlib
 import time
 
@@ -43,9 +44,12 @@ def run_once(model, prompt, n_tokens, kv, config):
     stamps = []
     for _ in generate_step(prompt, model, max_tokens=n_tokens, prompt_cache=cache, **options):
         stamps.append(time.perf_counter())
-    out = {"prompt_tps": prompt.size / (stamps[0] - start),
-           "generation_tps": (len(stamps) - 1) / (stamps[-1] - stamps[0]),
-           "peak_bytes": mx.get_peak_memory(), "resident_bytes": mx.get_active_memory()}
+    out = {
+        "prompt_tps": prompt.size / (stamps[0] - start),
+        "generation_tps": (len(stamps) - 1) / (stamps[-1] - stamps[0]),
+        "peak_bytes": mx.get_peak_memory(),
+        "resident_bytes": mx.get_active_memory(),
+    }
     return out | {"cache_bytes": sum(_nbytes(c) for c in members(cache))}
 
 
@@ -57,7 +61,7 @@ def decode_steps(model, prompt, forced, kv, config):
     quantize = {k: options[k] for k in ("quantized_kv_start", "kv_group_size", "kv_bits")} if options else None
     logits, tokens, rows = None, [], []
     for at in range(0, prompt.size, 512):
-        logits = model(prompt[None, at:at + 512], cache=cache)[:, -1]
+        logits = model(prompt[None, at : at + 512], cache=cache)[:, -1]
         if quantize:
             generate.maybe_quantize_kv_cache(cache, **quantize)
         mx.eval(logits, [c.state for c in cache])
@@ -98,10 +102,15 @@ def check(model, prompt, caches):
             out[kv] = contending.failure(e)
             continue
         if not kld <= WRONG_NATS:  # also NaN
-            problem = (f"the next token's distribution is {kld:.2f} nats from the uncompressed cache's, beyond "
-                       f"{WRONG_NATS:g} something computes wrong")
-        out[kv] = {"status": "wrong" if problem else "ok", "kld": kld if np.isfinite(kld) else None,
-                   "layers": describe(cache) if config else None}
+            problem = (
+                f"the next token's distribution is {kld:.2f} nats from the uncompressed cache's, beyond "
+                f"{WRONG_NATS:g} something computes wrong"
+            )
+        out[kv] = {
+            "status": "wrong" if problem else "ok",
+            "kld": kld if np.isfinite(kld) else None,
+            "layers": describe(cache) if config else None,
+        }
         if problem:
             out[kv]["problem"] = problem
     return out

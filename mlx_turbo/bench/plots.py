@@ -2,14 +2,24 @@
 
 matplotlib is the extra `plot` and is imported late.
 """
+
 import html
 import io
 import json
 import textwrap
 
-COLORS = {"uncompressed": "#222222", "none": "#222222", "mlx-lm 8 bit": "#c05a00", "mlx8": "#c05a00",
-          "mlx-lm 4 bit": "#f0a030", "mlx4": "#f0a030", "turbo4": "#0050c8", "turbo8v4": "#00a0a0",
-          "turbo3": "#6a3fc0", "turbo2": "#c040a0"}
+COLORS = {
+    "uncompressed": "#222222",
+    "none": "#222222",
+    "mlx-lm 8 bit": "#c05a00",
+    "mlx8": "#c05a00",
+    "mlx-lm 4 bit": "#f0a030",
+    "mlx4": "#f0a030",
+    "turbo4": "#0050c8",
+    "turbo8v4": "#00a0a0",
+    "turbo3": "#6a3fc0",
+    "turbo2": "#c040a0",
+}
 OTHERS = ("#508020", "#a03030", "#407090", "#807020")
 LINES = {"CPU fallback": (0, (4, 2)), "simulated Metal": (0, (1, 1))}  # Metal and MLX: solid
 RATIO = "x: over uncompressed; bold: best"
@@ -34,7 +44,7 @@ def write(document, kind, file):
         svg = io.StringIO()
         figure.savefig(svg, format="svg")
     with open(file, "w", encoding="utf-8") as f:
-        f.write(_page(document, svg.getvalue()[svg.getvalue().index("<svg"):]))
+        f.write(_page(document, svg.getvalue()[svg.getvalue().index("<svg") :]))
 
 
 # ---- words ---------------------------------------------------------------------------------------------------
@@ -57,8 +67,13 @@ def headlines(document):
     kernels = document["benchmark"] == "kernels"
     if kernels:
         shown = shown_group(document)
-        rows = [r for r in document["rows"] if r["operation"] == "attention" and "median_seconds" in r
-                and (r["head_dim"], r["gqa"], r["query_tokens"]) == shown]
+        rows = [
+            r
+            for r in document["rows"]
+            if r["operation"] == "attention"
+            and "median_seconds" in r
+            and (r["head_dim"], r["gqa"], r["query_tokens"]) == shown
+        ]
         at, base, speed = "tokens", "uncompressed", lambda r: 1 / r["median_seconds"]
     else:
         rows = [r for r in document["rows"] if "generation_tps" in r]
@@ -75,13 +90,18 @@ def headlines(document):
             ours.setdefault(r.get("column", document.get("column")), []).append(r)
     for column, candidates in ours.items():
         best = max(candidates, key=speed)
-        lines.append(f"At {best[at]:,} tokens, {best['name']} ({column}) is "
-                     f"{_than(speed(best) / speed(plain), 'faster', 'slower')} the uncompressed cache ({dtype}) and "
-                     f"{plain['cache_bytes'] / best['cache_bytes']:.1f}x smaller.")
-    fastest, smallest = (NAMES.get(r["name"], r["name"]) for r in (
-        max(rows, key=speed), min(rows, key=lambda r: r["cache_bytes"])))
-    lines.append(f"Fastest of all: {fastest}. Smallest: {smallest}."
-                 + ("" if "Metal" in ours else " No Metal here: the kernels this is about were not measured."))
+        lines.append(
+            f"At {best[at]:,} tokens, {best['name']} ({column}) is "
+            f"{_than(speed(best) / speed(plain), 'faster', 'slower')} the uncompressed cache ({dtype}) and "
+            f"{plain['cache_bytes'] / best['cache_bytes']:.1f}x smaller."
+        )
+    fastest, smallest = (
+        NAMES.get(r["name"], r["name"]) for r in (max(rows, key=speed), min(rows, key=lambda r: r["cache_bytes"]))
+    )
+    lines.append(
+        f"Fastest of all: {fastest}. Smallest: {smallest}."
+        + ("" if "Metal" in ours else " No Metal here: the kernels this is about were not measured.")
+    )
     return lines
 
 
@@ -102,18 +122,23 @@ def _figure(document, title, n_panels, subtitle):
     top = 1.15 + 0.24 * (len(headlines(document)) + len(shown))
     height = 3.7 * rows + top + 0.45
     figure, axes = plt.subplots(rows, 2, figsize=(12.5, height), squeeze=False)
-    figure.subplots_adjust(left=0.07, right=0.87, top=1 - (top + 0.25) / height, bottom=0.95 / height, wspace=0.62,
-                           hspace=0.48)
+    figure.subplots_adjust(
+        left=0.07, right=0.87, top=1 - (top + 0.25) / height, bottom=0.95 / height, wspace=0.62, hspace=0.48
+    )
     y = 1 - 0.38 / height
     figure.text(0.03, y, title, fontsize=17, weight="bold")
-    for text, style in [*((t, dict(fontsize=12, weight="bold", color="#0050c8")) for t in headlines(document)),
-                        *((t, dict(fontsize=11, weight="bold", color="#c00000")) for t in shown),
-                        (subtitle, dict(fontsize=9, color="#555555"))]:
+    for text, style in [
+        *((t, dict(fontsize=12, weight="bold", color="#0050c8")) for t in headlines(document)),
+        *((t, dict(fontsize=11, weight="bold", color="#c00000")) for t in shown),
+        (subtitle, dict(fontsize=9, color="#555555")),
+    ]:
         y -= 0.27 / height
         figure.text(0.03, y, text, **style)
     machine = document["machine"]
-    versions = (f"mlx-turbo {machine['mlx_turbo']} ({document['commit'] or 'installed'}), MLX {machine['mlx']}, "
-                f"mlx-lm {machine['mlx-lm']}, {document['date'][:10]}")
+    versions = (
+        f"mlx-turbo {machine['mlx_turbo']} ({document['commit'] or 'installed'}), MLX {machine['mlx']}, "
+        f"mlx-lm {machine['mlx-lm']}, {document['date'][:10]}"
+    )
     figure.text(0.03, 0.2 / height, f"{document['command']}    {versions}", fontsize=8, color="#555555")
     axes = list(axes.flat)
     for ax in axes[n_panels:]:
@@ -130,8 +155,9 @@ def _label_ends(ax, ends):
     figure = ax.figure
     figure.canvas.draw()  # so that the limits are final
     step, top = 0.062, 0.97  # of the axes' height; above are titles
-    places = sorted((ax.transAxes.inverted().transform(ax.transData.transform((ax.get_xlim()[1], y)))[1], *end)
-                    for y, *end in ends)
+    places = sorted(
+        (ax.transAxes.inverted().transform(ax.transData.transform((ax.get_xlim()[1], y)))[1], *end) for y, *end in ends
+    )
     low, heights = -1.0, []
     for place, *_ in places:
         low = max(place, low + step)
@@ -140,13 +166,20 @@ def _label_ends(ax, ends):
     for i in range(len(heights) - 1, -1, -1):  # back down where they left the axes
         heights[i] = min(heights[i], (heights[i + 1] - step) if i + 1 < len(heights) else heights[i] - over)
     for (_, text, c, best), height in zip(places, heights):
-        ax.annotate(text, (1.02, height), xycoords="axes fraction", color=c, fontsize=8.5, va="center",
-                    annotation_clip=False, weight="bold" if best else "normal")
+        ax.annotate(
+            text,
+            (1.02, height),
+            xycoords="axes fraction",
+            color=c,
+            fontsize=8.5,
+            va="center",
+            annotation_clip=False,
+            weight="bold" if best else "normal",
+        )
 
 
 def _lines(ax, rows, x, value, key, label, names, best, band=None):
-    """One line per key(row); returns what `_label_ends` writes at their ends. best: min or max. band(row): (low, high).
-    """
+    """One line per key(row); returns what `_label_ends` writes at their ends. best: min or max. band(row): (low, high)."""
     series, ends = {}, []
     for row in rows:
         series.setdefault(key(row), []).append(row)
@@ -183,8 +216,11 @@ def _plain_log(ax, which="y"):
 def kernels_figure(document):
     """Time and memory against context, roofline, packing and, if measured, stages."""
     head_dim, gqa, query_tokens = shown_group(document)
-    ok = [r for r in document["rows"] if "median_seconds" in r and r["head_dim"] == head_dim
-          and r["column"] != "NumPy reference"]
+    ok = [
+        r
+        for r in document["rows"]
+        if "median_seconds" in r and r["head_dim"] == head_dim and r["column"] != "NumPy reference"
+    ]
     attention = [r for r in ok if (r["operation"], r["gqa"], r["query_tokens"]) == ("attention", gqa, query_tokens)]
     packing = [r for r in ok if r["operation"] != "attention"]
     names = list(dict.fromkeys(r["name"] for r in attention))
@@ -192,9 +228,12 @@ def kernels_figure(document):
     kv_heads, dtype = document["rows"][0]["kv_heads"], document["rows"][0]["dtype"]
     machine = document["machine"]
     figure, axes = _figure(
-        document, "Attention over a compressed KV cache: speed and memory", 4 + bool(ablation),
+        document,
+        "Attention over a compressed KV cache: speed and memory",
+        4 + bool(ablation),
         f"{machine['chip']}, {machine['system']}.  {document['backend']}.  {kv_heads} kv heads of {head_dim}, {gqa} "
-        f"query heads each, {dtype}")
+        f"query heads each, {dtype}",
+    )
 
     def label(r):
         mine = r["name"].startswith("turbo")
@@ -215,8 +254,17 @@ def kernels_figure(document):
         return figure
 
     ax = axes[0]
-    ends = _lines(ax, attention, "tokens", lambda r: r["median_seconds"] * 1e3, label, timed_label, names, min,
-                  lambda r: (r["low_seconds"] * 1e3, r["high_seconds"] * 1e3))
+    ends = _lines(
+        ax,
+        attention,
+        "tokens",
+        lambda r: r["median_seconds"] * 1e3,
+        label,
+        timed_label,
+        names,
+        min,
+        lambda r: (r["low_seconds"] * 1e3, r["high_seconds"] * 1e3),
+    )
     _plain_log(ax)
     ax.set_ylabel("milliseconds")
     step = "one generated token" if query_tokens == 1 else f"{query_tokens} verified tokens"
@@ -231,8 +279,15 @@ def kernels_figure(document):
     ax.set_title(f"Memory of the cache, one layer\nlower is better; {RATIO}", loc="left", fontsize=11)
     _label_ends(ax, ends)
 
-    _roofline(axes[2], [r for r in attention if r["tokens"] == max(r["tokens"] for r in attention)], document, head_dim,
-              gqa * query_tokens, label, names)
+    _roofline(
+        axes[2],
+        [r for r in attention if r["tokens"] == max(r["tokens"] for r in attention)],
+        document,
+        head_dim,
+        gqa * query_tokens,
+        label,
+        names,
+    )
     _packing_bars(axes[3], packing, names)
     if ablation:
         _stages(axes[4], ablation)
@@ -248,8 +303,14 @@ def _roofline(ax, rows, document, head_dim, n_queries, label, names):
         points.append((flops / r["bytes"], flops / r["median_seconds"] / 1e9, r))
     x0, x1 = min(p[0] for p in points) / 2, max(p[0] for p in points) * 2
     ax.plot([x0, x1], [x0 * bandwidth, x1 * bandwidth], color="#888888", linewidth=2)
-    ax.annotate(f"grey: the memory's speed\n(a copy, {bandwidth:,.0f} GB/s)", (0.02, 0.97), xycoords="axes fraction",
-                fontsize=8.5, color="#666666", va="top")
+    ax.annotate(
+        f"grey: the memory's speed\n(a copy, {bandwidth:,.0f} GB/s)",
+        (0.02, 0.97),
+        xycoords="axes fraction",
+        fontsize=8.5,
+        color="#666666",
+        va="top",
+    )
     for x, y, r in points:
         ax.plot([x], [y], "o" if r["column"] != "CPU fallback" else "s", color=color(r["name"], names), markersize=8)
     _plain_log(ax)
@@ -258,28 +319,50 @@ def _roofline(ax, rows, document, head_dim, n_queries, label, names):
     ax.set_ylim(min(p[1] for p in points) / 2, x1 * bandwidth * 4)
     ax.set_xlabel("flop per byte of the cache (more compressed: to the right)")
     ax.set_ylabel("GFLOP/s")
-    ax.set_title(f"Roofline at {rows[0]['tokens']:,} tokens, and the share of the memory's speed\nhigher is better; on "
-                 "the line: bound by memory", loc="left", fontsize=11)
+    ax.set_title(
+        f"Roofline at {rows[0]['tokens']:,} tokens, and the share of the memory's speed\nhigher is better; on "
+        "the line: bound by memory",
+        loc="left",
+        fontsize=11,
+    )
     best = max(y for _, y, _ in points)
-    _label_ends(ax, [(y, f"{label(r)}  {100 * r['bandwidth_share']:.2g} %", color(r["name"], names), y == best)
-                     for _, y, r in points])
+    _label_ends(
+        ax,
+        [
+            (y, f"{label(r)}  {100 * r['bandwidth_share']:.2g} %", color(r["name"], names), y == best)
+            for _, y, r in points
+        ],
+    )
 
 
 def _packing_bars(ax, rows, names):
     longest, on_metal = max(r["tokens"] for r in rows), any(r["column"] == "Metal" for r in rows)
     rows = [r for r in rows if r["tokens"] == longest and not (on_metal and r["column"] == "CPU fallback")]
-    bars = [(f"{r['operation']}  {r['name']}  ({r['column']})" if r["name"].startswith("turbo")
-             else f"{r['operation']}  {r['name']}  (MLX)", r["gb_per_s"],
-             color(r["name"], names) if r["name"].startswith("turbo") else "#f0a030")
-            for r in sorted(rows, key=lambda r: (r["operation"] == "quantize", r["gb_per_s"]))]
+    bars = [
+        (
+            f"{r['operation']}  {r['name']}  ({r['column']})"
+            if r["name"].startswith("turbo")
+            else f"{r['operation']}  {r['name']}  (MLX)",
+            r["gb_per_s"],
+            color(r["name"], names) if r["name"].startswith("turbo") else "#f0a030",
+        )
+        for r in sorted(rows, key=lambda r: (r["operation"] == "quantize", r["gb_per_s"]))
+    ]
     bars = list(dict.fromkeys(bars))
     ax.barh(range(len(bars)), [b[1] for b in bars], color=[b[2] for b in bars])
     ax.set_yticks([])
     ax.set_xlim(0, 1.5 * max(b[1] for b in bars))
     for i, (text, value, _) in enumerate(bars):
         figures = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-        ax.annotate(f"{text}  {figures}", (value, i), xytext=(4, 0), textcoords="offset points", fontsize=8,
-                    va="center", annotation_clip=False)
+        ax.annotate(
+            f"{text}  {figures}",
+            (value, i),
+            xytext=(4, 0),
+            textcoords="offset points",
+            fontsize=8,
+            va="center",
+            annotation_clip=False,
+        )
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("GB/s, read and written")
     ax.set_title(f"Packing and restoring {longest:,} tokens\nhigher is better", loc="left", fontsize=11)
@@ -295,15 +378,26 @@ def _stages(ax, ablation):
     for i, (value, (stage, seconds)) in enumerate(zip(values, stages)):
         name = "the whole kernel" if stage == "full" else stage
         text, inside = f"{value:.0f} % ({seconds * 1e3:,.3f} ms)", value > 25
-        ax.annotate(name if inside else f"{name}  {text}", (0 if inside else value, i), xytext=(4, 0),
-                    textcoords="offset points", fontsize=9, va="center", color="white" if stage == "full" else "black")
+        ax.annotate(
+            name if inside else f"{name}  {text}",
+            (0 if inside else value, i),
+            xytext=(4, 0),
+            textcoords="offset points",
+            fontsize=9,
+            va="center",
+            color="white" if stage == "full" else "black",
+        )
         if inside:
             ax.annotate(text, (value, i), xytext=(4, 0), textcoords="offset points", fontsize=9, va="center")
     ax.set_xlim(0, max(values) * 1.35)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("% of the kernel's time, with a stage taken out")
-    ax.set_title(f"Where the time goes: {row['scheme']} on {row['column']}, {row['tokens']:,} tokens\n"
-                 + "\n".join(textwrap.wrap(row["verdict"], 70)), loc="left", fontsize=11)
+    ax.set_title(
+        f"Where the time goes: {row['scheme']} on {row['column']}, {row['tokens']:,} tokens\n"
+        + "\n".join(textwrap.wrap(row["verdict"], 70)),
+        loc="left",
+        fontsize=11,
+    )
 
 
 def generate_figure(document):
@@ -311,9 +405,12 @@ def generate_figure(document):
     rows = [r for r in document["rows"] if "generation_tps" in r]
     names, machine = list(dict.fromkeys(r["name"] for r in rows)), document["machine"]
     figure, axes = _figure(
-        document, f"Generation with a compressed KV cache: {document['model']}", 4,
+        document,
+        f"Generation with a compressed KV cache: {document['model']}",
+        4,
         f"{machine['chip']}, {machine['system']}.  {document['backend']}.  {document['dtype']}, "
-        f"{document['rows'][0]['generated']} tokens generated, median of {document['rounds']} interleaved rounds")
+        f"{document['rows'][0]['generated']} tokens generated, median of {document['rounds']} interleaved rounds",
+    )
     if not rows:
         for ax in axes[:4]:
             ax.set_axis_off()
@@ -327,16 +424,24 @@ def generate_figure(document):
             ratio = r[what] / plain[r["context"]][what]
         return f"{name}  {ratio:.2f}x" if ratio else name
 
-
     for ax, what, factor, unit, title, better in (
-            (axes[0], "generation_tps", 1, "tokens/s", "Generation speed", "higher"),
-            (axes[1], "cache_bytes", 1e-6, "MB", "Memory of the cache", "lower"),
-            (axes[2], "prompt_tps", 1, "tokens/s", "Reading the prompt", "higher"),
-            (axes[3], "peak_bytes", 1e-6, "MB", "Peak memory, the model included", "lower")):
+        (axes[0], "generation_tps", 1, "tokens/s", "Generation speed", "higher"),
+        (axes[1], "cache_bytes", 1e-6, "MB", "Memory of the cache", "lower"),
+        (axes[2], "prompt_tps", 1, "tokens/s", "Reading the prompt", "higher"),
+        (axes[3], "peak_bytes", 1e-6, "MB", "Peak memory, the model included", "lower"),
+    ):
         speed = what.endswith("tps")
-        ends = _lines(ax, rows, "context", lambda r: r[what] * factor, lambda r: r["name"],
-                      lambda r: label(r, what), names, max if speed else min,
-                      (lambda r: r[f"{what}_quartiles"]) if speed else None)
+        ends = _lines(
+            ax,
+            rows,
+            "context",
+            lambda r: r[what] * factor,
+            lambda r: r["name"],
+            lambda r: label(r, what),
+            names,
+            max if speed else min,
+            (lambda r: r[f"{what}_quartiles"]) if speed else None,
+        )
         if what == "cache_bytes":
             _plain_log(ax)
         else:
@@ -349,23 +454,50 @@ def generate_figure(document):
 
 # ---- the page ------------------------------------------------------------------------------------------------
 def _page(document, svg):
-    columns = [k for k in ("operation", "name", "column", "context", "tokens", "head_dim", "gqa", "query_tokens",
-                           "median_seconds", "uncertainty", "gb_per_s", "bandwidth_share", "times_uncompressed",
-                           "generation_tps", "generation_tps_ratio", "prompt_tps", "prompt_tps_ratio", "cache_bytes",
-                           "peak_bytes", "error", "kld", "status", "problem") if any(k in r for r in document["rows"])]
+    columns = [
+        k
+        for k in (
+            "operation",
+            "name",
+            "column",
+            "context",
+            "tokens",
+            "head_dim",
+            "gqa",
+            "query_tokens",
+            "median_seconds",
+            "uncertainty",
+            "gb_per_s",
+            "bandwidth_share",
+            "times_uncompressed",
+            "generation_tps",
+            "generation_tps_ratio",
+            "prompt_tps",
+            "prompt_tps_ratio",
+            "cache_bytes",
+            "peak_bytes",
+            "error",
+            "kld",
+            "status",
+            "problem",
+        )
+        if any(k in r for r in document["rows"])
+    ]
 
     def cell(x):
         return f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x)
 
-    body = "\n".join(f"<tr class={r['status']}>" + "".join(f"<td>{html.escape(cell(r.get(k)))}" for k in columns)
-                     for r in document["rows"])
+    body = "\n".join(
+        f"<tr class={r['status']}>" + "".join(f"<td>{html.escape(cell(r.get(k)))}" for k in columns)
+        for r in document["rows"]
+    )
     facts = {k: v for k, v in document.items() if k != "rows"}
-    return f"""<!doctype html><meta charset="utf-8"><title>mlx-turbo bench {document['benchmark']}</title>
+    return f"""<!doctype html><meta charset="utf-8"><title>mlx-turbo bench {document["benchmark"]}</title>
 <style>body {{ font: 14px system-ui; margin: 2em }} svg {{ max-width: 100%; height: auto }}
 td, th {{ padding: 2px 8px; text-align: right }} tr.wrong, tr.failed {{ color: #c00000; font-weight: bold }}</style>
 {svg}
 <h2>All rows</h2>
-<table><tr>{''.join(f'<th>{k}' for k in columns)}</tr>
+<table><tr>{"".join(f"<th>{k}" for k in columns)}</tr>
 {body}</table>
 <h2>What ran</h2><pre>{html.escape(json.dumps(facts, indent=1))}</pre>
 """

@@ -1,4 +1,5 @@
 """What a row of results is called."""
+
 from .tables import _queries
 
 

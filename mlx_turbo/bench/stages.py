@@ -3,6 +3,7 @@
 Their results are wrong by construction; only their time means anything. What a stage costs is the time of the whole
 kernel less that of the variant without it. The costs need not add up: a GPU overlaps reading and arithmetic.
 """
+
 import re
 
 from ..backends.attend_launch import attend_shape
@@ -12,8 +13,10 @@ from ..backends.sources import BODY_MARKER, metal_source
 _NO_CODEBOOK = [
     ("return as_type<half2>(low + x) - as_type<half2>(sum - x);", "return as_type<half2>(x);"),
     ("return as_type<half2>(x | 0x64006400u) - half2(1152.0h);", "return as_type<half2>(x);"),
-    ("z[i] = as_type<half2>(((raw.w[2 * x + i / 2] >> (i % 2 * 8)) & 0x00ff00ffu) | 0x64006400u);",
-     "z[i] = as_type<half2>((raw.w[2 * x + i / 2] >> (i % 2 * 8)) & 0x00ff00ffu);"),
+    (
+        "z[i] = as_type<half2>(((raw.w[2 * x + i / 2] >> (i % 2 * 8)) & 0x00ff00ffu) | 0x64006400u);",
+        "z[i] = as_type<half2>((raw.w[2 * x + i / 2] >> (i % 2 * 8)) & 0x00ff00ffu);",
+    ),
 ]
 _NO_VALUES = [("int n = min(TILE, end - t0);", "int n = 0;")]
 _NO_SOFTMAX = [
@@ -23,25 +26,39 @@ _NO_SOFTMAX = [
 ]
 # Every word is read and enters the result through one operation.
 _BYTES_ONLY = _NO_SOFTMAX + [
-    ("struct Raw { uint w[8]; };", """struct Raw { uint w[8]; };
+    (
+        "struct Raw { uint w[8]; };",
+        """struct Raw { uint w[8]; };
   template <int N> static METAL_FUNC float fold(const thread Raw &raw) {
     uint x = B == 3 ? raw.w[2] : 0;
     TQ_UNROLL for (int i = 0; i < (B == 3 ? N / 16 : N * B / 32); i++) x ^= raw.w[i];
     return float(x & 1u);
-  }"""),
-    ("struct Raw { vec<T, 4> v[8]; };", """struct Raw { vec<T, 4> v[8]; };
+  }""",
+    ),
+    (
+        "struct Raw { vec<T, 4> v[8]; };",
+        """struct Raw { vec<T, 4> v[8]; };
   template <int N> static METAL_FUNC float fold(const thread Raw &raw) {
     vec<T, 4> x = raw.v[0];
     TQ_UNROLL for (int i = 1; i < N / 4; i++) x += raw.v[i];
     return float(x.x + x.y + x.z + x.w);
-  }"""),
-    ("struct Raw { half4 v[8]; };", """struct Raw { half4 v[8]; };
-  template <int N> static METAL_FUNC float fold(const thread Raw &raw) { return float(raw.v[0].x); }"""),
-    ("TQ_UNROLL for (int x = 0; x < N / 8; x++) { float y[TOKENS_PER_LANE][8];", """\
+  }""",
+    ),
+    (
+        "struct Raw { half4 v[8]; };",
+        """struct Raw { half4 v[8]; };
+  template <int N> static METAL_FUNC float fold(const thread Raw &raw) { return float(raw.v[0].x); }""",
+    ),
+    (
+        "TQ_UNROLL for (int x = 0; x < N / 8; x++) { float y[TOKENS_PER_LANE][8];",
+        """\
   TQ_UNROLL for (int i = 0; i < TOKENS_PER_LANE; i++) s[i * ROWS] += KEYS::template fold<N>(raw[i]);
   TQ_UNROLL for (int x = 0; x < 0; x++) {
-    float y[TOKENS_PER_LANE][8];"""),
-    ("half2 z[DIMS_PER_LANE / 2];", """uint words = 0;
+    float y[TOKENS_PER_LANE][8];""",
+    ),
+    (
+        "half2 z[DIMS_PER_LANE / 2];",
+        """uint words = 0;
     if (B == 3) {
       TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 16; i++) {
         int t = u * (DIMS_PER_LANE / 16) + i;
@@ -54,9 +71,12 @@ _BYTES_ONLY = _NO_SOFTMAX + [
     y[0] = float(words & 1u);
     return;
     half2 z[DIMS_PER_LANE / 2];
-"""),
-    ("TQ_UNROLL for (int d = 0; d < DIMS_PER_LANE; d++) out.acc[h][d] = fma(p[h], y[d], out.acc[h][d]);",
-     "if (h == 0) out.acc[0][0] += y[0];"),
+""",
+    ),
+    (
+        "TQ_UNROLL for (int d = 0; d < DIMS_PER_LANE; d++) out.acc[h][d] = fma(p[h], y[d], out.acc[h][d]);",
+        "if (h == 0) out.acc[0][0] += y[0];",
+    ),
 ]
 _NOTHING = [("for (int t0 = begin; t0 < end; t0 += TILE) {", "for (int t0 = begin; t0 < begin; t0 += TILE) {")]
 
@@ -103,8 +123,13 @@ class AblatedBackend(MetalBackend):
         if name not in self._kernels:
             header, body = variant(self.stage)
             self._kernels[name] = self._metal_kernel(  # a name of its own, or MLX would build it anew for every call
-                f"turbo_attend_{self.stage.replace(' ', '_')}", inputs, outputs, body, header=header,
-                ensure_row_contiguous=False)
+                f"turbo_attend_{self.stage.replace(' ', '_')}",
+                inputs,
+                outputs,
+                body,
+                header=header,
+                ensure_row_contiguous=False,
+            )
         return self._kernels[name]
 
     def _run_check(self, what, check):
@@ -126,6 +151,7 @@ def verdict(seconds):
     if share["bytes only"] > 0.8:
         return f"Bound by memory: reading the bytes alone takes {share['bytes only']:.0%} of the time."
     stage = min(("no codebook", "no values", "no softmax"), key=share.get)
-    return (f"Bound by arithmetic: reading the bytes alone takes {share['bytes only']:.0%} of the time; the largest "
-            f"stage is the {stage.removeprefix('no ')}, without it {share[stage]:.0%} is left.")
-
+    return (
+        f"Bound by arithmetic: reading the bytes alone takes {share['bytes only']:.0%} of the time; the largest "
+        f"stage is the {stage.removeprefix('no ')}, without it {share[stage]:.0%} is left."
+    )

@@ -5,6 +5,7 @@ apart: in a model the GPU works while Python builds the next layer. The contende
 that rotates, so that a machine that gets slower slows all of them. Rounds go on until the medians are known to
 `UNCERTAINTY`, or time is up.
 """
+
 import platform
 import shlex
 import subprocess
@@ -26,6 +27,7 @@ COPY_BYTES = 256 << 20  # beyond every chip's caches
 class Effort(NamedTuple):
     """How long to measure. least, most: rounds. seconds: of a contender's samples, once it has `least`; one that takes
     twice as long is sampled three times."""
+
     least: int = 10
     most: int = 50
     seconds: float = 2.0
@@ -35,6 +37,7 @@ class Timing(NamedTuple):
     """Seconds of one call. low, high: quartiles of the samples. uncertainty: half the 95 % interval of the median,
     relative to it (McGill, Tukey & Larsen 1978: 1.57 * interquartile range / sqrt n). python: median seconds of
     building a call's graph, not among the others; 0 where that cannot be told apart."""
+
     median: float
     low: float
     high: float
@@ -46,8 +49,15 @@ class Timing(NamedTuple):
     @classmethod
     def of(cls, seconds, calls, python=(0.0,)):
         low, median, high = (float(x) for x in np.percentile(seconds, (25, 50, 75)))
-        return cls(median, low, high, len(seconds), calls, 1.57 * (high - low) / len(seconds) ** 0.5 / median,
-                   float(np.median(python)))
+        return cls(
+            median,
+            low,
+            high,
+            len(seconds),
+            calls,
+            1.57 * (high - low) / len(seconds) ** 0.5 / median,
+            float(np.median(python)),
+        )
 
 
 def sample(run, calls):
@@ -77,11 +87,15 @@ def interleave(contenders, effort, warm_up=None):
                 calls[name], growing = 2 * calls[name], True
     names, seconds, python = list(contenders), {name: [] for name in contenders}, {name: [] for name in contenders}
     for i in range(effort.most):
-        for name in names[i % len(names):] + names[:i % len(names)]:
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             taken = seconds[name]
             spent = sum(taken) * calls[name]
-            if len(taken) < 3 or len(taken) < effort.least and spent < 2 * effort.seconds or (
-                    spent < effort.seconds and Timing.of(taken, calls[name]).uncertainty > UNCERTAINTY):
+            if (
+                len(taken) < 3
+                or len(taken) < effort.least
+                and spent < 2 * effort.seconds
+                or (spent < effort.seconds and Timing.of(taken, calls[name]).uncertainty > UNCERTAINTY)
+            ):
                 took, built = sample(contenders[name], calls[name])
                 taken.append(took)
                 python[name].append(built)
@@ -102,9 +116,19 @@ def floor_run(metal_kernel=None):
     def run(calls):
         y = x
         for _ in range(calls):
-            y = y + 1 if kernel is None else kernel(inputs=[y], grid=(32, 1, 1), threadgroup=(32, 1, 1),
-                                                    output_shapes=[(8,)], output_dtypes=[mx.float32])[0]
+            y = (
+                y + 1
+                if kernel is None
+                else kernel(
+                    inputs=[y],
+                    grid=(32, 1, 1),
+                    threadgroup=(32, 1, 1),
+                    output_shapes=[(8,)],
+                    output_dtypes=[mx.float32],
+                )[0]
+            )
         return y
+
     return run
 
 
@@ -121,6 +145,7 @@ def copy_run(metal, n_bytes=COPY_BYTES):
     def run(calls):
         for _ in range(calls):
             np.copyto(target, source)
+
     return run, 2 * n_bytes
 
 
@@ -129,14 +154,19 @@ def measure_machine(metal, effort, n_bytes=COPY_BYTES):
     copy."""
     copy, moved = copy_run(metal, n_bytes)
     floor = floor_run(mx.fast.metal_kernel if metal else None)
-    alone = interleave({"floor": floor, "evaluation": lambda calls: [mx.eval(floor(1)) for _ in range(calls)] and None},
-                       effort)
+    alone = interleave(
+        {"floor": floor, "evaluation": lambda calls: [mx.eval(floor(1)) for _ in range(calls)] and None}, effort
+    )
     copied = interleave({"copy": copy}, effort)["copy"]
-    return {"floor_seconds": alone["floor"].median,
-            "floor": "empty Metal kernel" if metal else "MLX operation on 8 numbers",
-            "evaluation_seconds": alone["evaluation"].median, "copy_gb_per_s": moved / copied.median / 1e9,
-            "copy": "MLX negation on the GPU" if metal else "numpy.copyto, one thread", "copy_bytes": n_bytes,
-            "copy_uncertainty": copied.uncertainty}
+    return {
+        "floor_seconds": alone["floor"].median,
+        "floor": "empty Metal kernel" if metal else "MLX operation on 8 numbers",
+        "evaluation_seconds": alone["evaluation"].median,
+        "copy_gb_per_s": moved / copied.median / 1e9,
+        "copy": "MLX negation on the GPU" if metal else "numpy.copyto, one thread",
+        "copy_bytes": n_bytes,
+        "copy_uncertainty": copied.uncertainty,
+    }
 
 
 # ---- facts that stand beside every figure ----------------------------------------------------------------------
@@ -163,8 +193,11 @@ def power():
         return {}
     notes = {"thermal": _output("pmset", "-g", "therm"), "power": _output("pmset", "-g")}
     notes["source"] = (_output("pmset", "-g", "batt") or "").partition("\n")[0]
-    modes = [" ".join(line.split()) for line in (notes.pop("power") or "").splitlines()
-             if line.split()[:1] in (["powermode"], ["lowpowermode"], ["highpowermode"])]
+    modes = [
+        " ".join(line.split())
+        for line in (notes.pop("power") or "").splitlines()
+        if line.split()[:1] in (["powermode"], ["lowpowermode"], ["highpowermode"])
+    ]
     return {name: " ".join(text.split()) for name, text in {**notes, "mode": ", ".join(modes)}.items() if text}
 
 
@@ -177,8 +210,20 @@ def header(what, argv, backend):
     """The start of every document: what ran, where, and how it was called."""
     from ..cli.provenance import machine
 
-    return {"benchmark": what, "format": 1, "command": command(argv), "commit": commit(),
-            "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "backend": backend, "machine": machine(), "power": power(),
-            "method": {"warm_up_seconds": WARM_UP_SECONDS, "sample_seconds": SAMPLE_SECONDS,
-                       "until_uncertainty": UNCERTAINTY, "order": "interleaved, rotating"},
-            "executable": Path(sys.executable).name}
+    return {
+        "benchmark": what,
+        "format": 1,
+        "command": command(argv),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "backend": backend,
+        "machine": machine(),
+        "power": power(),
+        "method": {
+            "warm_up_seconds": WARM_UP_SECONDS,
+            "sample_seconds": SAMPLE_SECONDS,
+            "until_uncertainty": UNCERTAINTY,
+            "order": "interleaved, rotating",
+        },
+        "executable": Path(sys.executable).name,
+    }

@@ -1,4 +1,5 @@
 """`mlx-turbo bench kernels --tune`: what this chip likes."""
+
 import math
 
 import numpy as np
@@ -14,8 +15,10 @@ def _attend_contenders(grid, backends, scheme, n_tokens, head_dim, device):
     """[[Contender of each backend] for each GQA factor and number of query tokens of the grid] of one scheme's
     attention."""
     groups = contending.attention_contenders(grid._replace(schemes=(scheme,)), backends, n_tokens, head_dim, device)
-    return [[c for c in contenders if c.name == scheme.name and c.column != "NumPy reference"]
-            for contenders in groups.values()]
+    return [
+        [c for c in contenders if c.name == scheme.name and c.column != "NumPy reference"]
+        for contenders in groups.values()
+    ]
 
 
 def _tune(grid, metal, device, effort):
@@ -32,6 +35,7 @@ def _tune(grid, metal, device, effort):
                     seconds, found = time_tunings(grid, metal, scheme, head_dim, device, quick, tunings)
                     problems.update(found)
                     return seconds
+
                 row = {"scheme": scheme.name, "head_dim": head_dim}
                 rows.append(row)
                 try:

@@ -7,6 +7,7 @@ heads, the worst kv head counting. Bits are raised along LADDER until error <= T
 TARGET is calibrated on the embedded model and on copies of it with hostile keys (tests/constructed_models.py): a layer
 at 0.02 costs the model's output a KL divergence of 0.003; healthy layers have 0.0001 to 0.008.
 """
+
 import mlx.core as mx
 
 from ..backends import select
@@ -43,7 +44,9 @@ def attention_error(queries, positions, keys, bits, config, scale, sinks=None):
     first, starts, x = _sample(keys, config)
     length = x.shape[2] // len(starts)
     at = list(range(first)) + [first + at + i for at in starts for i in range(length)]
-    weight = mx.log(mx.array([1.0] * first + [(N - first) / x.shape[2]] * x.shape[2]))  # of the tokens that it stands for
+    weight = mx.log(
+        mx.array([1.0] * first + [(N - first) / x.shape[2]] * x.shape[2])
+    )  # of the tokens that it stands for
     visible = mx.array(at) <= mx.array(positions)[:, None]
     n_rows = queries.shape[1] // H
     visible = mx.concatenate([visible] * n_rows, axis=0)
@@ -80,7 +83,7 @@ def _sample(keys, config):
     [B, H, n, D], 0 where they cannot be packed)."""
     first = min(config.sink, keys.shape[2] - 1)
     starts, length = sample_keys(keys.shape[2] - first)
-    x = mx.concatenate([keys[:, :, first + at:first + at + length] for at in starts], axis=2)
+    x = mx.concatenate([keys[:, :, first + at : first + at + length] for at in starts], axis=2)
     return first, starts, without_bad(x.astype(mx.float32))[0]
 
 
@@ -92,8 +95,8 @@ def _error(x, n_segments, bits, config):
         summary = summarize(x, 0, T)
         mean = plain(stored(summary[0], worth_it(*summary), config.seed), config.seed).reshape(B, -1, 1, D)
     by_segment = x.reshape(B, H * n_segments, T, D)
-    (codes, gamma), = select.quantize_sides([QuantizeSide(by_segment, bits, mean)], config.seed, scale=config.scale)
-    restored, = select.dequantize_sides([PackedSide(codes, gamma, bits, D, mean)], 0, T, mx.float32, config.seed)
+    ((codes, gamma),) = select.quantize_sides([QuantizeSide(by_segment, bits, mean)], config.seed, scale=config.scale)
+    (restored,) = select.dequantize_sides([PackedSide(codes, gamma, bits, D, mean)], 0, T, mx.float32, config.seed)
     return without_bad(restored.reshape(x.shape) - x)[0]
 
 

@@ -10,6 +10,7 @@ them, and padding on either side, which is dropped once the chunk it came with h
 
 A row has sinks and packed tokens, or neither: until it packs for the first time, all its tokens are recent ones.
 """
+
 import mlx.core as mx
 import numpy as np
 
@@ -38,7 +39,7 @@ def _write_rows(buffer, batch, rows, at, new, step):
     if buffer is None or end > buffer.shape[2]:
         buffer = _grown(buffer, (batch, new.shape[1], -(-end // step) * step, new.shape[3]), new.dtype)
     for i, b in enumerate(rows):
-        buffer[b:b + 1, :, at:end] = new[i:i + 1]
+        buffer[b : b + 1, :, at:end] = new[i : i + 1]
     return buffer
 
 
@@ -52,14 +53,14 @@ def _grown(buffer, shape, dtype):
 def _rows(array, rows):
     """The given rows of an array; not a copy where they are one or all."""
     if len(rows) == 1:
-        return array[rows[0]:rows[0] + 1]
+        return array[rows[0] : rows[0] + 1]
     return array if rows == list(range(array.shape[0])) else array[mx.array(rows)]
 
 
 def _ending_at(array, ends, n):
     """The n tokens of array [B, H, N, D] before token ends[b] of row b: what is outside of the array is dead."""
     if n == 0 or len(set(ends)) == 1 and n <= ends[0] <= array.shape[2]:
-        return array[:, :, ends[0] - n:ends[0]]
+        return array[:, :, ends[0] - n : ends[0]]
     index = mx.clip(mx.array(ends)[:, None] + mx.arange(-n, 0), 0, array.shape[2] - 1)
     return mx.take_along_axis(array, index[:, None, :, None], axis=2)
 
@@ -121,9 +122,15 @@ class BatchTurboKVCache(TurboKVCache):
 
     def _set_offset(self):
         sink = self.config.sink
-        self._offset = mx.array([(sink + n_packed if n_packed else 0) + n_recent + n_forgotten - pad
-                                 for n_packed, n_recent, n_forgotten, pad in
-                                 zip(self._n_packed, self._n_recent, self._n_forgotten, self._pad)], mx.int32)
+        self._offset = mx.array(
+            [
+                (sink + n_packed if n_packed else 0) + n_recent + n_forgotten - pad
+                for n_packed, n_recent, n_forgotten, pad in zip(
+                    self._n_packed, self._n_recent, self._n_forgotten, self._pad
+                )
+            ],
+            mx.int32,
+        )
 
     def _changed(self):
         self.version += 1
@@ -144,9 +151,11 @@ class BatchTurboKVCache(TurboKVCache):
 
     def _columns_of_rows(self):
         columns = *self._columns(self._n_packed), self._n_columns
-        ends = [(self._sinks(n_packed) + n_packed, sum(columns) - n_recent)
-                for n_packed, n_recent in zip(self._n_packed, self._n_recent)]
-        return columns, [np.r_[:front, back:sum(columns)] for front, back in ends]
+        ends = [
+            (self._sinks(n_packed) + n_packed, sum(columns) - n_recent)
+            for n_packed, n_recent in zip(self._n_packed, self._n_recent)
+        ]
+        return columns, [np.r_[:front, back : sum(columns)] for front, back in ends]
 
     # ---- update ----------------------------------------------------------------------------------------------
     def _plan(self, n_new):
@@ -159,7 +168,8 @@ class BatchTurboKVCache(TurboKVCache):
             spans.append((first, n))
             alone.append((n_recent, max(n - (config.sink - n_sink), 0)))  # recent ones and new ones beside them
         decide = self.undecided and any(
-            n > self._capacity() or (n + new > self._capacity() and new <= config.block) for n, new in alone)
+            n > self._capacity() or (n + new > self._capacity() and new <= config.block) for n, new in alone
+        )
         forget = [self._to_forget(b) if n else 0 for b, (_, n) in enumerate(spans)]
         before, after = [0] * self._n_rows, [0] * self._n_rows
         for b, (n, new) in enumerate(alone):
@@ -171,10 +181,21 @@ class BatchTurboKVCache(TurboKVCache):
             if n + new > capacity:
                 after[b] = n + new - config.recent
         n_packed = [n - fewer + more for n, fewer, more in zip(self._n_packed, forget, before)]
-        n_recent = [recent - more - (config.sink if more and not packed else 0)
-                    for recent, more, packed in zip(self._n_recent, before, self._n_packed)]
-        return _Plan(n_new, decide, spans, forget, before, after, n_packed, n_recent,
-                     (*self._columns(n_packed), self._compacted(n_recent)))
+        n_recent = [
+            recent - more - (config.sink if more and not packed else 0)
+            for recent, more, packed in zip(self._n_recent, before, self._n_packed)
+        ]
+        return _Plan(
+            n_new,
+            decide,
+            spans,
+            forget,
+            before,
+            after,
+            n_packed,
+            n_recent,
+            (*self._columns(n_packed), self._compacted(n_recent)),
+        )
 
     def _to_forget(self, b):
         """How many of its oldest packed tokens row b forgets when the next one comes."""
@@ -212,8 +233,7 @@ class BatchTurboKVCache(TurboKVCache):
             fetched = self._append(new, n_new)
             self._n_free = 0 if self.undecided else self._free()
             return fetched
-        tails = [mx.concatenate([_first(side.recent, R), x], axis=2) if R else x
-                 for side, x in zip(self._sides, new)]
+        tails = [mx.concatenate([_first(side.recent, R), x], axis=2) if R else x for side, x in zip(self._sides, new)]
         self._take_over(tails, plan, R)
         self._pad = [pad - min(pad, n_new) for pad in self._pad]
         if self._until is not None:
@@ -258,7 +278,7 @@ class BatchTurboKVCache(TurboKVCache):
     def _cut_recent(self, n):
         if n < self._n_columns:
             for side in self._sides:
-                side.recent = _write(None, 0, side.recent[:, :, self._n_columns - n:self._n_columns], self._room())
+                side.recent = _write(None, 0, side.recent[:, :, self._n_columns - n : self._n_columns], self._room())
             self._n_columns = n
 
     def _pack_recent(self, n_pack):
@@ -281,12 +301,12 @@ class BatchTurboKVCache(TurboKVCache):
             for mine, side, yes in zip(like._sides, self._sides, centred):
                 mine.bits = side.bits
                 mine.means = _rows(side.means, rows) if yes and n_packed else None
-            exact = [_rows(tail, rows)[:, :, end - exact:end] for tail in tails]
+            exact = [_rows(tail, rows)[:, :, end - exact : end] for tail in tails]
             begun.append((rows, n, sinks, exact, like, like._new_means([x[:, :, sinks:] for x in exact], n)))
         decided = which_are_centred([group[-2:] for group in begun])
         for (rows, n, sinks, exact, like, new), centred in zip(begun, decided):
             means = like._means(new, centred)
-            packed = like._quantize([x[:, :, sinks:sinks + n] for x in exact], means)
+            packed = like._quantize([x[:, :, sinks : sinks + n] for x in exact], means)
             done.append((rows, n, sinks, exact, means, packed, centred))
         self._n_recent = list(n_exact)
         for rows, n, sinks, exact, means, packed, centred in done:
@@ -299,7 +319,7 @@ class BatchTurboKVCache(TurboKVCache):
                     side.scale = _write_rows(side.scale, self._n_rows, rows, at, scale, self.step)
                 yes = [False] * len(rows)
                 if mean is not None:
-                    mean = mean[:, :, :-(-(at + n) // side.segment)]
+                    mean = mean[:, :, : -(-(at + n) // side.segment)]
                     step = max(self.step // side.segment, 1)
                     side.means = _write_rows(side.means, self._n_rows, rows, 0, mean, step)
                     yes = [self._centred[i][rows[0]]] * len(rows) if at else centred[i]
@@ -334,7 +354,7 @@ class BatchTurboKVCache(TurboKVCache):
             positions = [self._tokens(b) - n + i for i in sample]
             seen = queries, b, positions
             if queries.shape[2] > 1:  # one token's queries are evaluated with the step, and kept as they are
-                seen = mx.take(queries[b:b + 1], mx.array([first + i for i in sample]), axis=2), 0, positions
+                seen = mx.take(queries[b : b + 1], mx.array([first + i for i in sample]), axis=2), 0, positions
                 mx.async_eval(seen[0])
             self._observed[b] = auto_bits.newest([*self._observed[b], seen])
 
@@ -342,12 +362,16 @@ class BatchTurboKVCache(TurboKVCache):
         """What a TurboKVCache of row b would have observed: ([(queries, positions)], scale, sinks) or None."""
         if not self._observed[b]:
             return None
-        seen = [(q if q.shape[0] == 1 else mx.contiguous(q[row:row + 1]), positions)  # not a view of all rows' queries
-                for q, row, positions in self._observed[b]]
+        seen = [
+            (q if q.shape[0] == 1 else mx.contiguous(q[row : row + 1]), positions)  # not a view of all rows' queries
+            for q, row, positions in self._observed[b]
+        ]
         return seen, *self._observed_with
 
     def _observed_queries(self):
-        return list({id(q): q for seen in self._observed for q, *_ in seen}.values())  # rows share those of a decode step
+        return list(
+            {id(q): q for seen in self._observed for q, *_ in seen}.values()
+        )  # rows share those of a decode step
 
     def _decide(self):
         """The bits of the keys that the most demanding row needs; rows with too few tokens to tell are not asked."""
@@ -355,7 +379,7 @@ class BatchTurboKVCache(TurboKVCache):
         asked = [b for b, n in enumerate(tokens) if n >= min(auto_bits.FEWEST, max(tokens))]
         choices = []
         for b in asked:
-            keys = self._sides[0].recent[b:b + 1, :, self._n_columns - tokens[b]:self._n_columns]
+            keys = self._sides[0].recent[b : b + 1, :, self._n_columns - tokens[b] : self._n_columns]
             choices.append(auto_bits.choose_by(keys, self.config, self._observed_of(b)))
         bits, errors, by = max(choices, key=lambda choice: _precision(choice[0]))
         self._decided(bits, errors, by)
@@ -390,8 +414,9 @@ class BatchTurboKVCache(TurboKVCache):
         sides = []
         for i, side in enumerate(self._sides):
             tail = side.recent if tails is None else mx.contiguous(tails[i])
-            sides.append(CachedSide(side.sink, side.codes, side.scale, tail, side.bits, side.head_dim, side.means,
-                                    side.segment))
+            sides.append(
+                CachedSide(side.sink, side.codes, side.scale, tail, side.bits, side.head_dim, side.means, side.segment)
+            )
         return KVView(*sides, columns, self.config.seed, self, self.version)
 
     def _fetch(self, columns, tails=None, new=None):
@@ -483,10 +508,13 @@ class BatchTurboKVCache(TurboKVCache):
                 continue
             if side.recent.shape[0] != 1:
                 raise ValueError(f"caches: got one of batch size {side.recent.shape[0]}, allowed are caches of one row")
-            mine.recent = side.recent[:, :, :cache.n_recent]
+            mine.recent = side.recent[:, :, : cache.n_recent]
             if unpacked:
-                mine.recent = mx.concatenate([side.sink[:, :, :cache.n_sink], mine.recent], axis=2) if cache.n_sink \
+                mine.recent = (
+                    mx.concatenate([side.sink[:, :, : cache.n_sink], mine.recent], axis=2)
+                    if cache.n_sink
                     else mine.recent
+                )
             else:
                 mine.sink, mine.codes, mine.scale, mine.means = side.sink, side.codes, side.scale, side.means
                 batch._centred[i][0] = side.means is not None
@@ -537,13 +565,21 @@ class BatchTurboKVCache(TurboKVCache):
     def _join_side(self, side, sides, parts):
         like = next(s for s in sides if s.recent is not None).recent
         for s in sides:
-            if s.recent is not None and (s.recent.dtype != like.dtype or s.recent.shape[1] != like.shape[1]
-                                         or s.recent.shape[3] != like.shape[3]):
-                raise ValueError(f"caches: got tokens {s.recent.dtype} {(*like.shape[:1], *s.recent.shape[1:])} and "
-                                 f"{like.dtype} {tuple(like.shape)}, allowed are equal kv heads, head_dim and dtype")
+            if s.recent is not None and (
+                s.recent.dtype != like.dtype or s.recent.shape[1] != like.shape[1] or s.recent.shape[3] != like.shape[3]
+            ):
+                raise ValueError(
+                    f"caches: got tokens {s.recent.dtype} {(*like.shape[:1], *s.recent.shape[1:])} and "
+                    f"{like.dtype} {tuple(like.shape)}, allowed are equal kv heads, head_dim and dtype"
+                )
         n_packed = max(self._n_packed)
-        sizes = dict(sink=(self._sinks(n_packed), 1), codes=(n_packed, self.step), scale=(n_packed, self.step),
-                     means=(-(-n_packed // side.segment), 1), recent=(self._n_columns, self._room()))
+        sizes = dict(
+            sink=(self._sinks(n_packed), 1),
+            codes=(n_packed, self.step),
+            scale=(n_packed, self.step),
+            means=(-(-n_packed // side.segment), 1),
+            recent=(self._n_columns, self._room()),
+        )
         for name, (n, step) in sizes.items():
             of_parts = [getattr(s, name) for s in sides]
             some = like if name == "recent" else next((a for a in of_parts if a is not None), None)
@@ -556,7 +592,7 @@ class BatchTurboKVCache(TurboKVCache):
                     pieces.append(mx.zeros((part._n_rows, some.shape[1], n, some.shape[3]), some.dtype))
                     continue
                 start = part._n_columns - min(held, n) if name == "recent" else 0
-                a = a[:, :, start:start + min(held, n)]
+                a = a[:, :, start : start + min(held, n)]
                 pad = (n - a.shape[2], 0) if name == "recent" else (0, n - a.shape[2])
                 pieces.append(mx.pad(a, [(0, 0), (0, 0), pad, (0, 0)]) if any(pad) else a)
             setattr(side, name, _write(None, 0, mx.concatenate(pieces), step))
@@ -564,8 +600,9 @@ class BatchTurboKVCache(TurboKVCache):
     def _held(self, name, segment):
         """Tokens, or means, of the longest row in a buffer."""
         n_packed = max(self._n_packed)
-        return {"sink": self._sinks(n_packed), "means": -(-n_packed // segment),
-                "recent": max(self._n_recent)}.get(name, n_packed)
+        return {"sink": self._sinks(n_packed), "means": -(-n_packed // segment), "recent": max(self._n_recent)}.get(
+            name, n_packed
+        )
 
     def extend(self, other):
         """Append the rows of another batch cache, which stays as it is. Raises as `merge`, with this one unchanged."""
@@ -604,7 +641,7 @@ class BatchTurboKVCache(TurboKVCache):
         for side in self._sides:
             if side.recent is None:
                 continue
-            side.recent = _write(None, 0, side.recent[:, :, start:start + self._n_columns][index], self._room())
+            side.recent = _write(None, 0, side.recent[:, :, start : start + self._n_columns][index], self._room())
             sizes = dict(sink=self._sinks(n_packed), codes=n_packed, scale=n_packed, means=-(-n_packed // side.segment))
             for name, n in sizes.items():
                 a = getattr(side, name)
@@ -627,19 +664,20 @@ class BatchTurboKVCache(TurboKVCache):
         cache.n_sink, cache.n_packed, cache.n_recent = self._counts()[b]
         cache._observed, end = self._observed_of(b), self._n_columns
         for side, mine, centred in zip(self._sides, cache._sides, self._centred):
-            exact = side.recent[b:b + 1, :, end - self._n_recent[b]:end]
+            exact = side.recent[b : b + 1, :, end - self._n_recent[b] : end]
             if cache.n_sink:
-                sinks = side.sink[b:b + 1] if cache.n_packed else exact[:, :, :cache.n_sink]
+                sinks = side.sink[b : b + 1] if cache.n_packed else exact[:, :, : cache.n_sink]
                 mine.sink = _write(None, 0, sinks, self.config.sink)
-            mine.recent = _write(None, 0, exact[:, :, self._n_recent[b] - cache.n_recent:],
-                                 self.config.recent + self.config.block)
+            mine.recent = _write(
+                None, 0, exact[:, :, self._n_recent[b] - cache.n_recent :], self.config.recent + self.config.block
+            )
             if cache.n_packed:
-                mine.codes = _write(None, 0, side.codes[b:b + 1, :, :cache.n_packed], self.step)
+                mine.codes = _write(None, 0, side.codes[b : b + 1, :, : cache.n_packed], self.step)
                 if side.scale is not None:
-                    mine.scale = _write(None, 0, side.scale[b:b + 1, :, :cache.n_packed], self.step)
+                    mine.scale = _write(None, 0, side.scale[b : b + 1, :, : cache.n_packed], self.step)
                 if centred[b]:
                     n = -(-cache.n_packed // side.segment)
-                    mine.means = _write(None, 0, side.means[b:b + 1, :, :n], max(self.step // side.segment, 1))
+                    mine.means = _write(None, 0, side.means[b : b + 1, :, :n], max(self.step // side.segment, 1))
         cache._evaluate()
         return cache
 
@@ -665,7 +703,7 @@ class BatchTurboKVCache(TurboKVCache):
                 recent = mx.pad(side.recent[:, :, :end], [(0, 0), (0, 0), (columns - end, 0), (0, 0)])
                 for b, keep in to_recent.items():
                     if keep:
-                        recent[b:b + 1, :, columns - keep:] = side.sink[b:b + 1, :, :keep]
+                        recent[b : b + 1, :, columns - keep :] = side.sink[b : b + 1, :, :keep]
                 side.recent = _write(None, 0, recent, self._room())
         self._n_columns = columns
         self._n_packed, self._n_recent = map(list, zip(*left))
@@ -732,11 +770,19 @@ class BatchTurboKVCache(TurboKVCache):
         sides, rest = _make_sides(config, None if key_bits < 0 else key_bits), iter(arrays[2:])
         columns = header["n_sink"], header["n_packed"], header["n_recent"]
         sink = config.sink if max(n_packed) else 0
-        if min(n_packed + n_recent + pad + n_forgotten) < 0 or min(until) < -1 or -1 in until and max(until) >= 0 \
-                or (sink, max(n_packed)) != columns[:2] or max(n_recent) > columns[2] \
-                or (key_bits < 0 and max(n_packed)) or any(
-                    gone and (config.sink if packed else 0) + packed + recent < own["max_size"] - 1
-                    for gone, packed, recent in zip(n_forgotten, n_packed, n_recent)):
+        if (
+            min(n_packed + n_recent + pad + n_forgotten) < 0
+            or min(until) < -1
+            or -1 in until
+            and max(until) >= 0
+            or (sink, max(n_packed)) != columns[:2]
+            or max(n_recent) > columns[2]
+            or (key_bits < 0 and max(n_packed))
+            or any(
+                gone and (config.sink if packed else 0) + packed + recent < own["max_size"] - 1
+                for gone, packed, recent in zip(n_forgotten, n_packed, n_recent)
+            )
+        ):
             raise ValueError(f"state: the header names {columns} columns, the rows {rows.tolist()}, with {config}")
         try:
             for side, name in zip(sides, ("key", "value")):
@@ -745,8 +791,9 @@ class BatchTurboKVCache(TurboKVCache):
             raise ValueError("state: arrays are missing") from None
         if next(rest, None) is not None:
             raise ValueError("state: more arrays than the header says")
-        if sum(columns) and (sides[0].recent.shape[:2] != sides[1].recent.shape[:2]
-                             or sides[0].recent.shape[0] != len(pad)):
+        if sum(columns) and (
+            sides[0].recent.shape[:2] != sides[1].recent.shape[:2] or sides[0].recent.shape[0] != len(pad)
+        ):
             raise ValueError("state: keys, values and rows have different batch sizes or numbers of kv heads")
         vars(self).update(own)
         BatchTurboKVCache.__init__(self, config, pad)

@@ -1,4 +1,5 @@
 """What an update of a batch does, decided before anything is changed."""
+
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ class _Plan(NamedTuple):
     before, after: how many are packed before and after attention. n_packed, n_recent: as attention finds them, without
     the new tokens, and columns: (sink, packed, recent) then.
     """
+
     n_new: int
     decide: bool
     spans: list
@@ -29,4 +31,4 @@ class _Plan(NamedTuple):
     def live(self, b):
         """The columns with the tokens of row b, in their order, the new ones included: int [n]."""
         front, back = self.edges(b)
-        return np.r_[:front, back:sum(self.columns) + sum(self.spans[b])]
+        return np.r_[:front, back : sum(self.columns) + sum(self.spans[b])]

@@ -4,6 +4,7 @@ Every row stays what it would be in a RotatingTurboKVCache of its own: it packs 
 moment. Until then its dead ones are masked. When rows forget, the packed buffers of all are copied: a token is copied
 about four times as often as there are rows that do so one after the other.
 """
+
 import mlx.core as mx
 
 from .batch import BatchTurboKVCache, _ending_at

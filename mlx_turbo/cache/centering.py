@@ -8,6 +8,7 @@ Keys turn with their position (RoPE), a constant part turns with them, so they g
 tokens; values do not turn and get one. Means are kept in float16 and rotated space, as attention needs them, and the
 rounded means are what is subtracted.
 """
+
 import itertools
 
 import mlx.core as mx
@@ -39,7 +40,7 @@ def without_bad(x):
     """x float32 [..., D] and its squared norms [..., 1], both 0 for a vector that is not finite or too large: it must
     not reach others through a mean or a decision."""
     energy = mx.square(x).sum(-1, keepdims=True)
-    good = energy <= x.shape[-1] * float(LARGEST)**2  # not so for NaN
+    good = energy <= x.shape[-1] * float(LARGEST) ** 2  # not so for NaN
     return mx.where(good, x, 0), mx.where(good, energy, 0)
 
 
@@ -53,7 +54,7 @@ def summarize(x, first, segment):
     pieces = [(begun, 1)] + [(min(group, whole - i) * unit, min(group, whole - i)) for i in range(0, whole, group)]
     pieces, at, sums, energy, n_tokens = [p for p in [*pieces, (rest, 1)] if p[0]], 0, [], 0, []
     for n, n_segments in pieces:
-        piece, squares = without_bad(mx.unflatten(x[:, :, at:at + n].astype(mx.float32), 2, (n_segments, -1)))
+        piece, squares = without_bad(mx.unflatten(x[:, :, at : at + n].astype(mx.float32), 2, (n_segments, -1)))
         sums.append(piece.sum(3))
         energy = energy + squares.sum((2, 3, 4), keepdims=True)[..., 0]
         n_tokens += [n // n_segments] * n_segments
@@ -99,5 +100,5 @@ def per_token(means, first, n, segment):
     if segment >= first + n:
         return means[:, :, :1]
     last = (first + n - 1) // segment
-    rows = mx.repeat(means[:, :, first // segment:last + 1], segment, axis=2)
-    return rows[:, :, first % segment:first % segment + n]
+    rows = mx.repeat(means[:, :, first // segment : last + 1], segment, axis=2)
+    return rows[:, :, first % segment : first % segment + n]

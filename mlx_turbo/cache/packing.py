@@ -1,4 +1,5 @@
 """The sides of a cache and how tokens are written into them: what single caches and batches share."""
+
 import mlx.core as mx
 
 from ..backends import select

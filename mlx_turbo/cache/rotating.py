@@ -7,6 +7,7 @@ returns, and once a quarter of a window is dead, the packed buffers are copied w
 windows of packed tokens (where keys may be centred, the quarter is rounded up to whole segments of 128), and what the
 newest prompt chunk has beyond that; a token is copied about four times.
 """
+
 from dataclasses import replace
 
 import mlx.core as mx
@@ -71,8 +72,10 @@ class Window:
         return dead - dead % self._unit if dead >= self._most_dead else 0
 
     def _seen_counts(self):
-        return [(n_sink, max(n_packed - max(n_packed + n_recent - self.window, 0), 0), min(n_recent, self.window))
-                for n_sink, n_packed, n_recent in self._counts()]
+        return [
+            (n_sink, max(n_packed - max(n_packed + n_recent - self.window, 0), 0), min(n_recent, self.window))
+            for n_sink, n_packed, n_recent in self._counts()
+        ]
 
     def trim(self, n):
         """As without a window while everything is still held; later 0, as nothing can be trimmed."""
@@ -145,7 +148,7 @@ class RotatingTurboKVCache(Window, TurboKVCache):
             for name, per_row in ("codes", 1), ("scale", 1), ("means", side.segment):
                 buffer = getattr(side, name)
                 if buffer is not None:
-                    rows = buffer[:, :, drop // per_row:-(-self.n_packed // per_row)]
+                    rows = buffer[:, :, drop // per_row : -(-self.n_packed // per_row)]
                     setattr(side, name, _write(None, 0, rows, -(-room // per_row)))
         self.n_packed, self.n_forgotten = n_left, self.n_forgotten + drop
         self._evaluate()
@@ -161,8 +164,9 @@ class RotatingTurboKVCache(Window, TurboKVCache):
         cut = dead - within
         of_codes = cut if cut < n_packed else 0  # never all: an array without elements has no buffer on the GPU
         keys, values = (_without(side, of_codes, dead_recent) for side in (view.keys, view.values))
-        return view._replace(keys=keys, values=values, counts=(n_sink, n_packed - cut, n_recent - dead_recent),
-                             dead=within)
+        return view._replace(
+            keys=keys, values=values, counts=(n_sink, n_packed - cut, n_recent - dead_recent), dead=within
+        )
 
     @classmethod
     def of(cls, cache, config):
@@ -220,14 +224,24 @@ class RotatingTurboKVCache(Window, TurboKVCache):
         own, n_forgotten = super()._own_state(header, config), header["n_forgotten"]
         max_size, held = own["max_size"], header["n_packed"] + header["n_recent"]
         if n_forgotten < 0 or n_forgotten and (held < max_size - config.sink - 1 or header["n_sink"] < config.sink):
-            raise ValueError(f"state: the header names a window of {max_size} tokens, {n_forgotten} forgotten, with "
-                             f"{held} after the sink and {config}")
+            raise ValueError(
+                f"state: the header names a window of {max_size} tokens, {n_forgotten} forgotten, with "
+                f"{held} after the sink and {config}"
+            )
         return own | {"n_forgotten": n_forgotten, "_limit": max_size - config.sink}
 
 
 def _without(side, n_packed, n_recent):
     """A `CachedSide` without the first n_packed packed and n_recent recent tokens."""
     if n_packed:
-        side = side._replace(**{name: a if a is None else a[:, :, n_packed // per_row:] for name, a, per_row in (
-            ("codes", side.codes, 1), ("scale", side.scale, 1), ("means", side.means, side.segment))})
+        side = side._replace(
+            **{
+                name: a if a is None else a[:, :, n_packed // per_row :]
+                for name, a, per_row in (
+                    ("codes", side.codes, 1),
+                    ("scale", side.scale, 1),
+                    ("means", side.means, side.segment),
+                )
+            }
+        )
     return side._replace(recent=side.recent[:, :, n_recent:]) if n_recent else side

@@ -6,6 +6,7 @@ The first `sink` tokens and at least the newest `recent` ones stay as they came,
 the recent window is quantized from those exact values, once, so the stored codes do not depend on how the prompt was
 cut into chunks. Every array is [B, n_kv_heads, tokens, *]: one token's bits never leave its row.
 """
+
 import warnings
 
 import mlx.core as mx
@@ -79,20 +80,24 @@ class TurboKVCache:
         first = self.offset == 0
         n_to_sink = min(self.config.sink - self.n_sink, n_new)
         n_to_recent = n_new - n_to_sink
-        if self.undecided and (self.n_recent > self._capacity() or (self.n_recent + n_to_recent > self._capacity()
-                                                                    and n_to_recent <= self.config.block)):
+        if self.undecided and (
+            self.n_recent > self._capacity()
+            or (self.n_recent + n_to_recent > self._capacity() and n_to_recent <= self.config.block)
+        ):
             self._decide()  # nobody showed us the queries of the chunk, or it is a decode step that must pack
         capacity = self.config.recent + self.config.block
         if self.n_recent + n_to_recent <= capacity or self.undecided:
             view = None
         elif n_to_recent <= self.config.block:  # make room: what is appended stays exact until a later update
-            self._pack([side.recent[:, :, :self.n_recent] for side in self._sides])
+            self._pack([side.recent[:, :, : self.n_recent] for side in self._sides])
             view = None
         else:  # a prompt chunk: attended exactly now, packed at once
             tails = [x[:, :, n_to_sink:] for x in new]
             if self.n_recent:
-                tails = [mx.concatenate([side.recent[:, :, :self.n_recent], t], axis=2)
-                         for side, t in zip(self._sides, tails)]
+                tails = [
+                    mx.concatenate([side.recent[:, :, : self.n_recent], t], axis=2)
+                    for side, t in zip(self._sides, tails)
+                ]
             view = self.n_packed, tails
             self._pack(tails)
         for side, x in zip(self._sides, new):
@@ -136,19 +141,29 @@ class TurboKVCache:
     def _check(self, keys, values):
         for x, name, side in ((keys, "keys", self._sides[0]), (values, "values", self._sides[1])):
             had = side.recent
-            if had is not None and isinstance(x, mx.array) and x.dtype == had.dtype and x.ndim == 4 \
-                    and x.shape[:2] == had.shape[:2] and x.shape[3] == had.shape[3]:
+            if (
+                had is not None
+                and isinstance(x, mx.array)
+                and x.dtype == had.dtype
+                and x.ndim == 4
+                and x.shape[:2] == had.shape[:2]
+                and x.shape[3] == had.shape[3]
+            ):
                 continue  # a decode step
             check_vectors(x, name, any_head_dim=side.bits == 0, dtypes=_dtypes(self.config))
             if had is not None:
-                for what, was, now in (("batch size", had.shape[0], x.shape[0]), ("number of kv heads", had.shape[1],
-                                       x.shape[1]), ("head_dim", had.shape[3], x.shape[3]),
-                                       ("dtype", had.dtype, x.dtype)):
+                for what, was, now in (
+                    ("batch size", had.shape[0], x.shape[0]),
+                    ("number of kv heads", had.shape[1], x.shape[1]),
+                    ("head_dim", had.shape[3], x.shape[3]),
+                    ("dtype", had.dtype, x.dtype),
+                ):
                     if was != now:
                         raise ValueError(f"{name}: {what} {now}, but this cache holds tokens with {what} {was}")
         if keys.shape[:3] != values.shape[:3]:
-            raise ValueError(f"values: got {tuple(values.shape)}, expected [batch, n_kv_heads, tokens] as keys "
-                             f"{tuple(keys.shape)}")
+            raise ValueError(
+                f"values: got {tuple(values.shape)}, expected [batch, n_kv_heads, tokens] as keys {tuple(keys.shape)}"
+            )
 
     def _new_means(self, tails, n_pack):
         """{side: (means of the segments that the first n_pack of `tails` begin [B, H, S, D], which rows and heads are
@@ -165,7 +180,7 @@ class TurboKVCache:
             summary = centering.summarize(tails[i], self.n_packed, side.segment)
             begun = 1 if self.n_packed % side.segment else 0
             use = (side.means[:, :, :1] != 0).any(-1, keepdims=True) if self.n_packed else centering.worth_it(*summary)
-            new[i] = summary[0][:, :, begun:][:, :, :n - n_had], use
+            new[i] = summary[0][:, :, begun:][:, :, : n - n_had], use
         return new
 
     def _means(self, new, centred):
@@ -187,8 +202,12 @@ class TurboKVCache:
         if by_segment:
             out[0] = self._quantize_by_segment(tails[0], self._sides[0], means[0])
         if together:
-            sides = [QuantizeSide(tails[i], self._sides[i].bits,
-                                  None if means[i] is None else centering.plain(means[i], seed)) for i in together]
+            sides = [
+                QuantizeSide(
+                    tails[i], self._sides[i].bits, None if means[i] is None else centering.plain(means[i], seed)
+                )
+                for i in together
+            ]
             for i, result in zip(together, select.quantize_sides(sides, seed, scale=self.config.scale)):
                 out[i] = result
         return out
@@ -200,9 +219,11 @@ class TurboKVCache:
         at, s, parts = 0, self.n_packed // segment, []
         for n_tokens, n_segments in (begun, 1), (whole * segment, whole), (rest, 1):
             if n_tokens:
-                mean = centering.plain(means[:, :, s:s + n_segments], seed).reshape(B, H * n_segments, 1, D)
-                piece = x[:, :, at:at + n_tokens].reshape(B, H * n_segments, -1, D)
-                quantized, = select.quantize_sides([QuantizeSide(piece, side.bits, mean)], seed, scale=self.config.scale)
+                mean = centering.plain(means[:, :, s : s + n_segments], seed).reshape(B, H * n_segments, 1, D)
+                piece = x[:, :, at : at + n_tokens].reshape(B, H * n_segments, -1, D)
+                (quantized,) = select.quantize_sides(
+                    [QuantizeSide(piece, side.bits, mean)], seed, scale=self.config.scale
+                )
                 parts.append([a.reshape(B, H, n_tokens, -1) for a in quantized])
                 at, s = at + n_tokens, s + n_segments
         return tuple(mx.concatenate(a, axis=2) for a in zip(*parts))
@@ -242,8 +263,8 @@ class TurboKVCache:
     def _decide(self):
         """Choose the bits of the keys, and pack what has waited for that. Without queries (nobody called `observe`) by
         the keys alone."""
-        parts = [(side.sink, side.recent[:, :, :self.n_recent]) for side in self._sides]
-        keys = mx.concatenate([parts[0][0][:, :, :self.n_sink], parts[0][1]], axis=2) if self.n_sink else parts[0][1]
+        parts = [(side.sink, side.recent[:, :, : self.n_recent]) for side in self._sides]
+        keys = mx.concatenate([parts[0][0][:, :, : self.n_sink], parts[0][1]], axis=2) if self.n_sink else parts[0][1]
         bits, self._errors, self._by = auto_bits.choose_by(keys, self.config, self._observed)
         self._sides[0].bits, self.undecided, self._observed = bits, False, None
         if self.n_recent > self._capacity():
@@ -256,8 +277,9 @@ class TurboKVCache:
         sides, n_recent = [], self.n_recent if tails is None else tails[0].shape[2]
         for i, side in enumerate(self._sides):
             tail = side.recent if tails is None else mx.contiguous(tails[i])
-            sides.append(CachedSide(side.sink, side.codes, side.scale, tail, side.bits, side.head_dim, side.means,
-                                    side.segment))
+            sides.append(
+                CachedSide(side.sink, side.codes, side.scale, tail, side.bits, side.head_dim, side.means, side.segment)
+            )
         counts = self.n_sink, self.n_packed if n_packed is None else n_packed, n_recent
         view = self._view(sides, counts)
         if not any(side.bits for side in sides):
@@ -362,7 +384,7 @@ class TurboKVCache:
             found[name] = []
             for b, row in enumerate(rows):
                 n_sink, *others = seen[b % len(seen)]
-                found[name].append(int(bad[b, row[:n_sink]].sum() + bad[b, row[len(row) - sum(others):]].sum()))
+                found[name].append(int(bad[b, row[:n_sink]].sum() + bad[b, row[len(row) - sum(others) :]].sum()))
         return found
 
     def report(self):
@@ -383,12 +405,21 @@ class TurboKVCache:
             if side.codes is not None:
                 arrays = [a for a in (side.codes, side.scale, side.means) if a is not None]
                 packed_bits += 8 * sum(a.nbytes for a in arrays) / side.codes.shape[2]
-        return {"scheme": Scheme(*(side.bits for side in self._sides)).name, "tokens": sum(n_tokens), "sink": n_sink,
-                "packed": n_packed, "recent": n_recent, "nbytes": self.nbytes, "uncompressed_nbytes": uncompressed,
-                "packed_bits_per_value": packed_bits / values if values else 0.0,
-                "centred": [name for name, side in zip(("keys", "values"), self._sides) if side.means is not None],
-                "not_finite": self.not_finite(), "auto": self._auto_report(), "backend": get_backend().describe(),
-                "attention": self._attention()}
+        return {
+            "scheme": Scheme(*(side.bits for side in self._sides)).name,
+            "tokens": sum(n_tokens),
+            "sink": n_sink,
+            "packed": n_packed,
+            "recent": n_recent,
+            "nbytes": self.nbytes,
+            "uncompressed_nbytes": uncompressed,
+            "packed_bits_per_value": packed_bits / values if values else 0.0,
+            "centred": [name for name, side in zip(("keys", "values"), self._sides) if side.means is not None],
+            "not_finite": self.not_finite(),
+            "auto": self._auto_report(),
+            "backend": get_backend().describe(),
+            "attention": self._attention(),
+        }
 
     def _uncompressed_capacity(self, n_tokens):
         """Tokens for which the cache in whose place this one is has room, once it holds n_tokens."""
@@ -424,17 +455,21 @@ class TurboKVCache:
         NotImplementedError for windows and batches, of which mlx-lm has no quantized ones.
         """
         if self.never_quantized:
-            raise NotImplementedError(f"to_quantized: mlx-lm has no quantized cache of a {self.never_quantized}, which "
-                                      f"kv_bits asks for; without kv_bits this one stays {self.config.name}")
+            raise NotImplementedError(
+                f"to_quantized: mlx-lm has no quantized cache of a {self.never_quantized}, which "
+                f"kv_bits asks for; without kv_bits this one stays {self.config.name}"
+            )
         from mlx_lm.models.cache import QuantizedKVCache
 
         cache = QuantizedKVCache(group_size, bits)
         if self.offset:
             cache.keys, cache.values = (mx.quantize(x, group_size, bits) for x in self.keys_and_values())
             cache.offset = self.offset
-        warnings.warn(f"a TurboKVCache ({self.config.name}) becomes mlx-lm's QuantizedKVCache ({bits} bits, groups of "
-                      f"{group_size}), made of its restored tokens: without kv_bits it stays {self.config.name}",
-                      stacklevel=2)
+        warnings.warn(
+            f"a TurboKVCache ({self.config.name}) becomes mlx-lm's QuantizedKVCache ({bits} bits, groups of "
+            f"{group_size}), made of its restored tokens: without kv_bits it stays {self.config.name}",
+            stacklevel=2,
+        )
         return cache
 
     # ---- state -----------------------------------------------------------------------------------------------
@@ -446,15 +481,35 @@ class TurboKVCache:
         dims = [side.head_dim if filled else 0 for side in self._sides]
         dtypes = [select.EXACT_DTYPES.index(side.recent.dtype) if filled else 0 for side in self._sides]
         n_means = [0 if side.means is None else -(-counts[1] // side.segment) for side in self._sides]
-        return [self.magic, FORMAT_VERSION, scheme.key_bits, scheme.value_bits, config.sink, config.recent, config.block,
-                config.seed, SCALES.index(config.scale), config.centre, config.auto,
-                -1 if self.undecided else self._sides[0].bits, *counts, *dims, *dtypes, *n_means]
+        return [
+            self.magic,
+            FORMAT_VERSION,
+            scheme.key_bits,
+            scheme.value_bits,
+            config.sink,
+            config.recent,
+            config.block,
+            config.seed,
+            SCALES.index(config.scale),
+            config.centre,
+            config.auto,
+            -1 if self.undecided else self._sides[0].bits,
+            *counts,
+            *dims,
+            *dtypes,
+            *n_means,
+        ]
 
     def _arrays(self, counts):
         arrays, (n_sink, n_packed, n_recent) = [], counts
         for side in self._sides:
-            parts = (side.sink, n_sink), (side.codes, n_packed), (side.scale, n_packed), \
-                (side.means, -(-n_packed // side.segment)), (side.recent, n_recent)
+            parts = (
+                (side.sink, n_sink),
+                (side.codes, n_packed),
+                (side.scale, n_packed),
+                (side.means, -(-n_packed // side.segment)),
+                (side.recent, n_recent),
+            )
             arrays += [a[:, :, :n] for a, n in parts if a is not None and n]  # never the object we write into
         return arrays
 

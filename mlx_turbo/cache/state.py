@@ -1,4 +1,5 @@
 """The header of a cache's state, and the way back from it."""
+
 import mlx.core as mx
 
 from ..backends import select
@@ -6,9 +7,29 @@ from ..quant.scheme import BITS, SCALES, TurboConfig, words_per_row
 from .packing import _dtypes, _may_choose, _write
 
 MAGIC, FORMAT_VERSION = 0x54554B56, 2  # "TUKV"
-_HEADER = ("magic", "version", "key_bits", "value_bits", "sink", "recent", "block", "seed", "scale", "centre", "auto",
-           "chosen_key_bits", "n_sink", "n_packed", "n_recent", "key_dim", "value_dim", "key_dtype", "value_dtype",
-           "key_means", "value_means")
+_HEADER = (
+    "magic",
+    "version",
+    "key_bits",
+    "value_bits",
+    "sink",
+    "recent",
+    "block",
+    "seed",
+    "scale",
+    "centre",
+    "auto",
+    "chosen_key_bits",
+    "n_sink",
+    "n_packed",
+    "n_recent",
+    "key_dim",
+    "value_dim",
+    "key_dtype",
+    "value_dtype",
+    "key_means",
+    "value_means",
+)
 
 
 def _read_header(array, cache):
@@ -27,9 +48,16 @@ def _read_config(header):
     """(TurboConfig, the bits of keys: -1 while auto has not chosen)"""
     if header["scale"] not in range(len(SCALES)):
         raise ValueError(f"state: the header names scale rule {header['scale']}, there are {len(SCALES)}")
-    config = TurboConfig(f"turbo{header['key_bits']}v{header['value_bits']}", header["sink"], header["recent"],
-                         header["block"], header["seed"], SCALES[header["scale"]], bool(header["centre"]),
-                         auto=bool(header["auto"]))
+    config = TurboConfig(
+        f"turbo{header['key_bits']}v{header['value_bits']}",
+        header["sink"],
+        header["recent"],
+        header["block"],
+        header["seed"],
+        SCALES[header["scale"]],
+        bool(header["centre"]),
+        auto=bool(header["auto"]),
+    )
     chosen = header["chosen_key_bits"]
     if chosen not in ((-1, *BITS) if _may_choose(config) else (config.scheme.key_bits,)):
         raise ValueError(f"state: the header names {chosen} bits for keys, with {config}")
@@ -52,8 +80,9 @@ def _restore(side, arrays, counts, header, name, config):
         nonlocal batch
         a = next(arrays)
         if a.ndim != 4 or a.shape[2:] != (n, width) or a.dtype != want or batch not in (None, a.shape[:2]):
-            raise ValueError(f"state: got {a.dtype} {tuple(a.shape)}, expected {want} "
-                             f"{(*(batch or ('B', 'H')), n, width)}")
+            raise ValueError(
+                f"state: got {a.dtype} {tuple(a.shape)}, expected {want} {(*(batch or ('B', 'H')), n, width)}"
+            )
         batch = a.shape[:2]
         return a[:, :, :n]  # an object of our own: it is written into
 

@@ -1,4 +1,5 @@
 """What a cache hands to a model: lazy arrays that know the cache they come from."""
+
 import threading
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ class KVView(NamedTuple):
     counts: (n_sink, n_packed, n_recent), the order of the tokens. cache, version: to tell whether it still holds.
     dead: so many of the first packed tokens are in the buffers, but belong to the tokens no more (rotating.py).
     """
+
     keys: CachedSide
     values: CachedSide
     counts: tuple
@@ -51,7 +53,7 @@ class KVView(NamedTuple):
         middle = self.restore_packed() if n_packed and packed is None else packed
         for i, side in enumerate(sides):
             parts = [_first(side.sink, n_sink)] if n_sink else []
-            parts += [middle[i][:, :, self.dead:] if self.dead else middle[i]] if n_packed else []
+            parts += [middle[i][:, :, self.dead :] if self.dead else middle[i]] if n_packed else []
             parts += [_first(side.recent, n_recent)] if n_recent else []
             out.append(mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0][:])  # never what we write into
         return out
@@ -74,6 +76,7 @@ class _Unread:
     Only what went to attention.attend counts as unread, so that no restored copy of the cache is kept alive; only in
     the thread that made it, because MLX evaluates a lazy array in no other. Not part of a copy of the cache.
     """
+
     __slots__ = ("packed", "n_packed", "thread", "version")
 
     def __init__(self):
@@ -93,4 +96,4 @@ class _Unread:
         self.version = view.version
         if n == self.n_packed:
             return self.packed
-        return {i: x[:, :, self.n_packed - n:] for i, x in self.packed.items()}  # a window lost its first ones
+        return {i: x[:, :, self.n_packed - n :] for i, x in self.packed.items()}  # a window lost its first ones

@@ -1,4 +1,5 @@
 """`mlx-turbo chat`: mlx_lm.chat's own main() with compressed caches."""
+
 import contextlib
 
 import mlx_lm.chat as module
@@ -48,8 +49,11 @@ def main(argv):
         return original(model, tokenizer, prompt, **kwargs)
 
     parser.parse_args = lambda: args
-    with use_backend(args.backend) as backend, program.installed(), \
-            _replaced(module, setup_arg_parser=lambda: parser, stream_generate=checked_stream_generate):
+    with (
+        use_backend(args.backend) as backend,
+        program.installed(),
+        _replaced(module, setup_arg_parser=lambda: parser, stream_generate=checked_stream_generate),
+    ):
         with contextlib.suppress(EOFError, KeyboardInterrupt):  # the other ways to leave
             module.main()
         if program.caches:

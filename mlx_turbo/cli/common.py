@@ -1,4 +1,5 @@
 """What the commands share: options, loading models, errors in one line, and what a cache held."""
+
 import argparse
 import contextlib
 import functools
@@ -12,8 +13,7 @@ from ..backends.select import get_backend
 from ..backends.sides import BackendError
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
-from ..integration import prompt_cache
-from ..integration.prompt_cache import describe, make_prompt_cache
+from ..integration.prompt_cache import compress, describe, make_prompt_cache, members, register, reports
 from ..integration.prompt_cache_file import load_with
 from ..integration.warming import warm
 from ..quant.scheme import TurboConfig
@@ -59,12 +59,20 @@ def add_cache_arguments(parser):
     """Add --kv-sink, --kv-recent and --backend: of every command that makes caches, beside its --kv."""
     default = TurboConfig()
     group = parser.add_argument_group("mlx-turbo")
-    group.add_argument("--kv-sink", type=int, metavar="N",
-                       help=f"so many first tokens stay exact (default: {default.sink})")
-    group.add_argument("--kv-recent", type=int, metavar="N",
-                       help=f"at least so many of the newest tokens stay exact (default: {default.recent})")
-    group.add_argument("--backend", choices=["metal", "cpu"],
-                       help="Metal kernels, or the same in MLX operations (default: metal where it is)")
+    group.add_argument(
+        "--kv-sink", type=int, metavar="N", help=f"so many first tokens stay exact (default: {default.sink})"
+    )
+    group.add_argument(
+        "--kv-recent",
+        type=int,
+        metavar="N",
+        help=f"at least so many of the newest tokens stay exact (default: {default.recent})",
+    )
+    group.add_argument(
+        "--backend",
+        choices=["metal", "cpu"],
+        help="Metal kernels, or the same in MLX operations (default: metal where it is)",
+    )
     return group
 
 
@@ -72,8 +80,9 @@ def kv_config(scheme, args):
     """The TurboConfig of a scheme's name with --kv-sink and --kv-recent; None for "none"."""
     options = {"sink": args.kv_sink, "recent": args.kv_recent}
     try:
-        config = TurboConfig.of(DEFAULT_SCHEME if scheme == "none" else scheme,
-                                **{k: v for k, v in options.items() if v is not None})
+        config = TurboConfig.of(
+            DEFAULT_SCHEME if scheme == "none" else scheme, **{k: v for k, v in options.items() if v is not None}
+        )
     except ValueError as e:
         name, _, rest = str(e).partition(":")
         none = "; or 'none': mlx-lm's own cache" if name == "scheme" else ""
@@ -113,8 +122,10 @@ def _why_not_loaded(path, error):
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"{path!r} is neither a folder here nor on the Hugging Face Hub (or it is private or gated)"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return (f"{path!r} is neither a folder here nor in the Hugging Face cache, and the Hub cannot be "
-                "reached; without --model the embedded demo model is used, which needs no network")
+        return (
+            f"{path!r} is neither a folder here nor in the Hugging Face cache, and the Hub cannot be "
+            "reached; without --model the embedded demo model is used, which needs no network"
+        )
     return f"cannot get {path!r}: {_one_line(error)}"
 
 
@@ -151,17 +162,20 @@ class TurboProgram:
     def installed(self):
         """Inside this context the `load`, `make_prompt_cache` and `load_prompt_cache` the module uses are ours:
         under its own names, and in mlx_lm.models.cache, where mlx-lm 0.31 looks them up."""
-        cache_module = prompt_cache.register()  # so that load_prompt_cache knows our class
+        cache_module = register()  # so that load_prompt_cache knows our class
         with contextlib.ExitStack() as stack:
             for module in (self.module, cache_module):
-                names = [n for n in ("load", "sharded_load", "make_prompt_cache", "load_prompt_cache")
-                         if hasattr(module, n)]
+                names = [
+                    n for n in ("load", "sharded_load", "make_prompt_cache", "load_prompt_cache") if hasattr(module, n)
+                ]
                 ours = {n: functools.partial(getattr(self, f"_{n}"), getattr(module, n)) for n in names}
                 stack.enter_context(_replaced(module, **ours))
             yield self
         if not self.caches:
-            raise BackendError(f"{self.module.__name__} made no KV cache through mlx_turbo: this version of mlx-lm "
-                               "does it in a way that is not known here, and nothing was compressed")
+            raise BackendError(
+                f"{self.module.__name__} made no KV cache through mlx_turbo: this version of mlx-lm "
+                "does it in a way that is not known here, and nothing was compressed"
+            )
 
     def _load(self, original, path, *args, **kwargs):
         is_draft, self._n_loaded = self._n_loaded > 0, self._n_loaded + 1
@@ -181,8 +195,9 @@ class TurboProgram:
             n_draft_tokens = 1 if is_draft else self.args.num_draft_tokens
         _complain(f"building and checking the kernels for the {'draft ' if is_draft else ''}model ...")
         start = time.perf_counter()
-        n = warm(model, tokenizer, config, n_draft_tokens=n_draft_tokens,
-                 max_kv_size=getattr(self.args, "max_kv_size", None))
+        n = warm(
+            model, tokenizer, config, n_draft_tokens=n_draft_tokens, max_kv_size=getattr(self.args, "max_kv_size", None)
+        )
         _complain(f"{n} kernels in {time.perf_counter() - start:.1f} s")
 
     def _make_prompt_cache(self, original, model, max_kv_size=None):
@@ -200,17 +215,18 @@ class TurboProgram:
         except (OSError, ValueError) as e:
             raise CliError(f"--prompt-cache-file: cannot read {file!r}: {_one_line(e)}") from e
         cache, *rest = result if isinstance(result, tuple) else (result,)
-        for held in (c for c in prompt_cache.members(cache) if isinstance(c, TurboKVCache)):
+        for held in (c for c in members(cache) if isinstance(c, TurboKVCache)):
             self._file_config = held.config  # it was made with a scheme of its own
             for name, given in (("name", self.args.kv), ("sink", self.args.kv_sink), ("recent", self.args.kv_recent)):
                 if name == "sink" and isinstance(held, RotatingTurboKVCache):
                     continue  # a window keeps what it was made to keep
                 made_with = getattr(held.config, name)
                 if given is not None and (self.config is None or getattr(self.config, name) != made_with):
-                    raise CliError(f"{FLAGS[name]}: got {given}, but {file!r} was made with {made_with}; "
-                                   f"leave {FLAGS[name]} out")
+                    raise CliError(
+                        f"{FLAGS[name]}: got {given}, but {file!r} was made with {made_with}; leave {FLAGS[name]} out"
+                    )
         if self.config is not None:
-            cache = prompt_cache.compress(cache, self.config)
+            cache = compress(cache, self.config)
         self.caches.append(cache)
         return (cache, *rest) if rest else cache
 
@@ -223,16 +239,20 @@ def summarize(prompt_cache):
     they are count as they are). tokens, sink, packed, recent: of the first compressed layer that is no window.
     packed_bits_per_value: mean over compressed layers. layers: models.describe.
     """
-    layers = prompt_cache.reports(prompt_cache)
+    layers = reports(prompt_cache)
     ours = [report for _, _, report, _ in layers if report]
     held = sum(_nbytes(cache) for _, cache, _, _ in layers)
     kept = held - sum(report["nbytes"] for report in ours)
-    summary = {"nbytes": held, "uncompressed_nbytes": kept + sum(r["uncompressed_nbytes"] for r in ours),
-               "n_compressed": len(ours), "layers": describe(prompt_cache)}
+    summary = {
+        "nbytes": held,
+        "uncompressed_nbytes": kept + sum(r["uncompressed_nbytes"] for r in ours),
+        "n_compressed": len(ours),
+        "layers": describe(prompt_cache),
+    }
     if ours:
         first = next((report for report in ours if "window" not in report), ours[0])
         summary |= {name: first[name] for name in ("tokens", "sink", "packed", "recent", "attention")}
-        summary["scheme"] = next(c.config.name for c in prompt_cache.members(prompt_cache) if isinstance(c, TurboKVCache))
+        summary["scheme"] = next(c.config.name for c in members(prompt_cache) if isinstance(c, TurboKVCache))
         packed = [r["packed_bits_per_value"] for r in ours if r["packed"]]
         summary["packed_bits_per_value"] = sum(packed) / len(packed) if packed else None
     return summary
@@ -260,10 +280,13 @@ def report_lines(prompt_cache, scheme):
     ratio = s["uncompressed_nbytes"] / s["nbytes"] if s["nbytes"] else 1.0
     size = f"KV cache bytes: {held} held, {uncompressed} uncompressed, ratio {ratio:.2f}"
     if not s["packed"]:
-        starts = next(c.packs_beyond for c in prompt_cache.members(prompt_cache) if isinstance(c, TurboKVCache))
+        starts = next(c.packs_beyond for c in members(prompt_cache) if isinstance(c, TurboKVCache))
         size += f" (packing starts beyond {starts} tokens)"
-    return [f"KV cache: {s['scheme']}, {s['tokens']} tokens ({s['sink']} sink exact, {packed}, "
-            f"{s['recent']} recent exact); {s['layers']}; attention of a decode step: {s['attention']}", size]
+    return [
+        f"KV cache: {s['scheme']}, {s['tokens']} tokens ({s['sink']} sink exact, {packed}, "
+        f"{s['recent']} recent exact); {s['layers']}; attention of a decode step: {s['attention']}",
+        size,
+    ]
 
 
 # ---- generate ----------------------------------------------------------------------------------------------
@@ -273,11 +296,14 @@ def add_program_arguments(parser, command, module):
     parser.description = f"{module.__name__} with a TurboQuant KV cache: all its flags, and those of mlx-turbo."
     parser.error = lambda message: _raise_cli_error(f"{message} (see {parser.prog} --help)")
     group = add_cache_arguments(parser)
-    group.add_argument("--kv", metavar="SCHEME",
-                       help="bits per number of the KV cache: turbo4, turbo3, turbo2, turbo8v4 (keys 8, "
-                            "values 4), ...; auto: turbo4, with more bits for the keys of layers that turn out to "
-                            f"need them; or none: mlx-lm's own cache (default: {DEFAULT_SCHEME}). A draft "
-                            "model's cache is compressed too, and so are the windows of --max-kv-size.")
+    group.add_argument(
+        "--kv",
+        metavar="SCHEME",
+        help="bits per number of the KV cache: turbo4, turbo3, turbo2, turbo8v4 (keys 8, "
+        "values 4), ...; auto: turbo4, with more bits for the keys of layers that turn out to "
+        f"need them; or none: mlx-lm's own cache (default: {DEFAULT_SCHEME}). A draft "
+        "model's cache is compressed too, and so are the windows of --max-kv-size.",
+    )
     return group
 
 
@@ -285,8 +311,10 @@ def describe_model_argument(parser):
     """Say in its help what no --model means here."""
     for action in parser._actions:
         if action.dest == "model":
-            action.default, action.help = None, ("A local folder or a Hugging Face id; without it the embedded "
-                                                 "demo model is used.")
+            action.default, action.help = (
+                None,
+                ("A local folder or a Hugging Face id; without it the embedded demo model is used."),
+            )
 
 
 def use_demo_model(args):
@@ -298,20 +326,24 @@ def use_demo_model(args):
 def refuse_kv_bits(program):
     """Raise CliError where mlx-lm's --kv-bits came beside our --kv."""
     if getattr(program.args, "kv_bits", None) is not None and program.config is not None:
-        raise CliError(f"--kv-bits: mlx-lm's own cache quantization does not go with --kv {program.scheme}; "
-                       "leave --kv-bits out, or say --kv none")
+        raise CliError(
+            f"--kv-bits: mlx-lm's own cache quantization does not go with --kv {program.scheme}; "
+            "leave --kv-bits out, or say --kv none"
+        )
 
 
 def _tokens_before(prompt_cache):
-    return max((c.offset for c in prompt_cache.members(prompt_cache) if hasattr(c, "offset")), default=0)
+    return max((c.offset for c in members(prompt_cache) if hasattr(c, "offset")), default=0)
 
 
 def _warn_beyond_context(model, n_tokens, max_tokens):
     limit = getattr(getattr(model, "args", None), "max_position_embeddings", None)
     total = n_tokens + max(max_tokens, 0)
     if limit and total > limit:
-        _complain(f"warning: prompt and answer may reach {total} tokens, the model was made for {limit}: "
-                  "expect nonsense beyond")
+        _complain(
+            f"warning: prompt and answer may reach {total} tokens, the model was made for {limit}: "
+            "expect nonsense beyond"
+        )
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -319,4 +351,6 @@ def _warn_beyond_context(model, n_tokens, max_tokens):
 
 def _of(module):
     """The command whose main(argv) is in a module of its own, imported when it runs."""
-    return lambda argv: importlib.import_module(module if module.startswith(".") else f".{module}", __package__).main(argv)
+    return lambda argv: importlib.import_module(module if module.startswith(".") else f".{module}", __package__).main(
+        argv
+    )

@@ -1,4 +1,5 @@
 """`mlx-turbo doctor`: what is installed, what would run, and whether the kernels agree with the oracle."""
+
 import json
 import math
 import os
@@ -24,15 +25,21 @@ HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 160, 192, 256, 512, 576)
 ATTEND_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 BITS = (2, 3, 4, 8)
 # two sides in one launch: ((head_dim, bits, mean), ...); 192/128 and 512/64 are keys and values of MLA models
-PAIRS = (((128, 4, False), (128, 4, False)), ((128, 8, True), (128, 4, False)),
-         ((64, 3, False), (64, 2, True)), ((192, 8, False), (128, 4, True)),
-         ((512, 4, True), (64, 2, False)), ((80, 4, False), (80, 3, False)))
+PAIRS = (
+    ((128, 4, False), (128, 4, False)),
+    ((128, 8, True), (128, 4, False)),
+    ((64, 3, False), (64, 2, True)),
+    ((192, 8, False), (128, 4, True)),
+    ((512, 4, True), (64, 2, False)),
+    ((80, 4, False), (80, 3, False)),
+)
 BATCH, N_KV_HEADS = 2, 3
 ONE_LAUNCH, TWO_LAUNCHES = 90, 1100  # tokens, sink and recent ones included: attention takes so many launches
 
 
 class Check(NamedTuple):
     """One launch to compare with the oracle. sides: one or two of (head_dim, bits, has mean)."""
+
     operation: str
     sides: tuple
     dtype: mx.Dtype
@@ -51,6 +58,7 @@ class Check(NamedTuple):
 class AttendCheck(NamedTuple):
     """Attention over one cache to compare with the oracle. keys, values: (bits, head_dim). n_tokens: 4 sink, the
     packed ones, 20 recent. mask: None, "causal", "boolean" or "additive". means: packed tokens are relative to some."""
+
     keys: tuple
     values: tuple
     heads_per_kv_head: int
@@ -66,11 +74,14 @@ class AttendCheck(NamedTuple):
         return f"attend, {_dtype_name(self.dtype)}"
 
     def __str__(self):
-        sides = " and ".join(f"{name} of head_dim {d}, {b} bits"
-                             for name, (b, d) in (("keys", self.keys), ("values", self.values)))
-        return (f"attend {sides}, {self.heads_per_kv_head} heads per kv head, {self.n_queries} query tokens, "
-                f"{self.n_tokens} tokens, mask {self.mask}, sinks {self.sinks}, means {self.means}, "
-                f"{_dtype_name(self.dtype)}")
+        sides = " and ".join(
+            f"{name} of head_dim {d}, {b} bits" for name, (b, d) in (("keys", self.keys), ("values", self.values))
+        )
+        return (
+            f"attend {sides}, {self.heads_per_kv_head} heads per kv head, {self.n_queries} query tokens, "
+            f"{self.n_tokens} tokens, mask {self.mask}, sinks {self.sinks}, means {self.means}, "
+            f"{_dtype_name(self.dtype)}"
+        )
 
 
 def _dtype_name(dtype):
@@ -82,6 +93,7 @@ class Model(NamedTuple):
 
     n_tokens: for one launch or for two. means: keys and values are centred. n_drafts: the number of tokens of a
     draft model that are verified besides."""
+
     names: str
     head_dim: int
     heads_per_kv_head: int
@@ -116,13 +128,25 @@ def quick_checks():
         bits = [b for b in (model.key_bits, 4) if b]
         packed = tuple((model.head_dim, b, model.means) for b in bits)
         # keys with means are packed alone, by segment (cache.py); their rows are restored without the means
-        checks += [Check("quantize", sides, model.dtype, 37)
-                   for sides in (((side,) for side in packed) if model.means else (packed,))]
+        checks += [
+            Check("quantize", sides, model.dtype, 37)
+            for sides in (((side,) for side in packed) if model.means else (packed,))
+        ]
         checks.append(Check("dequantize", tuple((model.head_dim, b, False) for b in bits), model.dtype, 37))
         sides = (model.key_bits, model.head_dim), (4, model.head_dim)
-        checks += [AttendCheck(*sides, model.heads_per_kv_head, n_queries, model.n_tokens, "causal",
-                               model.sinks, model.means, model.dtype)
-                   for n_queries in sorted({1, 1 + model.n_drafts})]
+        checks += [
+            AttendCheck(
+                *sides,
+                model.heads_per_kv_head,
+                n_queries,
+                model.n_tokens,
+                "causal",
+                model.sinks,
+                model.means,
+                model.dtype,
+            )
+            for n_queries in sorted({1, 1 + model.n_drafts})
+        ]
     return list(dict.fromkeys(checks))
 
 
@@ -131,13 +155,19 @@ def all_checks():
     two sides."""
     checks = []
     for operation in ("quantize", "dequantize"):
-        single = [(d, b, (i + j) % 2 == 0, mx.bfloat16)
-                  for i, d in enumerate(HEAD_DIMS) for j, b in enumerate(BITS)]
-        single += [(d, b, mean, dtype) for d in (64, 128) for b in BITS for dtype in (mx.float16, mx.float32)
-                   for mean in (False, True)]
+        single = [(d, b, (i + j) % 2 == 0, mx.bfloat16) for i, d in enumerate(HEAD_DIMS) for j, b in enumerate(BITS)]
+        single += [
+            (d, b, mean, dtype)
+            for d in (64, 128)
+            for b in BITS
+            for dtype in (mx.float16, mx.float32)
+            for mean in (False, True)
+        ]
         # 1 token: decoding; 37: no multiple of any tile
-        checks += [Check(operation, ((d, b, mean),), dtype, 1 if i % 5 == 0 else 37)
-                   for i, (d, b, mean, dtype) in enumerate(single)]
+        checks += [
+            Check(operation, ((d, b, mean),), dtype, 1 if i % 5 == 0 else 37)
+            for i, (d, b, mean, dtype) in enumerate(single)
+        ]
         checks += [Check(operation, pair, dtype, 37) for pair in PAIRS for dtype in (mx.bfloat16, mx.float32)]
     # every head dim with three schemes, every scheme at 64 and 128; short caches take one launch, long ones two, a
     # prompt chunk of 40 tokens goes tile by tile
@@ -146,14 +176,27 @@ def all_checks():
     combinations += [((k, v), (d, d)) for d in (64, 128) for k in (0, *BITS) for v in (0, *BITS) if k or v]
     combinations += [((4, 4), (192, 128)), ((8, 4), (64, 256))]
     for i, ((k_bits, v_bits), (k_dim, v_dim)) in enumerate(combinations):
-        checks.append(AttendCheck((k_bits, k_dim), (v_bits, v_dim), groups[i % 5], (1, 3, 40)[i % 3],
-                                  TWO_LAUNCHES if i % 6 == 3 else ONE_LAUNCH, masks[i % 4], i % 3 == 1, i // 4 % 2 == 1,
-                                  (mx.bfloat16, mx.float16, mx.float32)[i % 7 % 3]))
+        checks.append(
+            AttendCheck(
+                (k_bits, k_dim),
+                (v_bits, v_dim),
+                groups[i % 5],
+                (1, 3, 40)[i % 3],
+                TWO_LAUNCHES if i % 6 == 3 else ONE_LAUNCH,
+                masks[i % 4],
+                i % 3 == 1,
+                i // 4 % 2 == 1,
+                (mx.bfloat16, mx.float16, mx.float32)[i % 7 % 3],
+            )
+        )
     # many rows, which share decoded tiles, with their queries in threadgroup memory or, from 48 on, elsewhere
-    for keys, values, heads, n_queries in (((4, 128), (4, 128), 4, 6), ((8, 128), (4, 128), 8, 16),
-                                           ((3, 256), (2, 256), 4, 16), ((4, 576), (4, 512), 16, 2)):
-        checks.append(AttendCheck(keys, values, heads, n_queries, ONE_LAUNCH, "causal", False, True,
-                                  mx.bfloat16))
+    for keys, values, heads, n_queries in (
+        ((4, 128), (4, 128), 4, 6),
+        ((8, 128), (4, 128), 8, 16),
+        ((3, 256), (2, 256), 4, 16),
+        ((4, 576), (4, 512), 16, 2),
+    ):
+        checks.append(AttendCheck(keys, values, heads, n_queries, ONE_LAUNCH, "causal", False, True, mx.bfloat16))
     return list(dict.fromkeys(quick_checks() + checks))
 
 
@@ -205,9 +248,14 @@ def _run_attend_check(check, backend):
         sinks = np.array(mx.array(rng.standard_normal(shape[1])).astype(check.dtype).astype(mx.float32))
     options = dict(scale=check.keys[1] ** -0.5)
     counts = 4, check.n_tokens - 24, 20
-    got = attention.attend(queries, KVView(keys, values, counts, 0, None, 0), backend=backend, **options,
-                           mask=mask if mask is None or isinstance(mask, str) else mx.array(mask),
-                           sinks=None if sinks is None else mx.array(sinks).astype(check.dtype))
+    got = attention.attend(
+        queries,
+        KVView(keys, values, counts, 0, None, 0),
+        backend=backend,
+        **options,
+        mask=mask if mask is None or isinstance(mask, str) else mx.array(mask),
+        sinks=None if sinks is None else mx.array(sinks).astype(check.dtype),
+    )
     got = np.array(got.astype(mx.float32))
     want = reference.attention(np.array(queries.astype(mx.float32)), k, v, mask=mask, sinks=sinks, **options)
     error = float(np.abs(got - want).max() / np.abs(want).max())
@@ -243,7 +291,7 @@ def run_check(check, backend):
         for head_dim, bits, has_mean in check.sides:
             x = _vectors(rng, check.n_tokens + first + 2, head_dim)
             want = reference.quantize(x, bits, rotation=seed, mean=_mean(rng, head_dim, has_mean))
-            wants.append(reference.dequantize(want)[:, :, first:first + check.n_tokens])
+            wants.append(reference.dequantize(want)[:, :, first : first + check.n_tokens])
             scale = mx.array(want.scale[..., None].astype(np.float16))
             sides.append(PackedSide(mx.array(want.packed()), scale, bits, head_dim, _to_mlx(want.mean)))
         outs = backend.dequantize(sides, first, check.n_tokens, check.dtype, seed)
@@ -273,10 +321,10 @@ def _parser():
     parser = Parser(
         prog="mlx-turbo doctor",
         description="Prints versions, device and backend, builds the kernels that widely used models need and "
-                    "compares each with the NumPy oracle. Exit code 1 on any disagreement or build error.")
+        "compares each with the NumPy oracle. Exit code 1 on any disagreement or build error.",
+    )
     parser.add_argument("--all", action="store_true", help="every kernel: over 300 to build, minutes")
-    parser.add_argument("--backend", choices=["metal", "cpu"],
-                        help="check this one (default: the one that is used)")
+    parser.add_argument("--backend", choices=["metal", "cpu"], help="check this one (default: the one that is used)")
     parser.add_argument("--json", action="store_true", help="JSON instead of text")
     parser.add_argument("--verbose", action="store_true", help="a line for every check")
     return parser
@@ -351,18 +399,33 @@ def main(argv=None, backend=None):
     if args.json:
         for group in groups.values():
             group["worst"] = group["worst"] if math.isfinite(group["worst"]) else None  # JSON has no infinity
-        print(json.dumps({
-            "ok": not failures, "machine": facts, "warnings": warnings, "seconds": round(seconds, 3),
-            "backend": {"name": getattr(backend, "name", None), "description": description, "why": why},
-            "checks": n_checks, "checks_with_all": n_all, "groups": groups,
-            "failures": [{"check": check, "problem": problem} for check, problem in failures]}, indent=2))
+        print(
+            json.dumps(
+                {
+                    "ok": not failures,
+                    "machine": facts,
+                    "warnings": warnings,
+                    "seconds": round(seconds, 3),
+                    "backend": {"name": getattr(backend, "name", None), "description": description, "why": why},
+                    "checks": n_checks,
+                    "checks_with_all": n_all,
+                    "groups": groups,
+                    "failures": [{"check": check, "problem": problem} for check, problem in failures],
+                },
+                indent=2,
+            )
+        )
     if failures:
-        say(f"\nNOT OK: {len(failures)} of {max(n_checks, 1)} checks ({n_all} with --all) failed on "
-            f"{description}, {seconds:.1f} s. Please report this with the output above.")
+        say(
+            f"\nNOT OK: {len(failures)} of {max(n_checks, 1)} checks ({n_all} with --all) failed on "
+            f"{description}, {seconds:.1f} s. Please report this with the output above."
+        )
         return 1
     how_many = f"all {n_checks}" if args.all else f"{n_checks} of {n_all}"
-    say(f"\nOK: {how_many} checks agree with the oracle on {description}, {seconds:.1f} s"
-        + ("" if args.all else " (what widely used models need; --all runs the rest too)"))
+    say(
+        f"\nOK: {how_many} checks agree with the oracle on {description}, {seconds:.1f} s"
+        + ("" if args.all else " (what widely used models need; --all runs the rest too)")
+    )
     for warning in warnings:
         say(f"*** {warning} ***")
     return 0

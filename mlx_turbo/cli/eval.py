@@ -1,4 +1,5 @@
 """`mlx-turbo eval`: perplexity, KL divergence, agreement and recall of caches, against the uncompressed one."""
+
 import argparse
 import importlib
 import json
@@ -15,8 +16,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ..backends.select import get_backend, use_backend
-from ..integration import prompt_cache
-from ..integration.prompt_cache import make_prompt_cache
+from ..integration.prompt_cache import describe, make_prompt_cache, reports
 from ..quality import metrics, needles, plots
 from .common import (
     DEMO_MODEL,
@@ -49,37 +49,73 @@ def _parser():
         prog="mlx-turbo eval",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Perplexity of a text, and how far the model's output moves from the uncompressed cache's: KL\n"
-                    "divergence (nats per token) and how often the likeliest token is the same. The text passes\n"
-                    "through the cache in chunks, so all but the newest tokens come from it.",
-        epilog="Bits per number (bits/value) in the table:\n" + NOTE)
+        "divergence (nats per token) and how often the likeliest token is the same. The text passes\n"
+        "through the cache in chunks, so all but the newest tokens come from it.",
+        epilog="Bits per number (bits/value) in the table:\n" + NOTE,
+    )
     add = parser.add_argument
     add("--model", help="a local folder or a Hugging Face id (default: the embedded demo model)")
-    add("--text", help="a file (.txt, .jsonl, .parquet) or a dataset on the Hugging Face Hub, owner/name or "
-                       "owner/name/file (default: held-out stories of the demo model)")
+    add(
+        "--text",
+        help="a file (.txt, .jsonl, .parquet) or a dataset on the Hugging Face Hub, owner/name or "
+        "owner/name/file (default: held-out stories of the demo model)",
+    )
     add("--tokens", type=int, default=2048, metavar="N", help="per window, at most so many (default: 2048)")
-    add("--windows", type=int, default=1, metavar="N",
+    add(
+        "--windows",
+        type=int,
+        default=1,
+        metavar="N",
         help="so many windows of the text, each read with fresh caches; two or more give the KL divergence a "
-             "standard error (default: 1)")
+        "standard error (default: 1)",
+    )
     add("--chunk", type=int, default=32, metavar="N", help="tokens per step (default: 32)")
-    add("--dtype", choices=["float32", "bfloat16", "float16", "model"], default="float32",
+    add(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "model"],
+        default="float32",
         help="of the model's parameters, 'model': as they are (default: float32; bfloat16 noise alone is a KL "
-             "divergence of about 0.003)")
-    add("--needles", action="store_true",
-        help="hide facts in the text and ask for them: how many are recalled, by length and depth")
-    add("--needle-lengths", type=int, nargs="+", default=[512, 1024, 2048], metavar="N",
-        help="tokens of a document (default: 512 1024 2048)")
-    add("--needle-documents", type=int, default=10, metavar="N",
-        help="per length (default: 10, so that a fact is a point)")
+        "divergence of about 0.003)",
+    )
+    add(
+        "--needles",
+        action="store_true",
+        help="hide facts in the text and ask for them: how many are recalled, by length and depth",
+    )
+    add(
+        "--needle-lengths",
+        type=int,
+        nargs="+",
+        default=[512, 1024, 2048],
+        metavar="N",
+        help="tokens of a document (default: 512 1024 2048)",
+    )
+    add(
+        "--needle-documents",
+        type=int,
+        default=10,
+        metavar="N",
+        help="per length (default: 10, so that a fact is a point)",
+    )
     add("--needle-facts", type=int, default=10, metavar="N", help="in each document (default: 10)")
     add("--json", action="store_true", help="JSON instead of a table")
     add("--png", metavar="FILE", help="also a picture: KL divergence against bits per number")
     add("--quiet", action="store_true", help="no progress bar (there is none either where stderr is no terminal)")
     group = add_cache_arguments(parser)
-    group.add_argument("--kv-block", type=int, metavar="N",
-                       help="exact tokens beyond --kv-recent are packed when so many have gathered (default: 64)")
-    group.add_argument("--kv", nargs="+", action="extend", metavar="SCHEME",
-                       help="caches to compare with the uncompressed one: turbo4, turbo8v4, ..., and mlx8 and mlx4, "
-                            f"mlx-lm's own QuantizedKVCache (default: {' '.join(DEFAULT_KV)})")
+    group.add_argument(
+        "--kv-block",
+        type=int,
+        metavar="N",
+        help="exact tokens beyond --kv-recent are packed when so many have gathered (default: 64)",
+    )
+    group.add_argument(
+        "--kv",
+        nargs="+",
+        action="extend",
+        metavar="SCHEME",
+        help="caches to compare with the uncompressed one: turbo4, turbo8v4, ..., and mlx8 and mlx4, "
+        f"mlx-lm's own QuantizedKVCache (default: {' '.join(DEFAULT_KV)})",
+    )
     return parser
 
 
@@ -127,18 +163,23 @@ def _from_hub(repo, file):
             texts = [f for f in there if f.endswith(TEXT_TYPES)]
             splits = [f for split in ("test", "valid") for f in texts if split in f.rsplit("/", 2)[-1]]
             if not splits:
-                raise CliError(f"--text: {repo!r} has no test or validation split as {', '.join(TEXT_TYPES)}; name "
-                               f"a file, {repo}/FILE: it has {', '.join(texts or there) or 'none'}")
+                raise CliError(
+                    f"--text: {repo!r} has no test or validation split as {', '.join(TEXT_TYPES)}; name "
+                    f"a file, {repo}/FILE: it has {', '.join(texts or there) or 'none'}"
+                )
             file = splits[0]
         return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")), f"{repo}/{file}"
     except errors.LocalEntryNotFoundError as e:
         raise CliError(f"--text: {repo!r} is not in the Hugging Face cache, and the Hub cannot be reached") from e
     except errors.EntryNotFoundError as e:
-        raise CliError(f"--text: no file here is called '{repo}/{file}', and the dataset {repo!r} on the Hugging Face "
-                       f"Hub has no {file!r}") from e
+        raise CliError(
+            f"--text: no file here is called '{repo}/{file}', and the dataset {repo!r} on the Hugging Face "
+            f"Hub has no {file!r}"
+        ) from e
     except errors.RepositoryNotFoundError as e:
-        raise CliError(f"--text: {repo!r} is neither a file here nor a dataset on the Hugging Face Hub (or it is "
-                       "private or gated)") from e
+        raise CliError(
+            f"--text: {repo!r} is neither a file here nor a dataset on the Hugging Face Hub (or it is private or gated)"
+        ) from e
     except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: httpx and requests, by way of huggingface_hub
         raise CliError(f"--text: cannot get {repo!r} from the Hugging Face Hub: {_one_line(e)}") from e
 
@@ -150,7 +191,7 @@ def _windows(tokenizer, text, n_tokens, n_windows):
     while len(tokens) <= wanted and n_chars < len(text):  # encode no more of a large file than it takes
         n_chars *= 4
         tokens = tokenizer.encode(text[:n_chars])
-    full = [tokens[i * n_tokens:(i + 1) * n_tokens] for i in range(min(n_windows, len(tokens) // n_tokens))]
+    full = [tokens[i * n_tokens : (i + 1) * n_tokens] for i in range(min(n_windows, len(tokens) // n_tokens))]
     return full or [tokens]
 
 
@@ -219,22 +260,30 @@ def provenance(argv):
     root, commit = Path(__file__).resolve().parents[2], None
     if (root / ".git").exists():
         try:
-            commit = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*",
-                                     "--abbrev=12"], capture_output=True, text=True, check=True).stdout.strip()
+            commit = subprocess.run(
+                ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             pass
     return {"command": shlex.join(["mlx-turbo", *argv]), "commit": commit, "machine": machine()}
 
 
 def _row(name, measured, cache, baseline):
-    row = {"kv": name, **measured, "perplexity_change": measured["perplexity"] / baseline["perplexity"] - 1,
-           "resident_bits_per_value": metrics.resident_bits(cache),
-           "resident_bits_per_value_32k": metrics.projected_bits(cache),
-           "packed_bits_per_value": metrics.packed_bits(cache) if name != "none" else None}
-    if reports := [report for _, _, report, _ in prompt_cache.reports(cache) if report]:
-        row |= {key: reports[0][key] for key in ("tokens", "sink", "packed", "recent")}
-        row |= {key: sum(report[key] for report in reports) for key in ("nbytes", "uncompressed_nbytes")}
-        row["layers"] = prompt_cache.describe(cache)
+    row = {
+        "kv": name,
+        **measured,
+        "perplexity_change": measured["perplexity"] / baseline["perplexity"] - 1,
+        "resident_bits_per_value": metrics.resident_bits(cache),
+        "resident_bits_per_value_32k": metrics.projected_bits(cache),
+        "packed_bits_per_value": metrics.packed_bits(cache) if name != "none" else None,
+    }
+    if layers := [report for _, _, report, _ in reports(cache) if report]:
+        row |= {key: layers[0][key] for key in ("tokens", "sink", "packed", "recent")}
+        row |= {key: sum(report[key] for report in layers) for key in ("nbytes", "uncompressed_nbytes")}
+        row["layers"] = describe(cache)
     return row
 
 
@@ -244,12 +293,22 @@ def _recall_rows(model, tokenizer, text, make_caches, args, progress):
     for length in args.needle_lengths:
         documents = needles.needle_documents(text, tokenizer, length, args.needle_documents, args.needle_facts)
         for name, make in make_caches.items():
-            right = [needles.recalls(model, tokenizer, document, make, NEEDLE_CHUNK, progress=progress)
-                     for document in documents]
+            right = [
+                needles.recalls(model, tokenizer, document, make, NEEDLE_CHUNK, progress=progress)
+                for document in documents
+            ]
             by_depth = [sum(column) / len(documents) for column in zip(*right)]
             n, recalled = sum(map(len, right)), sum(map(sum, right))
-            rows.append({"kv": name, "length": length, "questions": n, "recalled": recalled, "accuracy": recalled / n,
-                         "by_depth": by_depth})
+            rows.append(
+                {
+                    "kv": name,
+                    "length": length,
+                    "questions": n,
+                    "recalled": recalled,
+                    "accuracy": recalled / n,
+                    "by_depth": by_depth,
+                }
+            )
     return rows
 
 
@@ -259,58 +318,81 @@ def _bits(value):
 
 def _print_tables(report):
     about = report["provenance"]
-    print(f"{report['model']}, {report['windows']} x {report['tokens']} tokens of {report['text']} in chunks of "
-          f"{report['chunk']}, dtype {report['dtype']}\n")
+    print(
+        f"{report['model']}, {report['windows']} x {report['tokens']} tokens of {report['text']} in chunks of "
+        f"{report['chunk']}, dtype {report['dtype']}\n"
+    )
     print(f"{'':<10}{'':>11}{'':>9}{'KL div.':>10}{'':>10}{'same':>9}{'bits/value:':>13}")
-    print(f"{'kv':<10}{'perplexity':>11}{'change':>9}{'nats':>10}{'+-':>10}{'top-1':>9}{'resident':>10}{'at 32K':>9}"
-          f"{'packed':>9}")
+    print(
+        f"{'kv':<10}{'perplexity':>11}{'change':>9}{'nats':>10}{'+-':>10}{'top-1':>9}{'resident':>10}{'at 32K':>9}"
+        f"{'packed':>9}"
+    )
     for row in report["results"]:
         error = "-" if row["kld_se"] is None else f"{row['kld_se']:.6f}"
-        print(f"{row['kv']:<10}{row['perplexity']:>11.4f}{row['perplexity_change']:>9.2%}{row['kld']:>10.6f}{error:>10}"
-              f"{row['top1']:>9.2%}{_bits(row['resident_bits_per_value']):>10}"
-              f"{_bits(row['resident_bits_per_value_32k']):>9}{_bits(row['packed_bits_per_value']):>9}")
+        print(
+            f"{row['kv']:<10}{row['perplexity']:>11.4f}{row['perplexity_change']:>9.2%}{row['kld']:>10.6f}{error:>10}"
+            f"{row['top1']:>9.2%}{_bits(row['resident_bits_per_value']):>10}"
+            f"{_bits(row['resident_bits_per_value_32k']):>9}{_bits(row['packed_bits_per_value']):>9}"
+        )
     print(f"\n{NOTE}")
     if needles := report.get("needles"):
         n = needles[0]["questions"]
         print(f"\nRecalled of {n} numbers hidden in each length of text, in % (depth 0: its start)\n")
         depths = len(needles[0]["by_depth"])
-        print(f"{'kv':<10}{'length':>7}{'all':>7}   depth" + "".join(
-            f"{(i + 0.5) / depths:>6.2f}" for i in range(depths)))
+        print(
+            f"{'kv':<10}{'length':>7}{'all':>7}   depth" + "".join(f"{(i + 0.5) / depths:>6.2f}" for i in range(depths))
+        )
         for row in needles:
-            print(f"{row['kv']:<10}{row['length']:>7}{100 * row['accuracy']:>7.1f}{'':>8}" + "".join(
-                f"{100 * share:>6.0f}" for share in row["by_depth"]))
+            print(
+                f"{row['kv']:<10}{row['length']:>7}{100 * row['accuracy']:>7.1f}{'':>8}"
+                + "".join(f"{100 * share:>6.0f}" for share in row["by_depth"])
+            )
     print()
     for layers in dict.fromkeys(row["layers"] for row in report["results"] if "layers" in row):
         print(layers)
     facts = about["machine"]
     print(f"Backend: {report['backend']}; {facts['chip']}, {facts['system']}")
-    print(f"mlx_turbo {facts['mlx_turbo']}" + (f" ({about['commit']})" if about["commit"] else "")
-          + f", mlx {facts['mlx']}, mlx-lm {facts['mlx-lm']}, python {facts['python']}; {report['seconds']:.0f} s")
+    print(
+        f"mlx_turbo {facts['mlx_turbo']}"
+        + (f" ({about['commit']})" if about["commit"] else "")
+        + f", mlx {facts['mlx']}, mlx-lm {facts['mlx-lm']}, python {facts['python']}; {report['seconds']:.0f} s"
+    )
     print(f"Command: {about['command']}")
 
 
 def _plot(report, file):
-    points = [(row["kv"], "mlx-lm's QuantizedKVCache" if row["kv"].startswith("mlx") else "mlx_turbo",
-               row["resident_bits_per_value_32k"], row["kld"], row["kld_se"])
-              for row in report["results"][1:] if row["resident_bits_per_value_32k"] is not None]
+    points = [
+        (
+            row["kv"],
+            "mlx-lm's QuantizedKVCache" if row["kv"].startswith("mlx") else "mlx_turbo",
+            row["resident_bits_per_value_32k"],
+            row["kld"],
+            row["kld_se"],
+        )
+        for row in report["results"][1:]
+        if row["resident_bits_per_value_32k"] is not None
+    ]
     about, facts = report["provenance"], report["provenance"]["machine"]
     version = facts["mlx_turbo"] + (f" ({about['commit']})" if about["commit"] else "")
     plots.quality_plot(
-        file, points, f"KV cache quality against size: {report['model']}",
+        file,
+        points,
+        f"KV cache quality against size: {report['model']}",
         f"{report['windows']} x {report['tokens']:,} tokens of {report['text']}, read in chunks of {report['chunk']}, "
         f"{report['dtype']}",
         f"Made by mlx-turbo eval {version} on {report['backend']}, {facts['chip']}; mlx {facts['mlx']}, mlx-lm "
         f"{facts['mlx-lm']}. Bits: exact tokens counted at 16 bits. Bars: standard error over windows. "
-        f"Command: {about['command']}")
+        f"Command: {about['command']}",
+    )
 
 
 # ---- the command ---------------------------------------------------------------------------------------------
 def _check(args):
-    for name, least in (("tokens", 2), ("windows", 1), ("chunk", 1), ("needle_documents", 1),
-                        ("needle_facts", 1)):
+    for name, least in (("tokens", 2), ("windows", 1), ("chunk", 1), ("needle_documents", 1), ("needle_facts", 1)):
         if getattr(args, name) < least:
-            raise CliError(f"--{name.replace('_', '-')}: got {getattr(args, name)}, allowed are whole numbers from "
-                           f"{least} on")
+            raise CliError(
+                f"--{name.replace('_', '-')}: got {getattr(args, name)}, allowed are whole numbers from {least} on"
+            )
     if args.png:
         try:
             plots.check_plot(args.png)
@@ -351,11 +433,18 @@ def main(argv):
         backend = get_backend().describe()
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         _complain(f"warning: {message}")
-    report = {"model": args.model or "embedded demo model", "text": text_name, "tokens": len(windows[0]),
-              "windows": len(windows), "chunk": args.chunk, "dtype": args.dtype, "backend": backend,
-              "device": str(mx.default_device()), "provenance": provenance(["eval", *argv]),
-              "results": [_row(name, measured, cache, results["none"][0])
-                          for name, (measured, cache) in results.items()]}
+    report = {
+        "model": args.model or "embedded demo model",
+        "text": text_name,
+        "tokens": len(windows[0]),
+        "windows": len(windows),
+        "chunk": args.chunk,
+        "dtype": args.dtype,
+        "backend": backend,
+        "device": str(mx.default_device()),
+        "provenance": provenance(["eval", *argv]),
+        "results": [_row(name, measured, cache, results["none"][0]) for name, (measured, cache) in results.items()],
+    }
     for row in report["results"][1:]:
         if row.get("packed") == 0:
             _complain(f"warning: {row['kv']} packed nothing in {report['tokens']} tokens: what was measured is exact")

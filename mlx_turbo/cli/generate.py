@@ -1,4 +1,5 @@
 """`mlx-turbo generate`: mlx-lm's program with a compressed cache."""
+
 import importlib
 import logging
 import sys
@@ -52,8 +53,11 @@ def generate(argv):
     parser.parse_args = lambda: args
     # its warning about a long prompt speaks of "indexing errors", which MLX does not have; ours is below
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
-    with use_backend(args.backend) as backend, program.installed(), \
-            _replaced(module, setup_arg_parser=lambda: parser, generate=checked_generate):
+    with (
+        use_backend(args.backend) as backend,
+        program.installed(),
+        _replaced(module, setup_arg_parser=lambda: parser, generate=checked_generate),
+    ):
         module.main()
         out = sys.stdout if args.verbose else sys.stderr
         for i, cache in enumerate(program.caches):

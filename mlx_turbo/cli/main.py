@@ -2,6 +2,7 @@
 
 `python -X dev -m mlx_turbo ...` shows tracebacks instead of one-line errors.
 """
+
 import argparse
 import os
 import sys
@@ -17,7 +18,10 @@ COMMANDS = {
     "plan": (_of("plan"), "how many tokens fit into a memory size with each scheme, from a model's configuration"),
     "chat": (_of("chat"), "talk to a model, with a compressed KV cache (every flag of mlx_lm.chat)"),
     "serve": (_of("serve"), "a server for OpenAI clients, with compressed KV caches (every flag of mlx_lm.server)"),
-    "bench": (_of("..bench.command"), "speed, memory and errors of kernels and of generation, beside MLX's own; what to send us"),
+    "bench": (
+        _of("..bench.command"),
+        "speed, memory and errors of kernels and of generation, beside MLX's own; what to send us",
+    ),
     "doctor": (_of("doctor"), "build every kernel and check it against the oracle on this machine"),
 }
 
@@ -25,10 +29,12 @@ COMMANDS = {
 def main(argv=None):
     """Run `mlx-turbo` with the arguments argv (default: sys.argv[1:]). Returns the exit code."""
     parser = Parser(
-        prog="mlx-turbo", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="TurboQuant KV-cache compression for MLX.\n\ncommands:\n" + "\n".join(
-            f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
-        + "\n\n`mlx-turbo COMMAND --help` shows the options of one.")
+        prog="mlx-turbo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="TurboQuant KV-cache compression for MLX.\n\ncommands:\n"
+        + "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+        + "\n\n`mlx-turbo COMMAND --help` shows the options of one.",
+    )
     parser.add_argument("--version", action="version", version=f"mlx-turbo {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the command's options")

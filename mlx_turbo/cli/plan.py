@@ -4,6 +4,7 @@ It reads a model's configuration only. mlx-lm's own model is built from it witho
 evaluated, and the parameters are one zero, broadcast) and called once, so that the shapes are those its caches really
 have, whatever the family. What a compressed cache takes is measured on a TurboKVCache with one head.
 """
+
 import copy
 import functools
 import importlib
@@ -17,14 +18,25 @@ from pathlib import Path
 from ..backends.select import use_backend
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
-from ..integration import prompt_cache
+from ..integration.prompt_cache import make_prompt_cache as make_compressed_cache
+from ..integration.prompt_cache import members
 from .common import DEMO_MODEL, CliError, Parser, _one_line, _why_not_loaded, kv_config
 
 SCHEMES = ("none", "turbo8v4", "turbo4", "turbo3", "turbo2")
 FEW = 8  # tokens that fill states of constant size: convolutions, n-grams
 STEP = 256  # tokens by which mlx-lm's caches and ours grow
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 MOST_TOKENS = 2**40  # more than this counts as no limit
 
 
@@ -84,8 +96,9 @@ def build(config):
         model_class, args_class = importlib.import_module("mlx_lm.utils")._get_classes(config)
         model = model_class(args_class.from_dict(copy.deepcopy(config)))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError) as e:
-        raise CliError(f"--model: mlx-lm cannot build a {config['model_type']!r} model from this configuration: "
-                       f"{_one_line(e)}") from e
+        raise CliError(
+            f"--model: mlx-lm cannot build a {config['model_type']!r} model from this configuration: {_one_line(e)}"
+        ) from e
 
     def zero(x):
         floating = mx.issubdtype(x.dtype, mx.floating)
@@ -130,6 +143,7 @@ class Layer:
     kind: the name of mlx-lm's class. shape: (n_kv_heads, key_dim, value_dim) or None where it holds something else.
     dtype: of its keys. per_token, constant: bytes. window: tokens it holds at most, or None.
     """
+
     kind: str
     shape: tuple
     dtype: str
@@ -163,7 +177,7 @@ def _call(model, tokens):
 
     cache = make_prompt_cache(model)
     model(mx.zeros((1, tokens), mx.int32), cache=cache)
-    return prompt_cache.members(cache)
+    return members(cache)
 
 
 def _held(cache):
@@ -186,8 +200,15 @@ def layers_of(model):
             window = getattr(cache, "max_size", None)
             if chunk := getattr(cache, "chunk_size", None):
                 window = chunk + STEP  # it forgets when it has to grow
-            layers.append(Layer(kind, (keys.shape[1], keys.shape[3], values.shape[3]), str(keys.dtype).split(".")[-1],
-                                (keys.nbytes + values.nbytes) / keys.shape[2], window=window))
+            layers.append(
+                Layer(
+                    kind,
+                    (keys.shape[1], keys.shape[3], values.shape[3]),
+                    str(keys.dtype).split(".")[-1],
+                    (keys.nbytes + values.nbytes) / keys.shape[2],
+                    window=window,
+                )
+            )
         else:
             unknown += [i] * (not isinstance(cache, lm_cache.ArraysCache))
             layers.append(Layer(kind, None, "", 0.0, _held(cache)))
@@ -207,11 +228,11 @@ def configs_of(model, scheme):
     from mlx_lm.models.cache import make_prompt_cache
 
     if scheme is None:
-        return [None] * len(prompt_cache.members(make_prompt_cache(model)))
+        return [None] * len(members(make_prompt_cache(model)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "nothing is compressed": the table shows it
-        cache = prompt_cache.make_prompt_cache(model, scheme)
-    return [c.config if isinstance(c, TurboKVCache) else None for c in prompt_cache.members(cache)]
+        cache = make_compressed_cache(model, scheme)
+    return [c.config if isinstance(c, TurboKVCache) else None for c in members(cache)]
 
 
 @functools.lru_cache(None)
@@ -223,8 +244,12 @@ def _measured(config, key_dim, value_dim, dtype):
     with use_backend("cpu"):
         for n in (fewest, fewest + steps * STEP):
             cache = TurboKVCache(config)
-            cache.update_and_fetch(*(mx.random.normal((1, 1, n, dim), key=mx.random.key(0)).astype(getattr(mx, dtype))
-                                     for dim in (key_dim, value_dim)))
+            cache.update_and_fetch(
+                *(
+                    mx.random.normal((1, 1, n, dim), key=mx.random.key(0)).astype(getattr(mx, dtype))
+                    for dim in (key_dim, value_dim)
+                )
+            )
             sizes.append(cache.nbytes)
     return sizes[0], (sizes[1] - sizes[0]) // steps
 
@@ -270,7 +295,7 @@ def tokens_that_fit(layers, configs, memory, batch=1):
 def parse_size(text):
     """Bytes of "24GB", "24 GiB" or "24" (GB). Raises CliError for anything else."""
     digits = text.strip().rstrip("BbIiKkMmGgTt ")
-    unit = text.strip()[len(digits):].strip().upper()
+    unit = text.strip()[len(digits) :].strip().upper()
     try:
         size = float(digits) * UNITS[unit or "GB"]
     except (ValueError, KeyError):
@@ -294,12 +319,17 @@ def _parser():
     parser = Parser(
         prog="mlx-turbo plan",
         description="How many tokens fit into a memory size with each scheme, or, with --tokens, how much memory the "
-                    "caches take. Reads the model's configuration only; nothing is loaded. Working memory of a prompt "
-                    "chunk comes on top.")
+        "caches take. Reads the model's configuration only; nothing is loaded. Working memory of a prompt "
+        "chunk comes on top.",
+    )
     add = parser.add_argument
     add("--model", help="a local folder or a Hugging Face id (default: the embedded demo model)")
-    add("--memory", metavar="SIZE", help="for weights and caches together, such as 24GB (default: what Metal "
-                                         "recommends to use at most, without Metal the machine's memory)")
+    add(
+        "--memory",
+        metavar="SIZE",
+        help="for weights and caches together, such as 24GB (default: what Metal "
+        "recommends to use at most, without Metal the machine's memory)",
+    )
     add("--tokens", type=int, metavar="N", help="so many tokens, prompt and answer together: what do they take?")
     add("--batch", type=int, default=1, metavar="N", help="so many sequences at once (default: 1)")
     add("--kv", nargs="+", action="extend", metavar="SCHEME", help=f"default: {' '.join(SCHEMES)}")
@@ -321,8 +351,11 @@ def plan(name, schemes, memory, tokens=None, batch=1):
             far = [cache_bytes(layers, configs, n) for n in (2**24, 2**25)]
         except ValueError as e:
             raise CliError(f"--kv: {scheme} does not go with this model: {e}") from e
-        row = {"kv": scheme, "compressed": sum(c is not None for c in configs),
-               "bytes_per_token": (far[1] - far[0]) / 2**24}
+        row = {
+            "kv": scheme,
+            "compressed": sum(c is not None for c in configs),
+            "bytes_per_token": (far[1] - far[0]) / 2**24,
+        }
         if tokens is None:
             row["tokens"] = 0
         else:
@@ -339,14 +372,28 @@ def plan(name, schemes, memory, tokens=None, batch=1):
     kinds = {}
     for layer in layers:
         kinds[layer.describe()] = kinds.get(layer.describe(), 0) + 1
-    return {"model": str(name), "model_type": config["model_type"], "caches": len(layers), "kinds": kinds,
-            "context": text.get("max_position_embeddings"), "weights_bytes": weights, "weights_source": source,
-            "memory_bytes": memory, "batch": batch, "tokens": tokens, "results": [row for row, _ in rows]}
+    return {
+        "model": str(name),
+        "model_type": config["model_type"],
+        "caches": len(layers),
+        "kinds": kinds,
+        "context": text.get("max_position_embeddings"),
+        "weights_bytes": weights,
+        "weights_source": source,
+        "memory_bytes": memory,
+        "batch": batch,
+        "tokens": tokens,
+        "results": [row for row, _ in rows],
+    }
 
 
 def _table(p, memory_is):
-    source = {"files": "its files", "index": "the index of its files", "Hub": "its files on the Hub",
-              "computed": "computed from the configuration"}[p["weights_source"]]
+    source = {
+        "files": "its files",
+        "index": "the index of its files",
+        "Hub": "its files on the Hub",
+        "computed": "computed from the configuration",
+    }[p["weights_source"]]
     print(f"{p['model']} ({p['model_type']}): {p['caches']} caches")
     for kind, n in p["kinds"].items():
         print(f"  {n} x {kind}")
@@ -361,15 +408,23 @@ def _table(p, memory_is):
             tokens = "any number" if r["tokens"] is None else f"{r['tokens']:,}"
             print(f"{r['kv']:<10}{r['compressed']:>11}{r['bytes_per_token']:>13,.0f}{tokens:>20}")
     else:
-        print(f"{p['tokens']:,} tokens{sequence}\n{'kv':<10}{'compressed':>11}{'bytes/token':>13}{'caches':>12}"
-              f"{'with weights':>14}{'fits':>6}")
+        print(
+            f"{p['tokens']:,} tokens{sequence}\n{'kv':<10}{'compressed':>11}{'bytes/token':>13}{'caches':>12}"
+            f"{'with weights':>14}{'fits':>6}"
+        )
         for r in p["results"]:
-            print(f"{r['kv']:<10}{r['compressed']:>11}{r['bytes_per_token']:>13,.0f}{_size(r['cache_bytes']):>12}"
-                  f"{_size(r['total_bytes']):>14}{'yes' if r['fits'] else 'no':>6}")
-    print("\ncompressed: so many of the caches; the others stay as mlx-lm makes them. bytes/token: of a further token "
-          "of a sequence.\nNot counted: the working memory of a prompt chunk.")
+            print(
+                f"{r['kv']:<10}{r['compressed']:>11}{r['bytes_per_token']:>13,.0f}{_size(r['cache_bytes']):>12}"
+                f"{_size(r['total_bytes']):>14}{'yes' if r['fits'] else 'no':>6}"
+            )
+    print(
+        "\ncompressed: so many of the caches; the others stay as mlx-lm makes them. bytes/token: of a further token "
+        "of a sequence.\nNot counted: the working memory of a prompt chunk."
+    )
     if any(r["kv"] == "auto" for r in p["results"]):
-        print("auto: if turbo4 is enough for every layer; it decides on the first prompt chunk, and keys can take more.")
+        print(
+            "auto: if turbo4 is enough for every layer; it decides on the first prompt chunk, and keys can take more."
+        )
     most = max((r["tokens"] or 0 for r in p["results"]), default=0) if p["tokens"] is None else p["tokens"]
     if p["context"] and most > p["context"]:
         print(f"The model was made for {p['context']:,} tokens.")
@@ -385,8 +440,10 @@ def main(argv):
     memory, memory_is = (parse_size(args.memory), "--memory") if args.memory else machine_memory()
     p = plan(args.model or DEMO_MODEL, schemes, memory, args.tokens, args.batch)
     if p["weights_bytes"] > memory and args.tokens is None:
-        raise CliError(f"--memory: the weights alone are {_size(p['weights_bytes'])}, more than {_size(memory)} "
-                       f"({memory_is}); --tokens shows what the caches take")
+        raise CliError(
+            f"--memory: the weights alone are {_size(p['weights_bytes'])}, more than {_size(memory)} "
+            f"({memory_is}); --tokens shows what the caches take"
+        )
     if args.json:
         json.dump(p | {"memory_is": memory_is}, sys.stdout, indent=2)
         print()

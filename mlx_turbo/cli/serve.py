@@ -6,6 +6,7 @@ Beside the caches, what differs from mlx_lm.server:
 - Prompt caches are filed under exactly the tokens they hold, and a prompt that is all there leaves its last token to
   go on from; --prompt-cache-bytes holds without batching too. GET /kv-cache says what they take.
 """
+
 import argparse
 import contextlib
 import functools
@@ -25,7 +26,7 @@ from huggingface_hub.errors import CacheNotFound
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from ..backends.select import get_backend, use_backend
-from ..integration import prompt_cache
+from ..integration.prompt_cache import describe, enable, members
 from .common import (
     DEFAULT_SCHEME,
     DEMO_TEMPLATE,
@@ -51,13 +52,15 @@ class ServerProgram(TurboProgram):
         flags = {self.args.draft_model: "--draft-model", self.args.model: "--model"}
         model, *rest = load_model(original, path, flags.get(path, "model"), *args, **kwargs)
         if self.config is not None:
-            prompt_cache.enable(model, self.config)
+            enable(model, self.config)
         self.warm(model, rest[0], path == self.args.draft_model)
         with complaining():
             cache = make_prompt_cache(model)
-        together = self.args.draft_model is None and all(hasattr(c, "merge") for c in prompt_cache.members(cache))
-        _complain(f"{path}: KV cache {self.scheme}, {prompt_cache.describe(cache)}; requests are answered "
-                  f"{'together' if together else 'one by one'}")
+        together = self.args.draft_model is None and all(hasattr(c, "merge") for c in members(cache))
+        _complain(
+            f"{path}: KV cache {self.scheme}, {describe(cache)}; requests are answered "
+            f"{'together' if together else 'one by one'}"
+        )
         self.caches = [cache]
         return model, *rest
 
@@ -107,7 +110,7 @@ class LRUPromptCache(module.LRUPromptCache):
     is in no cache yet), and which leaves a model nothing to go on from when a prompt is all there."""
 
     def insert_cache(self, model, tokens, prompt_cache, **options):
-        caches = prompt_cache.members(prompt_cache)
+        caches = members(prompt_cache)
         offsets = [getattr(c, "offset", None) or len(tokens) for c in caches]  # 0: of a layer that is not used
         n = min([len(tokens), *offsets])
         for cache, offset in zip(caches, offsets):
@@ -157,17 +160,23 @@ class ResponseGenerator(module.ResponseGenerator):
         given = self.cli_args.max_context
         limit = context_of(self.model_provider.model) if given is None else given
         if limit and n >= limit:
-            raise RequestError(f"the prompt has {n} tokens, allowed are less than {limit}, "
-                               f"{'what the model was made for' if given is None else 'by --max-context'}")
+            raise RequestError(
+                f"the prompt has {n} tokens, allowed are less than {limit}, "
+                f"{'what the model was made for' if given is None else 'by --max-context'}"
+            )
         if limit:
             args.max_tokens = min(args.max_tokens, limit - n)
         return out
 
     def kv_cache(self):
         """What GET /kv-cache answers, and the program says at its end."""
-        return {"kv": self.cli_args.kv or DEFAULT_SCHEME, "backend": get_backend().describe(),
-                "sequences": len(self.prompt_cache), "nbytes": self.prompt_cache.nbytes,
-                "active_memory": mx.get_active_memory()}
+        return {
+            "kv": self.cli_args.kv or DEFAULT_SCHEME,
+            "backend": get_backend().describe(),
+            "sequences": len(self.prompt_cache),
+            "nbytes": self.prompt_cache.nbytes,
+            "active_memory": mx.get_active_memory(),
+        }
 
     def stop_and_join(self):
         held = self.kv_cache()  # the thread drops its caches
@@ -250,9 +259,13 @@ def main(argv):
     """mlx_lm.server's main(); the program is put in place when that has made its parser and wants the arguments."""
     parser = Parser(allow_abbrev=False)
     group = add_program_arguments(parser, "serve", module)
-    group.add_argument("--max-context", type=int, metavar="N",
-                       help="refuse prompts of N tokens and more, and end answers there (default: what the model was "
-                            "made for; 0: no limit)")
+    group.add_argument(
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="refuse prompts of N tokens and more, and end answers there (default: what the model was "
+        "made for; 0: no limit)",
+    )
 
     def parse_args():
         describe_model_argument(parser)
@@ -276,11 +289,18 @@ def main(argv):
         return args
 
     parser.parse_args = parse_args
-    with contextlib.ExitStack() as stack, _replaced(
-            module, argparse=types.SimpleNamespace(ArgumentParser=lambda **_: parser), ModelProvider=ModelProvider,
-            LRUPromptCache=LRUPromptCache, ResponseGenerator=ResponseGenerator,
+    with (
+        contextlib.ExitStack() as stack,
+        _replaced(
+            module,
+            argparse=types.SimpleNamespace(ArgumentParser=lambda **_: parser),
+            ModelProvider=ModelProvider,
+            LRUPromptCache=LRUPromptCache,
+            ResponseGenerator=ResponseGenerator,
             scan_cache_dir=functools.partial(_scan_cache_dir, module.scan_cache_dir),
-            _run_http_server=functools.partial(_run_http_server, module._run_http_server)):
+            _run_http_server=functools.partial(_run_http_server, module._run_http_server),
+        ),
+    ):
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             module.main()

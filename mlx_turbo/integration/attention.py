@@ -5,6 +5,7 @@ it is given, never at `cache`: when keys and values are the LazyKV of one cache 
 state; for anything else the original runs. So a model that transforms its keys, passes another layer's, or calls
 attention in its own way stays correct: it reads the lazy arrays and is merely slower.
 """
+
 import sys
 
 import mlx.core as mx
@@ -37,10 +38,16 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
     Returns [B, n_heads, L, Dv] in the queries' dtype. Raises ValueError for shapes that do not belong together.
     """
     H, head_dim = view.keys.recent.shape[1], view.keys.head_dim
-    if queries.ndim != 4 or queries.shape[0] != view.keys.recent.shape[0] or queries.shape[1] % H \
-            or queries.shape[3] != head_dim:
-        raise ValueError(f"queries: got {tuple(queries.shape)}, expected [{view.keys.recent.shape[0]}, a multiple of "
-                         f"{H} heads, tokens, {head_dim}]")
+    if (
+        queries.ndim != 4
+        or queries.shape[0] != view.keys.recent.shape[0]
+        or queries.shape[1] % H
+        or queries.shape[3] != head_dim
+    ):
+        raise ValueError(
+            f"queries: got {tuple(queries.shape)}, expected [{view.keys.recent.shape[0]}, a multiple of "
+            f"{H} heads, tokens, {head_dim}]"
+        )
     if view.cache is not None:
         view.cache.attended_version = view.version
     if view.dead:
@@ -48,8 +55,9 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
     backend, keys, values = get_backend(backend), view.keys, view.values
     options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed)
     if backend.why_not_fused((keys.bits, head_dim), (values.bits, values.head_dim), queries.shape[2]):
-        return tiled_attention(queries, keys, values, view.counts, backend.read_rows, ahead=backend.tiles_ahead,
-                               **options)
+        return tiled_attention(
+            queries, keys, values, view.counts, backend.read_rows, ahead=backend.tiles_ahead, **options
+        )
     return backend.attend(queries, keys, values, view.counts, **options)
 
 

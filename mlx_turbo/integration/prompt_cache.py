@@ -1,4 +1,5 @@
 """The door into mlx-lm: compressed caches for its models. The only module that needs mlx_lm, and it imports it late."""
+
 import logging
 import re
 import warnings
@@ -25,8 +26,10 @@ def register():
 
     version = tuple(int(part) for part in re.findall(r"\d+", mlx_lm.__version__)[:3])
     if version < OLDEST_MLX_LM:
-        raise ImportError(f"mlx_turbo needs mlx-lm {'.'.join(map(str, OLDEST_MLX_LM))} or newer, "
-                          f"this is {mlx_lm.__version__}: pip install -U mlx-lm")
+        raise ImportError(
+            f"mlx_turbo needs mlx-lm {'.'.join(map(str, OLDEST_MLX_LM))} or newer, "
+            f"this is {mlx_lm.__version__}: pip install -U mlx-lm"
+        )
     from .sparse_indexer import BatchIndexerKVCache, IndexedCacheList
 
     of_batches = BatchTurboKVCache, BatchRotatingTurboKVCache, BatchIndexerKVCache
@@ -60,7 +63,7 @@ def compress(prompt_cache, config, indexers=None):
 
     def compressed(cache, own):
         if type(cache) is KVCache:
-            held = None if cache.empty() else [x[:, :, :cache.offset] for x in (cache.keys, cache.values)]
+            held = None if cache.empty() else [x[:, :, : cache.offset] for x in (cache.keys, cache.values)]
             cache = TurboKVCache(own)
             if held:
                 cache.update_and_fetch(*held)
@@ -115,8 +118,11 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
     cache = compress(plain, config, of_model(model, plain))
     kept = sorted({type(c).__name__ for c in members(cache) if not isinstance(c, TurboKVCache)})
     if len(kept) and not any(isinstance(c, TurboKVCache) for c in members(cache)):
-        warnings.warn(f"nothing is compressed: every layer's cache is a {' or '.join(kept)}, neither a plain KVCache "
-                      "nor a long window", stacklevel=2)
+        warnings.warn(
+            f"nothing is compressed: every layer's cache is a {' or '.join(kept)}, neither a plain KVCache "
+            "nor a long window",
+            stacklevel=2,
+        )
     elif kept:
         logger.info(describe(cache))
     return cache
@@ -155,10 +161,14 @@ def disable(model):
     return model
 
 
-_KEPT = {"ArraysCache": "states, which do not grow with the text", "ChunkedKVCache": "it holds the newest chunk only",
-         "RotatingKVCache": "of so short a window most would stay exact", "KVCache": "it was made without mlx_turbo",
-         "QuantizedKVCache": "kv_bits asked mlx-lm for it",
-         "LayerCache": "the model's own, of a window and of tokens that it merges itself"}
+_KEPT = {
+    "ArraysCache": "states, which do not grow with the text",
+    "ChunkedKVCache": "it holds the newest chunk only",
+    "RotatingKVCache": "of so short a window most would stay exact",
+    "KVCache": "it was made without mlx_turbo",
+    "QuantizedKVCache": "kv_bits asked mlx-lm for it",
+    "LayerCache": "the model's own, of a window and of tokens that it merges itself",
+}
 
 
 def _why_kept(cache, layer):
@@ -173,8 +183,12 @@ def reports(prompt_cache):
     """(layer, cache, report, why) of each cache, those inside a CacheList one by one: its report, or None and why it is
     not compressed."""
     found = [(i, layer, cache) for i, layer in enumerate(prompt_cache) for cache in members([layer])]
-    return [(i, cache, cache.report(), None) if isinstance(cache, TurboKVCache) else
-            (i, cache, None, _why_kept(cache, layer)) for i, layer, cache in found]
+    return [
+        (i, cache, cache.report(), None)
+        if isinstance(cache, TurboKVCache)
+        else (i, cache, None, _why_kept(cache, layer))
+        for i, layer, cache in found
+    ]
 
 
 def describe(prompt_cache):
@@ -208,9 +222,13 @@ def describe(prompt_cache):
         texts = [f"{f'at {bits} bits' if bits else 'exact'} in {len(chosen[bits])}" for bits in raised]
         texts[0] += " layers"
         texts[1:] = [f"{t} ({', '.join(map(str, sorted(chosen[bits])))})" for t, bits in zip(texts[1:], raised[1:])]
-        text += f"; auto: keys {', '.join(texts)}, chosen by {' and '.join(sorted(filter(None, by))) or 'another process'}"
+        text += (
+            f"; auto: keys {', '.join(texts)}, chosen by {' and '.join(sorted(filter(None, by))) or 'another process'}"
+        )
     if not_finite:
         keys, values = map(max, zip(*not_finite.values()))
         layers = ", ".join(map(str, not_finite))
-        text += f"; NOT FINITE in {len(not_finite)} layers ({layers}): keys of {keys} tokens at most, values of {values}"
+        text += (
+            f"; NOT FINITE in {len(not_finite)} layers ({layers}): keys of {keys} tokens at most, values of {values}"
+        )
     return text

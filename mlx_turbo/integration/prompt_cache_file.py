@@ -6,6 +6,7 @@ the CRC-32 of the whole file, taken with eight zeros in its own place. mlx-lm re
 without the entry is read here too, without that check. The checksum is not in `state`, which mlx-lm evaluates after
 every prompt chunk.
 """
+
 import inspect
 import json
 import os
@@ -22,8 +23,22 @@ from .prompt_cache import register
 FILE_VERSION = 1
 MARK = "mlx_turbo"  # the entry of the metadata
 _ENTRY = re.compile(rb'"[01]\.mlx_turbo":"version=(\d+) crc32=([0-9a-f]{8})"')  # as it stands in the file's header
-_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8,
-          "I64": 8, "F64": 8, "C64": 8}
+_SIZES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+    "C64": 8,
+}
 MOST_HEADER = 100_000_000  # bytes, as in the safetensors library
 PIECE = 1 << 24  # bytes that are read at a time
 
@@ -134,8 +149,9 @@ def _check_tensors(tensors, n_data):
         for n in shape:
             size *= n
         if not all(isinstance(n, int) and n >= 0 for n in shape) or first != end or last - first != size:
-            raise ValueError(f"damaged: array {name!r} has {last - first} bytes from byte {first} on, expected {size} "
-                             f"from {end} on")
+            raise ValueError(
+                f"damaged: array {name!r} has {last - first} bytes from byte {first} on, expected {size} from {end} on"
+            )
         end = last
     if end != n_data:
         raise ValueError(f"truncated or damaged: its arrays have {end} bytes, the file has {n_data}")
@@ -151,8 +167,11 @@ def _check_classes(metadata, tensors, module):
         raise ValueError("not a prompt cache: its metadata name no cache classes")
     for layer, name in classes.items():
         found = getattr(module, name, None)
-        if not isinstance(found, type) or not hasattr(found, "from_state") or not (
-                found.__module__ == module.__name__ or found.__module__.startswith(f"{__package__}.")):
+        if (
+            not isinstance(found, type)
+            or not hasattr(found, "from_state")
+            or not (found.__module__ == module.__name__ or found.__module__.startswith("mlx_turbo."))
+        ):
             raise ValueError(f"holds a cache of class {name!r}, which this mlx-lm does not have")
         dtype, shape, _ = tensors.get(f"{layer}.0", (None, [], None))
         if issubclass(found, TurboKVCache) != (dtype == "I32" and len(shape) == 1):

@@ -4,6 +4,7 @@ no values: packing would cost a restored copy per step and move the choice of to
 
 Imported late: it needs mlx_lm.
 """
+
 import copy
 
 import mlx.core as mx
@@ -20,8 +21,9 @@ class _Probe(KVCache):
 
 def _undecided(prompt_cache):
     """{(layer, member): cache} of the KVCaches that are not alone in their CacheList: some may be an indexer's."""
-    plain = {i: [j for j, m in enumerate(getattr(c, "caches", ())) if type(m) is KVCache]
-             for i, c in enumerate(prompt_cache)}
+    plain = {
+        i: [j for j, m in enumerate(getattr(c, "caches", ())) if type(m) is KVCache] for i, c in enumerate(prompt_cache)
+    }
     return {(i, j): prompt_cache[i][j] for i, several in plain.items() if len(several) > 1 for j in several}
 
 

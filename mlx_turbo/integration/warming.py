@@ -8,6 +8,7 @@ sort.
 All this happens before the first token, in the thread that generates, not beside it: MLX holds its locks of
 libraries and pipelines while it compiles, so a second thread would stop the first one at its next launch.
 """
+
 import contextlib
 import warnings
 from dataclasses import replace
@@ -89,15 +90,18 @@ def _packs_at_once(config, sink):
 
 def _remember(cache, seen):
     """In the place of cache.observe: fills `seen` with {id of the cache: (queries, scale, sinks)}."""
+
     def observe(queries, scale, sinks=None):
         seen[id(cache)] = queries[:, :, :1], scale, sinks
         type(cache).observe(cache, queries, scale, sinks)
+
     return observe
 
 
 class _Layer(NamedTuple):
     """A kind of layer. config: with the bits of its keys, which auto chose. queries: [1, n_heads, 1, D], or
     None for a model that does not come to our attention."""
+
     config: TurboConfig
     auto: bool
     n_kv_heads: int
@@ -118,8 +122,16 @@ def _kinds(caches, seen):
         bits = {c._sides[0].bits} | {_bits_at(target, c._errors) for target in targets}
         for b in bits:
             config = replace(c.config, scheme=Scheme(b, c.config.scheme.value_bits), sink=0, auto=False)
-            layer = _Layer(config, bool(c._errors), c.keys.shape[1], c.keys.shape[3], c.values.shape[3],
-                           c.keys.dtype, queries, *options)
+            layer = _Layer(
+                config,
+                bool(c._errors),
+                c.keys.shape[1],
+                c.keys.shape[3],
+                c.values.shape[3],
+                c.keys.dtype,
+                queries,
+                *options,
+            )
             kinds.setdefault((*layer[:6], None if queries is None else queries.shape[1]), layer)
     return kinds
 
@@ -134,8 +146,10 @@ def _try_layer(layer, centred, steps):
     cache, backend, shift = TurboKVCache(layer.config), get_backend(), BIASED if centred else 0
 
     def say(n):
-        keys, values = (mx.random.normal((1, layer.n_kv_heads, n, d), key=mx.random.key(n))
-                        for d in (layer.key_dim, layer.value_dim))
+        keys, values = (
+            mx.random.normal((1, layer.n_kv_heads, n, d), key=mx.random.key(n))
+            for d in (layer.key_dim, layer.value_dim)
+        )
         fetched = cache.update_and_fetch((keys + shift).astype(layer.dtype), values.astype(layer.dtype))
         view = attention.view_of(*fetched)
         if view is not None and layer.queries is not None:
@@ -149,5 +163,8 @@ def _try_layer(layer, centred, steps):
             for n in steps:
                 say(n)
     for bits in [b for b in auto_bits.LADDER if b and layer.auto]:  # auto measures before it chooses
-        mx.eval(auto_bits.key_error(keys=mx.zeros((1, layer.n_kv_heads, 2, layer.key_dim), layer.dtype), bits=bits,
-                               config=layer.config))
+        mx.eval(
+            auto_bits.key_error(
+                keys=mx.zeros((1, layer.n_kv_heads, 2, layer.key_dim), layer.dtype), bits=bits, config=layer.config
+            )
+        )

@@ -4,6 +4,7 @@ facts hidden in a long text, and the bits that the cache holds per number for it
 The first three are teacher-forced: the model reads a given text chunk by chunk through its cache, so that it attends
 to tokens which the cache gives back. Small chunks matter: in ours the tokens of the chunk itself are exact.
 """
+
 import math
 
 import mlx.core as mx
@@ -66,14 +67,18 @@ def compare(model, windows, make_caches, chunk=32, progress=None):
         tokens, n = mx.array(window), len(window) - 1
         totals = {name: mx.zeros(3) for name in caches}
         for start in range(0, n, chunk):
-            inputs, targets = tokens[start:min(start + chunk, n)], tokens[start + 1:start + chunk + 1]
+            inputs, targets = tokens[start : min(start + chunk, n)], tokens[start + 1 : start + chunk + 1]
             log_p = None
             for name, cache in caches.items():
                 log_q = log_probabilities(model(inputs[None], cache=cache)[0])
                 log_p = log_q if log_p is None else log_p
-                totals[name] += mx.stack([negative_log_likelihood(log_q, targets).sum(),
-                                          kl_divergence(log_p, log_q).sum(),
-                                          same_top1(log_p, log_q).sum().astype(mx.float32)])
+                totals[name] += mx.stack(
+                    [
+                        negative_log_likelihood(log_q, targets).sum(),
+                        kl_divergence(log_p, log_q).sum(),
+                        same_top1(log_p, log_q).sum().astype(mx.float32),
+                    ]
+                )
                 mx.eval(totals[name])
             if progress:
                 progress(len(inputs))
@@ -82,8 +87,10 @@ def compare(model, windows, make_caches, chunk=32, progress=None):
     n_tokens, results = [len(window) - 1 for window in windows], {}
     for name, rows in sums.items():
         nll, kld, top1 = (sum(n * x for n, x in zip(n_tokens, column)) / sum(n_tokens) for column in zip(*rows))
-        results[name] = ({"perplexity": perplexity(nll), "kld": kld, "kld_se": standard_error([r[1] for r in rows]),
-                          "top1": top1}, caches[name])
+        results[name] = (
+            {"perplexity": perplexity(nll), "kld": kld, "kld_se": standard_error([r[1] for r in rows]), "top1": top1},
+            caches[name],
+        )
     return results
 
 
@@ -96,11 +103,19 @@ def _sides_of(cache):
     if type(cache) not in (KVCache, QuantizedKVCache, TurboKVCache) or cache.offset == 0:
         return None
     if isinstance(cache, TurboKVCache):
-        return [([(a, n) for a, n in ((side.codes, 1), (side.scale, 1), (side.means, side.segment)) if a is not None],
-                 side.head_dim, side.recent.shape[0] * side.recent.shape[1]) for side in cache._sides]
+        return [
+            (
+                [(a, n) for a, n in ((side.codes, 1), (side.scale, 1), (side.means, side.segment)) if a is not None],
+                side.head_dim,
+                side.recent.shape[0] * side.recent.shape[1],
+            )
+            for side in cache._sides
+        ]
     if isinstance(cache, QuantizedKVCache):
-        return [([(a, 1) for a in side], side[0].shape[-1] * 32 // cache.bits, side[0].shape[0] * side[0].shape[1])
-                for side in (cache.keys, cache.values)]
+        return [
+            ([(a, 1) for a in side], side[0].shape[-1] * 32 // cache.bits, side[0].shape[0] * side[0].shape[1])
+            for side in (cache.keys, cache.values)
+        ]
     return [([(a, 1)], a.shape[-1], a.shape[0] * a.shape[1]) for a in (cache.keys, cache.values)]
 
 
@@ -145,8 +160,10 @@ def projected_bits(prompt_cache, n_tokens=PROJECTED_TOKENS):
         numbers = sum(head_dim * heads for _, head_dim, heads in sides)
         exact = n_rest = 0
         if isinstance(cache, TurboKVCache):
-            exact, n_rest = cache.config.sink + cache.config.recent + cache.config.block, \
-                cache.config.sink + cache.config.recent
+            exact, n_rest = (
+                cache.config.sink + cache.config.recent + cache.config.block,
+                cache.config.sink + cache.config.recent,
+            )
         capacity = -(-(n_tokens - n_rest) // cache.step) * cache.step
         total += 8 * capacity * sum(_bytes_per_token(arrays) for arrays, _, _ in sides) + 16 * exact * numbers
         values += n_tokens * numbers

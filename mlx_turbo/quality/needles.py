@@ -1,4 +1,5 @@
 """Documents with facts to recall, and whether a model recalls them."""
+
 import copy
 import itertools
 import random
@@ -9,12 +10,17 @@ import mlx.core as mx
 
 # ---- needles -------------------------------------------------------------------------------------------------
 # The wording on which the embedded model was trained (scripts/train_demo_model.py); any other model reads it too.
-NAMES = ("Lily Tom Ben Anna Max Mia Sam Tim Lucy Jack Sara Timmy Sue Bob Amy Leo Emma Jane Billy Daisy Spot Bella "
-         "Mark Joe Molly Fred Kate Nick Rose Kim Zoe Pete Ella Dan Ruby Luke Nina Finn Roxy Milo Ollie Polly Jim "
-         "Sally Mary John Lola Buddy Rex Grace").split()
+NAMES = (
+    "Lily Tom Ben Anna Max Mia Sam Tim Lucy Jack Sara Timmy Sue Bob Amy Leo Emma Jane Billy Daisy Spot Bella "
+    "Mark Joe Molly Fred Kate Nick Rose Kim Zoe Pete Ella Dan Ruby Luke Nina Finn Roxy Milo Ollie Polly Jim "
+    "Sally Mary John Lola Buddy Rex Grace"
+).split()
 WHAT = ("secret number", "magic number", "lucky number", "door code")
-FACTS = (" The {what} of {name} is {digits}.", " {name}'s {what} is {digits}.",
-         " Remember, the {what} of {name} is {digits}.")
+FACTS = (
+    " The {what} of {name} is {digits}.",
+    " {name}'s {what} is {digits}.",
+    " Remember, the {what} of {name} is {digits}.",
+)
 QUESTIONS = ("\n\nQuestion: What is the {what} of {name}? Answer:", "\n\nQuestion: What is {name}'s {what}? Answer:")
 SENTENCE_END = re.compile(r"""(?<=[.!?])(?=\s)|(?<=[.!?]["'])(?=\s)|(?=\n)""")
 LONGEST_PIECE = 64  # tokens; a text without sentences is cut into these
@@ -22,6 +28,7 @@ LONGEST_PIECE = 64  # tokens; a text without sentences is cut into these
 
 class Question(NamedTuple):
     """tokens: as asked after the document. number: the four digits to answer. depth: of the fact, 0 = start."""
+
     tokens: list
     number: str
     depth: float
@@ -29,6 +36,7 @@ class Question(NamedTuple):
 
 class NeedleDocument(NamedTuple):
     """tokens: the text with its facts, without a question."""
+
     tokens: list
     questions: list
 
@@ -41,6 +49,7 @@ def needle_documents(text, tokenizer, length, n_documents=10, n_facts=10, seed=0
 
     Raises ValueError for a text without tokens, too many facts, or a length that has no room for them.
     """
+
     def encode(piece):
         return tokenizer.encode(piece, add_special_tokens=False)
 
@@ -54,8 +63,10 @@ def needle_documents(text, tokenizer, length, n_documents=10, n_facts=10, seed=0
     for i in range(n_documents):
         pairs = rng.sample([(name, what) for name in NAMES for what in WHAT], n_facts)
         numbers = ["".join(rng.choices("0123456789", k=4)) for _ in pairs]
-        facts = [encode(rng.choice(FACTS).format(name=name, what=what, digits=" ".join(number)))
-                 for (name, what), number in zip(pairs, numbers)]
+        facts = [
+            encode(rng.choice(FACTS).format(name=name, what=what, digits=" ".join(number)))
+            for (name, what), number in zip(pairs, numbers)
+        ]
         asked = [encode(rng.choice(QUESTIONS).format(name=name, what=what)) for name, what in pairs]
         depths = [(j + (i + 0.5) / n_documents) / n_facts for j in range(n_facts)]
         n_filler = length - len(start) - sum(map(len, facts)) - max(map(len, asked))
@@ -66,9 +77,9 @@ def needle_documents(text, tokenizer, length, n_documents=10, n_facts=10, seed=0
             at %= len(pieces)
             if at not in ids:
                 ids[at] = encode(pieces[at])
-            filler += [ids[at][k:k + LONGEST_PIECE] for k in range(0, len(ids[at]), LONGEST_PIECE)]
+            filler += [ids[at][k : k + LONGEST_PIECE] for k in range(0, len(ids[at]), LONGEST_PIECE)]
             at += 1
-        filler[-1] = filler[-1][:len(filler[-1]) - (sum(map(len, filler)) - n_filler)]
+        filler[-1] = filler[-1][: len(filler[-1]) - (sum(map(len, filler)) - n_filler)]
         boundaries = [0, *itertools.accumulate(map(len, filler))]
         where = [min(range(len(boundaries)), key=lambda k: abs(boundaries[k] - depth * n_filler)) for depth in depths]
         tokens = list(start)
@@ -88,7 +99,7 @@ def recalls(model, tokenizer, document, make_cache, chunk=128, max_tokens=32, pr
     """
     cache = make_cache()
     for start in range(0, len(document.tokens), chunk):
-        piece = mx.array(document.tokens[start:start + chunk])
+        piece = mx.array(document.tokens[start : start + chunk])
         mx.eval(model(piece[None], cache=cache))
         if progress:
             progress(piece.size)

@@ -1,4 +1,5 @@
 """PNG files. matplotlib is an optional extra, imported when a picture is asked for."""
+
 import textwrap
 from pathlib import Path
 
@@ -23,8 +24,10 @@ def check_plot(file, ending=".png"):
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:
-        raise PlotError('a picture needs matplotlib, which is not installed: pip install "mlx-turbo[plot]" '
-                        "(or pip install matplotlib)") from e
+        raise PlotError(
+            'a picture needs matplotlib, which is not installed: pip install "mlx-turbo[plot]" '
+            "(or pip install matplotlib)"
+        ) from e
 
 
 def quality_plot(file, points, title, subtitle, footer):
@@ -53,11 +56,28 @@ def quality_plot(file, points, title, subtitle, footer):
     for group, marker in zip(groups, "osD^"):
         colour = "#0050c8" if group == "mlx_turbo" else next(others)  # as in bench_plots.py
         label, _, bits, kld, error = zip(*sorted((p for p in points if p[1] == group), key=lambda p: p[2]))
-        axes.errorbar(bits, kld, yerr=None if None in error else error, color=colour, marker=marker, markersize=8,
-                      linewidth=0, elinewidth=1.4, capsize=3, label=group)
+        axes.errorbar(
+            bits,
+            kld,
+            yerr=None if None in error else error,
+            color=colour,
+            marker=marker,
+            markersize=8,
+            linewidth=0,
+            elinewidth=1.4,
+            capsize=3,
+            label=group,
+        )
         for name, x, y in zip(label, bits, kld):
-            axes.annotate(f"{name}\n{x:.2f} bits, {plain(y)}", (x, y), xytext=(9, 0), textcoords="offset points",
-                          va="center", fontsize=9, color=colour)
+            axes.annotate(
+                f"{name}\n{x:.2f} bits, {plain(y)}",
+                (x, y),
+                xytext=(9, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=colour,
+            )
     axes.set_yscale("log")
     low, high = min(p[3] for p in points), max(p[3] for p in points)
     axes.set_ylim(low / 2.5, high * 2.5)
@@ -89,8 +109,9 @@ def bar_plot(file, rows, title, subtitle, footer):
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     labels, kld, error, notes = zip(*rows)
-    axes.barh(range(len(rows)), kld, xerr=None if None in error else error, color="#0050c8", ecolor="#444444",
-              height=0.65)
+    axes.barh(
+        range(len(rows)), kld, xerr=None if None in error else error, color="#0050c8", ecolor="#444444", height=0.65
+    )
     for y, (x, bar, note) in enumerate(zip(kld, error, notes)):
         axes.text((x + (bar or 0)) * 1.15, y, f"{x:.2g}, {note}", va="center", fontsize=8, color="#444444")
     axes.set_yticks(range(len(rows)), labels, fontsize=9)
@@ -102,8 +123,9 @@ def bar_plot(file, rows, title, subtitle, footer):
         axes.spines[side].set_visible(False)
     axes.set_title(f"{title}\n", loc="left", fontsize=13, fontweight="bold")
     axes.text(0, 1.01, subtitle, transform=axes.transAxes, fontsize=9, color="#444444")
-    figure.supxlabel("\n".join(textwrap.wrap(footer, 140, break_on_hyphens=False)), x=0.01, ha="left", fontsize=7,
-                     color="#666666")
+    figure.supxlabel(
+        "\n".join(textwrap.wrap(footer, 140, break_on_hyphens=False)), x=0.01, ha="left", fontsize=7, color="#666666"
+    )
     _save(figure, file)
 
 

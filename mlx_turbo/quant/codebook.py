@@ -6,6 +6,7 @@ After a random rotation, each coordinate of a vector scaled to norm sqrt(head_di
 `lloyd_max` gives the optimal levels. `product` gives the levels the Metal kernels use: a GPU computes them from
 the code with a few integer and half-precision operations, without a table.
 """
+
 import functools
 import math
 import statistics
@@ -28,7 +29,7 @@ KINDS = ("product", "lloyd-max")
 def _cells(levels):
     """Per cell of the nearest-level quantizer of N(0, 1): edges, probability, first and second moment."""
     edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
-    density = np.exp(-edges**2 / 2) / math.sqrt(2 * math.pi)
+    density = np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)
     cdf = np.array([0.5 * math.erfc(-e / math.sqrt(2)) for e in edges])
     edge_density = np.where(np.isinf(edges), 0.0, edges) * density
     probability = np.diff(cdf)

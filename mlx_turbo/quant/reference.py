@@ -3,11 +3,13 @@
 Formulas: arXiv 2504.19874 (TurboQuant), with a scale per vector that keeps inner products.
 Every backend is tested against this file.
 """
+
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from . import codebook
+from . import rotation as rotations
 from .scheme import SCALES, bit_fields, words_per_row
 
 
@@ -20,6 +22,7 @@ class Quantized:
     normalized: float64 [..., head_dim], the centred and rotated vectors scaled to norm sqrt(head_dim): what the
         levels were chosen for (to tell a wrong code from a tie).
     """
+
     codes: np.ndarray
     scale: np.ndarray
     normalized: np.ndarray
@@ -37,7 +40,7 @@ def _rotate(x, rotation, inverse=False):
     if rotation is None:
         return x
     if isinstance(rotation, (int, np.integer)):
-        return (rotation.unrotate if inverse else rotation.rotate)(x, int(rotation))
+        return (rotations.unrotate if inverse else rotations.rotate)(x, int(rotation))
     matrix = np.asarray(rotation, np.float64)
     if matrix.shape != (x.shape[-1],) * 2:
         raise ValueError(f"rotation: got shape {matrix.shape}, expected {(x.shape[-1],) * 2}, a seed or None")
@@ -131,8 +134,9 @@ def unpack(words, bits, head_dim):
     words = np.asarray(words, np.uint32)
     codes = np.zeros((*words.shape[:-1], head_dim), np.uint8)
     for dim, word, shift, code_shift, width in bit_fields(bits, head_dim):
-        codes[..., dim] |= ((words[..., word] >> np.uint32(shift) & np.uint32(2**width - 1))
-                            << np.uint32(code_shift)).astype(np.uint8)
+        codes[..., dim] |= (
+            (words[..., word] >> np.uint32(shift) & np.uint32(2**width - 1)) << np.uint32(code_shift)
+        ).astype(np.uint8)
     return codes
 
 
@@ -186,6 +190,7 @@ class QuantizedProduct:
     base: `Quantized` at bits - 1, or None for bits = 1. signs: int8 [..., D]. residual_norm: float64 [...].
     projection: Gaussian S [D, D].
     """
+
     base: object
     signs: np.ndarray
     residual_norm: np.ndarray

@@ -9,6 +9,7 @@ The product's rotation is one or two rounds of "multiply by a diagonal, transfor
 The diagonal carries signs and normalisation together, so that a round costs one multiplication per value, which
 the kernels fuse with centring.
 """
+
 import functools
 
 import numpy as np
@@ -22,7 +23,8 @@ def check_head_dim(head_dim, name="head_dim"):
     if not ok or head_dim % HEAD_DIM_MULTIPLE:
         raise ValueError(
             f"{name}: got {head_dim!r}, allowed are multiples of {HEAD_DIM_MULTIPLE} "
-            f"from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}")
+            f"from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+        )
 
 
 def windows(head_dim):
@@ -48,7 +50,7 @@ def diagonals(head_dim, seed=0):
     check_head_dim(head_dim)
     rows = np.ones((len(windows(head_dim)), head_dim))
     for i, (start, size) in enumerate(windows(head_dim)):
-        rows[i, start:start + size] = signs(size, 2 * seed + i) / np.sqrt(size)
+        rows[i, start : start + size] = signs(size, 2 * seed + i) / np.sqrt(size)
     rows.flags.writeable = False
     return rows
 
@@ -65,7 +67,7 @@ def hadamard(x):
 
 
 def _transform_window(x, start, size):
-    return np.concatenate([x[..., :start], hadamard(x[..., start:start + size]), x[..., start + size:]], -1)
+    return np.concatenate([x[..., :start], hadamard(x[..., start : start + size]), x[..., start + size :]], -1)
 
 
 def rotate(x, seed=0):

@@ -1,4 +1,5 @@
 """Names of schemes ("turbo8v4"), the cache's configuration, and the bit layout of a packed row."""
+
 import re
 from dataclasses import dataclass, field, fields, replace
 
@@ -14,6 +15,7 @@ class Scheme:
 
     Raises ValueError for bits other than 0, 2, 3, 4 and 8.
     """
+
     key_bits: int
     value_bits: int
 
@@ -32,7 +34,8 @@ class Scheme:
             raise ValueError(
                 f"scheme: got {name!r}, allowed are turboN and turboKvV with N, K, V in {BITS}, for example "
                 "'turbo4', 'turbo3', 'turbo8v4' (keys 8 bits, values 4), 'turbo0v4' (keys exact), and 'auto': turbo4 "
-                "with more bits for the keys of layers that need them")
+                "with more bits for the keys of layers that need them"
+            )
         return cls(*(int(b) for b in match.groups(default=match[1])))
 
     @property
@@ -61,6 +64,7 @@ class TurboConfig:
 
     Raises ValueError for an unknown scheme, a negative size, a block below 1, or an unknown scale.
     """
+
     scheme: Scheme = field(default_factory=lambda: Scheme(4, 4))
     sink: int = 4
     recent: int = 64
@@ -86,7 +90,7 @@ class TurboConfig:
 
     @property
     def name(self):
-        """"auto", "turbo8v4", ..."""
+        """ "auto", "turbo8v4", ..."""
         if not self.auto:
             return self.scheme.name
         return "auto" if self.scheme == Scheme(4, 4) else f"auto from {self.scheme.name}"

@@ -1,4 +1,5 @@
 """The attention kernels in the simulator, against the float64 oracle: results, what they touch, and what they cost."""
+
 import itertools
 import re
 
@@ -34,8 +35,9 @@ def check(case, backends=LAUNCHES.values(), tolerance=1.0, mask=None, sinks=None
     want = expected(case, mask, sinks)
     allowed = tolerance * TOLERANCE[case.keys.bits] + ROUNDING[case.queries.dtype]
     for backend in backends:
-        out = backend.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask,
-                             sinks=sinks)
+        out = backend.attend(
+            case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask, sinks=sinks
+        )
         assert out.dtype == case.queries.dtype and tuple(out.shape) == want.shape
         got = to_numpy(out)
         largest = np.abs(want).max() or 1.0
@@ -71,8 +73,22 @@ def test_every_scheme_head_dim_and_group_agrees_with_the_oracle(options):
         check(case, [(TWO, ONE)[i % 2]], mask="causal")
 
 
-@pytest.mark.parametrize("counts", [(0, 40, 0), (0, 0, 5), (1, 0, 0), (3, 0, 2), (3, 70, 0), (0, 70, 7), (0, 1, 0),
-                                    (4, 300, 64), (0, 64, 128), (40, 31, 33)], ids=str)
+@pytest.mark.parametrize(
+    "counts",
+    [
+        (0, 40, 0),
+        (0, 0, 5),
+        (1, 0, 0),
+        (3, 0, 2),
+        (3, 70, 0),
+        (0, 70, 7),
+        (0, 1, 0),
+        (4, 300, 64),
+        (0, 64, 128),
+        (40, 31, 33),
+    ],
+    ids=str,
+)
 def test_any_part_may_be_empty(counts):
     check(make_case(dims=(64, 64), G=2, counts=counts))
 
@@ -92,8 +108,10 @@ def masks(B, heads, L, n, rng):
     yield "boolean [L, n]", mx.array(allowed[0, 0])
     yield "additive", mx.array(added).astype(mx.float16)
     yield "additive with infinities", mx.array(np.where(allowed[:, :1], added[:, :1], -np.inf))
-    yield "additive with the least float16", mx.where(mx.array(allowed[0, 0]), 0, mx.finfo(mx.float16).min
-                                                      ).astype(mx.float16)
+    yield (
+        "additive with the least float16",
+        mx.where(mx.array(allowed[0, 0]), 0, mx.finfo(mx.float16).min).astype(mx.float16),
+    )
     yield "a bias per head, whatever the token", mx.array(added[:1, :, :1, :1])
 
 
@@ -131,8 +149,13 @@ def check_spoiled_launches(options, most):
     """Launches as in the test against the oracle, which has compiled them."""
     i = COMBINATIONS.index(options)
     backend = (TWO, ONE)[i % 2]
-    check_spoiled(make_case(**{"rng_seed": i, **options}), lambda case, mask: backend.attend(
-        case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask), most)
+    check_spoiled(
+        make_case(**{"rng_seed": i, **options}),
+        lambda case, mask: backend.attend(
+            case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask
+        ),
+        most,
+    )
 
 
 def with_ids(combinations):
@@ -170,8 +193,10 @@ def test_segments_may_be_long_and_means_zero():
     case = make_case(dims=(64, 96), G=2, Hkv=2, B=2, means=True, segment=256, counts=(4, 520, 33))
     check(case)
     without = case._replace(keys=case.keys._replace(means=None), values=case.values._replace(means=None))
-    zero = case._replace(keys=case.keys._replace(means=mx.zeros_like(case.keys.means)),
-                         values=case.values._replace(means=mx.zeros_like(case.values.means)))
+    zero = case._replace(
+        keys=case.keys._replace(means=mx.zeros_like(case.keys.means)),
+        values=case.values._replace(means=mx.zeros_like(case.values.means)),
+    )
     for backend in LAUNCHES.values():
         got = [to_numpy(backend.attend(*a[:4], scale=a.scale)) for a in (zero, without, case)]
         assert np.abs(got[0] - got[1]).max() < 1e-6 < np.abs(got[2] - got[1]).max()
@@ -198,9 +223,18 @@ def test_a_long_cache():
     check(make_case(dims=(64, 64), G=1, counts=(4, 4096, 64)))
 
 
-@pytest.mark.parametrize("tuning", [dict(tokens_per_lane=1), dict(tokens_per_lane=4, simdgroups=2),
-                                    dict(accumulators=16), dict(tokens_per_block=1000, simdgroups=4),
-                                    dict(rows_per_decode=8), dict(rows_per_decode=16)], ids=str)
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        dict(tokens_per_lane=1),
+        dict(tokens_per_lane=4, simdgroups=2),
+        dict(accumulators=16),
+        dict(tokens_per_block=1000, simdgroups=4),
+        dict(rows_per_decode=8),
+        dict(rows_per_decode=16),
+    ],
+    ids=str,
+)
 def test_the_tuning_does_not_change_the_result(tuning):
     backend = MetalBackend(metalsim.metal_kernel)
     case = make_case(dims=(64, 64), G=4, L=5 if "rows_per_decode" in tuning else 1)
@@ -217,10 +251,19 @@ def combinations(draw):
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     L = pick(1, 1, 2, 3, 5)
     counts = (pick(0, 1, 4, 33), draw(st.integers(0, 300)), draw(st.integers(L, 70)))
-    options = dict(bits=(pick(0, 2, 3, 4, 8), pick(0, 2, 3, 4, 8)), dims=(pick(*HEAD_DIMS), pick(*HEAD_DIMS)),
-                   counts=counts, G=pick(1, 2, 3, 4, 5, 6, 7, 8, 12, 16), Hkv=pick(1, 2), B=pick(1, 2), L=L,
-                   dtype=pick(mx.float32, mx.float16, mx.bfloat16), means=draw(st.booleans()),
-                   segment=pick(128, 256), rng_seed=draw(st.integers(0, 99)))
+    options = dict(
+        bits=(pick(0, 2, 3, 4, 8), pick(0, 2, 3, 4, 8)),
+        dims=(pick(*HEAD_DIMS), pick(*HEAD_DIMS)),
+        counts=counts,
+        G=pick(1, 2, 3, 4, 5, 6, 7, 8, 12, 16),
+        Hkv=pick(1, 2),
+        B=pick(1, 2),
+        L=L,
+        dtype=pick(mx.float32, mx.float16, mx.bfloat16),
+        means=draw(st.booleans()),
+        segment=pick(128, 256),
+        rng_seed=draw(st.integers(0, 99)),
+    )
     return options, pick(None, "causal", "boolean", "additive"), draw(st.booleans()), pick(*ORDERS)
 
 
@@ -298,6 +341,7 @@ class Recorder(MetalBackend):
             outs = kernel(**arguments)
             self.stats[name.removeprefix("turbo_")] = metalsim.last()
             return outs
+
         return launch
 
     def run(self, case, mask=None):
@@ -309,9 +353,18 @@ class Recorder(MetalBackend):
 
 
 @pytest.mark.parametrize("one", [False, True], ids=["two launches", "one launch"])
-@pytest.mark.parametrize("options", [dict(G=4), dict(bits=(3, 2), dims=(64, 96)), dict(bits=(8, 0), dims=(96, 80), G=3),
-                                     dict(dims=(64, 64), G=2, L=4), dict(G=8, bits=(2, 8)),
-                                     dict(bits=(3, 3), dims=(64, 96), G=7)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(G=4),
+        dict(bits=(3, 2), dims=(64, 96)),
+        dict(bits=(8, 0), dims=(96, 80), G=3),
+        dict(dims=(64, 64), G=2, L=4),
+        dict(G=8, bits=(2, 8)),
+        dict(bits=(3, 3), dims=(64, 96), G=7),
+    ],
+    ids=str,
+)
 def test_packed_bytes_are_read_once_and_outputs_written_once(options, one):
     # whole tiles: in one that is not full, lanes without a token read the last token's key again
     case = make_case(**{"Hkv": 2, "counts": (4, 192, 60), "dtype": mx.float16, **options})
@@ -339,17 +392,28 @@ def decodes(case, **tuning):
     reads = Recorder(**tuning).run(case)["attend"].reads
     n = case.counts[1]
     for name in "k_codes", "v_codes", "k_scale", "v_scale":
-        times = reads[name].reshape(*getattr(case, "keys" if name[0] == "k" else "values").codes.shape[:3], -1)[:, :, :n]
+        times = reads[name].reshape(*getattr(case, "keys" if name[0] == "k" else "values").codes.shape[:3], -1)[
+            :, :, :n
+        ]
         yield from np.unique(times)
 
 
 SHARING = [(128, 12, 1), (128, 16, 1), (128, 5, 3), (192, 3, 8), (256, 4, 4), (576, 16, 1)]
-SHARING_MUCH = [(128, 4, 16), (128, 7, 16), (128, 8, 16), (80, 8, 16), (256, 4, 16), (256, 6, 16), (512, 3, 16),
-                (576, 48, 1)]
+SHARING_MUCH = [
+    (128, 4, 16),
+    (128, 7, 16),
+    (128, 8, 16),
+    (80, 8, 16),
+    (256, 4, 16),
+    (256, 6, 16),
+    (512, 3, 16),
+    (576, 48, 1),
+]
 
 
-@pytest.mark.parametrize("head_dim, G, L", [*SHARING, (128, 4, 16), *(pytest.param(*p, marks=pytest.mark.slow)
-                                                                     for p in SHARING_MUCH[1:])])
+@pytest.mark.parametrize(
+    "head_dim, G, L", [*SHARING, (128, 4, 16), *(pytest.param(*p, marks=pytest.mark.slow) for p in SHARING_MUCH[1:])]
+)
 def test_many_rows_share_what_is_decoded_once(head_dim, G, L):
     case = make_case(dims=(head_dim, min(head_dim, 512)), bits=(4, 3), G=G, L=L, counts=(0, 96, 32))
     assert set(decodes(case, one_launch_tokens=0)) == {1}
@@ -396,10 +460,12 @@ def test_packed_words_are_decoded_once_for_all_rows_that_registers_hold(head_dim
 @pytest.mark.parametrize("one", [False, True], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("bits", [0, 2, 3, 4, 8])
 def test_every_shape_fits_into_threadgroup_memory_and_divides_the_values(one, bits):
-    for key_dim, value_dim, n_rows, at_once in itertools.product((32, 80, 256, 512, 576), (32, 80, 256, 512, 576),
-                                                                 range(1, 40), tuning.CANDIDATES["rows_per_decode"]):
+    for key_dim, value_dim, n_rows, at_once in itertools.product(
+        (32, 80, 256, 512, 576), (32, 80, 256, 512, 576), range(1, 40), tuning.CANDIDATES["rows_per_decode"]
+    ):
         H, tokens, E, simdgroups, shared, chunks, far = attend_shape(
-            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, 1, one)
+            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, 1, one
+        )
         padded = H if H <= 2 else -(-H // 4) * 4
         queries = 0 if far else 4 * key_dim * H * (simdgroups if shared else 2 if one and bits else 1)
         tile = 64 * tokens * max(key_dim // chunks + 8, (value_dim + 8) // chunks) if shared else 0
@@ -443,7 +509,9 @@ def run_past_every_barrier(edit=None):
     for order in ORDERS[:2]:
         with metalsim.configured(order=order):
             Recorder(edit, one_launch_tokens=0).run(make_case(dims=(32, 32), G=16, counts=(0, 90, 0)))  # shared tiles
-            Recorder(edit, one_launch_tokens=0).run(make_case(dims=(512, 32), G=16, counts=(0, 40, 0)))  # and far queries
+            Recorder(edit, one_launch_tokens=0).run(
+                make_case(dims=(512, 32), G=16, counts=(0, 40, 0))
+            )  # and far queries
             Recorder(edit).run(case)
             Recorder(edit, one_launch_tokens=0, simdgroups=2, tokens_per_block=512).run(case)  # several tiles
 
@@ -455,7 +523,7 @@ def test_a_barrier_less_is_noticed(name, i):
             return header, body
         text = header + sources.BODY_MARKER + body
         match = list(re.finditer(r"(if \([^()]*\) )?\w+_barrier\([^)]*\);", text))[i]
-        return (text[:match.start()] + text[match.end():]).split(sources.BODY_MARKER)
+        return (text[: match.start()] + text[match.end() :]).split(sources.BODY_MARKER)
 
     with pytest.raises(metalsim.MSLError, match="race|initialis"):
         run_past_every_barrier(without)
@@ -468,12 +536,14 @@ def test_with_all_barriers_nothing_is_noticed():
 def test_a_kernel_that_computes_something_wrong_is_an_error():
     def wrong(name, header, body):
         return header.replace("0x2e762e76u", "0x2e762e77u"), body
+
     case = make_case(dims=(64, 64), G=2)
     with pytest.raises(BackendError, match="disagrees.*64, 4 bits"):
         Recorder(wrong).attend(case.queries, case.keys, case.values, case.counts, scale=case.scale)
     with pytest.raises(BackendError, match="does not build"):
         Recorder(lambda name, header, body: (header, body + "}")).attend(
-            case.queries, case.keys, case.values, case.counts, scale=case.scale)
+            case.queries, case.keys, case.values, case.counts, scale=case.scale
+        )
 
 
 @pytest.mark.parametrize("options", [dict(G=2), dict(bits=(8, 3), means=True), dict(bits=(0, 2)), dict(G=16)], ids=str)

@@ -1,4 +1,5 @@
 """Which backend runs: chosen in one place, never changed in silence."""
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ X = mx.array(np.random.default_rng(0).standard_normal((1, 1, 4, 64)).astype(np.f
 def failing_build(*args, **kwargs):
     def launch(**call):
         raise RuntimeError("[metal::Device] Unable to build metal library from source\nprogram_source:7: error: no")
+
     return launch
 
 

@@ -1,4 +1,5 @@
 """MLX keeps a compiled kernel under a name, which before MLX 0.32.0 does not tell its texts apart."""
+
 import contextlib
 import re
 import types
@@ -25,10 +26,12 @@ class OldMLX:
 
         def call(*, inputs, output_shapes, output_dtypes, template, **launch):
             values = "_".join(str(value) for _, value in template)
-            text, kernel, _ = metalsim.generate(name, input_names, output_names, source, header, False,
-                                                inputs, output_dtypes, template)
+            text, kernel, _ = metalsim.generate(
+                name, input_names, output_names, source, header, False, inputs, output_dtypes, template
+            )
             self.texts.setdefault(f"{name}_{values}", set()).add(text.replace(kernel, "NAME"))
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
+
         return call
 
 
@@ -38,7 +41,7 @@ def launch_in_many_ways(metal_kernel):
     backend._metal_kernel = metal_kernel
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
         x = mx.zeros((1, 2, 8, 64), dtype)
-        packed, = backend.quantize([QuantizeSide(x, 4)])
+        (packed,) = backend.quantize([QuantizeSide(x, 4)])
         backend.dequantize([PackedSide(*packed, 4, 64)], 0, 8, dtype)
         for G in (2, 8):
             case = make_case(dims=(64, 64), G=G, Hkv=2, dtype=dtype)
@@ -60,8 +63,9 @@ def test_a_name_stands_for_one_text_also_where_mlx_leaves_the_types_out():
     assert {len(texts) for texts in old.texts.values()} == {1}
 
 
-@pytest.mark.parametrize("version, named", [("0.30.4", True), ("0.31.2", True), ("0.32.0", False),
-                                            ("0.32.4.dev1", False), ("1.0.0", False)])
+@pytest.mark.parametrize(
+    "version, named", [("0.30.4", True), ("0.31.2", True), ("0.32.0", False), ("0.32.4.dev1", False), ("1.0.0", False)]
+)
 def test_newer_mlx_names_them_itself(version, named):
     mlx = types.SimpleNamespace(__version__=version, fast=OldMLX())
     assert (metal.metal_kernel_of(mlx) != mlx.fast.metal_kernel) == named

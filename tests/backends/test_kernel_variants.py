@@ -1,4 +1,5 @@
 """How many kernels a conversation needs, and how much each asks of Metal's compiler and of its tables."""
+
 import itertools
 import sys
 
@@ -14,9 +15,28 @@ from mlx_turbo.backends.sides import CachedSide, PackedSide, QuantizeSide
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="metalsim runs on Linux")
 
 # (head_dim of keys, of values, query heads per kv head) of mlx-lm's models, dense ones and those with latent attention
-SHAPES = [(64, 64, 1), (64, 64, 8), (80, 80, 1), (80, 80, 4), (96, 96, 3), (96, 96, 8), (112, 112, 7), (128, 128, 1),
-          (128, 128, 2), (128, 128, 4), (128, 128, 5), (128, 128, 8), (128, 128, 16), (192, 128, 1), (256, 256, 2),
-          (256, 256, 4), (256, 256, 8), (256, 256, 16), (512, 512, 8), (576, 512, 16)]
+SHAPES = [
+    (64, 64, 1),
+    (64, 64, 8),
+    (80, 80, 1),
+    (80, 80, 4),
+    (96, 96, 3),
+    (96, 96, 8),
+    (112, 112, 7),
+    (128, 128, 1),
+    (128, 128, 2),
+    (128, 128, 4),
+    (128, 128, 5),
+    (128, 128, 8),
+    (128, 128, 16),
+    (192, 128, 1),
+    (256, 256, 2),
+    (256, 256, 4),
+    (256, 256, 8),
+    (256, 256, 16),
+    (512, 512, 8),
+    (576, 512, 16),
+]
 BITS = [(4, 4), (3, 3), (2, 2), (8, 4), (0, 4), (8, 8)]
 LIMITS = {"attend": 12_500, "merge": 3_000, "quantize": 9_000, "dequantize": 5_000}  # LLVM IR instructions after -O2
 BUFFERS, FREE_BUFFERS = 31, 4  # what Metal has, and what attend leaves
@@ -32,10 +52,12 @@ class Collector(MetalBackend):
 
     def _collect(self, name, input_names, output_names, source, header="", **options):
         def launch(*, inputs, output_shapes, output_dtypes, template, **launch):
-            out = metalsim.generate(name, input_names, output_names, source, header, False, inputs, output_dtypes,
-                                    template)
+            out = metalsim.generate(
+                name, input_names, output_names, source, header, False, inputs, output_dtypes, template
+            )
             self.generated[out[1]] = name.removeprefix("turbo_"), out
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
+
         return launch
 
     def _run_check(self, what, check):
@@ -56,8 +78,9 @@ def _side(bits, head_dim, means, dtype):
     exact = mx.zeros((1, 1, 8, head_dim), dtype)
     codes = mx.zeros((1, 1, 8, words_per_row(bits, head_dim)), mx.uint32) if bits else exact
     scale = mx.zeros((1, 1, 8, 1), mx.float16) if bits else None
-    return CachedSide(exact, codes, scale, exact, bits, head_dim,
-                      mx.zeros((1, 1, 8, head_dim), mx.float16) if means else None, 128)
+    return CachedSide(
+        exact, codes, scale, exact, bits, head_dim, mx.zeros((1, 1, 8, head_dim), mx.float16) if means else None, 128
+    )
 
 
 def check_sizes(collector):
@@ -97,8 +120,9 @@ def test_packing_and_restoring_kernels_are_short(head_dim):
         x = mx.zeros((1, 1, 8, head_dim), mx.float16)
         codes, mean = mx.zeros((1, 1, 8, words_per_row(bits, head_dim)), mx.uint32), mx.zeros((1, 1, 1, head_dim))
         collector.quantize([QuantizeSide(x, bits, mean)] * 2)
-        collector.dequantize([PackedSide(codes, mx.zeros((1, 1, 8, 1), mx.float16), bits, head_dim, mean)] * 2, 0, 8,
-                             mx.float16)
+        collector.dequantize(
+            [PackedSide(codes, mx.zeros((1, 1, 8, 1), mx.float16), bits, head_dim, mean)] * 2, 0, 8, mx.float16
+        )
     check_sizes(collector)
 
 

@@ -1,4 +1,5 @@
 """The Metal kernels in the simulator: what they touch, how often, in which order, and what it costs."""
+
 import metalsim
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ SHAPES = [(32, 33), (72, 5), (80, 9), (100, 3), (128, 1), (128, 13), (512, 3), (
 
 def quantized(head_dim, n, bits=4, **options):
     x = vectors(1, 1, n, head_dim, dtype=mx.float16)
-    (codes, scale), = select.quantize_sides([QuantizeSide(x, bits)], **options)
+    ((codes, scale),) = select.quantize_sides([QuantizeSide(x, bits)], **options)
     return PackedSide(codes, scale, bits, head_dim)
 
 
@@ -75,10 +76,28 @@ def test_lengths_are_data_the_text_of_the_kernel_stays_the_same(simulated, gener
 
 # Operations per value counted on 64 vectors, all classes together, and the ceiling a change must not break.
 # D = 128 needs 7 butterfly stages, 96 and 80 two rounds of 6 and idle lanes.
-QUANTIZE_CEILING = {(128, 2): 26.9, (128, 3): 31.8, (128, 4): 37.4, (128, 8): 29.4, (64, 4): 36.2, (256, 4): 38.7,
-                    (96, 4): 46.8, (80, 4): 50.5, (576, 4): 59.6}
-DEQUANTIZE_CEILING = {(128, 2): 17.6, (128, 3): 18.3, (128, 4): 17.9, (128, 8): 17.3, (64, 4): 16.7, (256, 4): 19,
-                      (96, 4): 27, (80, 4): 30.5, (576, 4): 39.8}
+QUANTIZE_CEILING = {
+    (128, 2): 26.9,
+    (128, 3): 31.8,
+    (128, 4): 37.4,
+    (128, 8): 29.4,
+    (64, 4): 36.2,
+    (256, 4): 38.7,
+    (96, 4): 46.8,
+    (80, 4): 50.5,
+    (576, 4): 59.6,
+}
+DEQUANTIZE_CEILING = {
+    (128, 2): 17.6,
+    (128, 3): 18.3,
+    (128, 4): 17.9,
+    (128, 8): 17.3,
+    (64, 4): 16.7,
+    (256, 4): 19,
+    (96, 4): 27,
+    (80, 4): 30.5,
+    (576, 4): 39.8,
+}
 
 
 def counted(run, n_values):

@@ -1,4 +1,5 @@
 """The text of metal/*.metal: self-contained, documented, and tied to the Python that shares its constants."""
+
 import itertools
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ def test_a_file_includes_nothing_and_states_its_layout_and_launch(name):
     text = TEXTS[name]
     assert not re.search(r"^\s*#\s*(include|import)", text, re.M)
     assert max(map(len, text.splitlines())) <= 120
-    header = text[:text.index("\n\n")]
+    header = text[: text.index("\n\n")]
     assert all(line.startswith("//") for line in header.splitlines() if line)
     if name != "shared":
         assert all(word in header for word in ("INPUTS", "OUTPUT", "TEMPLATE", "LAUNCH", "MAPPING"))
@@ -27,14 +28,16 @@ def test_a_file_includes_nothing_and_states_its_layout_and_launch(name):
 
 
 def test_no_definition_stands_in_two_files():
-    per_file = {name: set(re.findall(r"(?:METAL_FUNC|constexpr) [\w<>, *]+?\b(tq_\w+)\(", text)) for name, text in TEXTS.items()}
+    per_file = {
+        name: set(re.findall(r"(?:METAL_FUNC|constexpr) [\w<>, *]+?\b(tq_\w+)\(", text)) for name, text in TEXTS.items()
+    }
     for a, b in itertools.combinations(per_file, 2):
         assert not per_file[a] & per_file[b]
 
 
 def test_the_packed_row_is_described_in_the_same_words_everywhere():
     """scheme.py and shared.metal."""
-    rows, = re.findall(r"(//   4 bits  word w.*?)//   Words are 0", TEXTS["shared"], re.S)
+    (rows,) = re.findall(r"(//   4 bits  word w.*?)//   Words are 0", TEXTS["shared"], re.S)
     source = Path(scheme.__file__).read_text()
     python = re.search(r"(#   4 bits  word w.*?)# Words are 0", source, re.S)[1].strip()
     assert rows.strip().replace("//", "#") == python
@@ -49,14 +52,16 @@ def constants(pattern):
 def test_the_constants_of_the_levels_are_those_of_the_codebook():
     units = constants(r"struct Levels<(\d)> \{\n\s+static constant constexpr const float UNIT = ([^;]+);")
     want = {bits: scale for bits, (_, _, scale) in codebook.PRODUCT.items()} | {8: codebook.UNIFORM_STEP}
-    assert {int(b): np.float32(eval(u.replace("f", ""))) for b, u in units} == {b: np.float32(s) for b, s in want.items()}
+    assert {int(b): np.float32(eval(u.replace("f", ""))) for b, u in units} == {
+        b: np.float32(s) for b, s in want.items()
+    }
 
 
 def test_the_thresholds_of_the_kernel_are_the_midpoints_of_the_levels():
     for bits in (2, 3, 4):
-        text, = constants(rf"TQ_T{bits}\[\d+\] = \{{([^}}]+)\}}")
+        (text,) = constants(rf"TQ_T{bits}\[\d+\] = \{{([^}}]+)\}}")
         got = np.array([np.float32(t.strip().rstrip("f")) for t in text.split(",")])
-        want = codebook.thresholds(codebook.product(bits))[2 ** (bits - 1):].astype(np.float32)
+        want = codebook.thresholds(codebook.product(bits))[2 ** (bits - 1) :].astype(np.float32)
         assert np.array_equal(got, want)
 
 

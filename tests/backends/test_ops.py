@@ -1,4 +1,5 @@
 """Quantize and dequantize, the same behaviour from every backend."""
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -28,9 +29,15 @@ def check_round_trip(sides, dtype=mx.float32, seed=0, scale="least-squares"):
         packed.append(PackedSide(codes, scales, side.bits, side.x.shape[-1], side.mean))
     length = sides[0].x.shape[2]
     for side, x in zip(packed, select.dequantize_sides(packed, 0, length, dtype, seed)):
-        q = reference.Quantized(reference.unpack(np.array(side.codes), side.bits, side.head_dim),
-                                np.array(side.scale)[..., 0].astype(np.float64), None, side.bits, seed, None,
-                                None if side.mean is None else np.array(side.mean))
+        q = reference.Quantized(
+            reference.unpack(np.array(side.codes), side.bits, side.head_dim),
+            np.array(side.scale)[..., 0].astype(np.float64),
+            None,
+            side.bits,
+            seed,
+            None,
+            None if side.mean is None else np.array(side.mean),
+        )
         assert x.dtype == dtype and x.shape == (*side.codes.shape[:3], side.head_dim)
         assert compare_vectors(to_numpy(x), reference.dequantize(q), dtype) is None
 
@@ -89,7 +96,7 @@ def test_a_vector_that_is_not_finite_has_a_scale_of_nan_and_quantize_refuses_it(
     """Not infinity: times a level of the wrong sign, that would make a key weigh nothing."""
     x = np.ones((1, 1, 3, 64), np.float32)
     x[0, 0, 1, 5] = bad
-    (_, scales), = select.quantize_sides([QuantizeSide(mx.array(x), bits)], scale=scale)
+    ((_, scales),) = select.quantize_sides([QuantizeSide(mx.array(x), bits)], scale=scale)
     assert np.isnan(to_numpy(scales)[0, 0, :, 0]).tolist() == [False, True, False]
     with pytest.raises(ValueError, match="^x: has NaN, infinity"):
         select.quantize(mx.array(x), bits, scale=scale)
@@ -112,8 +119,9 @@ def test_keys_and_values_may_have_different_head_dims(backend, dims):
     check_round_trip([QuantizeSide(x[0], 4), QuantizeSide(x[1], 4)], mx.bfloat16)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (1, 3, 1), (2, 1, 3), (1, 2, 17), (3, 5, 7), (1, 1, 129)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 1, 2), (1, 3, 1), (2, 1, 3), (1, 2, 17), (3, 5, 7), (1, 1, 129)], ids=str
+)
 @pytest.mark.parametrize("head_dim", [32, 128])
 def test_any_number_of_vectors_agrees_with_the_oracle(backend, shape, head_dim):
     x = vectors(*shape, head_dim, seed=sum(shape))
@@ -124,15 +132,21 @@ def test_another_seed_is_another_rotation_with_the_same_error(backend):
     x = vectors(1, 2, 32, 64)
     (a, sa), (b, sb) = select.quantize(x, 4, seed=0), select.quantize(x, 4, seed=7)
     assert not np.array_equal(np.array(a), np.array(b))
-    errors = [np.square(to_numpy(select.dequantize(c, s, 4, head_dim=64, seed=i) - x)).mean()
-              for c, s, i in ((a, sa, 0), (b, sb, 7))]
+    errors = [
+        np.square(to_numpy(select.dequantize(c, s, 4, head_dim=64, seed=i) - x)).mean()
+        for c, s, i in ((a, sa, 0), (b, sb, 7))
+    ]
     assert abs(errors[0] / errors[1] - 1) < 0.15 and max(errors) < 0.012
 
 
 def test_a_transposed_or_sliced_input_gives_the_codes_of_its_copy(backend):
     x = vectors(2, 6, 3, 192)
-    for view in (x.transpose(0, 2, 1, 3)[..., 64:], x[:, 1:5, :, 32:160], x[:, ::2, ::2, :128],
-                 mx.broadcast_to(x[:1, :1, :, :128], (2, 3, 3, 128))):
+    for view in (
+        x.transpose(0, 2, 1, 3)[..., 64:],
+        x[:, 1:5, :, 32:160],
+        x[:, ::2, ::2, :128],
+        mx.broadcast_to(x[:1, :1, :, :128], (2, 3, 3, 128)),
+    ):
         whole = mx.array(to_numpy(view))
         for got, want in zip(select.quantize(view, 4), select.quantize(whole, 4)):
             assert np.array_equal(np.array(got), np.array(want))
@@ -145,7 +159,7 @@ def test_part_of_a_capacity_buffer_is_restored_without_touching_the_rest(backend
     poison = mx.full((2, 2, 20, 1), float("nan"), mx.float16)
     buffers = [mx.concatenate([a, mx.zeros((2, 2, 8, a.shape[-1]), a.dtype)], axis=2) for a in (codes, scale)]
     buffers[1] = mx.where(mx.arange(20)[:, None] < 12, buffers[1], poison)
-    got, = select.dequantize_sides([PackedSide(*buffers, 4, 64)], 3, 5, mx.float32)
+    (got,) = select.dequantize_sides([PackedSide(*buffers, 4, 64)], 3, 5, mx.float32)
     assert np.array_equal(to_numpy(got), want)
 
 
@@ -184,23 +198,44 @@ X = mx.zeros((1, 1, 2, 64))
 C, S = mx.zeros((1, 1, 2, 8), mx.uint32), mx.zeros((1, 1, 2, 1), mx.float16)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: select.quantize(np.zeros((1, 1, 2, 64)), 4), "x: got ndarray, expected an mx.array"),
-    (lambda: select.quantize(mx.zeros((2, 64)), 4), "x: got shape (2, 64), expected"),
-    (lambda: select.quantize(X.astype(mx.int32), 4), "x: got mlx.core.int32, allowed are"),
-    (lambda: select.quantize(mx.zeros((1, 1, 2, 30)), 4), "head_dim of x: got 30, allowed are multiples of 4 from 32"),
-    (lambda: select.quantize(mx.zeros((1, 1, 2, 580)), 4), "head_dim of x: got 580"),
-    (lambda: select.quantize(X, 5), "bits: got 5, allowed are 2, 3, 4 and 8"),
-    (lambda: select.quantize(X, True), "bits: got True"),
-    (lambda: select.quantize(X, 4, mean=mx.zeros((64,))), "mean: got mlx.core.float32 (64,), expected float32 (1, 1, 1, 64)"),
-    (lambda: select.quantize(X, 4, scale="l2"), "scale: got 'l2', allowed are ('inner-product', 'least-squares', 'norm', 'matched-norm')"),
-    (lambda: select.quantize_sides([QuantizeSide(X[:, :, :0], 4)], scale=None), "scale: got None, allowed are ('inner-"),
-    (lambda: select.quantize(X, 4, backend="cuda"), "backend: got 'cuda', allowed are 'metal' and 'cpu'"),
-    (lambda: select.dequantize(C, S, 3, head_dim=64), "codes: got mlx.core.uint32 (1, 1, 2, 8), expected uint32 [B, H, L, 6]"),
-    (lambda: select.dequantize(C, S[:, :, :1], 4, head_dim=64), "scale: got mlx.core.float16 (1, 1, 1, 1), expected"),
-    (lambda: select.dequantize(C, S, 4, head_dim=64, dtype=mx.int8), "dtype: got mlx.core.int8, allowed are"),
-    (lambda: select.dequantize(C, S, 4, head_dim=64, mean=X), "mean: got mlx.core.float32 (1, 1, 2, 64), expected"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: select.quantize(np.zeros((1, 1, 2, 64)), 4), "x: got ndarray, expected an mx.array"),
+        (lambda: select.quantize(mx.zeros((2, 64)), 4), "x: got shape (2, 64), expected"),
+        (lambda: select.quantize(X.astype(mx.int32), 4), "x: got mlx.core.int32, allowed are"),
+        (
+            lambda: select.quantize(mx.zeros((1, 1, 2, 30)), 4),
+            "head_dim of x: got 30, allowed are multiples of 4 from 32",
+        ),
+        (lambda: select.quantize(mx.zeros((1, 1, 2, 580)), 4), "head_dim of x: got 580"),
+        (lambda: select.quantize(X, 5), "bits: got 5, allowed are 2, 3, 4 and 8"),
+        (lambda: select.quantize(X, True), "bits: got True"),
+        (
+            lambda: select.quantize(X, 4, mean=mx.zeros((64,))),
+            "mean: got mlx.core.float32 (64,), expected float32 (1, 1, 1, 64)",
+        ),
+        (
+            lambda: select.quantize(X, 4, scale="l2"),
+            "scale: got 'l2', allowed are ('inner-product', 'least-squares', 'norm', 'matched-norm')",
+        ),
+        (
+            lambda: select.quantize_sides([QuantizeSide(X[:, :, :0], 4)], scale=None),
+            "scale: got None, allowed are ('inner-",
+        ),
+        (lambda: select.quantize(X, 4, backend="cuda"), "backend: got 'cuda', allowed are 'metal' and 'cpu'"),
+        (
+            lambda: select.dequantize(C, S, 3, head_dim=64),
+            "codes: got mlx.core.uint32 (1, 1, 2, 8), expected uint32 [B, H, L, 6]",
+        ),
+        (
+            lambda: select.dequantize(C, S[:, :, :1], 4, head_dim=64),
+            "scale: got mlx.core.float16 (1, 1, 1, 1), expected",
+        ),
+        (lambda: select.dequantize(C, S, 4, head_dim=64, dtype=mx.int8), "dtype: got mlx.core.int8, allowed are"),
+        (lambda: select.dequantize(C, S, 4, head_dim=64, mean=X), "mean: got mlx.core.float32 (1, 1, 2, 64), expected"),
+    ],
+)
 def test_bad_arguments_get_an_error_that_names_them(call, message):
     with pytest.raises((ValueError, TypeError)) as e:
         call()

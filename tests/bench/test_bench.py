@@ -1,4 +1,5 @@
 """`mlx-turbo bench`: what it times is checked, what is wrong is reported and not ranked, and outputs say what ran."""
+
 import json
 import math
 import resource
@@ -65,6 +66,7 @@ def run(capsys):
 # ---- planted faults --------------------------------------------------------------------------------------------
 class WrongRows(CpuBackend):
     """The packed rows of the first of eight kv heads are read two percent too large."""
+
     name = "wrong rows"
 
     def read_rows(self, side, first, n):
@@ -84,12 +86,15 @@ def test_kernels_that_are_wrong_or_fail_are_reported_and_not_ranked(run):
     assert code == 1
     lines = out.splitlines()
     ranked = [line for line in lines if line[:3].strip().isdigit()]
-    for column, said, times in (("simulated Metal", "WRONG: relative error 1.0e+00", 2),
-                                ("wrong rows", "WRONG: relative error", 2),
-                                ("broken", "FAILED: BackendError: the Metal", 1)):
+    for column, said, times in (
+        ("simulated Metal", "WRONG: relative error 1.0e+00", 2),
+        ("wrong rows", "WRONG: relative error", 2),
+        ("broken", "FAILED: BackendError: the Metal", 1),
+    ):
         assert sum(column in line and said in line and line.startswith("  - ") for line in lines) == times
-        assert column == "broken" or not any(column in line and "turbo4" in line for line in ranked
-                                             if "mx." not in line and column != "wrong rows")
+        assert column == "broken" or not any(
+            column in line and "turbo4" in line for line in ranked if "mx." not in line and column != "wrong rows"
+        )
     assert any("CPU fallback" in line for line in ranked)
     assert err.count("mlx-turbo: WRONG: ") == 5  # zeros: attention, quantize, dequantize; wrong rows: two of them
     assert "mlx-turbo: FAILED: quantize turbo4 by broken (head_dim 64, 160 tokens)" in err
@@ -97,6 +102,7 @@ def test_kernels_that_are_wrong_or_fail_are_reported_and_not_ranked(run):
 
 class SeesTheFuture(CpuBackend):
     """Of several query tokens the first ones see the last ones, too."""
+
     name = "no mask"
 
     def why_not_fused(self, keys, values, n_query_tokens):
@@ -107,8 +113,9 @@ class SeesTheFuture(CpuBackend):
 
 
 def test_several_query_tokens_are_checked_with_their_causal_mask(run, capsys):
-    code, out, err = run("kernels", *SMALL, "--gqa", "1", "--query-tokens", "1", "4", "--json",
-                         backends=[SeesTheFuture(), CpuBackend()])
+    code, out, err = run(
+        "kernels", *SMALL, "--gqa", "1", "--query-tokens", "1", "4", "--json", backends=[SeesTheFuture(), CpuBackend()]
+    )
     d = json.loads(out)
     attention = {(r["name"], r["column"], r["query_tokens"]): r for r in d["rows"] if r["operation"] == "attention"}
     assert len(attention) == 2 * 6 and {r["query_tokens"] for r in d["rows"]} == {1, 4, None}
@@ -122,14 +129,16 @@ def test_several_query_tokens_are_checked_with_their_causal_mask(run, capsys):
 
 def test_a_wrong_row_has_no_time_in_the_json_and_red_words_in_the_plot(run, tmp_path):
     pytest.importorskip("matplotlib")
-    code, out, _ = run("kernels", *SMALL, "--json", "--html", tmp_path / "page.html",
-                       backends=[NoKernels(), CpuBackend()])
+    code, out, _ = run(
+        "kernels", *SMALL, "--json", "--html", tmp_path / "page.html", backends=[NoKernels(), CpuBackend()]
+    )
     document = json.loads(out)
     wrong = [r for r in document["rows"] if r["status"] == "wrong"]
     assert code == 1 and {r["column"] for r in wrong} == {"simulated Metal"} and len(wrong) == 3
     assert all("median_seconds" not in r and "times_uncompressed" not in r and r["problem"] for r in wrong)
-    assert bench_plots.problems(document)[0] == ("WRONG, not ranked: attention turbo4 by simulated Metal (head_dim 64, "
-                                                 "GQA 2, 160 tokens)")
+    assert bench_plots.problems(document)[0] == (
+        "WRONG, not ranked: attention turbo4 by simulated Metal (head_dim 64, GQA 2, 160 tokens)"
+    )
     assert "<tr class=wrong>" in (tmp_path / "page.html").read_text()
     for row in wrong:  # nor would its time be praised if it were right
         row |= {"status": "ok", "median_seconds": 1e-9}
@@ -144,9 +153,11 @@ def test_nothing_without_metal_is_called_metal(run, monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)  # on a Mac
     assert contending.column_of(MetalBackend()) == "simulated Metal"  # it would not run
     assert contending.column_of(MetalBackend(metalsim.metal_kernel)) == "simulated Metal"
-    for argv, said in ((["--backend", "metal"], "'metal' was asked for, but this build of MLX has no Metal"),
-                       (["--ablate"], "--ablate: is about the Metal kernel, but this build of MLX has no Metal"),
-                       (["--tune"], "--tune: is about the Metal kernel, but this build of MLX has no Metal")):
+    for argv, said in (
+        (["--backend", "metal"], "'metal' was asked for, but this build of MLX has no Metal"),
+        (["--ablate"], "--ablate: is about the Metal kernel, but this build of MLX has no Metal"),
+        (["--tune"], "--tune: is about the Metal kernel, but this build of MLX has no Metal"),
+    ):
         code, out, err = run("kernels", "--quick", *argv)
         assert code == 1 and said in err and not out
 
@@ -169,8 +180,10 @@ def test_quick_kernels_say_what_ran_and_check_every_row(run):
         assert math.isclose(r["gb_per_s"], r["bytes"] / r["median_seconds"] / 1e9)
         assert math.isclose(r["bandwidth_share"], r["gb_per_s"] / d["measured"]["copy_gb_per_s"])
         assert column == "NumPy reference" or r["error"] > 0 or operation != "attention"
-    turbo, plain = (rows["attention", None, name, column] for name, column in (
-        ("turbo4", "CPU fallback"), ("uncompressed", "MLX float32")))
+    turbo, plain = (
+        rows["attention", None, name, column]
+        for name, column in (("turbo4", "CPU fallback"), ("uncompressed", "MLX float32"))
+    )
     assert turbo["bytes"] == 2 * 8 * (100 * 64 * 4 + 60 * (32 + 2)) and plain["bytes"] == 2 * 8 * 160 * 64 * 4
     assert turbo["times_uncompressed"] == pytest.approx(turbo["median_seconds"] / plain["median_seconds"])
 
@@ -185,8 +198,12 @@ def test_mlx_own_and_the_fallback_are_right_in_16_bits(run, dtype):
 def test_quick_is_done_within_a_minute(name):
     """Of the processor's time, because other programs may be running; in a process, so that nothing is made shorter."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", "mlx_turbo", "bench", name, "--quick", "--json"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_turbo", "bench", name, "--quick", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -197,30 +214,33 @@ def test_quick_is_done_within_a_minute(name):
 def test_the_table_ranks_by_time_and_ends_with_the_command(run):
     code, out, _ = run("kernels", *SMALL)
     assert code == 0
-    block = out[out.index("attention of one"):out.index("\nquantize,")].splitlines()[2:]
+    block = out[out.index("attention of one") : out.index("\nquantize,")].splitlines()[2:]
     times = [float(line[38:48]) for line in block if line.strip()]
     assert times == sorted(times) and len(times) == 5
     assert "Reproduce: mlx-turbo bench kernels --quick" in out and "Floor of a call" in out
 
 
-@pytest.mark.parametrize("argv, said", [
-    (["kernels", "--tokens", "100"], "--tokens: got 100, allowed are whole numbers from 128 on"),
-    (["kernels", "--query-tokens", "0"], "--query-tokens: got 0, allowed are whole numbers from 1 to 16"),
-    (["kernels", "--query-tokens", "17"], "--query-tokens: got 17, allowed are whole numbers from 1 to 16"),
-    (["kernels", "--head-dim", "72"], "--head-dim: head_dim 72"),
-    (["kernels", "--kv", "turbo5"], "--kv: got 'turbo5'"),
-    (["kernels", "--kv", "turbo0v4"], "--kv: got 'turbo0v4', allowed are schemes that pack keys and values"),
-    (["kernels", "--kv", "auto"], "--kv: got 'auto', allowed are schemes that pack keys and values: turboN"),
-    (["kernels", "--png", "no/such/folder/x.png"], "--png: cannot write 'no/such/folder/x.png': No such file"),
-    (["generate", "--png", "picture"], "--png: 'picture' does not end in .png"),
-    (["generate", "--html", "x.png"], "--html: 'x.png' does not end in .html"),
-    (["generate", "--context", "1"], "--context: got 1"),
-    (["generate", "--context", "8192"], "the model was made for 4096"),
-    (["generate", "--kv", "mlx5"], "; or 'none': mlx-lm's own cache; or mlx8, mlx4: its quantized ones"),
-    (["compare", "a.json", "b.json"], "A.json: cannot read 'a.json': FileNotFoundError"),
-    (["speed"], "invalid choice: 'speed'"),
-    ([], "the following arguments are required: BENCHMARK"),
-])
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["kernels", "--tokens", "100"], "--tokens: got 100, allowed are whole numbers from 128 on"),
+        (["kernels", "--query-tokens", "0"], "--query-tokens: got 0, allowed are whole numbers from 1 to 16"),
+        (["kernels", "--query-tokens", "17"], "--query-tokens: got 17, allowed are whole numbers from 1 to 16"),
+        (["kernels", "--head-dim", "72"], "--head-dim: head_dim 72"),
+        (["kernels", "--kv", "turbo5"], "--kv: got 'turbo5'"),
+        (["kernels", "--kv", "turbo0v4"], "--kv: got 'turbo0v4', allowed are schemes that pack keys and values"),
+        (["kernels", "--kv", "auto"], "--kv: got 'auto', allowed are schemes that pack keys and values: turboN"),
+        (["kernels", "--png", "no/such/folder/x.png"], "--png: cannot write 'no/such/folder/x.png': No such file"),
+        (["generate", "--png", "picture"], "--png: 'picture' does not end in .png"),
+        (["generate", "--html", "x.png"], "--html: 'x.png' does not end in .html"),
+        (["generate", "--context", "1"], "--context: got 1"),
+        (["generate", "--context", "8192"], "the model was made for 4096"),
+        (["generate", "--kv", "mlx5"], "; or 'none': mlx-lm's own cache; or mlx8, mlx4: its quantized ones"),
+        (["compare", "a.json", "b.json"], "A.json: cannot read 'a.json': FileNotFoundError"),
+        (["speed"], "invalid choice: 'speed'"),
+        ([], "the following arguments are required: BENCHMARK"),
+    ],
+)
 def test_wrong_input_is_one_line_and_exit_code_2(capsys, argv, said):
     assert main.main(["bench", *argv]) == 2
     out, err = capsys.readouterr()
@@ -238,8 +258,17 @@ def test_plots_are_written(run, tmp_path):
     code, out, _ = run("kernels", *SMALL, "--json", "--png", tmp_path / "x.png")
     assert code == 0 and (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     d = json.loads(out)
-    d["ablation"] = [{"scheme": "turbo4", "head_dim": 64, "gqa": 2, "tokens": 160, "column": "simulated Metal",
-                      "seconds": dict(zip(kernel_stages.STAGES, (6, 5, 4, 3, 2, 1))), "verdict": "Bound by something."}]
+    d["ablation"] = [
+        {
+            "scheme": "turbo4",
+            "head_dim": 64,
+            "gqa": 2,
+            "tokens": 160,
+            "column": "simulated Metal",
+            "seconds": dict(zip(kernel_stages.STAGES, (6, 5, 4, 3, 2, 1))),
+            "verdict": "Bound by something.",
+        }
+    ]
     bench_plots.write(d, "html", tmp_path / "x.html")
     page = (tmp_path / "x.html").read_text()
     assert page.count("<svg") == 1 and d["command"] in page
@@ -269,13 +298,18 @@ def test_the_empty_kernel_runs():
 
 
 def test_a_mac_says_its_power_mode_and_thermal_state(monkeypatch):
-    said = {("-g", "therm"): "Note: No thermal warning level has been recorded\n",
-            ("-g", "batt"): "Now drawing from 'AC Power'\n x",
-            ("-g",): "System-wide power settings:\nCurrently in use:\n lowpowermode         1\n sleep 1\n"}
+    said = {
+        ("-g", "therm"): "Note: No thermal warning level has been recorded\n",
+        ("-g", "batt"): "Now drawing from 'AC Power'\n x",
+        ("-g",): "System-wide power settings:\nCurrently in use:\n lowpowermode         1\n sleep 1\n",
+    }
     monkeypatch.setattr(timing.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(timing, "_output", lambda *command: said[command[1:]])
-    assert timing.power() == {"thermal": "Note: No thermal warning level has been recorded",
-                              "source": "Now drawing from 'AC Power'", "mode": "lowpowermode 1"}
+    assert timing.power() == {
+        "thermal": "Note: No thermal warning level has been recorded",
+        "source": "Now drawing from 'AC Power'",
+        "mode": "lowpowermode 1",
+    }
     monkeypatch.setattr(timing, "_output", lambda *command: None)
     assert timing.power() == {}
 
@@ -341,8 +375,9 @@ def test_every_ablation_builds_runs_and_does_less(bits):
     for stage in list(kernel_stages.STAGES)[1:]:
         assert not np.array_equal(outputs[stage], outputs["full"], equal_nan=True)
         assert total[stage] < total["full"]
-    read = {stage: sum(n for name, n in s.read_bytes.items() if name in ("k_codes", "v_codes"))
-            for stage, s in ops.items()}
+    read = {
+        stage: sum(n for name, n in s.read_bytes.items() if name in ("k_codes", "v_codes")) for stage, s in ops.items()
+    }
     assert read["no codebook"] == read["no softmax"] == read["full"] > 0
     assert read["bytes only"] >= read["full"] and read["nothing"] == 0 < read["no values"] < read["full"]
     assert total["nothing"] < total["bytes only"] < min(total[s] for s in ("no codebook", "no values", "no softmax"))
@@ -356,11 +391,17 @@ def test_an_ablation_of_a_changed_kernel_is_an_error(monkeypatch):
         kernel_stages.variant("no softmax")
 
 
-@pytest.mark.parametrize("left, said", [
-    ((10, 9, 9, 9, 9, 6), "Bound by launching: 60%"),
-    ((10, 9, 9, 9, 9, 1), "Bound by memory: reading the bytes alone takes 90%"),
-    ((10, 7, 6, 9, 3, 1), "Bound by arithmetic: reading the bytes alone takes 30% of the time; the largest stage is "
-                          "the values")])
+@pytest.mark.parametrize(
+    "left, said",
+    [
+        ((10, 9, 9, 9, 9, 6), "Bound by launching: 60%"),
+        ((10, 9, 9, 9, 9, 1), "Bound by memory: reading the bytes alone takes 90%"),
+        (
+            (10, 7, 6, 9, 3, 1),
+            "Bound by arithmetic: reading the bytes alone takes 30% of the time; the largest stage is the values",
+        ),
+    ],
+)
 def test_the_verdict_names_what_bounds_the_kernel(left, said):
     assert kernel_stages.verdict(dict(zip(kernel_stages.STAGES, left))).startswith(said)
 
@@ -378,8 +419,12 @@ def test_bench_reports_the_stages_of_a_simulated_kernel_as_simulated(run):
 # ---- tuning ----------------------------------------------------------------------------------------------------
 def test_the_search_takes_what_is_faster_and_leaves_what_is_wrong_or_noise():
     def time_all(tunings):
-        return [None if t.simdgroups == 8 else
-                (0.5 if t.tokens_per_block == 256 else 1) * (0.99 if t.tokens_per_lane == 4 else 1) for t in tunings]
+        return [
+            None
+            if t.simdgroups == 8
+            else (0.5 if t.tokens_per_block == 256 else 1) * (0.99 if t.tokens_per_lane == 4 else 1)
+            for t in tunings
+        ]
 
     best, ratio = tuning.search(time_all)
     assert best == AttendTuning(tokens_per_block=256) and ratio == 0.5
@@ -416,7 +461,7 @@ def test_a_metal_backend_uses_what_was_kept_for_its_chip(monkeypatch):
 @LINUX
 def test_tune_reports_what_it_found_and_keeps_nothing_of_a_simulated_chip(run, monkeypatch):
     monkeypatch.setattr(tuning, "CANDIDATES", {"tokens_per_lane_few_rows": (1, 4)})
-    monkeypatch.setattr(tune, "time_tunings", lambda *args: ([1.0, 0.5][:len(args[-1])], {}))
+    monkeypatch.setattr(tune, "time_tunings", lambda *args: ([1.0, 0.5][: len(args[-1])], {}))
     metal = MetalBackend(metalsim.metal_kernel)
     code, out, err = run("kernels", *SMALL, "--tune", backends=[metal])
     assert code == 0, err
@@ -456,19 +501,27 @@ def test_tunings_are_timed_and_wrong_ones_left_out(monkeypatch):
     seconds, problems = tune.time_tunings(grid, metal, Scheme(4, 4), 64, "cpu", timing.Effort(1, 1, 0), tunings)
     assert all(s > 0 for s in seconds) and not problems
     grid = grid._replace(query_tokens=(1, 3))
-    seconds, problems = tune.time_tunings(grid, metal, Scheme(4, 4), 64, "cpu", timing.Effort(1, 1, 0),
-                                           [AttendTuning(), AttendTuning(rows_per_decode=8)])
+    seconds, problems = tune.time_tunings(
+        grid, metal, Scheme(4, 4), 64, "cpu", timing.Effort(1, 1, 0), [AttendTuning(), AttendTuning(rows_per_decode=8)]
+    )
     assert all(s > 0 for s in seconds) and not problems
     seconds, problems = tune.time_tunings(grid, NoKernels(), Scheme(4, 4), 64, "cpu", timing.Effort(1, 1, 0), tunings)
     assert seconds == [None, None] and [problems[t]["status"] for t in tunings] == ["wrong", "wrong"]
 
 
-@pytest.mark.parametrize("broken, status, exit_code", [
-    (lambda out: [mx.zeros_like(a) for a in out], "wrong", 1), (lambda out: [a * 1.02 for a in out], "wrong", 1),
-    (lambda out: 1 / 0, "failed", 0)], ids=["silent", "wrong", "does not run"])
+@pytest.mark.parametrize(
+    "broken, status, exit_code",
+    [
+        (lambda out: [mx.zeros_like(a) for a in out], "wrong", 1),
+        (lambda out: [a * 1.02 for a in out], "wrong", 1),
+        (lambda out: 1 / 0, "failed", 0),
+    ],
+    ids=["silent", "wrong", "does not run"],
+)
 @LINUX
-def test_launch_parameters_that_are_wrong_or_fail_are_reported_and_not_ranked(run, monkeypatch, broken, status,
-                                                                              exit_code):
+def test_launch_parameters_that_are_wrong_or_fail_are_reported_and_not_ranked(
+    run, monkeypatch, broken, status, exit_code
+):
     """The kernel is broken with one of the candidates only, and would be the fastest: it is never run."""
     attend = MetalBackend.attend
 
@@ -518,17 +571,37 @@ def test_generate_reports_speed_memory_and_distance_of_each_cache(run, tmp_path)
 def test_the_plot_of_generation_names_the_ratio_at_the_longest_context():
     pytest.importorskip("matplotlib")
     speeds = {("none", 100): 10, ("none", 200): 8, ("turbo4", 100): 5, ("turbo4", 200): 12}
-    rows = [{"name": name, "context": context, "generated": 3, "status": "ok", "generation_tps": tps, "prompt_tps": tps,
-             "generation_tps_ratio": tps / speeds["none", context], "prompt_tps_ratio": 1.0, "cache_bytes": 1000 // tps,
-             "generation_tps_quartiles": [tps, tps], "prompt_tps_quartiles": [tps, tps], "peak_bytes": 9}
-            for (name, context), tps in speeds.items()]
-    document = {**timing.header("generate", [], "somewhere"), "rows": rows, "model": "m", "dtype": "float32",
-                "rounds": 2, "column": "CPU fallback"}
+    rows = [
+        {
+            "name": name,
+            "context": context,
+            "generated": 3,
+            "status": "ok",
+            "generation_tps": tps,
+            "prompt_tps": tps,
+            "generation_tps_ratio": tps / speeds["none", context],
+            "prompt_tps_ratio": 1.0,
+            "cache_bytes": 1000 // tps,
+            "generation_tps_quartiles": [tps, tps],
+            "prompt_tps_quartiles": [tps, tps],
+            "peak_bytes": 9,
+        }
+        for (name, context), tps in speeds.items()
+    ]
+    document = {
+        **timing.header("generate", [], "somewhere"),
+        "rows": rows,
+        "model": "m",
+        "dtype": "float32",
+        "rounds": 2,
+        "column": "CPU fallback",
+    }
     figure = bench_plots.generate_figure(document)
     texts = [t.get_text() for ax in figure.axes for t in ax.texts]
     assert "turbo4  1.50x" in texts and "uncompressed  1.00x" in texts and "turbo4  0.50x" not in texts
-    assert bench_plots.headlines(document)[0] == ("At 200 tokens, turbo4 (CPU fallback) is 1.5x faster than the "
-                                                  "uncompressed cache (float32) and 1.5x smaller.")
+    assert bench_plots.headlines(document)[0] == (
+        "At 200 tokens, turbo4 (CPU fallback) is 1.5x faster than the uncompressed cache (float32) and 1.5x smaller."
+    )
 
 
 class Scaled(CpuBackend):
@@ -542,9 +615,14 @@ class Scaled(CpuBackend):
         return rows * self.factor, scale, bits
 
 
-@pytest.mark.parametrize("factor, said", [(math.nan, "the next token's distribution is nan nats"),
-                                          (0.0, "attention over what layer 0 holds disagrees with the oracle"),
-                                          (1.02, "attention over what layer 0 holds disagrees with the oracle")])
+@pytest.mark.parametrize(
+    "factor, said",
+    [
+        (math.nan, "the next token's distribution is nan nats"),
+        (0.0, "attention over what layer 0 holds disagrees with the oracle"),
+        (1.02, "attention over what layer 0 holds disagrees with the oracle"),
+    ],
+)
 def test_generate_with_a_broken_kernel_is_reported_and_has_no_speed(run, factor, said):
     code, out, err = run("generate", *GENERATE, "--kv", "turbo4", backends=[Scaled(factor)])
     assert code == 1 and f"turbo4        WRONG: {said}" in out
@@ -626,8 +704,15 @@ def test_compare_tells_a_difference_from_noise(run, tmp_path):
     (tmp_path / "old.json").write_text(json.dumps(a))
     code, out, err = run("compare", tmp_path / "old.json", tmp_path / "b.json", "--json")
     assert [r["verdict"] for r in json.loads(out)["rows"][:3]] == verdicts
-    for damaged in ({"format": 1, "benchmark": "kernels"}, a | {"rows": [{"name": "turbo4"}]}, [], a | {"format": 2},
-                    a | {"rows": 3}, a | {"rows": [3]}, a | {"benchmark": []}):
+    for damaged in (
+        {"format": 1, "benchmark": "kernels"},
+        a | {"rows": [{"name": "turbo4"}]},
+        [],
+        a | {"format": 2},
+        a | {"rows": 3},
+        a | {"rows": [3]},
+        a | {"benchmark": []},
+    ):
         (tmp_path / "b.json").write_text(json.dumps(damaged))
         code, out, err = run("compare", tmp_path / "a.json", tmp_path / "b.json")
         said = f"B.json: {str(tmp_path / 'b.json')!r} is not what mlx-turbo bench --json writes"

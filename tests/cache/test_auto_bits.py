@@ -1,4 +1,5 @@
 """auto: the layers that need it, and no others, get more bits for their keys; measured, deterministic, visible."""
+
 import copy
 
 import constructed_models as construct
@@ -25,16 +26,18 @@ fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 def turning(n, norm=600, seed=0, D=64):
     """Keys and values [1, 1, n, D] whose keys have a bias of half that norm, which no mean takes away."""
     rng = np.random.default_rng(seed)
-    return tuple(mx.array(x, mx.float32) for x in (biased_keys(rng, n, D, norm, range(D // 2)) / 2,
-                                                   rng.standard_normal((1, 1, n, D))))
+    return tuple(
+        mx.array(x, mx.float32)
+        for x in (biased_keys(rng, n, D, norm, range(D // 2)) / 2, rng.standard_normal((1, 1, n, D)))
+    )
 
 
 def prompt(cache, keys, values, chunk, queries=None, scale=0.125):
     """Feed a prompt as a model does; queries as attention.py would show them, or None."""
     for at in range(0, keys.shape[2], chunk):
-        cache.update_and_fetch(keys[:, :, at:at + chunk], values[:, :, at:at + chunk])
+        cache.update_and_fetch(keys[:, :, at : at + chunk], values[:, :, at : at + chunk])
         if queries is not None:
-            cache.observe(queries[:, :, at:at + chunk], scale)
+            cache.observe(queries[:, :, at : at + chunk], scale)
 
 
 def queries_for(keys, seed=5):
@@ -62,9 +65,10 @@ def test_the_error_is_the_divergence_of_the_attention_weights(backend, bits, sin
     sinks = rng.standard_normal(4) if sinks else None
     restored = keys.copy()
     for s in range(4):
-        part = keys[:, :, 4 + 128 * s:132 + 128 * s]
-        restored[:, :, 4 + 128 * s:132 + 128 * s] = reference.dequantize(
-            reference.quantize(part, bits, mean=part.mean(2, keepdims=True)))
+        part = keys[:, :, 4 + 128 * s : 132 + 128 * s]
+        restored[:, :, 4 + 128 * s : 132 + 128 * s] = reference.dequantize(
+            reference.quantize(part, bits, mean=part.mean(2, keepdims=True))
+        )
     weights = []
     for k in (keys, restored):
         logits = 0.3 * queries @ np.repeat(k, 2, 1).swapaxes(-1, -2)
@@ -76,8 +80,13 @@ def test_the_error_is_the_divergence_of_the_attention_weights(backend, bits, sin
     p, q = weights
     kl = np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0).sum(-1)
     want = kl.reshape(2, 2, 6).mean(-1).max()
-    got = auto_bits.attention_error(*(mx.array(queries, mx.float32), positions, mx.array(keys, mx.float32)), bits,
-                               TurboConfig("auto"), 0.3, None if sinks is None else mx.array(sinks, mx.float32))
+    got = auto_bits.attention_error(
+        *(mx.array(queries, mx.float32), positions, mx.array(keys, mx.float32)),
+        bits,
+        TurboConfig("auto"),
+        0.3,
+        None if sinks is None else mx.array(sinks, mx.float32),
+    )
     assert got.item() == pytest.approx(want, rel=0.03)
 
 
@@ -102,7 +111,9 @@ def test_keys_get_the_bits_they_need(backend, norm, bits):
     assert report["auto"]["by"] == "16 queries" and not report["auto"]["undecided"]
     errors = report["auto"]["error"]
     assert list(errors) == {4: [4], 8: [4, 8], 0: [4, 8]}[bits]
-    assert [e <= auto_bits.TARGET for e in errors.values()] == [False] * (len(errors) - (bits > 0)) + [True] * (bits > 0)
+    assert [e <= auto_bits.TARGET for e in errors.values()] == [False] * (len(errors) - (bits > 0)) + [True] * (
+        bits > 0
+    )
     assert cache.nbytes == held_nbytes(cache)
 
 
@@ -130,7 +141,7 @@ def test_observed_queries_are_bytes_of_the_cache_until_it_has_chosen(backend):
     batch = TurboKVCache.merge([cache, unseen])
     assert batch.nbytes == held_nbytes([batch._sides, batch._observed]) > held_nbytes(batch._sides)
     for i in range(100, 110):  # decode steps, whose queries the rows share
-        new = [mx.concatenate([x[:, :, i:i + 1]] * 2) for x in (keys, values, queries)]
+        new = [mx.concatenate([x[:, :, i : i + 1]] * 2) for x in (keys, values, queries)]
         batch.update_and_fetch(*new[:2])
         batch.observe(new[2], 0.125)
     assert batch.nbytes == held_nbytes([batch._sides, batch._observed])
@@ -286,6 +297,7 @@ def test_a_healthy_model_keeps_a_third_of_the_bytes_at_32k(backend):
 
 def test_ops_is_what_measures(monkeypatch):
     """The measurement runs the backend's own kernels, not a formula: a backend that quantizes badly is found out."""
+
     class Coarse(select.CpuBackend):
         def dequantize(self, sides, *args):
             return [mx.round(x) for x in super().dequantize(sides, *args)]

@@ -1,4 +1,5 @@
 """BatchTurboKVCache: every row of a batch is what it would be alone, whatever else is in the batch."""
+
 import concurrent.futures
 import copy
 import functools
@@ -56,7 +57,7 @@ def check_restored(cache, given):
     assert given[0].shape[2] == cache.offset
     for got, want, side in zip(cache.keys_and_values(), given, cache._sides):
         got, n_kept = to_numpy(got), min(cache.config.sink, got.shape[2])
-        want = np.concatenate([want[:, :, :n_kept], want[:, :, want.shape[2] - (got.shape[2] - n_kept):]], axis=2)
+        want = np.concatenate([want[:, :, :n_kept], want[:, :, want.shape[2] - (got.shape[2] - n_kept) :]], axis=2)
         means = 0 if side.means is None else np.linalg.norm(to_numpy(side.means), axis=-1).max(-1, keepdims=True)
         error = np.linalg.norm(got - want, axis=-1) / (np.linalg.norm(want, axis=-1) + means)
         assert error.max() < 0.6 and (side.bits or error.max() == 0)
@@ -104,14 +105,14 @@ class Rows:
         for b, (n, pad, cache) in enumerate(zip(lengths, left, self.alone)):
             if n == 0:
                 continue
-            given = [to_numpy(x[b:b + 1, :, pad:pad + n]) for x in new]
+            given = [to_numpy(x[b : b + 1, :, pad : pad + n]) for x in new]
             self.given[b] = given if not before[b] else [np.concatenate(p, axis=2) for p in zip(self.given[b], given)]
-            mine, seen = cache.make_mask(n, return_array=True, window_size=None), np.array(mask[b, 0])[pad:pad + n]
-            want = cache.update_and_fetch(*(x[b:b + 1, :, pad:pad + n] for x in new))
+            mine, seen = cache.make_mask(n, return_array=True, window_size=None), np.array(mask[b, 0])[pad : pad + n]
+            want = cache.update_and_fetch(*(x[b : b + 1, :, pad : pad + n] for x in new))
             mine = np.ones((1, want[0].shape[2]), bool) if mine is None else np.array(mine)
             for got, x in zip(fetched, want):
                 assert got.dtype == x.dtype
-                got, x = to_numpy(got)[b:b + 1], to_numpy(x)
+                got, x = to_numpy(got)[b : b + 1], to_numpy(x)
                 assert all(same(got[:, :, ours], x[:, :, theirs]) for ours, theirs in zip(seen, mine, strict=True))
 
     def check(self):
@@ -130,9 +131,9 @@ class Rows:
                 live = (batch._shown or batch._plan(0)).live(b)
                 if cache.offset:
                     for got, want in zip(fetched, cache.keys_and_values()):
-                        got, want = to_numpy(got)[b:b + 1, :, live], to_numpy(want)
+                        got, want = to_numpy(got)[b : b + 1, :, live], to_numpy(want)
                         n_sink = min(cache.config.sink, want.shape[2])  # a window of the batch has dead tokens besides
-                        newest = got[:, :, got.shape[2] - (want.shape[2] - n_sink):]
+                        newest = got[:, :, got.shape[2] - (want.shape[2] - n_sink) :]
                         assert same(np.concatenate([got[:, :, :n_sink], newest], axis=2), want)
 
     def extend(self, other):
@@ -151,7 +152,7 @@ class Rows:
 
     def trim(self, n):
         assert self.batch.trim(n) == max(cache.trim(n) for cache in self.alone)
-        self.given = [given and [x[:, :, :max(x.shape[2] - n, 0)] for x in given] for given in self.given]
+        self.given = [given and [x[:, :, : max(x.shape[2] - n, 0)] for x in given] for given in self.given]
         self.check()
 
 
@@ -211,12 +212,12 @@ def test_padding_may_span_chunks(backend):
     batch, alone = BatchTurboKVCache(SMALL, left_padding=[0, 14]), [TurboKVCache(SMALL) for _ in range(2)]
     batch.prepare(lengths=[12, 30], right_padding=[18, 0])
     for at in range(0, 30, 10):
-        batch.update_and_fetch(keys[:, :, at:at + 10], values[:, :, at:at + 10])
+        batch.update_and_fetch(keys[:, :, at : at + 10], values[:, :, at : at + 10])
         assert batch.offset.tolist() == [min(at + 10, 12), at + 10 - 14]
     batch.finalize()
     for b, chunks in enumerate([[(0, 10), (10, 12)], [(14, 20), (20, 30)]]):
         for first, last in chunks:
-            alone[b].update_and_fetch(*(x[b:b + 1, :, first:last] for x in (keys, values)))
+            alone[b].update_and_fetch(*(x[b : b + 1, :, first:last] for x in (keys, values)))
         assert same(state_of(batch.extract(b)), state_of(alone[b]))
 
 
@@ -224,8 +225,10 @@ def test_padding_may_span_chunks(backend):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", [TurboKVCache, functools.partial(RotatingTurboKVCache, 12, 2)], ids=["", "window"])
 def test_a_copy_in_the_middle_of_a_padded_prompt_drops_the_rest_of_the_padding(backend, door, way, make):
-    batch, (keys, values) = make(config=SMALL).merge([make(config=SMALL) for _ in range(2)]), \
-        random_tokens(np.random.default_rng(0), 30, batch=2)
+    batch, (keys, values) = (
+        make(config=SMALL).merge([make(config=SMALL) for _ in range(2)]),
+        random_tokens(np.random.default_rng(0), 30, batch=2),
+    )
     batch.prepare(lengths=[13, 30], right_padding=[17, 0])
     batch.update_and_fetch(keys[:, :, :10], values[:, :, :10])
     caches = batch, copied(batch, way)
@@ -327,9 +330,15 @@ def test_what_does_not_belong_together_is_refused(backend):
             batch.filter(rows)
         assert same(state_of(batch), before)
     one_row_is_padded = mx.array([[0, 0, 0, 3, 0, 0], [0] * 6], mx.int32)
-    for spoil in (lambda s: s[:1], lambda s: [s[0], s[1][:1], *s[2:]], lambda s: [s[0], s[1] + 9, *s[2:]],
-                  lambda s: [s[0], s[1] + one_row_is_padded, *s[2:]],
-                  lambda s: s[:-1], lambda s: [*s, s[-1]], lambda s: [mx.array([1, 2], mx.int32), *s[1:]]):
+    for spoil in (
+        lambda s: s[:1],
+        lambda s: [s[0], s[1][:1], *s[2:]],
+        lambda s: [s[0], s[1] + 9, *s[2:]],
+        lambda s: [s[0], s[1] + one_row_is_padded, *s[2:]],
+        lambda s: s[:-1],
+        lambda s: [*s, s[-1]],
+        lambda s: [mx.array([1, 2], mx.int32), *s[1:]],
+    ):
         with pytest.raises(ValueError, match="state: "):
             BatchTurboKVCache.from_state(spoil(batch.state))
     with pytest.raises(ValueError, match="not the state of a TurboKVCache"):
@@ -341,8 +350,11 @@ def test_what_does_not_belong_together_is_refused(backend):
 @pytest.mark.parametrize("n", [1, 7])
 def test_rows_of_one_length_give_batchkvcache_s_arrays_to_the_bit(backend, n, dtype):
     """turbo0 packs nothing away, and without dead tokens the columns are the same."""
-    ours, theirs, rng = BatchTurboKVCache("turbo0", [0, 0, 0], sink=2, recent=4, block=4), \
-        lm_cache.BatchKVCache([0, 0, 0]), np.random.default_rng(0)
+    ours, theirs, rng = (
+        BatchTurboKVCache("turbo0", [0, 0, 0], sink=2, recent=4, block=4),
+        lm_cache.BatchKVCache([0, 0, 0]),
+        np.random.default_rng(0),
+    )
     for _ in range(12):
         new = random_tokens(rng, n, batch=3, dtype=dtype)
         masks = ours.make_mask(n), theirs.make_mask(n)
@@ -356,9 +368,16 @@ def test_rows_of_one_length_give_batchkvcache_s_arrays_to_the_bit(backend, n, dt
 class BatchMachine(RuleBasedStateMachine):
     """Everything mlx-lm does to a batch of caches, in any order."""
 
-    @initialize(keys=st.sampled_from([0, 2, 4, 8]), values=st.sampled_from([0, 3, 4]), sink=st.integers(0, 3),
-                recent=st.integers(0, 6), block=st.integers(1, 6), n=st.integers(1, 3), centre=st.booleans(),
-                shape=SHAPES)
+    @initialize(
+        keys=st.sampled_from([0, 2, 4, 8]),
+        values=st.sampled_from([0, 3, 4]),
+        sink=st.integers(0, 3),
+        recent=st.integers(0, 6),
+        block=st.integers(1, 6),
+        n=st.integers(1, 3),
+        centre=st.booleans(),
+        shape=SHAPES,
+    )
     def start(self, keys, values, sink, recent, block, n, centre, shape):
         self.make = TurboConfig(f"turbo{keys}v{values}", sink, recent, block, centre=centre)
         self.begin(n, shape)
@@ -394,7 +413,7 @@ class BatchMachine(RuleBasedStateMachine):
     def filter(self, data):
         every = st.permutations(range(len(self.rows.alone)))
         rows = data.draw(every)
-        self.rows.filter(rows[:data.draw(st.integers(1, len(rows)))])
+        self.rows.filter(rows[: data.draw(st.integers(1, len(rows)))])
 
     @rule()
     def merge_what_is_extracted(self):
@@ -461,7 +480,7 @@ def test_undecided_rows_stay_undecided_and_decide_as_alone(backend):
     caches = [alone, batch, batch.extract(0)]
     for at in range(200, 320):
         for cache in caches:
-            fed(cache, (keys[:, :, at:at + 1], values[:, :, at:at + 1]), queries[:, :, at:at + 1])
+            fed(cache, (keys[:, :, at : at + 1], values[:, :, at : at + 1]), queries[:, :, at : at + 1])
     want = state_of(alone)
     assert not alone.undecided and same(state_of(caches[2]), want) and same(state_of(batch.extract(0)), want)
 
@@ -472,7 +491,7 @@ def chosen(monkeypatch, bits, n=400, seed=0, **shape):
     monkeypatch.setattr(auto_bits, "choose_key_bits", lambda *_: (bits, {}))
     keys, values = random_tokens(np.random.default_rng(seed), n, bias=9, **shape)
     for at in range(0, n, 300):
-        cache.update_and_fetch(keys[:, :, at:at + 300], values[:, :, at:at + 300])
+        cache.update_and_fetch(keys[:, :, at : at + 300], values[:, :, at : at + 300])
     return cache
 
 
@@ -540,7 +559,7 @@ def test_tokens_stay_in_order_while_rows_decide(backend, monkeypatch, seed):
     cache, rows, n_decided = BatchTurboKVCache(config, [0]), [np.zeros((1, 2, 0, 32))], 0
     for step in range(80):
         B, steps = len(rows), ["decode", "prompt", "extend", "filter", "trim", "copy"]
-        what = rng.choice(steps, p=[.4, .2, .2, .1, .05, .05])
+        what = rng.choice(steps, p=[0.4, 0.2, 0.2, 0.1, 0.05, 0.05])
         if what in ("decode", "prompt"):
             width = 1 if what == "decode" else int(rng.integers(1, 40))
             lengths = [width if what == "decode" else int(rng.integers(0, width + 1)) for _ in rows]
@@ -550,11 +569,13 @@ def test_tokens_stay_in_order_while_rows_decide(backend, monkeypatch, seed):
             fetched = cache.update_and_fetch(*new)
             cache.observe(mx.zeros((B, 2, width, 32)), 1.0)
             cache.finalize()
-            rows = [np.concatenate([row, to_numpy(new[0])[b:b + 1, :, :n]], axis=2)
-                    for b, (row, n) in enumerate(zip(rows, lengths))]
+            rows = [
+                np.concatenate([row, to_numpy(new[0])[b : b + 1, :, :n]], axis=2)
+                for b, (row, n) in enumerate(zip(rows, lengths))
+            ]
             for b, n in enumerate(lengths):
                 if n:
-                    assert same(to_numpy(fetched[0])[b:b + 1, :, mask[b, 0, n - 1]], rows[b].astype(np.float32))
+                    assert same(to_numpy(fetched[0])[b : b + 1, :, mask[b, 0, n - 1]], rows[b].astype(np.float32))
         elif what == "extend" and B < 4:
             other = TurboKVCache(config)
             keys, values = random_tokens(rng, int(rng.integers(1, 40)))
@@ -562,13 +583,13 @@ def test_tokens_stay_in_order_while_rows_decide(backend, monkeypatch, seed):
             cache.extend(TurboKVCache.merge([other]))
             rows.append(to_numpy(keys))
         elif what == "filter":
-            keep = rng.permutation(B)[:rng.integers(1, B + 1)].tolist()
+            keep = rng.permutation(B)[: rng.integers(1, B + 1)].tolist()
             cache.filter(keep)
             rows = [rows[b] for b in keep]
         elif what == "trim":
             n = int(rng.integers(1, 9))
             cache.trim(n)
-            rows = [row[:, :, :max(row.shape[2] - n, 0)] for row in rows]
+            rows = [row[:, :, : max(row.shape[2] - n, 0)] for row in rows]
         elif what == "copy":
             cache = copy.deepcopy(cache) if step % 2 else BatchTurboKVCache.from_state(cache.state)
         assert cache.offset.tolist() == [row.shape[2] for row in rows]
@@ -613,9 +634,12 @@ def test_a_decode_step_of_a_batch_runs_the_fused_kernel(simulated, short_segment
         got = to_numpy(attention.attend(queries, view, scale=0.1, mask=mask, backend=recorder))
         assert recorder.calls.pop() == (queries.shape, mask.shape) and not recorder.calls
         for b, cache in enumerate(caches):
-            keys, values = cache.update_and_fetch(*(x[b:b + 1] for x in new))
-            want = to_numpy(mx.fast.scaled_dot_product_attention(
-                queries[b:b + 1], keys, values, scale=0.1, mask="causal" if n_new > 1 else None))
+            keys, values = cache.update_and_fetch(*(x[b : b + 1] for x in new))
+            want = to_numpy(
+                mx.fast.scaled_dot_product_attention(
+                    queries[b : b + 1], keys, values, scale=0.1, mask="causal" if n_new > 1 else None
+                )
+            )
             assert np.abs(got[b] - want[0]).max() < TOLERANCE[mx.float32] * np.abs(want).max()
 
 
@@ -637,7 +661,7 @@ class Walk:
         width, batched = max(lengths), hasattr(cache[0], "finalize")
         tokens = np.zeros((len(rows), width), np.int64)
         for i, (b, n) in enumerate(zip(rows, lengths)):
-            tokens[i, :n] = self.texts[b][self.at[b]:self.at[b] + n]
+            tokens[i, :n] = self.texts[b][self.at[b] : self.at[b] + n]
             self.at[b] += n
         if batched and min(lengths) < width:
             for c in cache:
@@ -647,9 +671,11 @@ class Walk:
             for c in cache:
                 c.finalize()
         for i, (b, n) in enumerate(zip(rows, lengths)):
-            want = self._logits(tokens[i:i + 1, :n], self.alone[b])
+            want = self._logits(tokens[i : i + 1, :n], self.alone[b])
             held = np.isfinite(want)  # phi3small's special tokens have -inf
-            far = np.abs(got[i:i + 1, :n] - want, where=held, out=np.zeros_like(want)).max() / np.abs(want[held]).max()
+            far = (
+                np.abs(got[i : i + 1, :n] - want, where=held, out=np.zeros_like(want)).max() / np.abs(want[held]).max()
+            )
             self.worst = np.maximum(self.worst, far)  # keeps NaN
 
     def joined(self, made):
@@ -664,8 +690,13 @@ class Walk:
         return batch
 
     def _logits(self, tokens, cache):
-        return np.concatenate([to_numpy(self.model(mx.array(tokens[:, i:i + self.chunk]), cache=cache))
-                               for i in range(0, tokens.shape[1], self.chunk)], axis=1)
+        return np.concatenate(
+            [
+                to_numpy(self.model(mx.array(tokens[:, i : i + self.chunk]), cache=cache))
+                for i in range(0, tokens.shape[1], self.chunk)
+            ],
+            axis=1,
+        )
 
 
 @fast
@@ -704,9 +735,17 @@ def batch_error(model, make, lengths=(40, 23)):
 
 @fast
 @pytest.mark.filterwarnings("ignore:nothing is compressed", "ignore:invalid value")
-@pytest.mark.parametrize("name", [
-    *(n for n in QUICK if n in families.all_names()), *(pytest.param(n, marks=pytest.mark.slow)
-      for n in families.all_names() if n not in (*QUICK, *families.NOT_BUILT))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(n for n in QUICK if n in families.all_names()),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in families.all_names()
+            if n not in (*QUICK, *families.NOT_BUILT)
+        ),
+    ],
+)
 def test_every_family_that_mlx_lm_batches_is_batched_with_our_caches(backend, name):
     """Sliding windows, linear layers, latent attention, attention sinks, shared keys and values, indexers. Where
     mlx-lm's own batch is not the rows alone, ours has nothing to equal."""
@@ -730,8 +769,11 @@ def test_every_family_that_mlx_lm_batches_is_batched_with_our_caches(backend, na
         assert batch_error(model, theirs) < 1e-4 and batch_error(model, ours) < 1e-4
 
 
-PROMPTS = ["Once upon a time, a little girl named Lily found a shiny stone in the garden. She", "The dog",
-           "Tom and his sister Sue went to the park with a red ball. They wanted to play, but it began to rain. " * 12]
+PROMPTS = [
+    "Once upon a time, a little girl named Lily found a shiny stone in the garden. She",
+    "The dog",
+    "Tom and his sister Sue went to the park with a red ball. They wanted to play, but it began to rain. " * 12,
+]
 
 
 @fast
@@ -780,13 +822,15 @@ def server(monkeypatch):
         model = dequantize_model(model)
         model.set_dtype(mx.float32)
         return enable(model, SMALL), *rest
+
     monkeypatch.setattr(mlx_lm.server, "load", load_enabled)
     monkeypatch.setattr(mlx_lm.server, "run", lambda host, port, made: provider.append(made))
     monkeypatch.setattr(sys, "argv", ["mlx_lm.server", "--model", str(DEMO_MODEL)])
     mlx_lm.server.main()
     generator = mlx_lm.server.ResponseGenerator(provider[0], lm_cache.LRUPromptCache(10))
     httpd = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), lambda *args, **options: mlx_lm.server.APIHandler(generator, *args, **options))
+        ("127.0.0.1", 0), lambda *args, **options: mlx_lm.server.APIHandler(generator, *args, **options)
+    )
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}/v1/completions"
     httpd.shutdown()
@@ -811,6 +855,7 @@ def test_mlx_lm_s_server_batches_our_caches(backend, server, demo, monkeypatch):
     def counted(cache, keys, values):
         n_rows.append(keys.shape[0])
         return update(cache, keys, values)
+
     monkeypatch.setattr(BatchTurboKVCache, "update_and_fetch", counted)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         first = list(pool.map(lambda prompt: complete(server, prompt, 30), PROMPTS))

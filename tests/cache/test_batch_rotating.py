@@ -1,4 +1,5 @@
 """BatchRotatingTurboKVCache: every row of a batch of windows is what it would be alone, and what mlx-lm's would be."""
+
 import copy
 import functools
 
@@ -53,8 +54,7 @@ def settled(cache):
 @pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3", "turbo0v2", "turbo3v0", "turbo0"])
 @pytest.mark.parametrize("centre", [True, False], ids=["centred", ""])
 @pytest.mark.parametrize("max_size, keep", [(24, 2), (40, 0), (5, 2)])
-def test_windows_of_different_lengths_are_what_they_are_alone(
-        backend, short_segments, scheme, centre, max_size, keep):  # noqa: F811
+def test_windows_of_different_lengths_are_what_they_are_alone(backend, short_segments, scheme, centre, max_size, keep):  # noqa: F811
     """Shorter and longer than the window, far past it, chunks longer than it, and a window that sees nothing packed."""
     rows = rows_of(4, max_size, keep, TurboConfig(scheme, 0, 4, 4, centre=centre))
     rows.update([31, 7, 1, 18])
@@ -85,12 +85,12 @@ def test_left_padding_and_padding_over_chunks_evict_nothing(backend):
     alone = [RotatingTurboKVCache(24, 2, SMALL) for _ in range(2)]
     batch.prepare(lengths=[12, 60], right_padding=[48, 0])
     for at in range(0, 60, 10):
-        batch.update_and_fetch(keys[:, :, at:at + 10], values[:, :, at:at + 10])
+        batch.update_and_fetch(keys[:, :, at : at + 10], values[:, :, at : at + 10])
         assert batch.offset.tolist() == [min(at + 10, 12), at + 10 - 14]
     batch.finalize()
     for b, chunks in enumerate([[(0, 10), (10, 12)], [(14, 20), *((at, at + 10) for at in range(20, 60, 10))]]):
         for first, last in chunks:
-            alone[b].update_and_fetch(*(x[b:b + 1, :, first:last] for x in (keys, values)))
+            alone[b].update_and_fetch(*(x[b : b + 1, :, first:last] for x in (keys, values)))
     assert all(same(state_of(batch.extract(b)), state_of(alone[b])) for b in range(2))
 
 
@@ -144,6 +144,7 @@ def test_windows_that_do_not_belong_together_are_refused(backend):
         cache.update_and_fetch(*random_tokens(np.random.default_rng(0), n))
         cache.update_and_fetch(*random_tokens(np.random.default_rng(1), 1))
         return cache
+
     with pytest.raises(ValueError, match="windows of 24 and 30 tokens, allowed is one max_size"):
         RotatingTurboKVCache.merge([one(), one(30)])
     with pytest.raises(ValueError, match="one configuration"):
@@ -160,11 +161,16 @@ def test_windows_that_do_not_belong_together_are_refused(backend):
         batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
     header, counts = batch.state[0].tolist(), batch.state[1]
     forgotten = mx.array([0, 0, 0, 0, 0, 0, 1], mx.int32)
-    for spoil in (lambda s: s[:1], lambda s: [s[0], s[1][:, :6], *s[2:]], lambda s: s[:-1], lambda s: [*s, s[-1]],
-                  lambda s: [s[0], counts + forgotten, *s[2:]],  # of the short row, which has forgotten nothing
-                  lambda s: [s[0], counts - 9 * forgotten, *s[2:]],
-                  lambda s: [mx.array([*header[:-1], 200], mx.int32), *s[1:]],
-                  lambda s: [mx.array([*header[:-1], 2], mx.int32), *s[1:]]):
+    for spoil in (
+        lambda s: s[:1],
+        lambda s: [s[0], s[1][:, :6], *s[2:]],
+        lambda s: s[:-1],
+        lambda s: [*s, s[-1]],
+        lambda s: [s[0], counts + forgotten, *s[2:]],  # of the short row, which has forgotten nothing
+        lambda s: [s[0], counts - 9 * forgotten, *s[2:]],
+        lambda s: [mx.array([*header[:-1], 200], mx.int32), *s[1:]],
+        lambda s: [mx.array([*header[:-1], 2], mx.int32), *s[1:]],
+    ):
         with pytest.raises(ValueError, match="state: "):
             BatchRotatingTurboKVCache.from_state(spoil(batch.state))
     with pytest.raises(ValueError, match="not the state of a BatchTurboKVCache"):
@@ -200,9 +206,17 @@ def test_buffers_stay_at_a_quarter_more_than_the_window_and_copies_are_rare(back
 class WindowsMachine(BatchMachine):
     """Everything mlx-lm does to a batch of windows, in any order."""
 
-    @initialize(keys=st.sampled_from([0, 2, 4, 8]), values=st.sampled_from([0, 3, 4]), window=st.integers(1, 40),
-                keep=st.integers(0, 3), recent=st.integers(0, 6), block=st.integers(1, 6), n=st.integers(1, 3),
-                centre=st.booleans(), shape=SHAPES)
+    @initialize(
+        keys=st.sampled_from([0, 2, 4, 8]),
+        values=st.sampled_from([0, 3, 4]),
+        window=st.integers(1, 40),
+        keep=st.integers(0, 3),
+        recent=st.integers(0, 6),
+        block=st.integers(1, 6),
+        n=st.integers(1, 3),
+        centre=st.booleans(),
+        shape=SHAPES,
+    )
     def start(self, keys, values, window, keep, recent, block, n, centre, shape):
         config = TurboConfig(f"turbo{keys}v{values}", keep, recent, block, centre=centre)
         self.make = functools.partial(RotatingTurboKVCache, window + keep, keep, config)
@@ -253,7 +267,7 @@ class Beside:
             cache.finalize()
         assert self.ours.offset.tolist() == self.theirs.offset.tolist()
         for b, n in enumerate(lengths):
-            got, want = (out[b, :, width - n:] if left else out[b, :, :n] for out in outs)
+            got, want = (out[b, :, width - n :] if left else out[b, :, :n] for out in outs)
             np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-4)
 
     def extend(self, other):
@@ -270,9 +284,13 @@ class Beside:
 @pytest.mark.parametrize("left", [False, True])
 def test_attention_is_that_of_mlx_lm_s_batch_of_windows(backend, door, max_size, left):
     """In mlx-lm's order, chunks before single tokens: its mask for a chunk is wrong once its buffer has wrapped."""
+
     def pair(n_rows):
-        return Beside(BatchRotatingTurboKVCache(max_size, 0, TurboConfig("turbo0", 0, 4, 4), left_padding=[0] * n_rows),
-                      lm_cache.BatchRotatingKVCache(max_size, [0] * n_rows))
+        return Beside(
+            BatchRotatingTurboKVCache(max_size, 0, TurboConfig("turbo0", 0, 4, 4), left_padding=[0] * n_rows),
+            lm_cache.BatchRotatingKVCache(max_size, [0] * n_rows),
+        )
+
     both, other = pair(3), pair(1)
     both.update([50, 9, 30], left)
     both.update([20, 3, 45])
@@ -300,8 +318,10 @@ def test_attention_is_that_of_mlx_lm_s_batch_of_windows(backend, door, max_size,
 
 @fast
 def test_trim_is_mlx_lm_s(backend, door):
-    both = Beside(BatchRotatingTurboKVCache(40, 0, TurboConfig("turbo0", 0, 4, 4), left_padding=[0, 0]),
-                  lm_cache.BatchRotatingKVCache(40, [0, 0]))
+    both = Beside(
+        BatchRotatingTurboKVCache(40, 0, TurboConfig("turbo0", 0, 4, 4), left_padding=[0, 0]),
+        lm_cache.BatchRotatingKVCache(40, [0, 0]),
+    )
     both.update([30, 30])
     assert both.ours.is_trimmable() and both.ours.trim(7) == both.theirs.trim(7) == 7
     both.update([5, 5])
@@ -313,9 +333,13 @@ def test_trim_is_mlx_lm_s(backend, door):
 
 
 @fast
-@pytest.mark.parametrize("make, kind", [
-    (lambda: TurboKVCache("turbo0", sink=2, recent=4, block=4), lm_cache.BatchKVCache),
-    (lambda: RotatingTurboKVCache(24, 0, "turbo0", recent=4, block=4), lm_cache.BatchRotatingKVCache)])
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (lambda: TurboKVCache("turbo0", sink=2, recent=4, block=4), lm_cache.BatchKVCache),
+        (lambda: RotatingTurboKVCache(24, 0, "turbo0", recent=4, block=4), lm_cache.BatchRotatingKVCache),
+    ],
+)
 def test_mlx_lm_s_plain_batch_comes_back(backend, door, make, kind):
     rows = Rows(make, 3)
     rows.batch.prepare(left_padding=[0, 3, 1])
@@ -353,11 +377,11 @@ def test_undecided_windows_decide_as_alone(backend, max_size):
     batch = alone[0].merge(alone)
     for at in range(160):
         row = [200 + at, 30 + at]
-        new = [mx.concatenate([x[:, :, i:i + 1] for i in row]) for x in (keys, values)]
+        new = [mx.concatenate([x[:, :, i : i + 1] for i in row]) for x in (keys, values)]
         batch.update_and_fetch(*new)
-        batch.observe(mx.concatenate([queries[:, :, i:i + 1] for i in row]), 0.125)
+        batch.observe(mx.concatenate([queries[:, :, i : i + 1] for i in row]), 0.125)
         alone[0].update_and_fetch(*(x[:1] for x in new))
-        alone[0].observe(queries[:, :, row[0]:row[0] + 1], 0.125)
+        alone[0].observe(queries[:, :, row[0] : row[0] + 1], 0.125)
         assert same(state_of(batch.extract(0)), state_of(alone[0])), at
     assert not batch.undecided and batch.extract(0).n_packed > 0 and batch.extract(1).n_packed > 0
     assert (batch._n_forgotten[0] > 0) == (max_size == 100)
@@ -380,8 +404,10 @@ def test_a_decode_step_of_a_batch_of_windows_runs_the_fused_kernel(simulated, sc
         assert recorder.calls.pop() == (queries.shape, mask.shape) and not recorder.calls
         for b, cache in enumerate(caches):
             mask = cache.make_mask(n_new, return_array=True)
-            keys, values = cache.update_and_fetch(*(x[b:b + 1] for x in new))
-            want = to_numpy(mx.fast.scaled_dot_product_attention(queries[b:b + 1], keys, values, scale=0.1, mask=mask))
+            keys, values = cache.update_and_fetch(*(x[b : b + 1] for x in new))
+            want = to_numpy(
+                mx.fast.scaled_dot_product_attention(queries[b : b + 1], keys, values, scale=0.1, mask=mask)
+            )
             assert np.abs(got[b] - want[0]).max() < TOLERANCE[mx.float32] * np.abs(want).max()
     assert batch._n_forgotten[0] > 0
 
@@ -391,18 +417,23 @@ def test_a_decode_step_of_a_batch_of_windows_runs_the_fused_kernel(simulated, sc
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "cohere2"])
 @pytest.mark.parametrize("config", [TurboConfig("turbo4", 2, 4, 4), TurboConfig("auto", 2, 4, 4), "turbo0"], ids=str)
 def test_batch_generate_far_past_the_windows_writes_what_each_prompt_gets_alone(
-        backend, demo, monkeypatch, name, config):  # noqa: F811
+    backend, demo, monkeypatch, name, config
+):  # noqa: F811
     config = TurboConfig.of(config, recent=4, block=4)
     model, kinds, update = families.build(name), set(), BatchRotatingTurboKVCache.update_and_fetch
-    monkeypatch.setattr(BatchRotatingTurboKVCache, "update_and_fetch",
-                        lambda cache, *new: kinds.add(cache.max_size) or update(cache, *new))
+    monkeypatch.setattr(
+        BatchRotatingTurboKVCache,
+        "update_and_fetch",
+        lambda cache, *new: kinds.add(cache.max_size) or update(cache, *new),
+    )
     prompts = [np.random.default_rng(n).integers(2, 96, n).tolist() for n in (70, 3, 25)]
     enable(model, config)
     try:
         got = mlx_lm.batch_generate(model, demo[1], prompts, max_tokens=[40, 50, 30], return_prompt_caches=True)
         again = mlx_lm.batch_generate(model, demo[1], [[5], [6, 7], [8] * 20], max_tokens=30, prompt_caches=got.caches)
         for prompt, n, text, more, next_prompt, next_text in zip(
-                prompts, [40, 50, 30], got.texts, got.caches, [[5], [6, 7], [8] * 20], again.texts):
+            prompts, [40, 50, 30], got.texts, got.caches, [[5], [6, 7], [8] * 20], again.texts
+        ):
             assert mlx_lm.generate(model, demo[1], prompt, max_tokens=n) == text.lstrip()
             assert mlx_lm.generate(model, demo[1], next_prompt, max_tokens=30, prompt_cache=more) == next_text.lstrip()
     finally:
@@ -414,8 +445,11 @@ def test_batch_generate_far_past_the_windows_writes_what_each_prompt_gets_alone(
 def test_windows_that_keep_their_first_tokens_are_batched(backend, demo):  # noqa: F811
     """max_kv_size: mlx-lm's batch would forget the first tokens."""
     model, tokenizer = demo
-    texts = ["Once upon a time, there was a little girl named Lily. She loved to play in the park.", "The dog ran",
-             "Tom and Sue had a red ball. They went out to play, but it began to rain. " * 4]
+    texts = [
+        "Once upon a time, there was a little girl named Lily. She loved to play in the park.",
+        "The dog ran",
+        "Tom and Sue had a red ball. They went out to play, but it began to rain. " * 4,
+    ]
     prompts = [tokenizer.encode(t) for t in texts]
     config = TurboConfig("turbo4", 2, 8, 8, centre=False)
     made = [[make_prompt_cache(model, config, max_kv_size=40) for _ in prompts] for _ in "12"]
@@ -435,8 +469,10 @@ def test_a_batch_of_windows_is_saved_loaded_and_described(backend, tmp_path):
     batch = [layer[0].merge(list(layer)) for layer in zip(*caches)]
     save_prompt_cache(tmp_path / "ours.safetensors", batch)
     lm_cache.save_prompt_cache(str(tmp_path / "theirs.safetensors"), batch)
-    for loaded in (load_prompt_cache(tmp_path / "ours.safetensors"),
-                   lm_cache.load_prompt_cache(str(tmp_path / "theirs.safetensors"))):
+    for loaded in (
+        load_prompt_cache(tmp_path / "ours.safetensors"),
+        lm_cache.load_prompt_cache(str(tmp_path / "theirs.safetensors")),
+    ):
         assert all(type(c) is type(b) and same(state_of(c), state_of(b)) for c, b in zip(loaded, batch))
         assert describe(loaded) == "6 of 6 layers compressed (4 of them windows of 16 tokens)"
     report = loaded[0].report()

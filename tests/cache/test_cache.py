@@ -1,4 +1,5 @@
 """TurboKVCache against a list of tokens in NumPy, against the oracle, and against mlx-lm's contract of a cache."""
+
 import copy
 import threading
 
@@ -38,23 +39,39 @@ from mlx_turbo.quant.scheme import SCALES
 
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 # the backend is set for the whole test, not per example: that is what we want. Deterministic: CI must not flicker.
-quick = settings(max_examples=40, deadline=None, derandomize=True,
-                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+quick = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 BITS = st.sampled_from([0, 2, 3, 4, 8])
 SCHEMES = st.builds(Scheme, BITS, BITS)
-CONFIGS = st.builds(TurboConfig, SCHEMES, sink=st.integers(0, 5), recent=st.integers(0, 6), block=st.integers(1, 6),
-                    seed=st.integers(0, 2))
+CONFIGS = st.builds(
+    TurboConfig,
+    SCHEMES,
+    sink=st.integers(0, 5),
+    recent=st.integers(0, 6),
+    block=st.integers(1, 6),
+    seed=st.integers(0, 2),
+)
 CHUNKS = st.lists(st.one_of(st.just(1), st.integers(0, 9), st.integers(12, 30)), min_size=1, max_size=8)
-SHAPES = st.fixed_dictionaries(dict(
-    batch=st.integers(1, 2), heads=st.integers(1, 2), key_dim=st.sampled_from([32, 64, 80]),
-    value_dim=st.sampled_from([32, 96]), dtype=st.sampled_from(list(DTYPES.values()))))
+SHAPES = st.fixed_dictionaries(
+    dict(
+        batch=st.integers(1, 2),
+        heads=st.integers(1, 2),
+        key_dim=st.sampled_from([32, 64, 80]),
+        value_dim=st.sampled_from([32, 96]),
+        dtype=st.sampled_from(list(DTYPES.values())),
+    )
+)
 
 
 def split(keys, values, sizes):
     start = 0
     for n in sizes:
-        yield keys[:, :, start:start + n], values[:, :, start:start + n]
+        yield keys[:, :, start : start + n], values[:, :, start : start + n]
         start += n
 
 
@@ -81,11 +98,33 @@ def test_trim_then_append_equals_a_list_of_tokens(backend, config, sizes, cuts, 
 
 
 @fast
-@pytest.mark.parametrize("cut, parts", [
-    (2, (2, 24, 4)), (6, (2, 24, 0)), (13, (2, 17, 0)), (30, (2, 0, 0)), (31, (1, 0, 0)), (32, (0, 0, 0)),
-    (33, (0, 0, 0)), (10**6, (0, 0, 0)), (0, (2, 24, 6)), (-3, (2, 24, 6))],
-    ids=["recent", "all recent", "packed", "all packed", "sink", "all", "one too many", "far too many", "nothing",
-         "a negative number"])
+@pytest.mark.parametrize(
+    "cut, parts",
+    [
+        (2, (2, 24, 4)),
+        (6, (2, 24, 0)),
+        (13, (2, 17, 0)),
+        (30, (2, 0, 0)),
+        (31, (1, 0, 0)),
+        (32, (0, 0, 0)),
+        (33, (0, 0, 0)),
+        (10**6, (0, 0, 0)),
+        (0, (2, 24, 6)),
+        (-3, (2, 24, 6)),
+    ],
+    ids=[
+        "recent",
+        "all recent",
+        "packed",
+        "all packed",
+        "sink",
+        "all",
+        "one too many",
+        "far too many",
+        "nothing",
+        "a negative number",
+    ],
+)
 def test_trim_takes_the_newest_tokens_wherever_they_are(backend, cut, parts):
     cache = TurboKVCache("turbo4", sink=2, recent=4, block=4)
     model, rng = ListModel(cache), np.random.default_rng(0)
@@ -206,8 +245,10 @@ def test_restored_tokens_are_the_oracle_s_quantized_and_back(backend):
     fetched = [cache.update_and_fetch(keys, values), cache.keys_and_values()]
     assert all(same(to_numpy(a), to_numpy(b)) for a, b in zip(fetched[0], (keys, values)))
     for x, got, bits in zip((keys, values), fetched[1], (4, 2)):
-        assert compare_vectors(to_numpy(got)[:, :, 2:26], dequantize(quantize(to_numpy(x)[:, :, 2:26], bits)),
-                               mx.float32) is None
+        assert (
+            compare_vectors(to_numpy(got)[:, :, 2:26], dequantize(quantize(to_numpy(x)[:, :, 2:26], bits)), mx.float32)
+            is None
+        )
 
 
 # ---- mlx-lm's contract ---------------------------------------------------------------------------------------
@@ -233,8 +274,12 @@ def test_masks_are_those_of_kvcache(backend, n, offset):
     if offset:
         new = random_tokens(np.random.default_rng(0), offset)
         ours.update_and_fetch(*new), theirs.update_and_fetch(*new)
-    for kwargs in (dict(return_array=False, window_size=None), dict(return_array=True, window_size=None),
-                   dict(return_array=False, window_size=7), dict(return_array=True, window_size=7)):
+    for kwargs in (
+        dict(return_array=False, window_size=None),
+        dict(return_array=True, window_size=None),
+        dict(return_array=False, window_size=7),
+        dict(return_array=True, window_size=7),
+    ):
         got, want = ours.make_mask(n, **kwargs), theirs.make_mask(n, **kwargs)
         if isinstance(want, mx.array):
             assert got.dtype == want.dtype and got.tolist() == want.tolist()
@@ -351,8 +396,11 @@ def test_keys_and_values_of_an_empty_cache_are_an_error(backend):
 @pytest.mark.parametrize("recent", [0, 4, 64])
 @pytest.mark.parametrize("sizes", [(1,), (3,), (100,), (3, 100), (100, 10)], ids=str)
 @pytest.mark.parametrize("evaluated", ["what was returned", "the state"])
-@pytest.mark.parametrize("make", [lambda c: c, copy.deepcopy, lambda c: TurboKVCache.from_state(c.state)],
-                         ids=["itself", "deepcopy", "from_state"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda c: c, copy.deepcopy, lambda c: TurboKVCache.from_state(c.state)],
+    ids=["itself", "deepcopy", "from_state"],
+)
 def test_a_cache_can_go_on_in_another_thread(backend, recent, sizes, evaluated, make):
     rng, outcome = np.random.default_rng(0), []
     before, after = ([random_tokens(rng, n) for n in ns] for ns in (sizes, (1, 80, 1)))
@@ -383,7 +431,8 @@ def test_report_says_what_the_cache_holds(backend):
     cache = filled(40, "turbo8v4", dtype=mx.float16)
     report = cache.report()
     assert {k: report[k] for k in ("scheme", "tokens", "sink", "packed", "recent")} == dict(
-        scheme="turbo8v4", tokens=40, sink=2, packed=34, recent=4)
+        scheme="turbo8v4", tokens=40, sink=2, packed=34, recent=4
+    )
     assert report["nbytes"] == cache.nbytes and report["uncompressed_nbytes"] == 2 * 256 * 2 * 32 * 2
     assert report["packed_bits_per_value"] == 6 + 16 / 32 and report["backend"] == backend.describe()
     assert TurboKVCache().report()["packed_bits_per_value"] == 0
@@ -424,8 +473,10 @@ def test_decoding_writes_in_place(backend):
     n = 4 + 64 + 150 * 256 + 10  # of the packed buffers' last 256 rows, 10 are taken
     cache = filled(n, heads=1, key_dim=128, value_dim=128, dtype=mx.float16, sink=4, recent=64, block=64, chunk=5000)
     mx.eval(cache.state)
-    packed, new = cache._sides[0].codes.nbytes, random_tokens(
-        np.random.default_rng(1), 1, heads=1, key_dim=128, value_dim=128, dtype=mx.float16)
+    packed, new = (
+        cache._sides[0].codes.nbytes,
+        random_tokens(np.random.default_rng(1), 1, heads=1, key_dim=128, value_dim=128, dtype=mx.float16),
+    )
     mx.eval(new)
     shapes = [a.shape for side in cache._sides for a in side.buffers()]
 
@@ -438,7 +489,9 @@ def test_decoding_writes_in_place(backend):
     used = peak(lambda: decode(140))  # two blocks are packed
     assert cache.n_packed == n_packed + 128
     assert [a.shape for side in cache._sides for a in side.buffers()] == shapes
-    assert used < packed / 2, used  # measured on the cpu: 0.69 MB, all of it for packing 64 tokens; the codes are 2.5 MB
+    assert used < packed / 2, (
+        used
+    )  # measured on the cpu: 0.69 MB, all of it for packing 64 tokens; the codes are 2.5 MB
     assert peak(lambda: decode(40)) < packed / 100  # measured: 10 kB
 
 
@@ -497,16 +550,23 @@ def test_an_unknown_scheme_is_refused_with_the_known_ones(scheme):
         TurboKVCache(scheme)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(window=3), r"window: unknown option, allowed are \['scheme', 'sink', 'recent', 'block', 'seed', 'scale', "),
-    (dict(sink=-1), "sink: got -1, allowed are whole numbers from 0"),
-    (dict(recent=2.5), "recent: got 2.5, allowed are whole numbers from 0"),
-    (dict(block=0), "block: got 0, allowed are whole numbers from 1"),
-    (dict(seed=True), "seed: got True"),
-    (dict(scale="l2"), r"scale: got 'l2', allowed are \('inner-product', "),
-    (dict(centre=None), r"centre: got None, allowed are \(False, True\)"),
-    (dict(auto=2), "auto: got 2, allowed are"),
-    (dict(boundary=-1), "boundary: got -1, allowed are whole numbers from 0")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(window=3),
+            r"window: unknown option, allowed are \['scheme', 'sink', 'recent', 'block', 'seed', 'scale', ",
+        ),
+        (dict(sink=-1), "sink: got -1, allowed are whole numbers from 0"),
+        (dict(recent=2.5), "recent: got 2.5, allowed are whole numbers from 0"),
+        (dict(block=0), "block: got 0, allowed are whole numbers from 1"),
+        (dict(seed=True), "seed: got True"),
+        (dict(scale="l2"), r"scale: got 'l2', allowed are \('inner-product', "),
+        (dict(centre=None), r"centre: got None, allowed are \(False, True\)"),
+        (dict(auto=2), "auto: got 2, allowed are"),
+        (dict(boundary=-1), "boundary: got -1, allowed are whole numbers from 0"),
+    ],
+)
 def test_a_bad_option_is_refused_by_its_name(options, message):
     with pytest.raises(ValueError, match=message):
         TurboKVCache("turbo4", **options)
@@ -517,7 +577,9 @@ def test_names_and_layers_of_a_configuration():
     assert TurboConfig("turbo3", auto=True).name == "auto from turbo3"
     assert TurboConfig.of("auto", sink=9) == TurboConfig("turbo4", sink=9, auto=True)
     config = TurboConfig("turbo4v3", boundary=2)
-    assert [config.for_layer(i, 6).scheme.name for i in range(6)] == ["turbo8v3"] * 2 + ["turbo4v3"] * 2 + ["turbo8v3"] * 2
+    assert [config.for_layer(i, 6).scheme.name for i in range(6)] == ["turbo8v3"] * 2 + ["turbo4v3"] * 2 + [
+        "turbo8v3"
+    ] * 2
     exact = TurboConfig("turbo0v4", boundary=1)
     assert exact.for_layer(0, 6) == exact
 
@@ -545,11 +607,16 @@ def put(value, at, dim=5):
         x = mx.array(x)
         x[:, -1:, at, dim] = value
         return x
+
     return change
 
 
 SPOILED = {
-    "rank": (lambda x: x[0], ValueError, r"{name}: got shape \(2, 30, 32\), expected \[batch, n_kv_heads, tokens, head_d"),
+    "rank": (
+        lambda x: x[0],
+        ValueError,
+        r"{name}: got shape \(2, 30, 32\), expected \[batch, n_kv_heads, tokens, head_d",
+    ),
     "integers": (lambda x: x.astype(mx.int32), ValueError, "{name}: got mlx.core.int32, allowed are .*float16"),
     "complex": (lambda x: x.astype(mx.complex64), ValueError, "{name}: got mlx.core.complex64, allowed are .*float16"),
     "a NumPy array": (np.array, TypeError, "{name}: got ndarray, expected an mx.array"),
@@ -558,8 +625,16 @@ SPOILED = {
     "head_dim 33": (lambda x: mx.concatenate([x, x[..., :1]], -1), ValueError, "{name}.*33"),
     "head_dim 580": (lambda x: mx.zeros((*x.shape[:3], 580)), ValueError, "{name}.*580"),
     "fewer tokens": (lambda x: x[:, :, 1:], ValueError, "values: got .* expected .*as keys"),
-    "another batch size": (lambda x: mx.concatenate([x, x]), ValueError, "(values: got .* expected|{name}: batch size 2)"),
-    "another number of heads": (lambda x: x[:, :1], ValueError, "(values: got .* expected|{name}: number of kv heads 1)"),
+    "another batch size": (
+        lambda x: mx.concatenate([x, x]),
+        ValueError,
+        "(values: got .* expected|{name}: batch size 2)",
+    ),
+    "another number of heads": (
+        lambda x: x[:, :1],
+        ValueError,
+        "(values: got .* expected|{name}: number of kv heads 1)",
+    ),
 }
 
 
@@ -579,13 +654,21 @@ def test_bad_tokens_are_refused_by_name_and_the_cache_stays_as_it_was(backend, n
 
 
 @fast
-@pytest.mark.parametrize("what, spoil", [
-    ("batch size 2", lambda x: mx.concatenate([x, x])), ("number of kv heads 4", lambda x: mx.concatenate([x, x], 1)),
-    ("head_dim 64", lambda x: mx.concatenate([x, x], -1)), ("dtype mlx.core.float16", lambda x: x.astype(mx.float16))])
+@pytest.mark.parametrize(
+    "what, spoil",
+    [
+        ("batch size 2", lambda x: mx.concatenate([x, x])),
+        ("number of kv heads 4", lambda x: mx.concatenate([x, x], 1)),
+        ("head_dim 64", lambda x: mx.concatenate([x, x], -1)),
+        ("dtype mlx.core.float16", lambda x: x.astype(mx.float16)),
+    ],
+)
 def test_tokens_of_another_kind_in_mid_stream_are_refused(backend, what, spoil):
     cache = filled(20)
     before = snapshot(cache)
-    with pytest.raises(ValueError, match=f"keys: {what}, but this cache holds tokens with .* (1|2|32|mlx.core.float32)"):
+    with pytest.raises(
+        ValueError, match=f"keys: {what}, but this cache holds tokens with .* (1|2|32|mlx.core.float32)"
+    ):
         cache.update_and_fetch(*map(spoil, random_tokens(np.random.default_rng(1), 3)))
     assert same(snapshot(cache), before)
     cache.trim(20)  # an empty cache takes anything
@@ -668,8 +751,7 @@ BAD_STATES = {
     "bits nobody chose": (change("chosen_key_bits", 4), "state: the header names 8 bits"),
     "means that are not there": (change("key_means", 1), "state: got .* expected .*float16"),
     "too many means": (change("key_means", 2), "state: the header names 2 means of keys"),
-    "keys and values of another batch": (
-        lambda s: [*s[:5], *(mx.concatenate([a, a]) for a in s[5:])], "state: "),
+    "keys and values of another batch": (lambda s: [*s[:5], *(mx.concatenate([a, a]) for a in s[5:])], "state: "),
     "not arrays": (lambda s: [1, 2, 3], "state: "),
 }
 
@@ -717,5 +799,7 @@ def test_tools_notice_what_they_are_for():
     assert same(a, a) and not same(a, b)
     assert held_nbytes([mx.zeros(3), {"x": mx.zeros(5)}, "no array"]) == 32
     side = stored(cache)[0]
-    assert compare_quantized(side["codes"] ^ 1, side["scale"], quantize(
-        restore(side["codes"], side["scale"], 4, 32), 4)) is not None
+    assert (
+        compare_quantized(side["codes"] ^ 1, side["scale"], quantize(restore(side["codes"], side["scale"], 4, 32), 4))
+        is not None
+    )

@@ -1,4 +1,5 @@
 """Centring: it is exact, it engages only where a mean carries energy, and it takes a large bias out of 4-bit keys."""
+
 import copy
 
 import mlx.core as mx
@@ -32,7 +33,7 @@ def rope(x, base=ROPE_BASE):
     """x [..., n, D] turned by its position, halves paired as in mlx-lm's models."""
     n, D = x.shape[-2:]
     angle = np.arange(n)[:, None] * base ** (-np.arange(D // 2) / (D // 2))
-    a, b = x[..., :D // 2], x[..., D // 2:]
+    a, b = x[..., : D // 2], x[..., D // 2 :]
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1)
 
 
@@ -49,10 +50,12 @@ def centred(cache):
 
 def attention_kl(queries, keys, restored, scale):
     """KL of attention weights, nats: mean over queries."""
+
     def weights(k):
         logits = scale * queries @ k.swapaxes(-1, -2)
         p = np.exp(logits - logits.max(-1, keepdims=True))
         return p / p.sum(-1, keepdims=True)
+
     p, q = weights(keys), np.maximum(weights(restored), 1e-300)
     return (p * (np.log(np.maximum(p, 1e-300)) - np.log(q))).sum(-1).mean()
 
@@ -60,8 +63,13 @@ def attention_kl(queries, keys, restored, scale):
 # ---- against a list of tokens: means by segment, whatever the chunks, cuts and copies ------------------------------
 @fast
 @quick
-@given(config=CONFIGS, sizes=CHUNKS, cuts=st.lists(st.integers(0, 20), min_size=8, max_size=8), shape=SHAPES,
-       bias=st.sampled_from([0, 3, 50]))
+@given(
+    config=CONFIGS,
+    sizes=CHUNKS,
+    cuts=st.lists(st.integers(0, 20), min_size=8, max_size=8),
+    shape=SHAPES,
+    bias=st.sampled_from([0, 3, 50]),
+)
 def test_biased_tokens_in_any_chunks_equal_a_list_of_tokens(backend, short_segments, config, sizes, cuts, shape, bias):
     rng, model = np.random.default_rng(0), ListModel(TurboKVCache(config))
     for n, cut in zip(sizes, cuts):
@@ -77,13 +85,13 @@ def test_every_segment_has_the_mean_of_its_own_tokens(backend, short_segments):
     keys, values = random_tokens(np.random.default_rng(0), 62, bias=20)
     cache.update_and_fetch(keys[:, :, :50], values[:, :, :50])  # 44 packed: 5 segments and a half
     for i in range(50, 62):
-        cache.update_and_fetch(keys[:, :, i:i + 1], values[:, :, i:i + 1])
+        cache.update_and_fetch(keys[:, :, i : i + 1], values[:, :, i : i + 1])
     n_packed = header(cache)["n_packed"]
     means = to_numpy(centering.plain(mx.array(stored(cache)[0]["means"]), 0))
     tokens = to_numpy(keys)[0, 1, 2:]
     assert n_packed == 52 and means.shape[2] == 7
     for s in range(5):
-        np.testing.assert_allclose(means[0, 1, s], tokens[8 * s:8 * s + 8].mean(0), rtol=2e-3)
+        np.testing.assert_allclose(means[0, 1, s], tokens[8 * s : 8 * s + 8].mean(0), rtol=2e-3)
     np.testing.assert_allclose(means[0, 1, 5], tokens[40:48].mean(0), rtol=2e-3)  # 4 recent tokens were at hand
     np.testing.assert_allclose(means[0, 1, 6], tokens[48:56].mean(0), rtol=2e-3)
     assert not means[0, 0].any()  # the head without a bias
@@ -101,13 +109,21 @@ def test_attention_over_a_centred_cache_is_that_over_its_restored_tokens(backend
     cache = TurboKVCache(scheme, recent=8, block=8)
     cache.update_and_fetch(*random_tokens(rng, 200, batch=2, key_dim=64, value_dim=64, bias=9))
     keys, values = cache.update_and_fetch(*random_tokens(rng, 1, batch=2, key_dim=64, value_dim=64, bias=9))
-    assert centred(cache) == [name for name, bits in zip(("keys", "values"), (cache.config.scheme.key_bits,
-                                                                              cache.config.scheme.value_bits)) if bits]
+    assert centred(cache) == [
+        name
+        for name, bits in zip(("keys", "values"), (cache.config.scheme.key_bits, cache.config.scheme.value_bits))
+        if bits
+    ]
     queries = mx.array(rng.standard_normal((2, 4, 1, 64)), mx.float32)
     sinks = mx.array([0.5, -3, 2, 0], mx.float32) if sinks else None
     got = attention.attend(queries, attention.view_of(keys, values), scale=0.05, sinks=sinks)
-    want = reference.attention(to_numpy(queries), to_numpy(keys), to_numpy(values), scale=0.05,
-                               sinks=None if sinks is None else to_numpy(sinks))
+    want = reference.attention(
+        to_numpy(queries),
+        to_numpy(keys),
+        to_numpy(values),
+        scale=0.05,
+        sinks=None if sinks is None else to_numpy(sinks),
+    )
     assert np.abs(to_numpy(got) - want).max() < 1e-4 * np.abs(want).max()
 
 
@@ -244,7 +260,7 @@ def test_one_mean_for_all_keys_fails_where_the_bias_turns(backend, monkeypatch):
         monkeypatch.setattr(centering, "SEGMENT", segment)
         cache = TurboKVCache("turbo4")
         for at in range(0, 8192, 2048):
-            cache.update_and_fetch(*2 * [mx.array(keys[:, :, at:at + 2048], mx.float32)])
+            cache.update_and_fetch(*2 * [mx.array(keys[:, :, at : at + 2048], mx.float32)])
         kl.append(attention_kl(queries, keys, to_numpy(cache.keys_and_values()[0]), 1.0))
     assert kl[0] < kl[1] / 10
 
@@ -268,5 +284,5 @@ def test_centring_leaves_a_healthy_model_alone(backend):
     for options in {}, dict(recent=0), dict(sink=0, recent=0, block=16):
         cache = make_prompt_cache(model, TurboConfig("turbo4", **options))
         for at in range(0, 400, 32):
-            mx.eval(model(tokens[None, at:at + 32], cache=cache))
+            mx.eval(model(tokens[None, at : at + 32], cache=cache))
         assert all(c.report()["packed"] and not c.report()["centred"] for c in cache)

@@ -1,5 +1,6 @@
 """Tokens that are not finite, or too large for their scale: what mlx-lm's own cache makes of them. Queries that see one
 get nothing finite; other rows, other heads and later requests do not notice; `report` tells of it."""
+
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -54,9 +55,9 @@ class Twins:
         first, was_packed = self.caches[0].empty(), self.n_packed_bad
         outs = [self.attend(cache, queries, given, lengths) for cache, given in zip(self.caches, (tokens, spoiled))]
         for b in range(B):
-            mine = [out[b, :, :lengths[b]] for out in outs]
+            mine = [out[b, :, : lengths[b]] for out in outs]
             for h in range(HEADS):
-                sound, got = (x[h * GQA:(h + 1) * GQA] for x in mine)
+                sound, got = (x[h * GQA : (h + 1) * GQA] for x in mine)
                 if (b, h) != (row, head):
                     assert same(got, sound), (b, h)
                 elif not first and (was_packed or not abs(value) < np.inf):
@@ -72,7 +73,7 @@ class Twins:
             cache.prepare(lengths=lengths, right_padding=[width - n for n in lengths])
         mask = cache.make_mask(width, return_array=False, window_size=None)
         keys, values = cache.update_and_fetch(*tokens)
-        out = attention.scaled_dot_product_attention(queries, keys, values, cache, DIM ** -0.5, mask)
+        out = attention.scaled_dot_product_attention(queries, keys, values, cache, DIM**-0.5, mask)
         if len(set(lengths)) > 1:
             cache.finalize()
         return to_numpy(out)
@@ -124,7 +125,8 @@ MAKE = {
     "window": lambda config, _: RotatingTurboKVCache(WINDOW, KEEP, config),
     "batch": lambda config, n: BatchTurboKVCache(config, [0] * n),
     "batch of windows": lambda config, n: RotatingTurboKVCache.merge(
-        [RotatingTurboKVCache(WINDOW, KEEP, config) for _ in range(n)]),
+        [RotatingTurboKVCache(WINDOW, KEEP, config) for _ in range(n)]
+    ),
 }
 
 
@@ -138,8 +140,13 @@ def faults(draw, schemes):
         steps += [[pick(1, 1, 3, 20)] * n_rows, *[[1] * n_rows] * draw(st.integers(1, 12))]
     row = draw(st.integers(0, n_rows - 1))
     total = sum(lengths[row] for lengths in steps)
-    fault = (row, draw(st.integers(0, HEADS - 1)), draw(st.integers(0, total - 1)), pick(0, 1),
-             pick(np.nan, np.nan, np.inf, 1e30))
+    fault = (
+        row,
+        draw(st.integers(0, HEADS - 1)),
+        draw(st.integers(0, total - 1)),
+        pick(0, 1),
+        pick(np.nan, np.nan, np.inf, 1e30),
+    )
     if fault[3] == 0 and fault[4] == np.inf:  # an exact key's infinite logit may be -infinity: it weighs nothing
         fault = *fault[:4], np.nan
     return kind, pick(*schemes), draw(st.booleans()), pick(0, 20), steps, fault
@@ -180,6 +187,7 @@ def test_a_token_that_is_not_finite_spoils_the_queries_that_see_it_and_nothing_e
     def check(fault):
         with select.use_backend(BACKENDS[name]):
             check_fault(*fault)
+
     check()
 
 
@@ -236,6 +244,7 @@ def test_a_dead_token_that_is_not_finite_is_nothing_to_a_window_with_an_additive
 def test_the_neighbours_of_a_bad_token_keep_their_mean(backend, side, value):
     """In its segment, once it is trimmed off, and what comes after; also where it is among the first tokens, from which
     it is told whether to centre."""
+
     def error(n_first, at):
         rng, cache = np.random.default_rng(0), TurboKVCache("turbo4", sink=2, recent=4, block=4)
         tokens = [to_numpy(x) for x in random_tokens(rng, 700, bias=30)]
@@ -247,7 +256,8 @@ def test_the_neighbours_of_a_bad_token_keep_their_mean(backend, side, value):
         assert cache.report()["not_finite"][("keys", "values")[side]] == [int(at is not None)]
         cache.trim(700 - (at or 470))
         fetched = to_numpy(cache.keys_and_values()[side])
-        return np.linalg.norm(fetched - tokens[side][:, :, :fetched.shape[2]], axis=-1)[:, :, 2:].max()
+        return np.linalg.norm(fetched - tokens[side][:, :, : fetched.shape[2]], axis=-1)[:, :, 2:].max()
+
     assert error(300, 470) < 1.2 * error(300, None) and error(490, 470) < 1.2 * error(490, None)
 
 
@@ -350,15 +360,16 @@ SHORT_WINDOW = ["--kv-sink", "2", "--kv-recent", "8"]
 def broken_model(tmp_path_factory):
     """A folder with the embedded model, in which the embedding of one token is infinite."""
     folder = tmp_path_factory.mktemp("broken") / "model"
-    bad, = AutoTokenizer.from_pretrained(DEMO_MODEL).encode("@")
+    (bad,) = AutoTokenizer.from_pretrained(DEMO_MODEL).encode("@")
     save_model(folder, infinite=bad)
     return folder
 
 
 def test_generate_says_at_its_end_that_the_cache_is_not_finite(run, broken_model):
     for prompt, said in ("Once upon a time there was a dog. " * 4, False), ("Once upon @ a time. " * 4, True):
-        code, out, _ = run("generate", "--model", broken_model, "--prompt", prompt, "--max-tokens", 12, "--kv",
-                           "turbo4", *SHORT_WINDOW)
+        code, out, _ = run(
+            "generate", "--model", broken_model, "--prompt", prompt, "--max-tokens", 12, "--kv", "turbo4", *SHORT_WINDOW
+        )
         assert code == 0 and ("; NOT FINITE in 4 layers (0, 1, 2, 3): keys of" in out) == said
 
 
@@ -370,8 +381,12 @@ def test_a_request_that_is_not_finite_neither_ends_a_server_nor_reaches_another(
         messages = [{"role": "user", "content": text}]
         return messages, server.chat(messages, 12)
 
-    with Server(tmp_path, "--model", broken_model, "--chat-template", DEMO_TEMPLATE, "--kv", "turbo8v4",
-                *SHORT_WINDOW) as server, ThreadPoolExecutor(4) as pool:
+    with (
+        Server(
+            tmp_path, "--model", broken_model, "--chat-template", DEMO_TEMPLATE, "--kv", "turbo8v4", *SHORT_WINDOW
+        ) as server,
+        ThreadPoolExecutor(4) as pool,
+    ):
         answers = list(pool.map(ask, [story, f"{story} @", f"{STORIES[3]} {story}", "@"]))
         answers += [ask(f"{story} {STORIES[4]}"), ask(STORIES[5])]  # the first goes on from the story
         behind = [reference.behind(*answers[i]).max() for i in (0, 2, 4, 5)]

@@ -1,4 +1,5 @@
 """Windows: RotatingTurboKVCache against mlx-lm's RotatingKVCache and against a list of tokens."""
+
 import copy
 
 import families
@@ -67,8 +68,10 @@ def error(got, want):
 # ---- what attention sees ---------------------------------------------------------------------------------------
 @FAST
 @pytest.mark.parametrize("scheme, close", [("turbo0", 1e-5), ("turbo8", 0.02), ("turbo4", 0.3), ("auto", 0.3)])
-@pytest.mark.parametrize("max_size, keep, config", [
-    (16, 0, SMALL), (20, 3, SMALL), (64, 4, SMALL), (40, 2, dict(recent=0, block=1)), (150, 0, {}), (12, 0, {})])
+@pytest.mark.parametrize(
+    "max_size, keep, config",
+    [(16, 0, SMALL), (20, 3, SMALL), (64, 4, SMALL), (40, 2, dict(recent=0, block=1)), (150, 0, {}), (12, 0, {})],
+)
 def test_attention_is_that_of_mlx_lm_s_rotating_cache(backend, max_size, keep, config, scheme, close):
     cache, theirs = RotatingTurboKVCache(max_size, keep, scheme, **config), lm_cache.RotatingKVCache(max_size, keep)
     errors = []
@@ -96,7 +99,7 @@ def test_the_tokens_are_the_kept_and_the_newest_in_order(backend, max_size, keep
         n_newest = max_size - keep - (n > 1) + (n if n > 1 else 0)
         for got, x in zip(cache.update_and_fetch(*tokens), given):
             if total - keep > n_newest:
-                x = mx.concatenate([x[:, :, :keep], x[:, :, total - n_newest:]], axis=2)
+                x = mx.concatenate([x[:, :, :keep], x[:, :, total - n_newest :]], axis=2)
             assert mx.array_equal(got, x)
 
 
@@ -104,9 +107,15 @@ class WindowMachine(RuleBasedStateMachine):
     """Everything mlx-lm does to a window, in any order: beside it a list of all tokens and a TurboKVCache that forgets
     none."""
 
-    @initialize(window=st.integers(1, 40), keep=st.integers(0, 3), recent=st.integers(0, 6), block=st.integers(1, 6),
-                bits=st.sampled_from([(0, 0), (4, 4), (3, 8), (0, 2)]), centre=st.booleans(),
-                bias=st.sampled_from([0, 20]))
+    @initialize(
+        window=st.integers(1, 40),
+        keep=st.integers(0, 3),
+        recent=st.integers(0, 6),
+        block=st.integers(1, 6),
+        bits=st.sampled_from([(0, 0), (4, 4), (3, 8), (0, 2)]),
+        centre=st.booleans(),
+        bias=st.sampled_from([0, 20]),
+    )
     def start(self, window, keep, recent, block, bits, centre, bias):
         config, self.bias = TurboConfig(Scheme(*bits), keep, recent, block, centre=centre), bias
         self.cache, self.all = RotatingTurboKVCache(window + keep, keep, config), ListModel(TurboKVCache(config))
@@ -125,7 +134,7 @@ class WindowMachine(RuleBasedStateMachine):
     def are_newest(self, fetched, everything, n_seen):
         for got, x in zip(fetched, everything):
             n_kept = min(self.cache.keep, n_seen)
-            newest = x[:, :, x.shape[2] - (n_seen - n_kept):]
+            newest = x[:, :, x.shape[2] - (n_seen - n_kept) :]
             assert mx.array_equal(got, mx.concatenate([x[:, :, :n_kept], newest], axis=2))
 
     @invariant()
@@ -159,8 +168,9 @@ class WindowMachine(RuleBasedStateMachine):
 
 @FAST
 def test_any_history_gives_the_newest_tokens_of_a_cache_that_forgets_nothing(backend):
-    run_state_machine_as_test(WindowMachine, settings=settings(
-        max_examples=30, stateful_step_count=15, deadline=None, derandomize=True))
+    run_state_machine_as_test(
+        WindowMachine, settings=settings(max_examples=30, stateful_step_count=15, deadline=None, derandomize=True)
+    )
 
 
 @FAST
@@ -173,7 +183,9 @@ def test_a_mask_for_less_than_the_window_is_mlx_lm_s_in_the_order_of_the_tokens(
 
 
 @KERNELS
-@pytest.mark.parametrize("scheme, bias", [("turbo4", 5), ("turbo3", 5), ("turbo8v4", 5), ("turbo4", 0), ("turbo0v3", 0)])
+@pytest.mark.parametrize(
+    "scheme, bias", [("turbo4", 5), ("turbo3", 5), ("turbo8v4", 5), ("turbo4", 0), ("turbo0v3", 0)]
+)
 def test_dead_tokens_are_not_seen_whatever_the_mask(backend, scheme, bias):
     """Keys with means are cut by segments of 128, and what is dead of the first one is masked."""
     cache, n_dead, worst = RotatingTurboKVCache(40, 2, scheme, **SMALL), set(), 0
@@ -279,8 +291,10 @@ def test_a_copy_and_a_restored_state_go_on_as_the_original(backend, scheme, bias
 
 @FAST
 def test_the_state_of_another_class_or_of_a_wrong_window_is_refused(backend):
-    cache, plain = (kind("turbo4", sink=2, centre=False, **SMALL) for kind in (
-        lambda config, sink, **options: RotatingTurboKVCache(32, sink, config, **options), TurboKVCache))
+    cache, plain = (
+        kind("turbo4", sink=2, centre=False, **SMALL)
+        for kind in (lambda config, sink, **options: RotatingTurboKVCache(32, sink, config, **options), TurboKVCache)
+    )
     for tokens, _ in steps([50, 1, *[1] * 30]):
         cache.update_and_fetch(*tokens)
         plain.update_and_fetch(*tokens)
@@ -334,10 +348,10 @@ def test_what_auto_observes_of_a_window_taken_over_is_where_its_keys_are(backend
     cache = RotatingTurboKVCache.of(theirs, TurboConfig("auto", **SMALL))
     assert cache.undecided and cache.offset == 101
     for n, positions in (1, [60]), (3, [62, 63]):
-        (tokens, queries), = steps([n])
+        ((tokens, queries),) = steps([n])
         cache.update_and_fetch(*tokens)
         cache.observe(queries, 0.2)
-        assert cache._observed[0][-1][1][-len(positions):] == positions
+        assert cache._observed[0][-1][1][-len(positions) :] == positions
 
 
 # ---- the rest ----------------------------------------------------------------------------------------------------
@@ -348,8 +362,10 @@ def test_its_sink_is_what_the_window_keeps(backend):
 
 
 @FAST
-@pytest.mark.parametrize("max_size, keep, message", [
-    (0, 0, "max_size: got 0"), (8, 8, "keep: got 8, allowed are whole numbers from 0 to 7"), (8, -1, "keep: got -1")])
+@pytest.mark.parametrize(
+    "max_size, keep, message",
+    [(0, 0, "max_size: got 0"), (8, 8, "keep: got 8, allowed are whole numbers from 0 to 7"), (8, -1, "keep: got -1")],
+)
 def test_a_window_that_cannot_be_is_refused(backend, max_size, keep, message):
     with pytest.raises(ValueError, match=message):
         RotatingTurboKVCache(max_size, keep)

@@ -1,5 +1,6 @@
 """Once a sequence has packed its first tokens, nothing waits for the GPU any more: neither decode steps nor prompt
 chunks. Counted on the kernel path, with kernels that do nothing."""
+
 import contextlib
 import functools
 import traceback
@@ -68,8 +69,9 @@ class Layer:
 
     def __init__(self, cache, n_rows=1, heads=2, dim=64, bias=0):
         self.cache, self.rng = cache, np.random.default_rng(0)
-        self.tokens = functools.partial(random_tokens, self.rng, batch=n_rows, heads=heads, key_dim=dim, value_dim=dim,
-                                        dtype=mx.float16, bias=bias)
+        self.tokens = functools.partial(
+            random_tokens, self.rng, batch=n_rows, heads=heads, key_dim=dim, value_dim=dim, dtype=mx.float16, bias=bias
+        )
         self.shape = n_rows, 2 * heads, dim
 
     def inputs(self, n):
@@ -110,8 +112,9 @@ LAYERS = {
     "batch": lambda: Layer(BatchTurboKVCache("turbo4", [0] * 3), 3).batch([300, 140, 700]),
     "batch, centred": lambda: Layer(BatchTurboKVCache("turbo4", [0] * 3), 3, bias=30).batch([300, 140, 700]),
     "batch, auto": lambda: Layer(BatchTurboKVCache("auto", [0] * 2), 2).batch([300, 600]).prompt(1),
-    "batch of windows": lambda: Layer(RotatingTurboKVCache.merge(
-        [RotatingTurboKVCache(256, 4, SMALL) for _ in range(3)]), 3).batch([300, 140, 700]),
+    "batch of windows": lambda: Layer(
+        RotatingTurboKVCache.merge([RotatingTurboKVCache(256, 4, SMALL) for _ in range(3)]), 3
+    ).batch([300, 140, 700]),
 }
 
 
@@ -185,9 +188,19 @@ def test_rows_that_come_and_go_make_the_others_wait_for_nothing(monkeypatch, stu
     assert waits.places == []
 
 
-@pytest.mark.parametrize("look", [
-    lambda a: a.tolist(), lambda a: mx.eval(a), lambda a: bool(a.all()), repr, lambda a: np.array(a),
-    lambda a: a[0].item(), lambda a: np.asarray([a])], ids=range(7))
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda a: a.tolist(),
+        lambda a: mx.eval(a),
+        lambda a: bool(a.all()),
+        repr,
+        lambda a: np.array(a),
+        lambda a: a[0].item(),
+        lambda a: np.asarray([a]),
+    ],
+    ids=range(7),
+)
 def test_looking_at_a_scale_when_it_is_made_would_be_seen(monkeypatch, stub, look):
     """The fault that these tests are for: each block that was packed was looked at."""
     layer, quantize = LAYERS["turbo4"](), TurboKVCache._quantize
@@ -196,6 +209,7 @@ def test_looking_at_a_scale_when_it_is_made_would_be_seen(monkeypatch, stub, loo
         out = quantize(self, *args)
         look(mx.isfinite(out[0][1]).reshape(-1))
         return out
+
     monkeypatch.setattr(TurboKVCache, "_quantize", looking)
     decode(layer, 200, waits := Waits(monkeypatch))
     assert len(waits.places) >= 3

@@ -1,4 +1,5 @@
 """mlx-turbo chat: mlx_lm.chat, compressed, and a report at its end."""
+
 import importlib
 import io
 import re
@@ -100,9 +101,15 @@ def test_beyond_the_context_it_warns(run, monkeypatch):
     assert "the model was made for 16" in run([TURNS[0], "q"], "-m", 4)[2]
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--kv", "turbo9"], "--kv: got 'turbo9'"), (["--kv-recent", "-1"], "--kv-recent: got -1"),
-    (["--model", "/no/such"], "--model: there is no folder"), (["--nothing"], "mlx-turbo chat --help")])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--kv", "turbo9"], "--kv: got 'turbo9'"),
+        (["--kv-recent", "-1"], "--kv-recent: got -1"),
+        (["--model", "/no/such"], "--model: there is no folder"),
+        (["--nothing"], "mlx-turbo chat --help"),
+    ],
+)
 def test_wrong_arguments_get_one_line_and_exit_code_2(run, argv, words):
     code, out, err = run(["q"], "--model", DEMO_MODEL, *argv)
     assert (code, out, err.count("\n")) == (2, "", 1) and words in err

@@ -1,4 +1,5 @@
 """The command line: what `mlx-turbo` prints, keeps of mlx-lm, and refuses."""
+
 import importlib
 import json
 import os
@@ -56,20 +57,25 @@ def adapter(tmp_path):
     config = {"rank": 4, "scale": 20.0, "dropout": 0.0}
     linear_to_lora_layers(model, 4, config)
     mx.random.seed(0)
-    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), {
-        name: 0.05 * mx.random.normal(x.shape) for name, x in tree_flatten(model.trainable_parameters())})
-    (tmp_path / "adapter_config.json").write_text(json.dumps(
-        {"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": config}))
+    mx.save_safetensors(
+        str(tmp_path / "adapters.safetensors"),
+        {name: 0.05 * mx.random.normal(x.shape) for name, x in tree_flatten(model.trainable_parameters())},
+    )
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"fine_tune_type": "lora", "num_layers": 4, "lora_parameters": config})
+    )
     return tmp_path
 
 
 # ---- the command itself ------------------------------------------------------------------------------------
 def test_help_and_version_are_answered_without_importing_mlx_lm():
-    code = ("import sys; from mlx_turbo.cli import main\n"
-            "for flag in '--help', '--version':\n"
-            "    try: main([flag])\n"
-            "    except SystemExit as e: assert e.code == 0\n"
-            "assert not {'mlx_lm', 'transformers'} & set(sys.modules)")
+    code = (
+        "import sys; from mlx_turbo.cli.main import main\n"
+        "for flag in '--help', '--version':\n"
+        "    try: main([flag])\n"
+        "    except SystemExit as e: assert e.code == 0\n"
+        "assert not {'mlx_lm', 'transformers'} & set(sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     for word in (*main.COMMANDS, f"mlx-turbo {mlx_turbo.__version__}"):
@@ -78,10 +84,14 @@ def test_help_and_version_are_answered_without_importing_mlx_lm():
 
 def test_it_runs_as_a_module_and_reads_the_prompt_from_stdin(tmp_path):
     package = str(Path(mlx_turbo.__file__).parents[1])
-    command = (f"import sys, runpy; sys.path.insert(0, {package!r}); "
-               "runpy.run_module('mlx_turbo', run_name='__main__')")
-    out = subprocess.run([sys.executable, "-c", command, "generate", "--prompt", "-", "-m", "8"],
-                         input="Tom had a red ball.", capture_output=True, text=True, cwd=tmp_path)
+    command = f"import sys, runpy; sys.path.insert(0, {package!r}); runpy.run_module('mlx_turbo', run_name='__main__')"
+    out = subprocess.run(
+        [sys.executable, "-c", command, "generate", "--prompt", "-", "-m", "8"],
+        input="Tom had a red ball.",
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert out.returncode == 0, out.stderr
     assert "Generation: 8 tokens" in out.stdout and "KV cache: auto" in out.stdout
     assert "embedded demo model" in out.stderr
@@ -138,14 +148,24 @@ def test_an_adapter_is_used_with_our_caches_as_with_mlx_lm_s_own(run, adapter):
 def test_generate_ends_with_speed_and_what_the_cache_really_holds(run):
     code, out, _ = run("generate", "-p", STORY, "-m", 30, "--kv", "turbo4", "--backend", "cpu", *SHORT_WINDOW)
     assert code == 0
-    for line in (r"^Prompt: \d+ tokens, [\d.]+ tokens-per-sec", r"^Generation: 30 tokens",
-                 r"^Peak memory: [\d.]+ GB", r"^Backend: cpu fallback"):
+    for line in (
+        r"^Prompt: \d+ tokens, [\d.]+ tokens-per-sec",
+        r"^Generation: 30 tokens",
+        r"^Peak memory: [\d.]+ GB",
+        r"^Backend: cpu fallback",
+    ):
         assert re.search(line, out, re.MULTILINE), line
-    tokens, sink, packed, recent = map(int, re.search(
-        r"KV cache: turbo4, (\d+) tokens \((\d+) sink exact, (\d+) packed at 4\.[12]\d+ bits per value, (\d+) "
-        r"recent exact\); 4 of 4 layers compressed", out).groups())
-    held, uncompressed, ratio = map(float, re.search(
-        r"KV cache bytes: ([\d.]+) MB held, ([\d.]+) MB uncompressed, ratio ([\d.]+)", out).groups())
+    tokens, sink, packed, recent = map(
+        int,
+        re.search(
+            r"KV cache: turbo4, (\d+) tokens \((\d+) sink exact, (\d+) packed at 4\.[12]\d+ bits per value, (\d+) "
+            r"recent exact\); 4 of 4 layers compressed",
+            out,
+        ).groups(),
+    )
+    held, uncompressed, ratio = map(
+        float, re.search(r"KV cache bytes: ([\d.]+) MB held, ([\d.]+) MB uncompressed, ratio ([\d.]+)", out).groups()
+    )
     prompt = int(re.search(r"Prompt: (\d+)", out)[1])
     assert sink == 2 and recent >= 8 and sink + packed + recent == tokens
     assert prompt + 29 <= tokens <= prompt + 30  # mlx-lm has already read the last token, or has not
@@ -186,8 +206,12 @@ def test_a_short_max_kv_size_leaves_rotating_caches_and_the_report_says_they_are
 def test_max_kv_size_makes_windows_that_are_compressed(run):
     code, out, err = run("generate", "-m", 200, "--max-kv-size", 150, "--kv", "turbo4", *SHORT_WINDOW)
     assert code == 0 and "warning" not in err
-    assert re.search(r"^KV cache: turbo4, 150 tokens \(4 sink exact, \d+ packed at .*4 of 4 layers compressed "
-                     r"\(4 of them windows of 150 tokens\)", out, re.MULTILINE)
+    assert re.search(
+        r"^KV cache: turbo4, 150 tokens \(4 sink exact, \d+ packed at .*4 of 4 layers compressed "
+        r"\(4 of them windows of 150 tokens\)",
+        out,
+        re.MULTILINE,
+    )
 
 
 def test_mlx_lm_s_own_quantized_cache_still_works_with_kv_none(run):
@@ -307,7 +331,10 @@ def test_a_program_that_makes_its_caches_past_us_is_an_error_and_not_an_uncompre
     from mlx_lm.models.cache import KVCache
 
     original = module.generate
-    monkeypatch.setattr(module, "generate", lambda model, *a, **k: original(
-        model, *a, **k | {"prompt_cache": [KVCache() for _ in model.layers]}))
+    monkeypatch.setattr(
+        module,
+        "generate",
+        lambda model, *a, **k: original(model, *a, **k | {"prompt_cache": [KVCache() for _ in model.layers]}),
+    )
     code, out, err = run("generate", "-p", "Once", "-m", 3)
     assert code == 1 and "made no KV cache through mlx_turbo" in err

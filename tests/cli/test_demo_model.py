@@ -1,4 +1,5 @@
 """The embedded model: it loads, it reads, and its training script matches it."""
+
 import json
 import math
 import runpy
@@ -59,9 +60,12 @@ def test_excerpts_are_complete_stories():
 
 @pytest.mark.parametrize("stage", [[], ["prepare"], ["tokenizer"], ["train"], ["export"], ["quantize"]])
 def test_training_script_explains_itself_without_torch(stage):
-    code = ("import runpy, sys; sys.modules['torch'] = sys.modules['tokenizers'] = None; "
-            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
-    out = subprocess.run([sys.executable, "-c", code, str(TRAIN_SCRIPT), *stage, "--help"],
-                         capture_output=True, text=True)
+    code = (
+        "import runpy, sys; sys.modules['torch'] = sys.modules['tokenizers'] = None; "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(TRAIN_SCRIPT), *stage, "--help"], capture_output=True, text=True
+    )
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith("usage: train_demo_model.py")

@@ -1,4 +1,5 @@
 """The doctor: it passes a right backend, and fails and names each planted fault."""
+
 import io
 import json
 
@@ -17,8 +18,10 @@ class FlippedCodes(CpuBackend):
 
     def quantize(self, sides, seed=0):
         out = super().quantize(sides, seed)
-        return [(c ^ (mx.arange(c.shape[-1]) == 0).astype(mx.uint32) if s.bits == 3 else c, scale)
-                for s, (c, scale) in zip(sides, out)]
+        return [
+            (c ^ (mx.arange(c.shape[-1]) == 0).astype(mx.uint32) if s.bits == 3 else c, scale)
+            for s, (c, scale) in zip(sides, out)
+        ]
 
 
 class WrongScale(CpuBackend):
@@ -54,8 +57,10 @@ class DoesNotBuildAt512(CpuBackend):
 
     def quantize(self, sides, seed=0):
         if sides[0].x.shape[-1] == 512:
-            raise BackendError("the Metal kernel does not build or run: quantize.metal with head_dim 512\n"
-                               "program_source:12:5: error: too many registers")
+            raise BackendError(
+                "the Metal kernel does not build or run: quantize.metal with head_dim 512\n"
+                "program_source:12:5: error: too many registers"
+            )
         return super().quantize(sides, seed)
 
 
@@ -105,8 +110,7 @@ def test_it_passes_on_this_machine_and_says_what_it_checked(capsys):
     assert main.main(["doctor", "--all", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] and report["failures"] == [] and report["checks"] == len(doctor.all_checks())
-    for name in ("mlx_turbo", "mlx", "mlx-lm", "python", "numpy", "system", "chip", "memory",
-                 "default device"):
+    for name in ("mlx_turbo", "mlx", "mlx-lm", "python", "numpy", "system", "chip", "memory", "default device"):
         assert report["machine"][name]
     assert report["backend"]["name"] in ("metal", "cpu") and report["backend"]["why"]
     assert report["seconds"] > 0
@@ -114,8 +118,7 @@ def test_it_passes_on_this_machine_and_says_what_it_checked(capsys):
 
 def test_checks_cover_every_head_dim_bits_dtype_operation_with_and_without_mean():
     checks = doctor.all_checks()
-    single = [(c.operation, *c.sides[0], c.dtype) for c in checks
-              if isinstance(c, doctor.Check) and len(c.sides) == 1]
+    single = [(c.operation, *c.sides[0], c.dtype) for c in checks if isinstance(c, doctor.Check) and len(c.sides) == 1]
     for op in ("quantize", "dequantize"):
         for bits in doctor.BITS:
             assert {d for o, d, b, _, _ in single if (o, b) == (op, bits)} == set(doctor.HEAD_DIMS)
@@ -186,12 +189,19 @@ def test_the_quick_checks_pair_what_models_differ_in():
 def test_the_page_names_the_models_as_they_are_checked():
     keys = {0: "exact", 4: "4 bits", 8: "8 bits"}
     lines = [line for line in pages.text("docs/compiling.md").splitlines() if line.startswith("| ")]
-    assert [line[2:-2].split(" | ") for line in lines[1:]] == [[m.names, str(m.head_dim), str(m.heads_per_kv_head),
-                     keys[m.key_bits] + (", centred" if m.key_bits else ", values centred") * m.means,
-                     doctor._dtype_name(m.dtype),
-                     ("one launch" if m.n_tokens == doctor.ONE_LAUNCH else "two launches")
-                     + f", and {m.n_drafts} drafts verified" * bool(m.n_drafts) + ", sinks" * m.sinks]
-                    for m in doctor.MODELS]
+    assert [line[2:-2].split(" | ") for line in lines[1:]] == [
+        [
+            m.names,
+            str(m.head_dim),
+            str(m.heads_per_kv_head),
+            keys[m.key_bits] + (", centred" if m.key_bits else ", values centred") * m.means,
+            doctor._dtype_name(m.dtype),
+            ("one launch" if m.n_tokens == doctor.ONE_LAUNCH else "two launches")
+            + f", and {m.n_drafts} drafts verified" * bool(m.n_drafts)
+            + ", sinks" * m.sinks,
+        ]
+        for m in doctor.MODELS
+    ]
 
 
 def test_the_quick_checks_pass_in_the_simulator_and_build_few_libraries(simulated, generated_texts, capsys):
@@ -232,8 +242,23 @@ def test_attention_is_checked_with_every_scheme_head_dim_mask_length_and_dtype()
 
 def test_attention_is_checked_with_tiles_of_each_kind():
     """Decoded by each simdgroup for itself; shared by several; and shared by so many rows that queries lie elsewhere."""
-    shapes = {attend_launch.attend_shape(attend_launch.AttendTuning(), c.keys[0], c.values[0], c.keys[1], c.values[1],
-                                   c.heads_per_kv_head, c.n_queries, False)
-              for c in doctor.all_checks() if isinstance(c, doctor.AttendCheck) and c.n_queries <= 16}
-    assert {(s.SHARED_TILES, s.QUERIES_IN_DEVICE_MEMORY) for s in shapes} == {(False, False), (True, False), (True, True)}
+    shapes = {
+        attend_launch.attend_shape(
+            attend_launch.AttendTuning(),
+            c.keys[0],
+            c.values[0],
+            c.keys[1],
+            c.values[1],
+            c.heads_per_kv_head,
+            c.n_queries,
+            False,
+        )
+        for c in doctor.all_checks()
+        if isinstance(c, doctor.AttendCheck) and c.n_queries <= 16
+    }
+    assert {(s.SHARED_TILES, s.QUERIES_IN_DEVICE_MEMORY) for s in shapes} == {
+        (False, False),
+        (True, False),
+        (True, True),
+    }
     assert {s.CHUNKS for s in shapes} == {1, 2}

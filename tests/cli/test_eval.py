@@ -1,4 +1,5 @@
 """`mlx-turbo eval`: its figures against figures computed another way, its texts, its picture, and what it refuses."""
+
 import contextlib
 import inspect
 import io
@@ -44,8 +45,26 @@ def measured(tmp_path_factory):
     png = tmp_path_factory.mktemp("eval") / "quality.png"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main.main(["eval", "--tokens", "144", "--windows", "2", "--chunk", "48", "--kv-recent", "16",
-                         "--kv-block", "16", "--kv", *SCHEMES, "--json", "--png", str(png)])
+        code = main.main(
+            [
+                "eval",
+                "--tokens",
+                "144",
+                "--windows",
+                "2",
+                "--chunk",
+                "48",
+                "--kv-recent",
+                "16",
+                "--kv-block",
+                "16",
+                "--kv",
+                *SCHEMES,
+                "--json",
+                "--png",
+                str(png),
+            ]
+        )
     assert code == 0, err.getvalue()
     return json.loads(out.getvalue()), err.getvalue(), png
 
@@ -102,7 +121,7 @@ def test_mlx4_is_what_mlx_lm_s_quantized_cache_gives(demo):
     tokens, chunk = tokenizer.encode(STORIES)[:97], 16
     log_p = {}
     for name, caches in (("none", make_plain_cache(model)), ("mlx4", [QuantizedKVCache(64, 4) for _ in model.layers])):
-        logits = [model(mx.array(tokens[i:i + chunk])[None], cache=caches)[0] for i in range(0, 96, chunk)]
+        logits = [model(mx.array(tokens[i : i + chunk])[None], cache=caches)[0] for i in range(0, 96, chunk)]
         x = np.array(mx.concatenate(logits), np.float64)
         log_p[name] = x - np.log(np.exp(x).sum(-1, keepdims=True))
     p, q = log_p["none"], log_p["mlx4"]
@@ -119,8 +138,10 @@ def test_windows_are_read_independently(demo):
     tokens = tokenizer.encode(STORIES)
     windows = evaluate._windows(tokenizer, STORIES, 40, 2)
     assert windows == [tokens[:40], tokens[40:80]]
-    make = {"none": lambda: make_plain_cache(model),
-            "turbo2": lambda: make_prompt_cache(model, TurboConfig("turbo2", recent=0, block=1))}
+    make = {
+        "none": lambda: make_plain_cache(model),
+        "turbo2": lambda: make_prompt_cache(model, TurboConfig("turbo2", recent=0, block=1)),
+    }
     both = metrics.compare(model, windows, make, 8)["turbo2"][0]
     first, second = (metrics.compare(model, [w], make, 8)["turbo2"][0] for w in windows)
     assert both["kld"] == pytest.approx((first["kld"] + second["kld"]) / 2)
@@ -132,7 +153,7 @@ def test_a_short_text_is_one_short_window_and_a_long_one_is_not_encoded_whole(de
     seen = []
     spy = types.SimpleNamespace(encode=lambda text: seen.append(len(text)) or tokenizer.encode(text))
     assert evaluate._windows(tokenizer, STORIES[:100], 2048, 3) == [tokenizer.encode(STORIES[:100])]
-    assert evaluate._windows(spy, STORIES, 50, 2) == [tokenizer.encode(STORIES)[i:i + 50] for i in (0, 50)]
+    assert evaluate._windows(spy, STORIES, 50, 2) == [tokenizer.encode(STORIES)[i : i + 50] for i in (0, 50)]
     assert max(seen) < len(STORIES) / 2
 
 
@@ -142,15 +163,23 @@ def filled(make, n_tokens, dtype, head_dim=64, chunk=None):
     cache = make()
     x = mx.random.normal((1, 1, n_tokens, head_dim), key=rng).astype(dtype)
     for start in range(0, n_tokens, chunk or n_tokens):
-        part = x[:, :, start:start + (chunk or n_tokens)]
+        part = x[:, :, start : start + (chunk or n_tokens)]
         cache.update_and_fetch(part, part)
     return cache
 
 
-@pytest.mark.parametrize("make", [
-    KVCache, lambda: QuantizedKVCache(64, 4), lambda: QuantizedKVCache(64, 8), lambda: TurboKVCache("turbo4"),
-    lambda: TurboKVCache("turbo3", sink=0, recent=0, block=1), lambda: TurboKVCache("turbo0v4", sink=128),
-], ids=["none", "mlx4", "mlx8", "turbo4", "no exact tokens", "exact keys"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        KVCache,
+        lambda: QuantizedKVCache(64, 4),
+        lambda: QuantizedKVCache(64, 8),
+        lambda: TurboKVCache("turbo4"),
+        lambda: TurboKVCache("turbo3", sink=0, recent=0, block=1),
+        lambda: TurboKVCache("turbo0v4", sink=128),
+    ],
+    ids=["none", "mlx4", "mlx8", "turbo4", "no exact tokens", "exact keys"],
+)
 def test_bits_projected_from_a_short_float32_run_are_those_of_a_16_bit_cache_with_32k_tokens(make):
     short, full = filled(make, 600, mx.float32, chunk=50), filled(make, 32768, mx.bfloat16)
     assert metrics.projected_bits([short]) == metrics.resident_bits([full])
@@ -163,7 +192,11 @@ def test_bits_count_what_the_caches_hold(measured):
     # 144 - 1 tokens in buffers for 256, float32
     assert rows["none"]["resident_bits_per_value"] == pytest.approx(32 * 256 / 143)
     for kv, bits in zip(SCHEMES, [4.5, 6.125, 4.125, 3.125, 16]):  # means of keys add up to 16 / 128 on one side
-        assert bits <= rows[kv]["packed_bits_per_value"] <= bits + (16 / 128 / 2 if kv in ("turbo8v4", "turbo4", "turbo3") else 0)
+        assert (
+            bits
+            <= rows[kv]["packed_bits_per_value"]
+            <= bits + (16 / 128 / 2 if kv in ("turbo8v4", "turbo4", "turbo3") else 0)
+        )
     for kv in SCHEMES[1:]:
         assert rows[kv]["resident_bits_per_value"] == pytest.approx(8 * rows[kv]["nbytes"] / (4 * 2 * 2 * 128 * 143))
     assert 4.125 < rows["turbo4"]["resident_bits_per_value_32k"] < 4.26 < rows["mlx4"]["resident_bits_per_value_32k"]
@@ -201,10 +234,10 @@ def test_documents_hide_every_fact_at_its_depth_and_ask_for_it(demo):
 def test_documents_are_in_the_words_the_embedded_model_was_trained_on():
     script = runpy.run_path(str(ROOT / "scripts" / "train_demo_model.py"))
     assert needles.NAMES == script["NAMES"] and list(needles.WHAT) == script["DIGIT_ATTRS"]
-    assert {f.strip().format(what="{attr}", name="{name}", digits="0").replace(" 0", "{val}")
-            for f in needles.FACTS} == set(script["FACTS"])
-    assert {q.strip().format(what="{attr}", name="{name}") + "{val}."
-            for q in needles.QUESTIONS} == set(script["ASKS"])
+    assert {
+        f.strip().format(what="{attr}", name="{name}", digits="0").replace(" 0", "{val}") for f in needles.FACTS
+    } == set(script["FACTS"])
+    assert {q.strip().format(what="{attr}", name="{name}") + "{val}." for q in needles.QUESTIONS} == set(script["ASKS"])
 
 
 def test_a_text_without_sentences_serves_and_one_without_room_is_refused(demo):
@@ -243,8 +276,21 @@ def test_the_embedded_model_recalls_through_a_packed_cache_and_not_without_one(d
 
 
 def test_needles_by_length_and_depth_stand_in_json_and_table(run, capsys):
-    code, out, _ = run("eval", "--tokens", 20, "--needles", "--needle-documents", 1, "--needle-lengths", 256,
-                       "--needle-facts", 5, "--kv", "turbo4", "--json")
+    code, out, _ = run(
+        "eval",
+        "--tokens",
+        20,
+        "--needles",
+        "--needle-documents",
+        1,
+        "--needle-lengths",
+        256,
+        "--needle-facts",
+        5,
+        "--kv",
+        "turbo4",
+        "--json",
+    )
     assert code == 0
     report = json.loads(out)
     none, turbo4 = report["needles"]
@@ -274,8 +320,16 @@ def test_the_table_has_a_row_per_cache_and_says_where_it_comes_from(run, tmp_pat
     file.write_text(STORIES[:700])
     code, out, err = run("eval", "--text", file, "--tokens", 180, "--chunk", 60, "--kv", "turbo4", "--kv", "none")
     assert (code, err) == (0, "")
-    for part in ("1 x 180 tokens of text.txt in chunks of 60, dtype float32", "4 of 4 layers compressed", "Backend: ",
-                 "mlx-lm ", f"Command: mlx-turbo eval --text {file}", "resident: ", "at 32K: ", "packed: "):
+    for part in (
+        "1 x 180 tokens of text.txt in chunks of 60, dtype float32",
+        "4 of 4 layers compressed",
+        "Backend: ",
+        "mlx-lm ",
+        f"Command: mlx-turbo eval --text {file}",
+        "resident: ",
+        "at 32K: ",
+        "packed: ",
+    ):
         assert part in out
     number = r" +-?[\d.]+%?"
     assert re.search(rf"^none{number * 3} +-{number * 3} +-$", out, re.MULTILINE)
@@ -328,16 +382,25 @@ def test_mlx_lm_quantizes_plain_caches_with_whole_groups_only():
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("argv, words", [
-    (["--kv", "turbo5"], ["--kv: got 'turbo5'", "turbo8v4"]), (["--kv", "mlx5"], ["--kv: got 'mlx5'", "mlx8 or mlx4"]),
-    (["--kv-block", "0"], ["--kv-block: got 0"]), (["--kv-recent", "-1"], ["--kv-recent: got -1"]),
-    (["--tokens", "1"], ["--tokens: got 1", "from 2"]), (["--windows", "0"], ["--windows: got 0"]),
-    (["--chunk", "0"], ["--chunk: got 0"]),
-    (["--needle-facts", "0"], ["--needle-facts: got 0"]), (["--needle-documents", "0"], ["--needle-documents: got 0"]),
-    (["--dtype", "int8"], ["--dtype", "float32"]), (["--text", "/no/such"], ["--text", "/no/such"]),
-    (["--text", "stories/none.txt"], ["--text", "stories/none.txt"]),
-    (["--png", "picture.pdf"], ["--png: 'picture.pdf' does not end in .png"]),
-    (["--png", "/no/such/a.png"], ["--png: cannot write '/no/such/a.png'", "No such file"])])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--kv", "turbo5"], ["--kv: got 'turbo5'", "turbo8v4"]),
+        (["--kv", "mlx5"], ["--kv: got 'mlx5'", "mlx8 or mlx4"]),
+        (["--kv-block", "0"], ["--kv-block: got 0"]),
+        (["--kv-recent", "-1"], ["--kv-recent: got -1"]),
+        (["--tokens", "1"], ["--tokens: got 1", "from 2"]),
+        (["--windows", "0"], ["--windows: got 0"]),
+        (["--chunk", "0"], ["--chunk: got 0"]),
+        (["--needle-facts", "0"], ["--needle-facts: got 0"]),
+        (["--needle-documents", "0"], ["--needle-documents: got 0"]),
+        (["--dtype", "int8"], ["--dtype", "float32"]),
+        (["--text", "/no/such"], ["--text", "/no/such"]),
+        (["--text", "stories/none.txt"], ["--text", "stories/none.txt"]),
+        (["--png", "picture.pdf"], ["--png: 'picture.pdf' does not end in .png"]),
+        (["--png", "/no/such/a.png"], ["--png: cannot write '/no/such/a.png'", "No such file"]),
+    ],
+)
 def test_bad_input_gets_one_line_before_the_model_is_loaded(run, loads_nothing, argv, words):
     code, out, err = run("eval", *argv)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -347,10 +410,12 @@ def test_bad_input_gets_one_line_before_the_model_is_loaded(run, loads_nothing, 
 
 def test_bad_input_that_the_model_shows(run, tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    for argv, words in ((["--model", "/no/such"], "--model: there is no folder"),
-                        (["--text", tmp_path / "a.txt"], "at least 2 are needed"),
-                        (["--needles", "--needle-lengths", 512, 90], "--needle-lengths: got 90, too short for 10"),
-                        (["--needles", "--needle-facts", 201], "--needle-facts: got 201, at most 200")):
+    for argv, words in (
+        (["--model", "/no/such"], "--model: there is no folder"),
+        (["--text", tmp_path / "a.txt"], "at least 2 are needed"),
+        (["--needles", "--needle-lengths", 512, 90], "--needle-lengths: got 90, too short for 10"),
+        (["--needles", "--needle-facts", 201], "--needle-facts: got 201, at most 200"),
+    ):
         code, out, err = run("eval", *argv)
         assert (code, out, err.count("\n")) == (2, "", 1) and words in err
 
@@ -365,8 +430,9 @@ def test_the_picture_is_a_png_with_something_on_it(measured):
     assert 0.02 < (pixels[..., :3].min(-1) < 0.7).mean() < 0.3  # drawn on, and not filled
 
 
-def test_a_picture_without_matplotlib_is_refused_with_the_command_that_installs_it(run, loads_nothing, monkeypatch,
-                                                                                  tmp_path):
+def test_a_picture_without_matplotlib_is_refused_with_the_command_that_installs_it(
+    run, loads_nothing, monkeypatch, tmp_path
+):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = run("eval", "--png", tmp_path / "a.png")
     assert code == 2 and 'pip install "mlx-turbo[plot]"' in err and not list(tmp_path.iterdir())
@@ -420,21 +486,29 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_a_dataset_s_test_split_is_taken_or_the_file_that_is_named(hub):
-    hub["owner/name"] = {"README.md": "", "data/train.jsonl": '{"text": "seen"}\n',
-                         "data/validation.txt": "valid",
-                         "data/test-00000.jsonl": '{"text": "one"}\n\n{"text": "two"}\n'}
+    hub["owner/name"] = {
+        "README.md": "",
+        "data/train.jsonl": '{"text": "seen"}\n',
+        "data/validation.txt": "valid",
+        "data/test-00000.jsonl": '{"text": "one"}\n\n{"text": "two"}\n',
+    }
     assert evaluate.read_text("owner/name") == ("one\n\ntwo", "owner/name/data/test-00000.jsonl")
     assert evaluate.read_text("owner/name/data/validation.txt") == ("valid", "owner/name/data/validation.txt")
     hub["owner/name"].pop("data/test-00000.jsonl")
     assert evaluate.read_text("owner/name")[0] == "valid"
 
 
-@pytest.mark.parametrize("source, message", [
-    ("no/body", "'no/body' is neither a file here nor a dataset on the Hugging Face Hub"),
-    ("owner/name/b.txt", "the dataset 'owner/name' on the Hugging Face Hub has no 'b.txt'"),
-    ("owner/name", r"no test or validation split .* owner/name/FILE: it has train.txt"),
-    ("owner/odd/test.jsonl", "'owner/odd/test.jsonl' has no field 'text'"), ("owner/odd/bad-test.jsonl", "cannot read"),
-    ("/no/such/file", "cannot read '/no/such/file'")])
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("no/body", "'no/body' is neither a file here nor a dataset on the Hugging Face Hub"),
+        ("owner/name/b.txt", "the dataset 'owner/name' on the Hugging Face Hub has no 'b.txt'"),
+        ("owner/name", r"no test or validation split .* owner/name/FILE: it has train.txt"),
+        ("owner/odd/test.jsonl", "'owner/odd/test.jsonl' has no field 'text'"),
+        ("owner/odd/bad-test.jsonl", "cannot read"),
+        ("/no/such/file", "cannot read '/no/such/file'"),
+    ],
+)
 def test_texts_that_are_not_there_are_named(hub, source, message):
     hub["owner/name"] = {"train.txt": "seen"}
     hub["owner/odd"] = {"test.jsonl": '{"content": "a"}\n', "bad-test.jsonl": "{"}
@@ -454,8 +528,10 @@ def test_parquet_is_read_with_pyarrow_and_refused_without(hub, monkeypatch):
     table = types.SimpleNamespace(to_pylist=lambda: ["one", "two"])
     fake = types.ModuleType("pyarrow")
     names = ["id", "text"]
-    fake.parquet = types.SimpleNamespace(read_table=lambda path, columns: {columns[0]: table},
-                                         read_schema=lambda path: types.SimpleNamespace(names=names))
+    fake.parquet = types.SimpleNamespace(
+        read_table=lambda path, columns: {columns[0]: table},
+        read_schema=lambda path: types.SimpleNamespace(names=names),
+    )
     monkeypatch.setitem(sys.modules, "pyarrow", fake)
     assert evaluate.read_text("owner/name") == ("one\n\ntwo", "owner/name/test.parquet")
     names.remove("text")

@@ -1,4 +1,5 @@
 """`mlx-turbo plan`: the caches it counts on are those the models have, and its figures those of real caches."""
+
 import http.server
 import json
 import os
@@ -22,9 +23,19 @@ from mlx_turbo.integration.prompt_cache import members
 
 CONFIG = json.loads((DEMO_MODEL / "config.json").read_text())
 LLAMA_70B = dict(
-    model_type="llama", hidden_size=8192, num_hidden_layers=80, intermediate_size=28672, num_attention_heads=64,
-    num_key_value_heads=8, rms_norm_eps=1e-5, vocab_size=128256, rope_theta=500000.0, tie_word_embeddings=False,
-    max_position_embeddings=131072, torch_dtype="bfloat16")
+    model_type="llama",
+    hidden_size=8192,
+    num_hidden_layers=80,
+    intermediate_size=28672,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    rms_norm_eps=1e-5,
+    vocab_size=128256,
+    rope_theta=500000.0,
+    tie_word_embeddings=False,
+    max_position_embeddings=131072,
+    torch_dtype="bfloat16",
+)
 BUILT = [n for n in families.all_names() if n not in families.NOT_BUILT]
 
 
@@ -143,9 +154,17 @@ def test_the_tokens_that_fit_do_and_one_more_does_not():
     assert plan.tokens_that_fit(layers, configs, 0) == 0
 
 
-@pytest.mark.parametrize("text, nbytes", [
-    ("24GB", 24 * 10**9), ("24 gb", 24 * 10**9), ("24", 24 * 10**9), ("1.5GiB", 3 * 2**29), ("512MB", 512 * 10**6),
-    ("0.5TB", 5 * 10**11)])
+@pytest.mark.parametrize(
+    "text, nbytes",
+    [
+        ("24GB", 24 * 10**9),
+        ("24 gb", 24 * 10**9),
+        ("24", 24 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("512MB", 512 * 10**6),
+        ("0.5TB", 5 * 10**11),
+    ],
+)
 def test_sizes(text, nbytes):
     assert plan.parse_size(text) == nbytes
 
@@ -211,29 +230,46 @@ def test_without_memory_it_is_this_machine_s(run, monkeypatch):
     assert f"{pages / 1e9:.2f} GB (this machine's memory, which has no Metal GPU)" in run()[1]
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["--tokens", "0"], "--tokens: got 0"), (["--batch", "0"], "--batch: got 0"),
-    (["--memory", "x"], "--memory: got 'x'"), (["--kv", "turbo5"], "--kv: got 'turbo5'"),
-    (["--memory", "1MB"], "--memory: the weights alone are 4.54 MB"),
-    (["--model", "no such folder"], "there is no folder 'no such folder'"),
-    (["--kv-recent", "-1"], "--kv-recent: got -1")])
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--tokens", "0"], "--tokens: got 0"),
+        (["--batch", "0"], "--batch: got 0"),
+        (["--memory", "x"], "--memory: got 'x'"),
+        (["--kv", "turbo5"], "--kv: got 'turbo5'"),
+        (["--memory", "1MB"], "--memory: the weights alone are 4.54 MB"),
+        (["--model", "no such folder"], "there is no folder 'no such folder'"),
+        (["--kv-recent", "-1"], "--kv-recent: got -1"),
+    ],
+)
 def test_wrong_input_is_one_line(run, argv, says):
     code, out, err = run(*argv)
     assert (code, out, err.count("\n")) == (2, "", 1) and says in err
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"model_type": "gpt99"}, "mlx-lm cannot build a 'gpt99' model"),
-    ({"model_type": None}, "mlx-lm cannot build a None model"),
-    ({"num_hidden_layers": "four"}, "cannot build a 'qwen3' model"), ({"head_dim": 30}, "turbo8v4 does not go with")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"model_type": "gpt99"}, "mlx-lm cannot build a 'gpt99' model"),
+        ({"model_type": None}, "mlx-lm cannot build a None model"),
+        ({"num_hidden_layers": "four"}, "cannot build a 'qwen3' model"),
+        ({"head_dim": 30}, "turbo8v4 does not go with"),
+    ],
+)
 def test_configurations_that_do_not_work(run, folder, change, says):
     code, out, err = run("--model", folder(CONFIG | change))
     assert (code, out, err.count("\n")) == (2, "", 1) and says in err
 
 
-@pytest.mark.parametrize("text, says", [
-    ("{", "JSONDecodeError"), ("[]", "has no 'model_type'"), ("{}", "has no 'model_type'"),
-    (None, "FileNotFoundError")])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "has no 'model_type'"),
+        ("{}", "has no 'model_type'"),
+        (None, "FileNotFoundError"),
+    ],
+)
 def test_files_that_are_no_configuration(run, tmp_path, text, says):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
@@ -249,8 +285,10 @@ INDEX = {"metadata": {"total_size": 4 * 10**9}, "weight_map": {}}
 class Hub(http.server.BaseHTTPRequestHandler):
     """Two models: tiny/indexed, and tiny/single, whose one file of weights has no index."""
 
-    files = {"tiny/indexed": {"config.json": CONFIG, "model.safetensors.index.json": INDEX},
-             "tiny/single": {"config.json": CONFIG}}
+    files = {
+        "tiny/indexed": {"config.json": CONFIG, "model.safetensors.index.json": INDEX},
+        "tiny/single": {"config.json": CONFIG},
+    }
     asked = []
 
     def do_GET(self):
@@ -265,8 +303,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         body = json.dumps(found).encode()
         self.send_response(200 if found else 404)
         missing = "EntryNotFound" if name in self.files else "RepoNotFound"
-        for key, value in {"Content-Length": len(body), "X-Repo-Commit": COMMIT, "ETag": f'"{hash(body):x}"',
-                           **({} if found else {"X-Error-Code": missing})}.items():
+        for key, value in {
+            "Content-Length": len(body),
+            "X-Repo-Commit": COMMIT,
+            "ETag": f'"{hash(body):x}"',
+            **({} if found else {"X-Error-Code": missing}),
+        }.items():
             self.send_header(key, str(value))
         self.end_headers()
         if self.command == "GET":
@@ -287,18 +329,27 @@ def hub(tmp_path_factory):
 
     def ask(name, **env):
         env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and not k.startswith("HF_")} | {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
-            **env}
-        return subprocess.run([sys.executable, "-m", "mlx_turbo", "plan", "--model", name, "--memory", "8GB", "--json"],
-                              env=env, capture_output=True, text=True, timeout=120)
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            **env,
+        }
+        return subprocess.run(
+            [sys.executable, "-m", "mlx_turbo", "plan", "--model", name, "--memory", "8GB", "--json"],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
     yield ask
     server.shutdown()
     server.server_close()
 
 
-@pytest.mark.parametrize("name, weights, source", [("tiny/indexed", 4 * 10**9, "index"),
-                                                   ("tiny/single", 3 * 10**9, "Hub")])
+@pytest.mark.parametrize(
+    "name, weights, source", [("tiny/indexed", 4 * 10**9, "index"), ("tiny/single", 3 * 10**9, "Hub")]
+)
 def test_of_a_model_on_the_hub_only_configuration_and_index_are_read(hub, name, weights, source):
     Hub.asked.clear()
     done = hub(name)

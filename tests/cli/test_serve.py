@@ -1,4 +1,5 @@
 """mlx-turbo serve: its answers to a client that speaks OpenAI's protocol, with and without hits in its prompt cache."""
+
 import copy
 import json
 import re
@@ -81,8 +82,20 @@ def start(tmp_path, model):
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory, model):
     """A server whose packed tokens are exact, so that every answer is the greedy one."""
-    with Server(tmp_path_factory.mktemp("exact"), "--model", model, "--chat-template", DEMO_TEMPLATE, "--kv", "turbo0",
-                *SHORT_WINDOW, "--max-context", 600, "--prompt-cache-bytes", "10MB") as server:
+    with Server(
+        tmp_path_factory.mktemp("exact"),
+        "--model",
+        model,
+        "--chat-template",
+        DEMO_TEMPLATE,
+        "--kv",
+        "turbo0",
+        *SHORT_WINDOW,
+        "--max-context",
+        600,
+        "--prompt-cache-bytes",
+        "10MB",
+    ) as server:
         yield server
         assert "Traceback" not in server.log
 
@@ -233,7 +246,7 @@ def test_speculative_decoding_gives_the_tokens_of_the_model_alone_after_hits_too
 # ---- memory ------------------------------------------------------------------------------------------------
 def test_thirty_more_requests_take_no_more_memory_than_the_prompt_cache_may(exact):
     def request(i):
-        exact.chat([{"role": "user", "content": " ".join(STORIES[60 + 6 * i:66 + 6 * i])}], 4)
+        exact.chat([{"role": "user", "content": " ".join(STORIES[60 + 6 * i : 66 + 6 * i])}], 4)
 
     for i in range(8):
         request(i)
@@ -268,8 +281,9 @@ def test_a_client_that_goes_away_in_the_middle_of_a_stream_stops_its_answer(exac
 # ---- wrong requests ----------------------------------------------------------------------------------------
 def test_a_prompt_beyond_the_model_s_context_is_refused(demo):
     for options in ({}, {"stream": True}):
-        status, answer = demo.post("/v1/chat/completions", {
-            "messages": [{"role": "user", "content": "red ball " * 2100}], **options})
+        status, answer = demo.post(
+            "/v1/chat/completions", {"messages": [{"role": "user", "content": "red ball " * 2100}], **options}
+        )
         assert status == 400
         assert "tokens, allowed are less than 4096, what the model was made for" in answer["error"]
     assert demo.chat(STORY)["usage"]["completion_tokens"] == 8
@@ -297,10 +311,14 @@ def test_a_model_named_in_a_request_is_compressed_too(demo, model):
     assert f"{model}: KV cache auto, 4 of 4 layers compressed" in demo.log
 
 
-@pytest.mark.parametrize("path, body, status, word", [
-    ("/v1/chat/completions", '{"messages": [', 400, "Invalid JSON"),
-    ("/v1/chat/completions", "[1]", 400, "JSON dictionary"),
-    ("/v1/completions", {"prompt": ""}, 400, "the prompt is empty")])
+@pytest.mark.parametrize(
+    "path, body, status, word",
+    [
+        ("/v1/chat/completions", '{"messages": [', 400, "Invalid JSON"),
+        ("/v1/chat/completions", "[1]", 400, "JSON dictionary"),
+        ("/v1/completions", {"prompt": ""}, 400, "the prompt is empty"),
+    ],
+)
 def test_a_malformed_request_gets_400_and_says_why(demo, path, body, status, word):
     got, answer = demo.post(path, body)
     assert got == status and word in answer["error"]
@@ -421,9 +439,13 @@ def test_the_context_is_what_the_configuration_says():
     from mlx_turbo.cli.serve import context_of
 
     yarn = {"factor": 4.0, "original_max_position_embeddings": 32768}
-    for args, limit in ((Args(max_position_embeddings=4096), 4096), (Args(), None), (None, None),
-                        (Args(max_position_embeddings=None, text_config={"max_position_embeddings": 64}), 64),
-                        (Args(max_position_embeddings=32768, rope_scaling=yarn), 131072)):
+    for args, limit in (
+        (Args(max_position_embeddings=4096), 4096),
+        (Args(), None),
+        (None, None),
+        (Args(max_position_embeddings=None, text_config={"max_position_embeddings": 64}), 64),
+        (Args(max_position_embeddings=32768, rope_scaling=yarn), 131072),
+    ):
         assert context_of(Args(args=args)) == limit
 
 
@@ -457,13 +479,26 @@ def test_conversations_with_a_model_of_sliding_windows_are_answered_together_and
     folder = tmp_path / "windows"
     save_window_model(folder, 150)
     reference = Reference(folder)
-    with Server(tmp_path, "--model", folder, "--chat-template", DEMO_TEMPLATE, "--kv", "turbo0",
-                *SHORT_WINDOW, "--prompt-cache-size", 99) as server, ThreadPoolExecutor(4) as pool:
+    with (
+        Server(
+            tmp_path,
+            "--model",
+            folder,
+            "--chat-template",
+            DEMO_TEMPLATE,
+            "--kv",
+            "turbo0",
+            *SHORT_WINDOW,
+            "--prompt-cache-size",
+            99,
+        ) as server,
+        ThreadPoolExecutor(4) as pool,
+    ):
         assert "4 of 4 layers compressed (3 of them windows of 150 tokens)" in server.log
         assert "answered together" in server.log
         talks, hits = [Conversation(server, i) for i in range(4)], []
         for talk in talks:
-            talk.messages = [{"role": "user", "content": " ".join(STORIES[5 * talk.number:5 * talk.number + 14])}]
+            talk.messages = [{"role": "user", "content": " ".join(STORIES[5 * talk.number : 5 * talk.number + 14])}]
         for _ in range(4):
             for sent, answer in pool.map(lambda talk: talk.say(12), talks):
                 assert reference.behind(sent, answer).max() < 1e-4
@@ -495,9 +530,11 @@ def test_what_the_page_on_the_server_shows_works(demo, language, word):
 
 # ---- soak --------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.parametrize("argv, n_first, most_behind, most_not_greedy",
-                         [(["--kv", "turbo0", *SHORT_WINDOW], 1, 0.0, 0), ([], 30, PACKED_BEHIND, 0.02)],
-                         ids=["exact", "default"])
+@pytest.mark.parametrize(
+    "argv, n_first, most_behind, most_not_greedy",
+    [(["--kv", "turbo0", *SHORT_WINDOW], 1, 0.0, 0), ([], 30, PACKED_BEHIND, 0.02)],
+    ids=["exact", "default"],
+)
 def test_two_hundred_requests_of_eight_conversations(start, reference, argv, n_first, most_behind, most_not_greedy):
     """Two at a time, each starting anew now and then, so that the prompt cache is full. With what rounds nothing no
     token is wrong; the default packs from 256 tokens on, and begins with more."""
@@ -520,5 +557,14 @@ def test_two_hundred_requests_of_eight_conversations(start, reference, argv, n_f
             assert 0.5 * held["nbytes"] < held["active_memory"] - rest < 1.1 * held["nbytes"] + 8e6
     assert len(behind) >= 25 * 8 and hits > 60
     assert max(behind) <= most_behind and np.count_nonzero(behind) <= most_not_greedy * len(behind)
-    print(json.dumps({"tokens": len(behind), "hits": hits, "not greedy": int(np.count_nonzero(behind)),
-                      "most behind": float(max(behind)), **held}))
+    print(
+        json.dumps(
+            {
+                "tokens": len(behind),
+                "hits": hits,
+                "not greedy": int(np.count_nonzero(behind)),
+                "most behind": float(max(behind)),
+                **held,
+            }
+        )
+    )

@@ -1,4 +1,5 @@
 """Attention from the packed cache, and the door by which mlx-lm's models reach it."""
+
 import functools
 
 import mlx.core as mx
@@ -20,15 +21,16 @@ def random_array(rng, *shape, dtype=mx.float32):
     return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
 
 
-def filled(scheme, n_tokens, *, batch=1, heads=2, key_dim=64, value_dim=None, dtype=mx.float32, chunk=None, seed=0,
-           **options):
+def filled(
+    scheme, n_tokens, *, batch=1, heads=2, key_dim=64, value_dim=None, dtype=mx.float32, chunk=None, seed=0, **options
+):
     """A cache with n_tokens random tokens and the keys and values it returned last."""
     rng = np.random.default_rng(seed)
     cache = TurboKVCache(scheme, **options)
     k = random_array(rng, batch, heads, n_tokens, key_dim, dtype=dtype)
     v = random_array(rng, batch, heads, n_tokens, value_dim or key_dim, dtype=dtype)
     for at in range(0, n_tokens, chunk or n_tokens):
-        kv = cache.update_and_fetch(k[:, :, at:at + (chunk or n_tokens)], v[:, :, at:at + (chunk or n_tokens)])
+        kv = cache.update_and_fetch(k[:, :, at : at + (chunk or n_tokens)], v[:, :, at : at + (chunk or n_tokens)])
     return cache, kv if n_tokens > (chunk or n_tokens) else cache.keys_and_values()
 
 
@@ -37,9 +39,13 @@ def check(queries, keys, values, dtype=mx.float32, **options):
     got = attention.attend(queries, attention.view_of(keys, values), **options)
     mask, sinks = options.get("mask"), options.get("sinks")
     want = reference.attention(
-        to_numpy(queries), to_numpy(keys), to_numpy(values), scale=options["scale"],
+        to_numpy(queries),
+        to_numpy(keys),
+        to_numpy(values),
+        scale=options["scale"],
         mask=mask if mask is None or isinstance(mask, str) else np.array(mask),
-        sinks=None if sinks is None else to_numpy(sinks))
+        sinks=None if sinks is None else to_numpy(sinks),
+    )
     assert got.dtype == queries.dtype and got.shape == want.shape
     assert np.abs(to_numpy(got) - want).max() <= TOLERANCE[dtype] * np.abs(want).max()
 
@@ -72,8 +78,11 @@ def test_a_row_that_may_see_nothing_is_zero(backend):
     assert not out[:, :, 0].any() and out[:, :, 1].all()
 
 
-@pytest.mark.parametrize("options", [dict(sink=0, recent=0, block=1), dict(sink=4, recent=64, block=64),
-                                     dict(sink=30, recent=2, block=3)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(sink=0, recent=0, block=1), dict(sink=4, recent=64, block=64), dict(sink=30, recent=2, block=3)],
+    ids=str,
+)
 @pytest.mark.parametrize("n_tokens", [1, 2, 5, 33, 70])
 def test_any_split_into_sink_packed_and_recent(backend, options, n_tokens):
     cache, (keys, values) = filled("turbo4", n_tokens, chunk=7, **options)
@@ -178,14 +187,24 @@ def side_with_means(rng, batch, counts, bits, head_dim, segment, means=None, spa
     if means is None:
         means = 3 * rng.standard_normal((batch, 2, n_segments, head_dim))
     means = means.astype(np.float16)
-    packed = reference.quantize(x[:, :, n_sink:n_sink + n_packed], bits, rotation=5)
+    packed = reference.quantize(x[:, :, n_sink : n_sink + n_packed], bits, rotation=5)
     x = x.astype(np.float32).astype(np.float64)
-    x[:, :, n_sink:n_sink + n_packed] = reference.dequantize(packed) + rotation.unrotate(
-        means.astype(np.float64), 5).repeat(min(segment, n_packed), axis=2)[:, :, :n_packed]
+    x[:, :, n_sink : n_sink + n_packed] = (
+        reference.dequantize(packed)
+        + rotation.unrotate(means.astype(np.float64), 5).repeat(min(segment, n_packed), axis=2)[:, :, :n_packed]
+    )
     spare = np.full((batch, 2, spare, head_dim), np.nan, np.float16)  # never read
     exact, scale = mx.array(x.astype(np.float32)), mx.array(packed.scale[..., None].astype(np.float16))
-    side = CachedSide(exact[:, :, :n_sink], mx.array(packed.packed()), scale, exact[:, :, n_sink + n_packed:], bits,
-                      head_dim, mx.array(np.concatenate([means, spare], 2)), segment)
+    side = CachedSide(
+        exact[:, :, :n_sink],
+        mx.array(packed.packed()),
+        scale,
+        exact[:, :, n_sink + n_packed :],
+        bits,
+        head_dim,
+        mx.array(np.concatenate([means, spare], 2)),
+        segment,
+    )
     return side, x
 
 
@@ -203,8 +222,9 @@ def test_packed_tokens_are_relative_to_the_mean_of_their_segment(monkeypatch, ti
     for L, mask in ((1, None), (5, "causal"), (2, rng.random((2, 1, 2, 460)) < 0.7)):
         q = random_array(rng, 2, 4, L, 72)
         want = reference.attention(to_numpy(q), k, v, scale=0.1, mask=mask)
-        got = attend(q, keys, values, counts, scale=0.1, seed=5,
-                     mask=mx.array(mask) if isinstance(mask, np.ndarray) else mask)
+        got = attend(
+            q, keys, values, counts, scale=0.1, seed=5, mask=mx.array(mask) if isinstance(mask, np.ndarray) else mask
+        )
         assert np.abs(to_numpy(got) - want).max() <= TOLERANCE[mx.float32] * np.abs(want).max()
 
 
@@ -219,8 +239,13 @@ def test_one_side_may_have_means_and_means_of_zero_change_nothing(which):
         i = ("keys", "values").index(which)
         sides[i] = sides[i] if means else sides[i]._replace(means=None)
         sides[1 - i] = sides[1 - i]._replace(means=None)
-        outs.append(to_numpy(tiled_attention.tiled_attention(q, *sides, counts, select.get_backend("cpu").read_rows, scale=0.1,
-                                                      mask="causal", seed=5)))
+        outs.append(
+            to_numpy(
+                tiled_attention.tiled_attention(
+                    q, *sides, counts, select.get_backend("cpu").read_rows, scale=0.1, mask="causal", seed=5
+                )
+            )
+        )
     assert np.allclose(*outs, rtol=0, atol=1e-6 * np.abs(outs[1]).max())
 
 
@@ -228,8 +253,9 @@ def test_values_with_a_mean_per_segment_are_an_error():
     rng, counts = np.random.default_rng(15), (0, 200, 1)
     (keys, _), (values, _) = (side_with_means(rng, 1, counts, 4, 64, 128) for _ in range(2))
     with pytest.raises(ValueError, match="^values: got segments of 128 tokens, allowed is one mean for all 200"):
-        tiled_attention.tiled_attention(random_array(rng, 1, 2, 1, 64), keys, values, counts, select.get_backend("cpu").read_rows,
-                                 scale=1.0)
+        tiled_attention.tiled_attention(
+            random_array(rng, 1, 2, 1, 64), keys, values, counts, select.get_backend("cpu").read_rows, scale=1.0
+        )
 
 
 # ---- the door ------------------------------------------------------------------------------------------------
@@ -287,9 +313,19 @@ def tiny_llama(head_dim=64, heads=4, kv_heads=2):
     from mlx_lm.models import llama
 
     mx.random.seed(0)
-    model = llama.Model(llama.ModelArgs(
-        model_type="llama", hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, rms_norm_eps=1e-5, vocab_size=50, head_dim=head_dim))
+    model = llama.Model(
+        llama.ModelArgs(
+            model_type="llama",
+            hidden_size=64,
+            num_hidden_layers=2,
+            intermediate_size=96,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            rms_norm_eps=1e-5,
+            vocab_size=50,
+            head_dim=head_dim,
+        )
+    )
     mx.eval(model.parameters())
     return model
 
@@ -298,17 +334,29 @@ def tiny_gpt_oss():
     from mlx_lm.models import gpt_oss
 
     mx.random.seed(0)
-    model = gpt_oss.Model(gpt_oss.ModelArgs(
-        num_hidden_layers=2, num_local_experts=2, num_experts_per_tok=1, vocab_size=50, hidden_size=64,
-        intermediate_size=64, head_dim=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=8))
+    model = gpt_oss.Model(
+        gpt_oss.ModelArgs(
+            num_hidden_layers=2,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            vocab_size=50,
+            hidden_size=64,
+            intermediate_size=64,
+            head_dim=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=8,
+        )
+    )
     for layer in model.model.layers:
         layer.self_attn.sinks = mx.random.normal(layer.self_attn.sinks.shape)
     mx.eval(model.parameters())
     return model
 
 
-@pytest.mark.parametrize("make", [tiny_llama, lambda: tiny_llama(80, 4, 1), tiny_gpt_oss],
-                         ids=["llama", "llama head_dim 80", "gpt_oss"])
+@pytest.mark.parametrize(
+    "make", [tiny_llama, lambda: tiny_llama(80, 4, 1), tiny_gpt_oss], ids=["llama", "llama head_dim 80", "gpt_oss"]
+)
 def test_a_models_logits_are_the_same_from_packed_rows_and_from_restored_arrays(backend, make, monkeypatch):
     from mlx_turbo import TurboConfig, make_prompt_cache
 
@@ -324,6 +372,7 @@ def test_a_models_logits_are_the_same_from_packed_rows_and_from_restored_arrays(
             return to_numpy(mx.concatenate(out, axis=1))
         finally:
             attention.uninstall()
+
     plain = logits(door=False)
     assert not used
     packed = logits(door=True)
@@ -347,7 +396,9 @@ def test_the_embedded_models_logits_are_the_same_from_packed_rows_and_from_resto
         cache = make_prompt_cache(model, "turbo4")
         if not door:
             attention.uninstall()
-        out = [model(tokens[:, a:b], cache=cache) for a, b in ((0, 100), (100, 150), (150, 151), (151, 155), (155, 160))]
+        out = [
+            model(tokens[:, a:b], cache=cache) for a, b in ((0, 100), (100, 150), (150, 151), (151, 155), (155, 160))
+        ]
         results.append(to_numpy(mx.concatenate(out, axis=1)))
     attention.uninstall()
     assert cache[0].n_packed and np.abs(results[0] - results[1]).max() < 1e-4 * np.abs(results[1]).max()

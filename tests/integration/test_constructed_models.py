@@ -1,4 +1,5 @@
 """The constructed models do what they claim: the same function (or the stated other one), another cache content."""
+
 from pathlib import Path
 
 import constructed_models as made
@@ -51,7 +52,7 @@ def plain_keys(demo):
 def read(model, tokens, cache=None):
     """Log probabilities [N_TOKENS, vocabulary] of tokens read in chunks through the cache (None: mlx-lm's own)."""
     cache = [KVCache() for _ in model.layers] if cache is None else cache
-    logits = [model(tokens[:, i:i + CHUNK], cache=cache) for i in range(0, tokens.shape[1], CHUNK)]
+    logits = [model(tokens[:, i : i + CHUNK], cache=cache) for i in range(0, tokens.shape[1], CHUNK)]
     return log_probabilities(mx.concatenate(logits, axis=1)[0])
 
 
@@ -63,7 +64,7 @@ def cached(model, tokens, side=0):
     """Keys (side 0) or values (1) [n_kv_heads, N_TOKENS, D] of each layer, as the cache gets them."""
     cache = [KVCache() for _ in model.layers]
     mx.eval(model(tokens, cache=cache))
-    return [np.array(c.state[side][0, :, :c.offset]) for c in cache]
+    return [np.array(c.state[side][0, :, : c.offset]) for c in cache]
 
 
 def norms(keys):
@@ -94,8 +95,10 @@ def test_keys_carry_a_bias_of_the_norm_in_the_chosen_layers_only(demo, plain_key
         np.testing.assert_allclose(biased[i], plain[i], atol=1e-4)
 
 
-@pytest.mark.parametrize("where,first,last", [("constant", 0.99, 1), ("low", 0.99, 1), ("middle", 0.5, 0.98),
-                                              ("high", 0, 0.1), ("all", 0.5, 0.9)])
+@pytest.mark.parametrize(
+    "where,first,last",
+    [("constant", 0.99, 1), ("low", 0.99, 1), ("middle", 0.5, 0.98), ("high", 0, 0.1), ("all", 0.5, 0.9)],
+)
 def test_a_bias_turns_as_fast_as_its_frequencies(demo, where, first, last):
     """||mean||^2 / mean ||k||^2 over the tokens: what a mean can take away."""
     model, tokens = demo
@@ -109,9 +112,9 @@ def test_a_turning_bias_does_not_depend_on_how_the_text_is_cut(demo):
     model = made.key_bias(model, where="all")
     cache = [KVCache() for _ in model.layers]
     for i in range(0, N_TOKENS, CHUNK):
-        model(tokens[:, i:i + CHUNK], cache=cache)
+        model(tokens[:, i : i + CHUNK], cache=cache)
     for c, whole in zip(cache, cached(model, tokens)):
-        np.testing.assert_allclose(np.array(c.state[0][0, :, :c.offset]), whole, atol=1e-3)
+        np.testing.assert_allclose(np.array(c.state[0][0, :, : c.offset]), whole, atol=1e-3)
 
 
 def test_a_turning_bias_in_the_model_s_own_dims_changes_the_function(demo, plain):
@@ -168,6 +171,7 @@ def test_our_attention_sees_every_call(demo, monkeypatch):
     def remember(queries, keys, values, **options):
         seen.append(attention.view_of(keys, values) is not None)
         return ours(queries, keys, values, **options)
+
     monkeypatch.setattr(base, "scaled_dot_product_attention", remember)
     read(model, tokens, cache)
     assert len(seen) == len(model.layers) * N_TOKENS // CHUNK and sum(seen) == len(seen) - len(model.layers)

@@ -1,5 +1,6 @@
 """Every model family of the installed mlx-lm, small and random: our caches against mlx-lm's own, through prefill,
 decode, verification of draft tokens, trimming and files. Batches are in test_batch.py."""
+
 import copy
 import functools
 import sys
@@ -34,11 +35,19 @@ OTHERS = ("auto", "turbo8v4", "turbo0v4")  # the default; keys of other bits tha
 NAMES = families.all_names()
 OLD = tuple(map(int, mlx_lm.__version__.split(".")[:2])) < (0, 32)  # it does not have all families, nor the same
 WRITES_EMPTY_ARRAYS = tuple(map(int, mx.__version__.split(".")[:2])) > (0, 30)
-IN_LISTS = ("baichuan_m1", "deepseek_v32", "falcon_h1", "glm_moe_dsa", "longcat_flash", "longcat_flash_ngram",
-            "minimax_m3_vl")  # the families with CacheLists
+IN_LISTS = (
+    "baichuan_m1",
+    "deepseek_v32",
+    "falcon_h1",
+    "glm_moe_dsa",
+    "longcat_flash",
+    "longcat_flash_ngram",
+    "minimax_m3_vl",
+)  # the families with CacheLists
 REST = [n for n in NAMES if n not in families.NAMED and n not in families.NOT_BUILT]
 each_family = pytest.mark.parametrize(
-    "name", [*(n for n in families.NAMED if n in NAMES), *(pytest.param(n, marks=pytest.mark.slow) for n in REST)])
+    "name", [*(n for n in families.NAMED if n in NAMES), *(pytest.param(n, marks=pytest.mark.slow) for n in REST)]
+)
 pytestmark = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 
 
@@ -60,7 +69,7 @@ def walk(model, make_cache, n_prompt=24):
     def run(phase, *lengths):
         nonlocal at
         for n in lengths:
-            logits = to_numpy(model(TOKENS[:, at:at + n], cache=cache)[0])
+            logits = to_numpy(model(TOKENS[:, at : at + n], cache=cache)[0])
             phases[phase] = np.concatenate([phases[phase], logits]) if phase in phases else logits
             at += n
 
@@ -103,8 +112,9 @@ def test_a_lossless_scheme_gives_mlx_lm_s_logits(backend, name):
     got = walk(model, lambda: compressed(model, "turbo0"))
     assert list(got) == list(want)  # trimmed where mlx-lm can trim
     if not OLD:
-        assert families.cell(name, "trim") == ("yes" if "short prompt" not in want else families.UNTIL_FULL
-                                               if "trim" in want else families.FORGOTTEN)
+        assert families.cell(name, "trim") == (
+            "yes" if "short prompt" not in want else families.UNTIL_FULL if "trim" in want else families.FORGOTTEN
+        )
     for phase in want:
         np.testing.assert_allclose(got[phase], want[phase], rtol=1e-5, atol=1e-5, err_msg=phase)
 
@@ -120,8 +130,9 @@ def test_packed_schemes_stay_as_close_as_their_bits_allow(backend, name):
         assert not any(np.isnan(logits).any() for logits in got.values())
         errors[scheme] = error(got, want)
         packed = [c.report()["packed"] for c in members(caches[0]) if isinstance(c, TurboKVCache)]
-        least = [8 if isinstance(c, RotatingTurboKVCache) else 30 for c in members(caches[0])
-                 if isinstance(c, TurboKVCache)]
+        least = [
+            8 if isinstance(c, RotatingTurboKVCache) else 30 for c in members(caches[0]) if isinstance(c, TurboKVCache)
+        ]
         assert all(n >= few for n, few in zip(packed, least)), packed
     if not packed:
         assert set(errors.values()) == {0}
@@ -183,6 +194,7 @@ def test_in_a_list_those_caches_stay_whose_values_nothing_depends_on(backend, na
             def update(keys, values, update=theirs.update_and_fetch):
                 keys, values = update(keys, values)
                 return keys, values * float("nan")
+
             theirs.update_and_fetch = update
             logits = mx.concatenate([model(TOKENS[:, :30], cache=cache), model(TOKENS[:, 30:31], cache=cache)], axis=1)
             assert mx.isnan(logits).any().item() == isinstance(own, TurboKVCache), (i, j)
@@ -203,7 +215,7 @@ def test_a_saved_prompt_cache_goes_on_as_it_would_have(backend, name, tmp_path):
         return
     cache = compressed(model, "turbo4")
     for at, n in (0, 24), (24, 11), (35, 1):
-        model(TOKENS[:, at:at + n], cache=cache)
+        model(TOKENS[:, at : at + n], cache=cache)
     if not WRITES_EMPTY_ARRAYS and any(type(c) is lm_cache.IndexedCacheList for c in cache):
         plain = lm_cache.make_prompt_cache(model)
         model(TOKENS[:, :24], cache=plain)
@@ -215,7 +227,7 @@ def test_a_saved_prompt_cache_goes_on_as_it_would_have(backend, name, tmp_path):
     loaded = lm_cache.load_prompt_cache(file)
     assert describe(loaded) == describe(cache)
     for at, n in [(36 + i, 1) for i in range(6)] + [(42, 3), (45, 7)]:
-        got, want = (to_numpy(model(TOKENS[:, at:at + n], cache=c)) for c in (loaded, cache))
+        got, want = (to_numpy(model(TOKENS[:, at : at + n], cache=c)) for c in (loaded, cache))
         np.testing.assert_array_equal(got, want)
 
 

@@ -1,4 +1,5 @@
 """Prompt caches in files: what comes back is what was saved, and a file that is not whole is an error that names it."""
+
 import copy
 import json
 import subprocess
@@ -37,9 +38,19 @@ def plain(kind=lm_cache.KVCache, n=9):
 
 def prompt_cache():
     """A layer of each kind: packed, with means, at other bits, a window, auto undecided, empty, mlx-lm's own, lists."""
-    return [filled(60), filled(200, bias=9), filled(30, "turbo8v3", key_dim=80), filled(40, "turbo0v2"), window(),
-            filled(20, "auto"), TurboKVCache("turbo2"), plain(), plain(lambda: lm_cache.RotatingKVCache(6, 2)),
-            lm_cache.CacheList(plain(), filled(20)), IndexedCacheList(filled(60), plain())]
+    return [
+        filled(60),
+        filled(200, bias=9),
+        filled(30, "turbo8v3", key_dim=80),
+        filled(40, "turbo0v2"),
+        window(),
+        filled(20, "auto"),
+        TurboKVCache("turbo2"),
+        plain(),
+        plain(lambda: lm_cache.RotatingKVCache(6, 2)),
+        lm_cache.CacheList(plain(), filled(20)),
+        IndexedCacheList(filled(60), plain()),
+    ]
 
 
 @pytest.fixture
@@ -100,8 +111,10 @@ def test_a_loaded_cache_is_trimmed_copied_and_goes_on_as_the_original(backend, t
             assert ours.trim(n) == theirs.trim(n) == n
             for i in range(30):
                 new = random_tokens(np.random.default_rng(i), 1 + 5 * (i == 7))
-                assert same([to_numpy(x) for x in ours.update_and_fetch(*new)],
-                            [to_numpy(x) for x in theirs.update_and_fetch(*new)])
+                assert same(
+                    [to_numpy(x) for x in ours.update_and_fetch(*new)],
+                    [to_numpy(x) for x in theirs.update_and_fetch(*new)],
+                )
             assert same(snapshot(cache), before)
 
 
@@ -131,7 +144,7 @@ def test_a_plain_kv_cache_comes_back(backend, scheme, close):
         assert back.offset == theirs.offset
         for got, want in zip((back.keys, back.values), (theirs.keys, theirs.values)):
             assert type(got) is mx.array
-            got, want = (to_numpy(x)[:, :, :theirs.offset] for x in (got, want))
+            got, want = (to_numpy(x)[:, :, : theirs.offset] for x in (got, want))
             assert np.linalg.norm(got - want) <= close * np.linalg.norm(want)
     assert TurboKVCache(scheme).to_kv_cache().empty()
 
@@ -162,8 +175,11 @@ def test_what_mlx_lm_has_no_quantized_cache_for_is_refused(backend):
     for options, match in (dict(group_size=64), "group size 64"), (dict(group_size=32, bits=7), "bits 7"):
         with pytest.raises(ValueError, match=match):
             cache.to_quantized(**options)
-    for cache, what in (window(), "window"), (TurboKVCache.merge([filled(60)]), "batch"), \
-            (RotatingTurboKVCache.merge([window()]), "window"):
+    for cache, what in (
+        (window(), "window"),
+        (TurboKVCache.merge([filled(60)]), "batch"),
+        (RotatingTurboKVCache.merge([window()]), "window"),
+    ):
         before = cache.state
         with pytest.raises(NotImplementedError, match=f"no quantized cache of a {what}, .* stays turbo4"):
             cache.to_quantized(group_size=32)
@@ -228,13 +244,13 @@ def mutations(data, n):
         if kind < 3:  # a bit in the header or the data
             damaged[at] ^= 1 << int(rng.integers(8))
         elif kind == 3:
-            del damaged[int(rng.integers(len(data))):]
+            del damaged[int(rng.integers(len(data))) :]
         elif kind == 4:
-            del damaged[at:at + int(rng.integers(1, 9))]
+            del damaged[at : at + int(rng.integers(1, 9))]
         elif kind == 5:
             damaged[at:at] = bytes(rng.integers(0, 256, 4, np.uint8))
         else:
-            damaged[at:at + 16] = bytes(rng.integers(0, 256, 16, np.uint8))[:len(damaged[at:at + 16])]
+            damaged[at : at + 16] = bytes(rng.integers(0, 256, 16, np.uint8))[: len(damaged[at : at + 16])]
         yield bytes(damaged)
 
 
@@ -243,7 +259,7 @@ def test_300_damaged_files_are_refused(backend, file):
     for damaged in mutations(data, 300):
         refused(file, damaged)
     for at in range(8):
-        refused(file, data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+        refused(file, data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     file.write_bytes(data)
     load_prompt_cache(file)
 
@@ -267,15 +283,16 @@ def test_a_damaged_file_of_mlx_lm_s_is_refused_or_loaded_whole(backend, tmp_path
 def rewritten(data, change):
     """A file's bytes with another header, `change`d as a dict, and a checksum that fits it."""
     n = int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8:8 + n]), data[8 + n:]
+    header, body = json.loads(data[8 : 8 + n]), data[8 + n :]
     body = change(header, bytearray(body)) or body
     entry = next((k for k in header.get("__metadata__", {}) if k.endswith(".mlx_turbo")), None)
     if entry and header["__metadata__"][entry].startswith("version=1 "):
         header["__metadata__"][entry] = "version=1 crc32=00000000"
     text = json.dumps(header, separators=(",", ":")).encode()
     whole = len(text).to_bytes(8, "little") + text + bytes(body)
-    return whole.replace(b'.mlx_turbo":"version=1 crc32=00000000"', b'.mlx_turbo":"version=1 crc32=%08x"' %
-                         zlib.crc32(whole), 1)
+    return whole.replace(
+        b'.mlx_turbo":"version=1 crc32=00000000"', b'.mlx_turbo":"version=1 crc32=%08x"' % zlib.crc32(whole), 1
+    )
 
 
 def classes_of(metadata):
@@ -297,17 +314,24 @@ def test_another_version_of_the_file_or_of_a_state_is_refused(backend, tmp_path)
 
     def newer(header, body):
         at = header["0.0"]["data_offsets"][0]
-        body[at + 4:at + 8] = (FORMAT_VERSION + 1).to_bytes(4, "little")
+        body[at + 4 : at + 8] = (FORMAT_VERSION + 1).to_bytes(4, "little")
         return body
 
     refused(file, rewritten(data, newer), f"format version {FORMAT_VERSION + 1}, .* reads {FORMAT_VERSION}")
 
 
-@pytest.mark.parametrize("name, match", [
-    ("Foo", "class 'Foo', which this mlx-lm does not have"), ("deque", "class 'deque'"), ("nn", "class 'nn'"),
-    ("KVCache", "not the state of a KVCache"), ("QuantizedKVCache", "not the state of a QuantizedKVCache"),
-    ("ArraysCache", "not the state of a ArraysCache"),
-    ("RotatingTurboKVCache", "not the state of a RotatingTurboKVCache")])
+@pytest.mark.parametrize(
+    "name, match",
+    [
+        ("Foo", "class 'Foo', which this mlx-lm does not have"),
+        ("deque", "class 'deque'"),
+        ("nn", "class 'nn'"),
+        ("KVCache", "not the state of a KVCache"),
+        ("QuantizedKVCache", "not the state of a QuantizedKVCache"),
+        ("ArraysCache", "not the state of a ArraysCache"),
+        ("RotatingTurboKVCache", "not the state of a RotatingTurboKVCache"),
+    ],
+)
 def test_a_file_of_another_class_is_refused(backend, tmp_path, name, match):
     file = tmp_path / "a.safetensors"
     save_prompt_cache(file, [filled()])
@@ -319,8 +343,9 @@ def test_a_file_of_another_class_is_refused(backend, tmp_path, name, match):
     refused(file, rewritten(file.read_bytes(), rename), match)
 
 
-@pytest.mark.parametrize("make, match", [
-    (plain, "not the state of a TurboKVCache"), (window, "not the state of a TurboKVCache")])
+@pytest.mark.parametrize(
+    "make, match", [(plain, "not the state of a TurboKVCache"), (window, "not the state of a TurboKVCache")]
+)
 def test_a_cache_that_says_it_is_ours_is_refused(backend, tmp_path, make, match):
     file = tmp_path / "a.safetensors"
     save_prompt_cache(file, [make()])
@@ -342,6 +367,7 @@ def test_swapped_headers_and_missing_or_foreign_arrays_are_refused(backend, tmp_
     def swap(a, b):
         def change(header, body):
             header[a], header[b] = header[b], header[a]
+
         return change
 
     for i in layers:
@@ -353,21 +379,36 @@ def test_swapped_headers_and_missing_or_foreign_arrays_are_refused(backend, tmp_
     for i in 1, 2:  # the last one has the header of the first
         refused(file, rewritten(data, swap("0.0", f"{i}.0")), "state: ")
     for key in "0.0", "1.4", "2.8":
+
         def drop(header, body):
             start, end = header.pop(key)["data_offsets"]
             for t in header.values():
                 if "data_offsets" in t and t["data_offsets"][0] >= end:
                     t["data_offsets"] = [x - end + start for x in t["data_offsets"]]
             return body[:start] + body[end:]
+
         refused(file, rewritten(data, drop))
     assert n == 144
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"\0" * 4, b"\0" * 64, b"\xff" * 64, b"GGUF" + b"\0" * 100, b"\x80\x02}q\0." * 9,
-    (2).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]", (4).to_bytes(8, "little") + b"null", (9).to_bytes(8, "little") + b'{"a":null',
-    (9).to_bytes(8, "little") + b'{"a": {}}', (20000).to_bytes(8, "little") + b"[" * 20000,
-    (41).to_bytes(8, "little") + b'{"__metadata__":{"0.mlx_turbo":"version"}}'[:41]])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0" * 4,
+        b"\0" * 64,
+        b"\xff" * 64,
+        b"GGUF" + b"\0" * 100,
+        b"\x80\x02}q\0." * 9,
+        (2).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (4).to_bytes(8, "little") + b"null",
+        (9).to_bytes(8, "little") + b'{"a":null',
+        (9).to_bytes(8, "little") + b'{"a": {}}',
+        (20000).to_bytes(8, "little") + b"[" * 20000,
+        (41).to_bytes(8, "little") + b'{"__metadata__":{"0.mlx_turbo":"version"}}'[:41],
+    ],
+)
 def test_something_else_is_refused(backend, tmp_path, data):
     refused(tmp_path / "a.safetensors", data)
 

@@ -1,4 +1,5 @@
 """Layers with an indexer: its cache stays exact, and in a batch follows the columns of the compressed one beside it."""
+
 import copy
 import importlib
 
@@ -74,8 +75,9 @@ def test_both_caches_give_a_row_s_tokens_in_the_same_columns(backend, first):
     rng = np.random.default_rng(first)
 
     def merge(n):
-        rows = [IndexedCacheList(TurboKVCache("turbo0", sink=2, recent=4, block=4), lm_cache.KVCache())
-                for _ in range(n)]
+        rows = [
+            IndexedCacheList(TurboKVCache("turbo0", sink=2, recent=4, block=4), lm_cache.KVCache()) for _ in range(n)
+        ]
         return rows[0].merge(rows)
 
     def step(batch, lengths):
@@ -130,8 +132,10 @@ def test_a_plain_prompt_cache_is_compressed_with_its_tokens(backend, name):
     got = prompt_cache.compress(plain, config)
     assert describe(got) == describe(ours)
     model(tokens[:, :30], cache=ours)
-    want = [to_numpy(model(tokens[:, i:i + 1], cache=ours)) for i in range(30, 40)]
-    np.testing.assert_allclose([to_numpy(model(tokens[:, i:i + 1], cache=got)) for i in range(30, 40)], want, atol=0.05)
+    want = [to_numpy(model(tokens[:, i : i + 1], cache=ours)) for i in range(30, 40)]
+    np.testing.assert_allclose(
+        [to_numpy(model(tokens[:, i : i + 1], cache=got)) for i in range(30, 40)], want, atol=0.05
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in ("deepseek_v32", "longcat_flash", "falcon_h1") if n in NAMES + OTHERS])
@@ -159,5 +163,7 @@ def test_mlx_lm_s_batch_generation_writes_what_each_prompt_gets_alone(backend, n
             got[answer.uid].append(answer.token)
     for tokens, prompt in zip(got.values(), prompts):
         cache = make_prompt_cache(model, config)
-        assert tokens == [int(token) for token, _ in generate.generate_step(mx.array(prompt), model, prompt_cache=cache,
-                                                                            max_tokens=n_tokens)]
+        assert tokens == [
+            int(token)
+            for token, _ in generate.generate_step(mx.array(prompt), model, prompt_cache=cache, max_tokens=n_tokens)
+        ]

@@ -4,6 +4,7 @@ with ours, but for the tests listed here, which must fail, and as listed.
 They come from the source distribution of the installed version, which is downloaded once into pytest's cache folder.
 Not among them: test_models.py, whose models have their full size and are never evaluated, which our caches do.
 """
+
 import functools
 import json
 import os
@@ -33,30 +34,45 @@ ROUNDING = "prompts cut into chunks elsewhere, which see other tokens exactly: e
 # puts RotatingKVCaches in the place of all KVCaches that it is given beside max_kv_size, those of subclasses too.
 ASKS_FOR_THE_CLASS = {
     "TestGenerate::test_batch_max_kv_size_creates_rotating_cache": (
-        "is not an instance of .*RotatingKVCache", "asks for mlx-lm's class"),
+        "is not an instance of .*RotatingKVCache",
+        "asks for mlx-lm's class",
+    ),
     "TestGenerate::test_batch_max_kv_size_none_creates_regular_cache": (
-        "is not an instance of .*KVCache", "asks for mlx-lm's class"),
+        "is not an instance of .*KVCache",
+        "asks for mlx-lm's class",
+    ),
 }
 # With ours: the test, what it fails with, and why.
 NOT_WITH_OURS = {
     "classes turbo0": {
         "TestPromptCache::test_batch_kv_cache_offset_not_mutated_in_place": (
-            "no attribute 'left_padding'", "reads the padding that rows keep; ours drop it once it was attended to, "
-            "and a row's dead columns stand between its packed tokens and its newest"),
+            "no attribute 'left_padding'",
+            "reads the padding that rows keep; ours drop it once it was attended to, "
+            "and a row's dead columns stand between its packed tokens and its newest",
+        ),
         "TestPromptCache::test_rotating_cache_mask": (
-            "Lists differ", "expects the order of a ring's slots, ours stay in the order of the tokens"),
+            "Lists differ",
+            "expects the order of a ring's slots, ours stay in the order of the tokens",
+        ),
         "TestPromptCache::test_batch_rotating_kv_cache": (
-            "Lists differ", "expects the columns of a ring, ours has others for tokens that no row sees any more"),
+            "Lists differ",
+            "expects the columns of a ring, ours has others for tokens that no row sees any more",
+        ),
         "TestPromptCache::test_merge_with_empty_caches": (
             "got a RotatingTurboKVCache, allowed are TurboKVCaches",
-            "KVCache.merge makes of windows a batch that has none; ours refuses, RotatingTurboKVCache.merge does it"),
+            "KVCache.merge makes of windows a batch that has none; ours refuses, RotatingTurboKVCache.merge does it",
+        ),
         "TestPromptCache::test_save_load_batch_caches": (
-            "batch size 4, but this cache has 2 rows", "gives the padding of two rows and the keys of four, "
-            "which no mask fits, and reads left_padding again"),
+            "batch size 4, but this cache has 2 rows",
+            "gives the padding of two rows and the keys of four, which no mask fits, and reads left_padding again",
+        ),
     },
-    "function turbo8": ASKS_FOR_THE_CLASS | {
+    "function turbo8": ASKS_FOR_THE_CLASS
+    | {
         "TestPromptCache::test_trim_cache_with_generate": (
-            "False is not true", "takes back more tokens than stay exact: equal but for rounding"),
+            "False is not true",
+            "takes back more tokens than stay exact: equal but for rounding",
+        ),
         "TestGenerate::test_batch_continued_generation": ("is not true", ROUNDING),
         "TestGenerate::test_batch_sliding_window": ("is not true", ROUNDING),
         "TestGenerate::test_many_batches": ("is not true", ROUNDING),
@@ -79,9 +95,23 @@ def tests_of_mlx_lm(request):
     if not all((folder / file).exists() for file in FILES):
         with tempfile.TemporaryDirectory() as download:
             done = subprocess.run(
-                [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps",
-                 "--no-binary", "mlx-lm", "--dest", download, f"mlx-lm=={mlx_lm.__version__}"],
-                capture_output=True, text=True)
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "-q",
+                    "--disable-pip-version-check",
+                    "--no-deps",
+                    "--no-binary",
+                    "mlx-lm",
+                    "--dest",
+                    download,
+                    f"mlx-lm=={mlx_lm.__version__}",
+                ],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
                 pytest.skip(f"mlx-lm's source distribution cannot be downloaded: {done.stderr.strip()[-500:]}")
             with tarfile.open(next(Path(download).iterdir())) as archive:
@@ -101,12 +131,35 @@ def run(folder, file, in_place=""):
         (Path(home) / "hub").mkdir()
         out = Path(home) / "outcomes.json"
         paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-        env = os.environ | {"MLX_TURBO_IN_PLACE": in_place, "MLX_TURBO_OUTCOMES": str(out), "HF_HUB_OFFLINE": "1",
-                            "HF_HOME": home, "PYTHONPATH": os.pathsep.join(paths)}
+        env = os.environ | {
+            "MLX_TURBO_IN_PLACE": in_place,
+            "MLX_TURBO_OUTCOMES": str(out),
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": home,
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "mlx_lm_plugin", "-p", "no:cacheprovider", "-c", os.devnull,
-             "--rootdir", str(folder), str(folder / file)],
-            capture_output=True, text=True, env=env, cwd=home, timeout=300)
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "mlx_lm_plugin",
+                "-p",
+                "no:cacheprovider",
+                "-c",
+                os.devnull,
+                "--rootdir",
+                str(folder),
+                str(folder / file),
+            ],
+            capture_output=True,
+            text=True,
+            env=env,
+            cwd=home,
+            timeout=300,
+        )
         assert done.returncode in (0, 1) and out.exists(), done.stdout[-3000:] + done.stderr[-3000:]
         return json.loads(out.read_text()).values()
 
@@ -132,5 +185,6 @@ def test_each_of_them_passes_with_turbo0_in_one_place_or_the_other(tests_of_mlx_
     """What asks for mlx-lm's class passes where ours has its name, what looks into its buffers where it is mlx-lm's."""
     theirs, _ = run(tests_of_mlx_lm, file)
     ways = [ours for ours, _ in (run(tests_of_mlx_lm, file, f"{place} turbo0") for place in ("classes", "function"))]
-    assert [name for name, why in theirs.items()
-            if why == "passed" and not any(way[name] == "passed" for way in ways)] == []
+    assert [
+        name for name, why in theirs.items() if why == "passed" and not any(way[name] == "passed" for way in ways)
+    ] == []

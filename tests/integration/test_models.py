@@ -1,4 +1,5 @@
 """The door into mlx-lm: the embedded model and small random ones, run by mlx-lm's own functions."""
+
 import copy
 import importlib
 import math
@@ -62,27 +63,70 @@ def family(name, **args):
 
 
 def llama(head_dim=64, **args):
-    return family("llama", **{**dict(hidden_size=64, num_hidden_layers=2, intermediate_size=96, num_attention_heads=4,
-                                     num_key_value_heads=2, head_dim=head_dim, rms_norm_eps=1e-5, vocab_size=100),
-                              **args})
+    return family(
+        "llama",
+        **{
+            **dict(
+                hidden_size=64,
+                num_hidden_layers=2,
+                intermediate_size=96,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=head_dim,
+                rms_norm_eps=1e-5,
+                vocab_size=100,
+            ),
+            **args,
+        },
+    )
 
 
 def gemma3(**args):
-    return family("gemma3_text", **{**dict(
-        hidden_size=64, num_hidden_layers=6, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=64, query_pre_attn_scalar=64, vocab_size=100, sliding_window=16, sliding_window_pattern=3), **args})
+    return family(
+        "gemma3_text",
+        **{
+            **dict(
+                hidden_size=64,
+                num_hidden_layers=6,
+                intermediate_size=96,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=64,
+                query_pre_attn_scalar=64,
+                vocab_size=100,
+                sliding_window=16,
+                sliding_window_pattern=3,
+            ),
+            **args,
+        },
+    )
 
 
 def lfm2():
-    return family("lfm2", vocab_size=100, hidden_size=64, num_hidden_layers=3, num_attention_heads=2,
-                  num_key_value_heads=1, max_position_embeddings=512, norm_eps=1e-5, conv_bias=False, conv_L_cache=3,
-                  block_dim=64, block_ff_dim=96, block_multiple_of=32, block_ffn_dim_multiplier=1.0,
-                  block_auto_adjust_ff_dim=False, full_attn_idxs=[1])
+    return family(
+        "lfm2",
+        vocab_size=100,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        norm_eps=1e-5,
+        conv_bias=False,
+        conv_L_cache=3,
+        block_dim=64,
+        block_ff_dim=96,
+        block_multiple_of=32,
+        block_ffn_dim_multiplier=1.0,
+        block_auto_adjust_ff_dim=False,
+        full_attn_idxs=[1],
+    )
 
 
 def afm7():
-    return family("afm7", vocab_size=100, hidden_dim=128, num_layers=4, num_kv_reuse_layers=2, num_heads=2,
-                  num_kv_heads=1)
+    return family(
+        "afm7", vocab_size=100, hidden_dim=128, num_layers=4, num_kv_reuse_layers=2, num_heads=2, num_kv_heads=1
+    )
 
 
 def tokens_of(n, vocabulary=100):
@@ -91,7 +135,7 @@ def tokens_of(n, vocabulary=100):
 
 def logits_in_chunks(model, tokens, cache, chunk=7):
     """Logits [L, vocabulary] of tokens [1, L], each chunk attending to the cache of those before it."""
-    out = [model(tokens[:, i:i + chunk], cache=cache) for i in range(0, tokens.shape[1], chunk)]
+    out = [model(tokens[:, i : i + chunk], cache=cache) for i in range(0, tokens.shape[1], chunk)]
     return to_numpy(mx.concatenate(out, axis=1)[0])
 
 
@@ -127,8 +171,10 @@ def test_turbo0_gives_mlx_lm_s_logits_bit_for_bit(backend, head_dim):
     assert same(got, want)
 
 
-@pytest.mark.parametrize("head_dim, scheme, close", [
-    (64, "turbo8", 0.012), (80, "turbo8", 0.012), (64, "turbo4", 0.15), (80, "turbo4", 0.15)])
+@pytest.mark.parametrize(
+    "head_dim, scheme, close",
+    [(64, "turbo8", 0.012), (80, "turbo8", 0.012), (64, "turbo4", 0.15), (80, "turbo4", 0.15)],
+)
 def test_logits_of_small_models_stay_close(backend, head_dim, scheme, close):
     model, tokens = llama(head_dim), tokens_of(120)
     want = logits_in_chunks(model, tokens, lm_cache.make_prompt_cache(model))
@@ -152,9 +198,11 @@ def test_sliding_window_layers_are_windows_or_stay_and_are_reported(backend, con
     cache = make_prompt_cache(model, config)
     kind = "RotatingTurboKVCache" if windows else "RotatingKVCache"
     assert kinds(cache) == 2 * (2 * [kind] + ["TurboKVCache"])
-    assert describe(cache) == ("6 of 6 layers compressed (4 of them windows of 16 tokens)" if windows else
-                               "2 of 6 layers compressed; RotatingKVCache (4) stays: of so short a window most would "
-                               "stay exact")
+    assert describe(cache) == (
+        "6 of 6 layers compressed (4 of them windows of 16 tokens)"
+        if windows
+        else "2 of 6 layers compressed; RotatingKVCache (4) stays: of so short a window most would stay exact"
+    )
     batch = [c.merge([c, c]) for c in make_prompt_cache(model, config)]
     assert describe(batch) == describe(cache).replace("RotatingKVCache", "BatchRotatingKVCache")
     assert [r is None for _, _, r, _ in reports(cache)] == 2 * [not windows, not windows, False]
@@ -169,8 +217,9 @@ def test_state_space_layers_stay_and_are_reported(backend):
     model, tokens = lfm2(), tokens_of(60)
     cache = make_prompt_cache(model, TurboConfig("turbo0", 4, 8, 8))
     assert [type(c).__name__ for c in cache] == ["ArraysCache", "TurboKVCache", "ArraysCache"]
-    assert describe(cache) == ("1 of 3 layers compressed; ArraysCache (2) stays: states, which do not grow with the "
-                               "text")
+    assert describe(cache) == (
+        "1 of 3 layers compressed; ArraysCache (2) stays: states, which do not grow with the text"
+    )
     assert same(logits_in_chunks(model, tokens, cache), logits_in_chunks(model, tokens, model.make_cache()))
 
 
@@ -202,8 +251,9 @@ def test_a_short_rotating_cache_of_max_kv_size_stays_and_a_warning_says_so(backe
         cache = make_prompt_cache(model, "turbo4", max_kv_size=32)
     assert [(type(c), c.max_size, c.keep) for c in cache] == 4 * [(lm_cache.RotatingKVCache, 32, 4)]
     assert caught[0].filename == __file__
-    assert describe(cache) == ("0 of 4 layers compressed; RotatingKVCache (4) stays: of so short a window most would "
-                               "stay exact")
+    assert describe(cache) == (
+        "0 of 4 layers compressed; RotatingKVCache (4) stays: of so short a window most would stay exact"
+    )
 
 
 def test_max_kv_size_gives_windows_that_keep_the_first_tokens(backend, model, tokenizer):
@@ -296,8 +346,8 @@ def test_a_copy_of_an_enabled_model_is_enabled_too(backend):
 def perplexity(model, tokens, cache, chunk=32):
     log_p = []
     for i in range(0, tokens.shape[1] - 1, chunk):
-        x, y = tokens[:, i:i + chunk], tokens[:, i + 1:i + chunk + 1]
-        logits = model(x, cache=cache)[:, :y.shape[1]]
+        x, y = tokens[:, i : i + chunk], tokens[:, i + 1 : i + chunk + 1]
+        logits = model(x, cache=cache)[:, : y.shape[1]]
         log_p.append(mx.take_along_axis(logits, y[..., None], -1)[..., 0] - mx.logsumexp(logits, -1))
     return math.exp(-mx.concatenate(log_p, axis=1).mean().item())
 
@@ -357,7 +407,7 @@ def test_kv_bits_is_honoured_beside_ours_and_one_warning_names_both(backend, mod
         got = greedy(model, tokenizer, prompt_cache=cache, **options)
     assert got[:30] == want[:30] and (config.name != "turbo0" or got == want)
     assert {type(c) for c in cache} == {lm_cache.QuantizedKVCache} and {c.bits for c in cache} == {8}
-    message, = [str(w.message) for w in caught]
+    (message,) = [str(w.message) for w in caught]
     assert config.name in message and "QuantizedKVCache (8 bits" in message
     assert describe(cache) == "0 of 4 layers compressed; QuantizedKVCache (4) stays: kv_bits asked mlx-lm for it"
 
@@ -381,8 +431,10 @@ def test_kv_bits_reaches_no_cache_in_a_cache_list_mlx_lm_s_or_ours(backend):
 def test_the_prompt_s_step_size_changes_little(backend, model, tokenizer):
     """A chunk sees itself exactly, so logits depend on the step size within what packing costs."""
     tokens = mx.array(tokenizer.encode(STORIES)[:150])
-    logits = [next(generate_step(tokens, model, prompt_cache=make_prompt_cache(model, SMALL), prefill_step_size=step))[1]
-              for step in (16, 2048)]
+    logits = [
+        next(generate_step(tokens, model, prompt_cache=make_prompt_cache(model, SMALL), prefill_step_size=step))[1]
+        for step in (16, 2048)
+    ]
     assert mx.abs(mx.exp(logits[0]) - mx.exp(logits[1])).max().item() < 0.1
 
 
@@ -400,15 +452,25 @@ def test_speculative_generation_equals_plain_generation(backend, model, tokenize
 
 @pytest.mark.parametrize("scheme", ["turbo0", "turbo4"])
 def test_speculative_generation_with_a_bad_draft_trims_and_goes_on(backend, model, tokenizer, scheme):
-    draft = family("llama", hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_attention_heads=1,
-                   rms_norm_eps=1e-5, vocab_size=2048)
+    draft = family(
+        "llama",
+        hidden_size=32,
+        num_hidden_layers=1,
+        intermediate_size=32,
+        num_attention_heads=1,
+        rms_norm_eps=1e-5,
+        vocab_size=2048,
+    )
     prompt, config = mx.array(tokenizer.encode(PROMPT)), TurboConfig(scheme, 4, 8, 8)
     caches = [make_prompt_cache(m, config) for m in (model, draft)]
-    got = list(speculative_generate_step(prompt, model, draft, num_draft_tokens=4, max_tokens=30,
-                                         prompt_cache=caches[0] + caches[1]))
+    got = list(
+        speculative_generate_step(
+            prompt, model, draft, num_draft_tokens=4, max_tokens=30, prompt_cache=caches[0] + caches[1]
+        )
+    )
     assert not any(from_draft for _, _, from_draft in got[:5])
     want = greedy(model, tokenizer, n=30)
-    assert [int(t) for t, _, _ in got][:30 if scheme == "turbo0" else 10] == want[:30 if scheme == "turbo0" else 10]
+    assert [int(t) for t, _, _ in got][: 30 if scheme == "turbo0" else 10] == want[: 30 if scheme == "turbo0" else 10]
     assert {c.offset for c in caches[0]} == {prompt.size + 29}
 
 
@@ -429,8 +491,8 @@ def test_a_saved_prompt_cache_goes_on_as_the_original(backend, model, tokenizer,
     loaded, metadata = lm_cache.load_prompt_cache(file, return_metadata=True)
     assert metadata == {"model": "demo"} and kinds(loaded) == kinds(cache)
     assert [c.config for c in loaded] == [SMALL] * 4 and [c.offset for c in loaded] == [n] * 4
-    want = greedy(model, tokenizer, tokens[n:n + 9], prompt_cache=cache)
-    assert greedy(model, tokenizer, tokens[n:n + 9], prompt_cache=loaded) == want
+    want = greedy(model, tokenizer, tokens[n : n + 9], prompt_cache=cache)
+    assert greedy(model, tokenizer, tokens[n : n + 9], prompt_cache=loaded) == want
 
 
 def test_caches_of_all_kinds_are_saved_and_loaded(backend, tmp_path):
@@ -480,5 +542,6 @@ def test_mlx_lm_s_prompt_store_keeps_and_finds_compressed_caches(backend, model,
 def test_importing_mlx_turbo_does_not_import_mlx_lm(backend):
     import subprocess
     import sys
+
     code = "import sys, mlx_turbo; sys.exit('mlx_lm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(mlx_turbo.__file__).parents[1]).returncode == 0

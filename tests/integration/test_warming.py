@@ -1,4 +1,5 @@
 """After warm-up a conversation builds no kernel: what would be handed to Metal's compiler is written down."""
+
 import importlib
 import io
 
@@ -40,10 +41,12 @@ class Recorder(MetalBackend):
         def call(*, inputs, output_shapes, output_dtypes, template, **launch):
             key = name, *template, *((a.dtype, a.ndim == 0, a.size < 8) for a in inputs), *output_dtypes
             if key not in self._text_of:
-                self._text_of[key] = metalsim.generate(name, input_names, output_names, source, header, False,
-                                                       inputs, output_dtypes, template)[0]
+                self._text_of[key] = metalsim.generate(
+                    name, input_names, output_names, source, header, False, inputs, output_dtypes, template
+                )[0]
                 self.texts.add(self._text_of[key])
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
+
         return call
 
     def _run_check(self, what, check):
@@ -67,8 +70,10 @@ class Recorder(MetalBackend):
 
     def kinds(self):
         """How many texts of each file."""
-        return {name: sum(f"custom_kernel_turbo_{name}_" in text for text in self.texts)
-                for name in ("quantize", "dequantize", "attend", "merge")}
+        return {
+            name: sum(f"custom_kernel_turbo_{name}_" in text for text in self.texts)
+            for name in ("quantize", "dequantize", "attend", "merge")
+        }
 
 
 @pytest.fixture
@@ -84,10 +89,20 @@ def tokenizer():
 
 def build(module, dtype=mx.bfloat16, key_bias=0, **options):
     """A random model of two layers that speaks the embedded one's tokens."""
-    args = dict(model_type=module.__name__.split(".")[-1], hidden_size=64, num_hidden_layers=2,
-                intermediate_size=64, num_attention_heads=4, num_key_value_heads=1, head_dim=64,
-                rms_norm_eps=1e-5, vocab_size=2048, rope_theta=1e6, tie_word_embeddings=True,
-                max_position_embeddings=4096)
+    args = dict(
+        model_type=module.__name__.split(".")[-1],
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        vocab_size=2048,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+    )
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict(args | options))
     model.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.2 if a.ndim > 1 else a, model.parameters()))
@@ -103,11 +118,19 @@ MODELS = {
     "llama": lambda: build(llama),
     "float16": lambda: build(llama, mx.float16, num_key_value_heads=2),
     "biased keys": lambda: build(qwen2, key_bias=30, hidden_size=128, num_attention_heads=2),
-    "sliding windows": lambda: build(gemma3_text, sliding_window=280, sliding_window_pattern=2,
-                                     query_pre_attn_scalar=64),
-    "attention sinks": lambda: build(gpt_oss, mx.float32, num_attention_heads=8, num_key_value_heads=2,
-                                     sliding_window=16, layer_types=["sliding_attention", "full_attention"],
-                                     num_local_experts=2, num_experts_per_tok=1),
+    "sliding windows": lambda: build(
+        gemma3_text, sliding_window=280, sliding_window_pattern=2, query_pre_attn_scalar=64
+    ),
+    "attention sinks": lambda: build(
+        gpt_oss,
+        mx.float32,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    ),
 }
 
 
@@ -131,9 +154,17 @@ def no_end(monkeypatch, tokenizer):
     monkeypatch.setattr(tokenizer, "_eos_token_ids", set())
 
 
-@pytest.mark.parametrize("name, scheme", [("llama", "auto"), ("float16", "turbo8v4"), ("biased keys", "auto"),
-                                          ("biased keys", "turbo4"), ("sliding windows", "auto"),
-                                          ("attention sinks", "turbo0v4")])
+@pytest.mark.parametrize(
+    "name, scheme",
+    [
+        ("llama", "auto"),
+        ("float16", "turbo8v4"),
+        ("biased keys", "auto"),
+        ("biased keys", "turbo4"),
+        ("sliding windows", "auto"),
+        ("attention sinks", "turbo0v4"),
+    ],
+)
 def test_a_conversation_builds_no_kernel_after_warm_up(recorder, tokenizer, name, scheme):
     model, many = MODELS[name](), MANY_OF_AUTO if scheme == "auto" else MANY
     recorder.tuning = AttendTuning(one_launch_tokens=many)
@@ -213,8 +244,9 @@ def test_a_wrong_kernel_is_named_before_anything_is_said(simulated, door, tokeni
     with select.use_backend(backend):
         assert mlx_turbo.warm(model, tokenizer, "turbo4") == backend.n_tested > 3
     source = sources.metal_source
-    monkeypatch.setattr(sources, "metal_source",
-                        lambda name: (source(name)[0], "return;\n" * (name == "merge") + source(name)[1]))
+    monkeypatch.setattr(
+        sources, "metal_source", lambda name: (source(name)[0], "return;\n" * (name == "merge") + source(name)[1])
+    )
     with select.use_backend(MetalBackend(simulated._metal_kernel)):
         with pytest.raises(BackendError, match="attend.metal"):
             mlx_turbo.warm(model, tokenizer, "turbo4")
@@ -232,6 +264,7 @@ def at_first_word(monkeypatch, recorder):
         def remember(*args, original=original, **kwargs):
             found.append(set(recorder.texts))
             return original(*args, **kwargs)
+
         monkeypatch.setattr(module, "stream_generate", remember)
     return found
 
@@ -240,12 +273,13 @@ STORY = " ".join((warming.TEXT * 3).split())[:1250]  # 370 tokens
 LONG = ["--kv-recent", "8", "-m", "50"]  # packs, and goes beyond MANY_OF_AUTO in the answer
 
 
-@pytest.mark.parametrize("more", [["--kv", "auto"], ["--kv", "turbo4", "--draft-model", DEMO_MODEL]],
-                         ids=["auto", "draft"])
+@pytest.mark.parametrize(
+    "more", [["--kv", "auto"], ["--kv", "turbo4", "--draft-model", DEMO_MODEL]], ids=["auto", "draft"]
+)
 def test_generate_builds_all_before_its_first_token(run, recorder, at_first_word, more):
     code, _, err = run("generate", "--prompt", STORY, *LONG, *more)
     assert code == 0 and "building and checking the kernels for the model ..." in err
-    built, = at_first_word
+    (built,) = at_first_word
     assert built == recorder.texts and len(built) > 4
 
 
@@ -279,8 +313,9 @@ def test_the_server_builds_what_its_answers_need(recorder, tokenizer, monkeypatc
     asked = []
     monkeypatch.setattr(main, "warm", lambda *args, **options: asked.append(options["n_draft_tokens"]) or 0)
     for draft in None, str(DEMO_MODEL) + "/.":
-        args = main.argparse.Namespace(kv="auto", kv_sink=None, kv_recent=None, model=str(DEMO_MODEL),
-                                      draft_model=draft, num_draft_tokens=5)
+        args = main.argparse.Namespace(
+            kv="auto", kv_sink=None, kv_recent=None, model=str(DEMO_MODEL), draft_model=draft, num_draft_tokens=5
+        )
         program = serve.ServerProgram(serve.module, args)
         for path in filter(None, (args.model, draft)):
             program._load(mlx_lm.load, path)

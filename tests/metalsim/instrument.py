@@ -14,6 +14,7 @@ wraps where it would wrap there. (clang's name for such pointers is address spac
 The counters are incremented inline: counting costs a few percent. Instructions per block are known
 here, so executions x instructions gives the operation counts, class by class.
 """
+
 import functools
 import re
 from dataclasses import dataclass, field
@@ -24,24 +25,32 @@ from .translate import MSLError
 WRITE, ATOMIC, READ = 1 << 16, 1 << 17, 1 << 18
 
 CLASSES = {
-    "fp": "fadd fsub fmul fneg frem", "fdiv": "fdiv", "int": "add sub mul", "idiv": "udiv sdiv urem srem",
-    "bit": "and or xor shl lshr ashr", "cmp": "icmp fcmp select",
-    "cvt": "fptrunc fpext sitofp uitofp fptosi fptoui", "branch": "br switch",
+    "fp": "fadd fsub fmul fneg frem",
+    "fdiv": "fdiv",
+    "int": "add sub mul",
+    "idiv": "udiv sdiv urem srem",
+    "bit": "and or xor shl lshr ashr",
+    "cmp": "icmp fcmp select",
+    "cvt": "fptrunc fpext sitofp uitofp fptosi fptoui",
+    "branch": "br switch",
 }
-CLASS_OF = {instruction: name for name, instructions in CLASSES.items()
-            for instruction in instructions.split()}
+CLASS_OF = {instruction: name for name, instructions in CLASSES.items() for instruction in instructions.split()}
 MATH_CALL = re.compile(r"@(?:llvm\.)?(exp2?|exp10|log2?|log10|sin|cos|tan|tanh|pow|sqrt|atan2?)f?[.(]")
 INTEGER_CALL = re.compile(r"@llvm\.(smax|smin|umax|umin)")
-BIT_CALL = re.compile(r"@llvm\.(maxnum|minnum|abs|fabs|copysign|floor|rint|trunc|ceil|round"
-                      r"|ctpop|ctlz|cttz|bswap|bitreverse|fshl|fshr)")
+BIT_CALL = re.compile(
+    r"@llvm\.(maxnum|minnum|abs|fabs|copysign|floor|rint|trunc|ceil|round"
+    r"|ctpop|ctlz|cttz|bswap|bitreverse|fshl|fshr)"
+)
 
 LABEL = re.compile(r"^([\w.$-]+):")
 INSTRUCTION = re.compile(r"^  (?:%\S+ = )?(?:tail |musttail |notail )?(\w+)(?: (.*))?")
 # The address spaces of msl.h: device, constant and threadgroup, by their number in the names of msl_mem1/2/3.
 DEVICE, CONSTANT, THREADGROUP = 1, 2, 271
 NUMBER = {DEVICE: 1, CONSTANT: 2, THREADGROUP: 3}
-POINTER = re.compile(r'ptr addrspace\((\d+)\) (.+?)(?: syncscope\("[^"]*"\))?'
-                     r"(?: (?:unordered|monotonic|acquire|release|acq_rel|seq_cst))?$")
+POINTER = re.compile(
+    r'ptr addrspace\((\d+)\) (.+?)(?: syncscope\("[^"]*"\))?'
+    r"(?: (?:unordered|monotonic|acquire|release|acq_rel|seq_cst))?$"
+)
 BRANCH = re.compile(r"  br i1 (%\S+), label (%\S+), label (%[^\s,]+)")
 QUALIFIERS = re.compile(r"(?:(?:atomic|volatile|weak) )*")
 VECTOR = re.compile(r"(?:\w+ )*<(\d+) x ")
@@ -62,6 +71,7 @@ PAGE_BYTES = 65536
 
 
 # ---- operands and types --------------------------------------------------------------------------
+
 
 def split_operands(text):
     """Split at the commas that are outside all brackets and quotes: 'i32 1, <2 x i8> <i8 1, i8 2>' -> 2
@@ -86,6 +96,7 @@ def split_operands(text):
 class Type:
     """bits: what an access to it touches. alignment, in bytes: where the next one in an array or struct may
     start."""
+
     bits: int
     alignment: int
 
@@ -115,12 +126,12 @@ def parse_type(text, named=None):
     text = text.strip()
     if m := re.match(r"(half|bfloat|float|double|ptr)\b(?: addrspace\((\d+)\))?", text):
         bits = 32 if m[2] == str(THREADGROUP) else SCALAR_BITS[m[1]]
-        return Type(bits, bits // 8), text[m.end():]
+        return Type(bits, bits // 8), text[m.end() :]
     if m := re.match(r"i(\d+)\b", text):
         bits = int(m[1])
-        return Type(bits, min(16, _power_of_two_at_least((bits + 7) // 8))), text[m.end():]
+        return Type(bits, min(16, _power_of_two_at_least((bits + 7) // 8))), text[m.end() :]
     if m := re.match(r"([<\[])(\d+) x ", text):
-        element, rest = parse_type(text[m.end():], named)
+        element, rest = parse_type(text[m.end() :], named)
         if m[1] == "[":
             return Type(8 * int(m[2]) * element.stride, element.alignment), _expect(rest, "]")
         bits = int(m[2]) * element.bits
@@ -129,13 +140,13 @@ def parse_type(text, named=None):
         return _parse_struct(text, named)
     if m := re.match(r'%(?:"[^"]*"|[\w.$-]+)', text):
         if named and m[0] in named:
-            return parse_type(named[m[0]], named)[0], text[m.end():]
+            return parse_type(named[m[0]], named)[0], text[m.end() :]
     raise MSLError(f"the simulator does not know the size of the LLVM type at '{text[:60]}'")
 
 
 def _parse_struct(text, named):
     is_packed = text.startswith("<")
-    rest = text[2 if is_packed else 1:].lstrip()
+    rest = text[2 if is_packed else 1 :].lstrip()
     size, alignment = 0, 1
     while not rest.startswith("}"):
         field, rest = parse_type(rest, named)
@@ -156,10 +167,12 @@ def _expect(text, closing):
 
 # ---- memory accesses -----------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class Access:
     """One access to DEVICE, CONSTANT or THREADGROUP memory. operand: IR text of the pointer with its type;
     pointer: its value alone. n_bytes is IR text too: a number or a value, with its type."""
+
     space: int
     pointer: str
     n_bytes: str
@@ -178,7 +191,7 @@ def accesses(line, named=None):
         return _memory_call(rest)
     if op not in ("load", "store", "atomicrmw", "cmpxchg"):
         return []
-    operands = split_operands(rest[QUALIFIERS.match(rest).end():])
+    operands = split_operands(rest[QUALIFIERS.match(rest).end() :])
     alignment = next((int(o[6:]) for o in operands if o.startswith("align ")), 1)
     if op == "load":
         accessed, pointer, flags = operands[0], operands[1], READ
@@ -212,12 +225,14 @@ def _memory_call(rest):
             # expression
             value = re.search(r"((?:getelementptr|inttoptr) .*|\S+)$", argument)[1]
             alignment = re.search(r"\balign (\d+)", argument)
-            found.append(Access(int(target[1]), value, arguments[2], int(alignment[1]) if alignment else 1,
-                                flags, argument))
+            found.append(
+                Access(int(target[1]), value, arguments[2], int(alignment[1]) if alignment else 1, flags, argument)
+            )
     return found
 
 
 # ---- operation counts ----------------------------------------------------------------------------
+
 
 def operation(line):
     """(class, how many) of one IR instruction: vectors count once per element. None for what is not
@@ -236,7 +251,7 @@ def operation(line):
                 return name, n
         return None
     if op == "br" and not rest.startswith("i1"):
-        return None                                 # an unconditional jump is an artefact of the text form
+        return None  # an unconditional jump is an artefact of the text form
     return (CLASS_OF[op], n) if op in CLASS_OF else None
 
 
@@ -257,10 +272,11 @@ class DebugLocations:
     """Answers, from the !DILocation metadata, which line of the kernel an instruction comes from."""
 
     def __init__(self, ir):
-        ir = ir[max(0, ir.rfind("\n}\n")):]          # metadata follow the last function
+        ir = ir[max(0, ir.rfind("\n}\n")) :]  # metadata follow the last function
         location = r"^(!\d+) = (?:distinct )?!DILocation\("
-        self.line_and_scope = {m[1]: (int(m[2]), m[3])
-                               for m in re.finditer(location + r"line: (\d+).*?scope: (!\d+)", ir, re.M)}
+        self.line_and_scope = {
+            m[1]: (int(m[2]), m[3]) for m in re.finditer(location + r"line: (\d+).*?scope: (!\d+)", ir, re.M)
+        }
         self.inlined_at = dict(re.findall(location + r".*inlinedAt: (!\d+)", ir, re.M))
         scope = r"^(!\d+) = (?:distinct )?!DI(?:Subprogram|LexicalBlock|LexicalBlockFile)\("
         self.file_of_scope = dict(re.findall(scope + r".*?file: (!\d+)", ir, re.M))
@@ -292,7 +308,7 @@ class DebugLocations:
         return bool(m) and self._is_simulated_at(m[1])
 
     def _is_simulated_at(self, at):
-        while at is not None:                       # also what the stand-in calls, as max() in simd_max()
+        while at is not None:  # also what the stand-in calls, as max() in simd_max()
             if self._file(at) in self.uncounted_files:
                 return True
             at = self.inlined_at.get(at)
@@ -321,6 +337,7 @@ def prepare(ir):
         rest = parse_type(m[2], named)[1]
         kind = m[2].removesuffix(rest)
         return f"{m[1]} = external addrspace({THREADGROUP}) global {kind}, align {_alignment(rest)}\n"
+
     return THREADGROUP_VARIABLE.sub(declaration, head) + functions
 
 
@@ -337,6 +354,7 @@ def _alignment(attributes):
 
 # ---- the whole module ----------------------------------------------------------------------------
 
+
 def instrument(ir):
     """Returns (instrumented IR, {"blocks": [{class: instructions}, ...],
     "threadgroup_variables": [name, ...], "constants": [name, ...]})."""
@@ -352,7 +370,7 @@ def instrument(ir):
     for i, line in enumerate(lines):
         if line.startswith("define "):
             in_function = at_block_start = True
-            uncounted = _sanitizer_conditions(lines[i:lines.index("}", i)])
+            uncounted = _sanitizer_conditions(lines[i : lines.index("}", i)])
             out.append(line)
             continue
         if line.startswith("}"):
@@ -385,8 +403,11 @@ def instrument(ir):
     constants = [(name, parse_type(text, named)[0].bytes) for name, text in constants]
     out += _tables(block_lines, variables, constants)
     ir = "\n".join(out)
-    info = {"blocks": blocks, "threadgroup_variables": [_demangled(v.name) for v in variables],
-            "constants": [_demangled(name) for name, _ in constants]}
+    info = {
+        "blocks": blocks,
+        "threadgroup_variables": [_demangled(v.name) for v in variables],
+        "constants": [_demangled(name) for name, _ in constants],
+    }
     return "\n".join([ir, *_missing_declarations(ir)]), info
 
 
@@ -395,7 +416,7 @@ def _demangled(name):
     for m in reversed(list(re.finditer(r"\d+", name))):
         end = m.end() + int(m[0])
         if m.end() < end <= len(name) and re.fullmatch(r"(?:_\d+|__\d+_)?", name[end:].rstrip('"')):
-            return name[m.end():end]
+            return name[m.end() : end]
     return name.strip('@"')
 
 
@@ -427,6 +448,7 @@ def _missing_declarations(ir):
 @dataclass(frozen=True)
 class _Variable:
     """A threadgroup variable: its name, and where it lies in msl_threadgroup."""
+
     name: str
     offset: int
     n_bytes: int
@@ -447,30 +469,36 @@ def _with_addresses(ir, variables):
     if not variables:
         return ir
     address = {v.name: k * THREADGROUP_SPACING for k, v in enumerate(variables)}
-    return re.sub(f"(?:{'|'.join(map(re.escape, address))})" + r"(?![\w.$-])",
-                  lambda m: f"inttoptr (i32 {address[m[0]]} to ptr addrspace({THREADGROUP}))", ir)
+    return re.sub(
+        f"(?:{'|'.join(map(re.escape, address))})" + r"(?![\w.$-])",
+        lambda m: f"inttoptr (i32 {address[m[0]]} to ptr addrspace({THREADGROUP}))",
+        ir,
+    )
 
 
 def _count_block(k):
     slot = f"ptr getelementptr inbounds (i64, ptr @msl_blocks, i64 {k})"
-    return [f"  %msl.count{k} = load i64, {slot}, align 8",
-            f"  %msl.plus{k} = add i64 %msl.count{k}, 1",
-            f"  store i64 %msl.plus{k}, {slot}, align 8"]
+    return [
+        f"  %msl.count{k} = load i64, {slot}, align 8",
+        f"  %msl.plus{k} = add i64 %msl.count{k}, 1",
+        f"  store i64 %msl.plus{k}, {slot}, align 8",
+    ]
 
 
 def _tables(block_lines, variables, constants):
     memory_bytes = variables[-1].offset + variables[-1].n_bytes if variables else 0
     line_numbers = ", ".join(f"i32 {n}" for n in [*block_lines, 0])
     n_counters = _round_up(len(block_lines) + 1, PAGE_BYTES // 8)
-    return ["declare void @msl_trap(i32)",
-            *(f"declare void @msl_mem{NUMBER[s]}(ptr addrspace({s}), i64, i64)" for s in (DEVICE, CONSTANT)),
-            "declare ptr @msl_mem3(i32, i64, i64)",
-            *_spans("msl_threadgroup_variables", [(v.offset, v.n_bytes) for v in variables]),
-            *_spans("msl_constants", [(f"ptrtoint (ptr addrspace({CONSTANT}) {name} to i64)", n)
-                                      for name, n in constants]),
-            f"@msl_threadgroup = global [{memory_bytes + 1} x i8] zeroinitializer, align 128",
-            f"@msl_blocks = global [{n_counters} x i64] zeroinitializer, align {PAGE_BYTES}",
-            f"@msl_block_lines = constant [{len(block_lines) + 1} x i32] [{line_numbers}]"]
+    return [
+        "declare void @msl_trap(i32)",
+        *(f"declare void @msl_mem{NUMBER[s]}(ptr addrspace({s}), i64, i64)" for s in (DEVICE, CONSTANT)),
+        "declare ptr @msl_mem3(i32, i64, i64)",
+        *_spans("msl_threadgroup_variables", [(v.offset, v.n_bytes) for v in variables]),
+        *_spans("msl_constants", [(f"ptrtoint (ptr addrspace({CONSTANT}) {name} to i64)", n) for name, n in constants]),
+        f"@msl_threadgroup = global [{memory_bytes + 1} x i8] zeroinitializer, align 128",
+        f"@msl_blocks = global [{n_counters} x i64] zeroinitializer, align {PAGE_BYTES}",
+        f"@msl_block_lines = constant [{len(block_lines) + 1} x i32] [{line_numbers}]",
+    ]
 
 
 def _spans(name, spans):

@@ -1,4 +1,5 @@
 """Dispatch: metal_kernel(), a drop-in for mx.fast.metal_kernel, and Library, for whole .metal files."""
+
 import contextlib
 import ctypes
 import dataclasses
@@ -18,31 +19,41 @@ from .translate import MSLError, Source
 
 # bfloat16 travels as its bits: NumPy has no such type.
 NUMPY_TYPE = {
-    mx.bool_: np.bool_, mx.uint8: np.uint8, mx.uint16: np.uint16, mx.uint32: np.uint32, mx.uint64: np.uint64,
-    mx.int8: np.int8, mx.int16: np.int16, mx.int32: np.int32, mx.int64: np.int64, mx.float16: np.float16,
-    mx.bfloat16: np.uint16, mx.float32: np.float32,
+    mx.bool_: np.bool_,
+    mx.uint8: np.uint8,
+    mx.uint16: np.uint16,
+    mx.uint32: np.uint32,
+    mx.uint64: np.uint64,
+    mx.int8: np.int8,
+    mx.int16: np.int16,
+    mx.int32: np.int32,
+    mx.int64: np.int64,
+    mx.float16: np.float16,
+    mx.bfloat16: np.uint16,
+    mx.float32: np.float32,
 }
 ATTRIBUTE_SLOT = {name: slot for slot, name in enumerate(BUILTINS)}
-THREADGROUP_MEMORY_BYTES = 32768    # Apple GPUs, per threadgroup
+THREADGROUP_MEMORY_BYTES = 32768  # Apple GPUs, per threadgroup
 MAX_THREADS_PER_THREADGROUP = 1024
-CHUNK_BYTES = 1 << 16               # buffers start in chunks of their own, so an address tells its buffer
+CHUNK_BYTES = 1 << 16  # buffers start in chunks of their own, so an address tells its buffer
 GAP_CHUNKS = 2
 NO_OWNER = 0xFFFF
-VECTOR_ALIGNMENT = 16               # the largest alignment an MSL type asks for
-UNWRITTEN = 0xFF                    # byte that fills new outputs: NaN as float, large as integer
+VECTOR_ALIGNMENT = 16  # the largest alignment an MSL type asks for
+UNWRITTEN = 0xFF  # byte that fills new outputs: NaN as float, large as integer
 ORDERS = ("natural", "reversed", "random")
 
 
 @dataclass
 class Config:
     """How dispatches run. Change it for a while with configured()."""
-    order: str = "natural"          # schedule of threads and threadgroups: natural, reversed or random
-    seed: int = 1                   # of the random order
-    races: bool = True              # report data races
-    past_end: bool = False          # report pointers beyond the end of their array, too, not only before it
+
+    order: str = "natural"  # schedule of threads and threadgroups: natural, reversed or random
+    seed: int = 1  # of the random order
+    races: bool = True  # report data races
+    past_end: bool = False  # report pointers beyond the end of their array, too, not only before it
     ignore: tuple = ()  # reports that contain one of these texts do not raise (Stats.reports has them)
-    flags: tuple = ()               # extra clang flags
-    timeout: int = 120              # seconds after which a dispatch that has not ended is an error
+    flags: tuple = ()  # extra clang flags
+    timeout: int = 120  # seconds after which a dispatch that has not ended is an error
 
 
 config = Config()
@@ -75,6 +86,7 @@ class Stats:
     simd_ops          simdgroup functions, per simdgroup; barriers: per simdgroup or threadgroup that met
     reports           every finding, also those that config.ignore keeps from raising
     """
+
     threads: int = 0
     ops: dict = field(default_factory=dict)
     reads: dict = field(default_factory=dict)
@@ -92,10 +104,11 @@ class Stats:
 
 
 last_stats = None
-_one_dispatch = threading.Lock()    # the scheduler's state is global, and so are the counters of a kernel
+_one_dispatch = threading.Lock()  # the scheduler's state is global, and so are the counters of a kernel
 
 
 # ---- arguments -----------------------------------------------------------------------------------
+
 
 @dataclass
 class Argument:
@@ -105,6 +118,7 @@ class Argument:
     start     offset in data of what the kernel's pointer points at; not 0 with negative strides
     phase     address of data[0] modulo VECTOR_ALIGNMENT: a view may start anywhere in its buffer
     """
+
     name: str
     data: np.ndarray
     start: int = 0
@@ -141,13 +155,13 @@ def _input(name, array, ensure_row_contiguous):
     """(Argument, strides in elements) of one input, copied or not as MLX would."""
     view = _host_view(array)
     if view.size == 0 or (ensure_row_contiguous and not view.flags.c_contiguous):
-        strides = [math.prod(array.shape[i + 1:]) for i in range(array.ndim)]
+        strides = [math.prod(array.shape[i + 1 :]) for i in range(array.ndim)]
         return _argument(name, view), strides
     reach = [(n - 1) * stride for n, stride in zip(view.shape, view.strides)]
     before, after = -sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + view.itemsize
     phase = (_phase(view) - before) % VECTOR_ALIGNMENT
     span = (ctypes.c_uint8 * (before + after)).from_address(_address(view) - before)
-    data = np.frombuffer(span, np.uint8).copy()     # copied here, while `view` keeps the memory alive
+    data = np.frombuffer(span, np.uint8).copy()  # copied here, while `view` keeps the memory alive
     return Argument(name, data, before, phase), [stride // view.itemsize for stride in view.strides]
 
 
@@ -157,25 +171,33 @@ def _output(name, n_bytes):
 
 # ---- the structures of runtime.cpp ---------------------------------------------------------------
 
+
 def _fields(kind, names):
     return [(name, kind) for name in names.split()]
 
 
 class _Buffer(ctypes.Structure):
-    _fields_ = (_fields(ctypes.c_uint64,
-                        "begin end byte_reads byte_writes bytes_read bytes_written n_loads n_stores")
-                + _fields(ctypes.c_uint32, "writable initialised"))
+    _fields_ = _fields(
+        ctypes.c_uint64, "begin end byte_reads byte_writes bytes_read bytes_written n_loads n_stores"
+    ) + _fields(ctypes.c_uint32, "writable initialised")
 
 
 class _Dispatch(ctypes.Structure):
-    _fields_ = (_fields(ctypes.c_uint64,
-                        "entry arguments buffers n_buffers chunk_owner arena arena_size threadgroup "
-                        "threadgroup_size threadgroup_variables n_threadgroup_variables constants "
-                        "n_constants counters counters_size block_lines")
-                + _fields(ctypes.c_uint32 * 3, "grid group")
-                + _fields(ctypes.c_uint32, "order seed check_races past_end timeout_seconds padding")
-                + _fields(ctypes.c_uint64, "log log_size n_reports fatal n_simd_ops n_barriers n_threads "
-                                           "threadgroup_read threadgroup_written constant_read n_atomics"))
+    _fields_ = (
+        _fields(
+            ctypes.c_uint64,
+            "entry arguments buffers n_buffers chunk_owner arena arena_size threadgroup "
+            "threadgroup_size threadgroup_variables n_threadgroup_variables constants "
+            "n_constants counters counters_size block_lines",
+        )
+        + _fields(ctypes.c_uint32 * 3, "grid group")
+        + _fields(ctypes.c_uint32, "order seed check_races past_end timeout_seconds padding")
+        + _fields(
+            ctypes.c_uint64,
+            "log log_size n_reports fatal n_simd_ops n_barriers n_threads "
+            "threadgroup_read threadgroup_written constant_read n_atomics",
+        )
+    )
 
 
 class _Arena:
@@ -191,16 +213,22 @@ class _Arena:
         self.address = self.bytes.ctypes.data
         self.owner = np.full(n_chunks, NO_OWNER, np.uint16)
         self.buffers = (_Buffer * (len(arguments) + 1))()
-        self.counts = []                                            # (reads, writes) per byte, of each buffer
+        self.counts = []  # (reads, writes) per byte, of each buffer
         for i, (a, begin) in enumerate(zip(arguments, self.begin)):
             end = begin + len(a.data)
             self.bytes[begin:end] = a.data
             # the gap chunks next to a buffer are its own too: a near miss is reported with its name
-            self.owner[begin // CHUNK_BYTES - 1:end // CHUNK_BYTES + 2] = i
+            self.owner[begin // CHUNK_BYTES - 1 : end // CHUNK_BYTES + 2] = i
             reads, writes = np.zeros((2, len(a.data)), np.uint32)
             self.counts.append((reads, writes))
-            self.buffers[i] = _Buffer(self.address + begin, self.address + end, reads.ctypes.data,
-                                      writes.ctypes.data, writable=a.is_output, initialised=a.is_initialised)
+            self.buffers[i] = _Buffer(
+                self.address + begin,
+                self.address + end,
+                reads.ctypes.data,
+                writes.ctypes.data,
+                writable=a.is_output,
+                initialised=a.is_initialised,
+            )
 
     def read(self, i):
         begin, end = (address - self.address for address in (self.buffers[i].begin, self.buffers[i].end))
@@ -208,6 +236,7 @@ class _Arena:
 
 
 # ---- kernels -------------------------------------------------------------------------------------
+
 
 def _entry(source, name, expression):
     """(buffers in the order of their parameters, C++ function that calls the kernel `name` of `source`)."""
@@ -223,9 +252,11 @@ def _entry(source, name, expression):
             buffers.append(parameter)
         else:
             raise MSLError(f"parameter {parameter} of {name} has an unknown attribute: {attributes}")
-    return buffers, ('extern "C" __attribute__((visibility("default")))\n'
-                     "void msl_entry(void **arguments, msl::Attributes *attributes) "
-                     f"{{ msl::call({', '.join(call)}); }}")
+    return buffers, (
+        'extern "C" __attribute__((visibility("default")))\n'
+        "void msl_entry(void **arguments, msl::Attributes *attributes) "
+        f"{{ msl::call({', '.join(call)}); }}"
+    )
 
 
 def _flags(fast_math):
@@ -271,8 +302,7 @@ class Function:
         variables = self.threadgroup_variables
         threadgroup_size = int((-(-variables[:, 1].astype(np.int64) // 16) * 16).sum())
         if threadgroup_size > THREADGROUP_MEMORY_BYTES:
-            raise MSLError(f"threadgroup memory: {threadgroup_size} bytes, "
-                           f"the limit is {THREADGROUP_MEMORY_BYTES}")
+            raise MSLError(f"threadgroup memory: {threadgroup_size} bytes, the limit is {THREADGROUP_MEMORY_BYTES}")
         present = [arguments[name] for name in self.buffers if name in arguments]
         with _one_dispatch:
             return self._run(arguments, present, grid, group, threadgroup_size)
@@ -289,24 +319,40 @@ class Function:
         log = ctypes.create_string_buffer(16384)
         d = _Dispatch(
             entry=ctypes.cast(self.library.msl_entry, ctypes.c_void_p).value,
-            arguments=ctypes.addressof(pointer_array), buffers=ctypes.addressof(arena.buffers),
-            n_buffers=len(present), chunk_owner=arena.owner.ctypes.data, arena=arena.address,
-            arena_size=arena.size, threadgroup=ctypes.addressof(threadgroup),
+            arguments=ctypes.addressof(pointer_array),
+            buffers=ctypes.addressof(arena.buffers),
+            n_buffers=len(present),
+            chunk_owner=arena.owner.ctypes.data,
+            arena=arena.address,
+            arena_size=arena.size,
+            threadgroup=ctypes.addressof(threadgroup),
             threadgroup_size=threadgroup_end,
-            threadgroup_variables=variables.ctypes.data, n_threadgroup_variables=len(variables),
-            constants=constants.ctypes.data, n_constants=len(constants),
-            counters=ctypes.addressof(counters), counters_size=ctypes.sizeof(counters),
+            threadgroup_variables=variables.ctypes.data,
+            n_threadgroup_variables=len(variables),
+            constants=constants.ctypes.data,
+            n_constants=len(constants),
+            counters=ctypes.addressof(counters),
+            counters_size=ctypes.sizeof(counters),
             block_lines=ctypes.addressof(ctypes.c_uint32.in_dll(self.library, "msl_block_lines")),
-            grid=grid, group=group, order=ORDERS.index(config.order), seed=config.seed,
-            check_races=config.races, past_end=config.past_end, timeout_seconds=config.timeout,
-            log=ctypes.addressof(log), log_size=len(log))
+            grid=grid,
+            group=group,
+            order=ORDERS.index(config.order),
+            seed=config.seed,
+            check_races=config.races,
+            past_end=config.past_end,
+            timeout_seconds=config.timeout,
+            log=ctypes.addressof(log),
+            log_size=len(log),
+        )
         ctypes.memset(counters, 0, ctypes.sizeof(counters))
         _dispatch_with_time_limit(d)
         names = [a.name for a in present]
-        named = {"buffer": names, "threadgroup variable": self.names["threadgroup_variables"],
-                 "constant": self.names["constants"]}
-        text = re.sub(f"({'|'.join(named)}) #(\\d+)", lambda m: f"'{named[m[1]][int(m[2])]}'",
-                      log.value.decode())
+        named = {
+            "buffer": names,
+            "threadgroup variable": self.names["threadgroup_variables"],
+            "constant": self.names["constants"],
+        }
+        text = re.sub(f"({'|'.join(named)}) #(\\d+)", lambda m: f"'{named[m[1]][int(m[2])]}'", log.value.decode())
         last_stats = self._stats(d, arena, names, counters, threadgroup_size, text.splitlines())
         bad = [r for r in last_stats.reports if not any(ignored in r for ignored in config.ignore)]
         if bad:
@@ -325,27 +371,34 @@ class Function:
                 ops[name] = ops.get(name, 0) + executions * n
         buffers = dict(zip(names, arena.buffers))
         return Stats(
-            threads=d.n_threads, ops=ops,
+            threads=d.n_threads,
+            ops=ops,
             reads={name: reads for name, (reads, _) in zip(names, arena.counts)},
             writes={name: writes for name, (_, writes) in zip(names, arena.counts)},
             read_bytes={name: b.bytes_read for name, b in buffers.items()},
             written_bytes={name: b.bytes_written for name, b in buffers.items()},
             loads={name: b.n_loads for name, b in buffers.items()},
-            threadgroup_read=d.threadgroup_read, threadgroup_written=d.threadgroup_written,
-            threadgroup_size=threadgroup_size, simd_ops=d.n_simd_ops, barriers=d.n_barriers,
-            atomics=d.n_atomics, reports=reports)
+            threadgroup_read=d.threadgroup_read,
+            threadgroup_written=d.threadgroup_written,
+            threadgroup_size=threadgroup_size,
+            simd_ops=d.n_simd_ops,
+            barriers=d.n_barriers,
+            atomics=d.n_atomics,
+            reports=reports,
+        )
 
 
 def _check_sizes(grid, group):
     if len(grid) != 3 or len(group) != 3:
         raise ValueError(f"grid and threadgroup need 3 dimensions each, got {tuple(grid)} and {tuple(group)}")
     if any(n < 1 for n in (*grid, *group)):
-        raise ValueError("grid and threadgroup dimensions must be at least 1, "
-                         f"got {tuple(grid)} and {tuple(group)}")
+        raise ValueError(f"grid and threadgroup dimensions must be at least 1, got {tuple(grid)} and {tuple(group)}")
     if math.prod(group) > MAX_THREADS_PER_THREADGROUP:
-        raise ValueError(f"Thread group size ({math.prod(group)}) is greater than the maximum allowed "
-                         f"threads per threadgroup ({MAX_THREADS_PER_THREADGROUP}).")
-    return tuple(grid), tuple(min(a, b) for a, b in zip(group, grid))    # MLX clips the group to the grid
+        raise ValueError(
+            f"Thread group size ({math.prod(group)}) is greater than the maximum allowed "
+            f"threads per threadgroup ({MAX_THREADS_PER_THREADGROUP})."
+        )
+    return tuple(grid), tuple(min(a, b) for a, b in zip(group, grid))  # MLX clips the group to the grid
 
 
 def _dispatch_with_time_limit(d):
@@ -372,8 +425,8 @@ def _dispatch_with_time_limit(d):
 class Library:
     """The kernels of a whole MSL text, without MLX's generated signature.
 
-        library = Library(text, constants={26: 64})                     # function constants, by index or name
-        outs = library("sdpa_vector<float, 128>", arguments, outputs, grid, group)
+    library = Library(text, constants={26: 64})                     # function constants, by index or name
+    outs = library("sdpa_vector<float, 128>", arguments, outputs, grid, group)
     """
 
     def __init__(self, text, constants=None):
@@ -394,8 +447,16 @@ class Library:
         return {name: raw[name].view(dtype).reshape(shape) for name, (shape, dtype) in outputs.items()}
 
 
-def metal_kernel(name, input_names, output_names, source, header="", ensure_row_contiguous=True,
-                 atomic_outputs=False, compile_options=None):
+def metal_kernel(
+    name,
+    input_names,
+    output_names,
+    source,
+    header="",
+    ensure_row_contiguous=True,
+    atomic_outputs=False,
+    compile_options=None,
+):
     """Same signature and call convention as mx.fast.metal_kernel (mlx 0.32); the call runs at once, on the
     CPU.
 
@@ -407,8 +468,18 @@ def metal_kernel(name, input_names, output_names, source, header="", ensure_row_
     fast_math = _is_fast_math(compile_options or {})
     functions = {}
 
-    def call(*, inputs, output_shapes, output_dtypes, grid, threadgroup, template=None, init_value=None,
-             verbose=False, stream=None):
+    def call(
+        *,
+        inputs,
+        output_shapes,
+        output_dtypes,
+        grid,
+        threadgroup,
+        template=None,
+        init_value=None,
+        verbose=False,
+        stream=None,
+    ):
         _check_lengths(inputs, input_names, "inputs")
         _check_lengths(output_shapes, output_names, "output_shapes")
         _check_lengths(output_dtypes, output_names, "output_dtypes")
@@ -416,8 +487,9 @@ def metal_kernel(name, input_names, output_names, source, header="", ensure_row_
         for dtype in (*(a.dtype for a in inputs), *output_dtypes):
             if dtype not in NUMPY_TYPE:
                 raise MSLError(f"the simulator does not take {dtype} arrays")
-        text, kernel, expression = generate(name, input_names, output_names, source, header, atomic_outputs,
-                                            inputs, output_dtypes, template)
+        text, kernel, expression = generate(
+            name, input_names, output_names, source, header, atomic_outputs, inputs, output_dtypes, template
+        )
         if verbose:
             print(f"Generated source code for `{name}`:\n```\n{text}\n```")
         key = (text, tuple(config.flags))
@@ -426,9 +498,11 @@ def metal_kernel(name, input_names, output_names, source, header="", ensure_row_
         arguments = {}
         for n, array in zip(input_names, inputs):
             arguments[n], strides = _input(n, array, ensure_row_contiguous)
-            about = {f"{n}_shape": np.array(array.shape, np.int32),
-                     f"{n}_strides": np.array(strides, np.int64),
-                     f"{n}_ndim": np.int32(array.ndim)}
+            about = {
+                f"{n}_shape": np.array(array.shape, np.int32),
+                f"{n}_strides": np.array(strides, np.int64),
+                f"{n}_ndim": np.int32(array.ndim),
+            }
             arguments |= {parameter: _argument(parameter, value) for parameter, value in about.items()}
         for n, shape, dtype in zip(output_names, output_shapes, output_dtypes):
             arguments[n] = _output(n, math.prod(shape) * np.dtype(NUMPY_TYPE[dtype]).itemsize)
@@ -436,8 +510,7 @@ def metal_kernel(name, input_names, output_names, source, header="", ensure_row_
                 initial = _host_view(mx.full((math.prod(shape),), init_value, dtype))
                 arguments[n] = dataclasses.replace(_argument(n, initial), is_output=True)
         raw = functions[key].dispatch(arguments, grid, threadgroup)
-        return [_to_mlx(raw[n], shape, dtype)
-                for n, shape, dtype in zip(output_names, output_shapes, output_dtypes)]
+        return [_to_mlx(raw[n], shape, dtype) for n, shape, dtype in zip(output_names, output_shapes, output_dtypes)]
 
     return call
 
@@ -454,8 +527,7 @@ def _is_fast_math(compile_options):
 
 def _check_lengths(got, names, what):
     if len(got) != len(names):
-        raise ValueError(f"[metal_kernel] Expected `{what}` to have size {len(names)} "
-                         f"but got size {len(got)}.")
+        raise ValueError(f"[metal_kernel] Expected `{what}` to have size {len(names)} but got size {len(got)}.")
 
 
 def _to_mlx(raw, shape, dtype):

@@ -6,6 +6,7 @@
 Each getelementptr here is one that the source asks for; an optimiser makes others, which may point anywhere.
 Left out is what only serves a load or a store, as in a[i]: accesses are checked.
 """
+
 import re
 from collections import Counter
 
@@ -18,8 +19,10 @@ COMPARISON = re.compile(r"  %\S+ = icmp (?:samesign )?u[lg][te] (ptr addrspace\(
 POINTER = re.compile(r"ptr addrspace\((\d+)\)")
 ACCESS = re.compile(r"^  (?:%\S+ = load|store) .*ptr addrspace\(\d+\) (\S+), align", re.M)
 # They touch no memory of the kernel, so that an optimiser may move its loads and stores across them.
-DECLARATION = ("declare void @msl_{}(ptr addrspace({}), ptr addrspace({}), i32) "
-               "nounwind willreturn memory(inaccessiblemem: readwrite)")
+DECLARATION = (
+    "declare void @msl_{}(ptr addrspace({}), ptr addrspace({}), i32) "
+    "nounwind willreturn memory(inaccessiblemem: readwrite)"
+)
 
 
 def check_pointers(ir):
@@ -41,8 +44,11 @@ def check_pointers(ir):
             m = ARITHMETIC.match(line)
             if m and m[1] in kept:
                 out.append(_call("arithmetic", kept[m[1]], f"{POINTER.match(kept[m[1]])[0]} {m[1]}", n))
-    out += (DECLARATION.format(f"{what}{k}", space, space)
-            for what in ("arithmetic", "comparison") for space, k in NUMBER.items())
+    out += (
+        DECLARATION.format(f"{what}{k}", space, space)
+        for what in ("arithmetic", "comparison")
+        for space, k in NUMBER.items()
+    )
     return "\n".join(out)
 
 
@@ -69,7 +75,7 @@ def _constants(line):
     end = 0
     while m := CONSTANT.search(line, end):
         end = _closing(line, m.end() - 1) + 1
-        expression = line[m.start():end]
+        expression = line[m.start() : end]
         base = re.search(rf"(ptr addrspace\((\d+)\)) ({IDENTIFIER})", expression)
         if base and int(base[2]) in NUMBER:
             yield f"{base[1]} {base[3]}", f"{base[1]} {expression}"

@@ -5,6 +5,7 @@
 
 Heuristics over tokens, like all of translate.py: they know scopes, not types.
 """
+
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ TYPES = {"struct", "class", "union", "enum"}
 NO_VARIABLE = {*TYPES, "using", "typedef", "namespace", "static_assert", "friend", "template", "extern"}
 IN_FUNCTIONS = ("function", "block")
 # Functions of the Metal standard library that a text may want to define itself.
-STANDARD_FUNCTIONS = set("""
+STANDARD_FUNCTIONS = set(
+    """
     abs absdiff acos acosh addsat all any as_type asin asinh atan atan2 atanh ceil clamp clz copysign cos
     cosh cospi cross ctz determinant distance distance_squared divide dot exp exp10 exp2 extract_bits fabs
     faceforward fdim floor fma fmax fmax3 fmedian3 fmin fmin3 fmod fract frexp hadd ilogb insert_bits
@@ -21,7 +23,8 @@ STANDARD_FUNCTIONS = set("""
     madhi madsat max max3 median3 min min3 mix modf mul24 mulhi nextafter normalize popcount pow powr
     reflect refract reverse_bits rhadd rint rotate round rsqrt saturate select sign signbit
     simdgroup_barrier sin sincos sinh sinpi smoothstep sqrt step subsat tan tanh tanpi threadgroup_barrier
-    transpose trunc""".split())
+    transpose trunc""".split()
+)
 STANDARD_FUNCTION_PREFIX = re.compile(r"(simd|quad)_")  # these take no types of 64 bits and no bool
 WITHOUT_SIMD = {"long", "ulong", "int64_t", "uint64_t", "size_t", "ptrdiff_t", "bool"}
 CONSTANT_MACRO = re.compile(r"\s*#\s*define\s+(\w+)\b.*\bconstant\b", re.S)
@@ -33,6 +36,7 @@ NO_OPERAND = re.compile(r"[-({};,=+*/%&|^!~?:<]|return|[-+*/%&|^<>=!]=|&&|\|\||<
 class Scope:
     """kind: program, namespace, type, function, or block, which is anything else between braces.
     in_kernel: a kernel function, or a block in one."""
+
     kind: str
     in_kernel: bool = False
 
@@ -130,8 +134,10 @@ def violations(tokens, scopes, declarations, directives, types):
         if function is None:
             yield from _check_variable(scope, words, constant)
         elif scope.kind == "program" and _is_standard(function, head, types):
-            yield function, (f"'{function.text}': the Metal standard library has a function of this name for "
-                             "these types")
+            yield (
+                function,
+                (f"'{function.text}': the Metal standard library has a function of this name for these types"),
+            )
 
 
 def _own_macros():
@@ -156,9 +162,9 @@ def _is_standard(function, head, types):
     elif function.text not in STANDARD_FUNCTIONS:
         return False
     words = _without_template(head)
-    parameters = [t.text for t in head[:-len(words)] if t.kind == "name"]
+    parameters = [t.text for t in head[: -len(words)] if t.kind == "name"]
     at = next(i for i, t in enumerate(words) if t is function)
-    first = {t.text for t in _until(words[at + 2:], (",", ")"))}
+    first = {t.text for t in _until(words[at + 2 :], (",", ")"))}
     return not first or not first.isdisjoint(types.union(parameters))
 
 

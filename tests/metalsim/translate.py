@@ -10,11 +10,13 @@ Every line stays where it is, so diagnostics point at the MSL line. The translat
 It is a token rewriter, not a parser: the checks for address spaces and recursion are heuristics that suit the
 way kernels are written, and clang has the last word on types.
 """
+
 import re
 
 from .rules import scopes_of, violations
 
-TOKEN = re.compile(r"""
+TOKEN = re.compile(
+    r"""
     (?P<comment>//[^\n]*|/\*.*?\*/)
   | (?P<directive>^[ \t]*\#(?:[^\n\\]|\\.|\\\n)*)
   | (?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
@@ -22,7 +24,9 @@ TOKEN = re.compile(r"""
   | (?P<name>[A-Za-z_]\w*)
   | (?P<space>\s+)
   | (?P<operator>->\*|<<=|>>=|\.\.\.|::|\[\[|->|\+\+|--|<<|<=|>=|==|!=|&&|\|\||[-+*/%&|^]=|.)
-""", re.X | re.S | re.M)
+""",
+    re.X | re.S | re.M,
+)
 
 VECTOR_ELEMENTS = "bool char uchar short ushort int uint long ulong half bfloat float".split()
 VECTORS = {f"{element}{n}" for element in VECTOR_ELEMENTS for n in (2, 3, 4)}
@@ -31,10 +35,17 @@ SCALARS = {*VECTOR_ELEMENTS, *SIZED, "size_t", "ptrdiff_t", "float16_t", "bfloat
 ATOMICS = {"atomic_uint", "atomic_int", "atomic_float", "atomic_bool"}
 ADDRESS_SPACES = {"device", "constant", "threadgroup", "thread", "threadgroup_imageblock"}
 FORBIDDEN = {
-    "double": "MSL has no double", "virtual": "no virtual functions in MSL", "try": "no exceptions in MSL",
-    "throw": "no exceptions in MSL", "goto": "no goto in MSL", "new": "no new in MSL",
-    "delete": "no delete in MSL", "dynamic_cast": "no dynamic_cast in MSL", "typeid": "no typeid in MSL",
-    "thread_local": "no thread_local in MSL", "asm": "no inline assembly in MSL",
+    "double": "MSL has no double",
+    "virtual": "no virtual functions in MSL",
+    "try": "no exceptions in MSL",
+    "throw": "no exceptions in MSL",
+    "goto": "no goto in MSL",
+    "new": "no new in MSL",
+    "delete": "no delete in MSL",
+    "dynamic_cast": "no dynamic_cast in MSL",
+    "typeid": "no typeid in MSL",
+    "thread_local": "no thread_local in MSL",
+    "asm": "no inline assembly in MSL",
     "printf": "no printf in MSL",
 }
 MAX_BUFFERS = 31  # in the argument table of a kernel
@@ -48,6 +59,7 @@ class MSLError(Exception):
 
 class Token:
     """One token. `text` is what the MSL says, `out` what the C++ will say."""
+
     __slots__ = ("kind", "text", "line", "out")
 
     def __init__(self, kind, text, line):
@@ -132,11 +144,11 @@ class Source:
             if t.text in ("typename", "class", "struct", "enum", "union") and tokens[i + 1].kind == "name":
                 self.types.add(tokens[i + 1].text)
             elif t.text == "using" and tokens[i + 2].text == "=":
-                self._add_alias(tokens[i + 1], tokens[i + 3:i + 6])
+                self._add_alias(tokens[i + 1], tokens[i + 3 : i + 6])
             elif t.text == "typedef":
                 end = next(j for j in range(i, len(tokens)) if tokens[j].text == ";")
                 name = next((j for j in range(i + 1, end) if tokens[j].text == "["), end) - 1
-                self._add_alias(tokens[name], tokens[i + 1:name])
+                self._add_alias(tokens[name], tokens[i + 1 : name])
 
     def _add_alias(self, name, definition):
         self.types.add(name.text)
@@ -152,11 +164,13 @@ class Source:
         attributes = {}
         while i < len(tokens):
             if tokens[i].text == "[[":
-                end = next(k for k in range(i, len(tokens) - 1)
-                           if tokens[k].text == "]" and tokens[k + 1].text == "]") + 1
-                text = "".join(t.text for t in tokens[i + 1:end - 1])
+                end = (
+                    next(k for k in range(i, len(tokens) - 1) if tokens[k].text == "]" and tokens[k + 1].text == "]")
+                    + 1
+                )
+                text = "".join(t.text for t in tokens[i + 1 : end - 1])
                 attributes.setdefault(id(tokens[i - 1]), []).append(text)
-                for t in tokens[i:end + 1]:
+                for t in tokens[i : end + 1]:
                     t.out = ""
                     t.kind = "kernel" if t.text == "kernel" else "attribute"
                 i = end
@@ -171,22 +185,23 @@ class Source:
                     self._set_function_constant(t, text)
 
     def _set_function_constant(self, name, attribute):
-        index = int(attribute[len("function_constant("):-1])
+        index = int(attribute[len("function_constant(") : -1])
         value = self.constants.get(index, self.constants.get(name.text))
         if value is None:
             self._error(name, f"function constant {name.text} ({index}) has no value")
         name.out += f" = {str(value).lower()}"
 
     def _add_kernel(self, tokens, i, attributes):
-        opening = next((j for j in range(i, len(tokens))
-                        if tokens[j].text in ("(", ";") and tokens[j].kind != "attribute"), None)
+        opening = next(
+            (j for j in range(i, len(tokens)) if tokens[j].text in ("(", ";") and tokens[j].kind != "attribute"), None
+        )
         if opening is None or tokens[opening].text == ";":
             return
         if any(t.text == "decltype" for t in tokens[i:opening]):
-            return                                  # an explicit instantiation
+            return  # an explicit instantiation
         closing = _matching(tokens, opening, "(", ")")
         parameters, depth, name, n_buffers = [], 0, None, 0
-        for t in tokens[opening + 1:closing + 1]:
+        for t in tokens[opening + 1 : closing + 1]:
             if t.kind in ("attribute", "kernel"):
                 continue
             if depth == 0 and (t.text == "," or t is tokens[closing]) and name:
@@ -204,7 +219,7 @@ class Source:
             if t.kind == "name":
                 name = t
         self.kernels[tokens[opening - 1].text] = parameters
-        tokens[i].out = "static"                    # kernels of the text that are not run are not compiled
+        tokens[i].out = "static"  # kernels of the text that are not run are not compiled
 
     # ---- rewriting -------------------------------------------------------------------------------
 
@@ -218,13 +233,13 @@ class Source:
                 j += 1
             j = _after_angles(tokens, j + 1) if tokens[j + 1].text == "<" else j + 1
             if tokens[j].kind != "name":
-                continue                            # threadgroup T* p
+                continue  # threadgroup T* p
             if id(t) not in self.in_kernel:
                 self._error(t, "only a kernel function has threadgroup variables")
             t.out, depth = THREADGROUP_VARIABLE, 0
             while depth or tokens[j].text != ";":
                 if not depth and tokens[j + 1].text in (",", ";"):
-                    tokens[j].out += " = {}"        # clang finds no default constructor in this address space
+                    tokens[j].out += " = {}"  # clang finds no default constructor in this address space
                 if tokens[j].text == "=":
                     self._error(t, "a threadgroup variable cannot have an initialiser")
                 j += 1
@@ -244,7 +259,7 @@ class Source:
             elif t.text == "(" and after in self.vectors and self._is_c_cast(i):
                 t.out, tokens[i + 2].out = "msl::Cast<", ">()->*"
             elif t.text == "static_cast" and after == "<":
-                target = [x.text for x in tokens[i + 2:_after_angles(tokens, i + 1)]]
+                target = [x.text for x in tokens[i + 2 : _after_angles(tokens, i + 1)]]
                 is_vector = "vec" in target or not self.vectors.isdisjoint(target)
                 if is_vector and "*" not in target and "&" not in target:
                     t.out = "msl::static_convert"
@@ -276,18 +291,20 @@ class Source:
             if t.text not in ("*", "&") and not (t.text == "&&" and pointee == "auto"):
                 continue
             if pointee == ">":
-                is_declarator = (i + 2 < len(tokens) and tokens[i + 1].kind == "name"
-                                 and tokens[i + 2].text in ",);=[")
+                is_declarator = i + 2 < len(tokens) and tokens[i + 1].kind == "name" and tokens[i + 2].text in ",);=["
                 if not (is_declarator and self._closes_template_type(i - 1)):
                     continue
             elif pointee not in pointees:
                 continue
             start = self._declaration_start(i)
-            declaration = {x.text for x in tokens[start + 1:i]}
-            is_alias = "using" in [x.text for x in tokens[max(0, start - 2):i]]
+            declaration = {x.text for x in tokens[start + 1 : i]}
+            is_alias = "using" in [x.text for x in tokens[max(0, start - 2) : i]]
             if declaration.isdisjoint(ADDRESS_SPACES) and not is_alias:
-                self._error(t, f"pointer or reference to '{pointee}' needs an explicit address space "
-                               "(device, constant, threadgroup or thread)")
+                self._error(
+                    t,
+                    f"pointer or reference to '{pointee}' needs an explicit address space "
+                    "(device, constant, threadgroup or thread)",
+                )
 
     def _declaration_start(self, i):
         """Index of the token before the declaration that ends at the '*' or '&' at i."""
@@ -336,9 +353,13 @@ class Source:
                 if body:
                     start, stop = body
                     name = tokens[i].text
-                    callees = {t.text for k, t in enumerate(tokens[start:stop], start)
-                               if t.kind == "name" and tokens[k + 1].text in ("(", "<")
-                               and tokens[k - 1].text not in (".", "->", "::")}
+                    callees = {
+                        t.text
+                        for k, t in enumerate(tokens[start:stop], start)
+                        if t.kind == "name"
+                        and tokens[k + 1].text in ("(", "<")
+                        and tokens[k - 1].text not in (".", "->", "::")
+                    }
                     calls[name] = set() if name in calls else callees
                     i = stop
             i += 1
@@ -353,7 +374,7 @@ class Source:
         if start >= len(tokens) or tokens[start].text != "{":
             return None
         previous = next((j for j in range(i, -1, -1) if tokens[j].text in ";}"), -1)
-        if any(t.text == "template" for t in tokens[previous + 1:i]):
+        if any(t.text == "template" for t in tokens[previous + 1 : i]):
             return None
         return start, _matching(tokens, start, "{", "}")
 

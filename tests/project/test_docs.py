@@ -1,5 +1,6 @@
 """What the pages show runs: the blocks of a page one after the other, as a reader would, with the embedded model in the
 place of one of the Hub. (docs/server.md: test_serve.py, with a server.)"""
+
 import re
 import shlex
 
@@ -38,10 +39,18 @@ SAYS = {  # what a program must have said besides running to its end
     "README.md": ["4 of 4 layers compressed", "'scheme': 'turbo4'"],
     "docs/app.md": ["'layers': '4 of 4 layers compressed", "there was a little girl named Lily."],
     "docs/compiling.md": [],
-    "docs/long-document.md": [r"\d+ tokens in [0-9.]+ MB, uncompressed [0-9.]+ MB. 4 of 4 layers compressed; auto: keys at",
-                              "none +0 ", "turbo4 +4 ",
-                              r"the story about\? (.{20,}?)\nWhat happened in the end\? .{20,}\1\n$"],  # as saved
-    "docs/script.md": ["4 of 4 layers compressed; auto", r"\d+ of them packed", "windows of 1,024 tokens", "The next day"],
+    "docs/long-document.md": [
+        r"\d+ tokens in [0-9.]+ MB, uncompressed [0-9.]+ MB. 4 of 4 layers compressed; auto: keys at",
+        "none +0 ",
+        "turbo4 +4 ",
+        r"the story about\? (.{20,}?)\nWhat happened in the end\? .{20,}\1\n$",
+    ],  # as saved
+    "docs/script.md": [
+        "4 of 4 layers compressed; auto",
+        r"\d+ of them packed",
+        "windows of 1,024 tokens",
+        "The next day",
+    ],
 }
 
 

@@ -1,4 +1,5 @@
 """The measuring scripts in scripts/ run and print well-formed JSON with plausible numbers."""
+
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ def run(script, *arguments):
 @LINUX
 def test_kernel_cost_counts_fewer_operations_and_bytes_than_fp16():
     done = run("kernel_cost.py", "--gqa", "4", "--head-dim", "128", "--scheme", "turbo4", "--json")
-    row, = json.loads(done.stdout)
+    (row,) = json.loads(done.stdout)
     assert (row["head_dim"], row["gqa"], row["scheme"], row["tokens"]) == (128, 4, "turbo4", 2048)
     assert 8 < row["ops_per_pair"] < 0.6 * row["mlx_fp16_ops_per_pair"]  # 8: a multiply-add per head and side
     assert row["ops_per_pair"] == pytest.approx(row["attend_ops_per_pair"] + row["merge_ops_per_pair"])
@@ -33,8 +34,9 @@ def test_kernel_cost_counts_fewer_operations_and_bytes_than_fp16():
 
 @LINUX
 def test_kernel_cost_prints_a_table_that_calls_its_prediction_one():
-    out = run("kernel_cost.py", "--gqa", "1", "--head-dim", "64", "--scheme", "turbo2", "--tokens", "320",
-              "--exact").stdout
+    out = run(
+        "kernel_cost.py", "--gqa", "1", "--head-dim", "64", "--scheme", "turbo2", "--tokens", "320", "--exact"
+    ).stdout
     assert "320 packed and 68 exact tokens" in out and "PREDICTION, not a measurement" in out
     assert "fp16 2pass_1" in out and "M4 Max" in out
 
@@ -78,8 +80,9 @@ def test_packing_cost_counts_what_the_ceilings_of_the_kernel_tests_allow():
 def test_ablation_measures_what_each_protection_contributes(tmp_path):
     rows = ["4 bits, the paper's scale, nothing else", "+ inner-product scale", "+ recent 64 = the default"]
     picture = tmp_path / "ablation.png"
-    out = json.loads(run("ablation.py", "--tokens", "400", "--windows", "1", "--json", "--png", str(picture), "--rows",
-                         *rows).stdout)
+    out = json.loads(
+        run("ablation.py", "--tokens", "400", "--windows", "1", "--json", "--png", str(picture), "--rows", *rows).stdout
+    )
     assert [r["configuration"] for r in out["rows"]] == rows and "cpu fallback" in out["where"]
     paper, scale, default = (r["kld"] for r in out["rows"])
     assert 0 < default < scale / 2 < paper / 3  # measured on 2,048 tokens: docs/quality.md

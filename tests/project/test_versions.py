@@ -1,4 +1,5 @@
 """Versions of Python, macOS and Linux that we run on: named alike everywhere, and a clear word elsewhere."""
+
 import os
 import re
 import subprocess
@@ -50,26 +51,41 @@ def test_a_part_that_there_is_not_is_refused(part):
 
 
 def test_parts_are_taken_of_what_the_markers_leave():
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "slow", "--part", "2/2",
-               str(ROOT / "tests/backends/test_kernels.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-m",
+        "slow",
+        "--part",
+        "2/2",
+        str(ROOT / "tests/backends/test_kernels.py"),
+    ]
     out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
     found = re.findall(r"::(test_\w+)\[", out)
     assert set(found) == {"test_every_combination_agrees_with_the_oracle_in_every_order"} and len(found) == 36
 
 
 # ---- scripts/venv.sh on machines that this one is not ------------------------------------------------------
-MAC = {"uname": "case $1 in -s) echo Darwin;; *) echo arm64;; esac", "sysctl": "echo 1",
-       "sw_vers": "echo 15.3.1"}
+MAC = {"uname": "case $1 in -s) echo Darwin;; *) echo arm64;; esac", "sysctl": "echo 1", "sw_vers": "echo 15.3.1"}
 LINUX = {"uname": "echo Linux", "getconf": "echo glibc 2.36"}
-PYTHON = 'case $2 in *version_info*) exit 0;; *machine*) echo arm64;; esac'
-FINE = {"a new Mac": MAC, "macOS 26": MAC | {"sw_vers": "echo 26.0"},
-        "the oldest macOS": MAC | {"sw_vers": "echo 14.0"},
-        "a terminal under Rosetta": MAC | {"uname": "case $1 in -s) echo Darwin;; *) echo x86_64;; esac"},
-        "Debian 12": LINUX, "Ubuntu 22.04": LINUX | {"getconf": "echo glibc 2.35"}}
+PYTHON = "case $2 in *version_info*) exit 0;; *machine*) echo arm64;; esac"
+FINE = {
+    "a new Mac": MAC,
+    "macOS 26": MAC | {"sw_vers": "echo 26.0"},
+    "the oldest macOS": MAC | {"sw_vers": "echo 14.0"},
+    "a terminal under Rosetta": MAC | {"uname": "case $1 in -s) echo Darwin;; *) echo x86_64;; esac"},
+    "Debian 12": LINUX,
+    "Ubuntu 22.04": LINUX | {"getconf": "echo glibc 2.35"},
+}
 REFUSED = {
     "macOS 13": (MAC | {"sw_vers": "echo 13.7.2"}, "MLX needs macOS 14 or newer; this is macOS 13.7.2"),
-    "an Intel Mac": (MAC | {"sysctl": "exit 1"},
-                     "MLX needs a Mac with Apple silicon (M1 or newer); this one has an Intel processor"),
+    "an Intel Mac": (
+        MAC | {"sysctl": "exit 1"},
+        "MLX needs a Mac with Apple silicon (M1 or newer); this one has an Intel processor",
+    ),
     "Ubuntu 20.04": (LINUX | {"getconf": "echo glibc 2.31"}, "MLX needs glibc 2.35 or newer"),
     "musl": (LINUX | {"getconf": "exit 1"}, "MLX needs macOS, or Linux with glibc 2.35"),
 }
@@ -83,6 +99,7 @@ PYTHONS = {
 @pytest.fixture
 def on(tmp_path):
     """on(commands, line) -> (exit code, stdout, stderr) of a line of bash after venv.sh."""
+
     def on(commands, line):
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
@@ -90,9 +107,11 @@ def on(tmp_path):
             (folder / name).write_text(f"#!/bin/bash\n{script}\n")
             (folder / name).chmod(0o755)
         script = f'set -euo pipefail; source "{ROOT}/scripts/venv.sh"; PATH={folder}; {line}'
-        done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True,
-                              env={"PATH": os.environ["PATH"]})
+        done = subprocess.run(
+            ["/bin/bash", "-c", script], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}
+        )
         return done.returncode, done.stdout, done.stderr
+
     return on
 
 

@@ -1,4 +1,5 @@
 """Codebooks, rotations, schemes and the NumPy oracle: the paper's numbers, and properties that hold for any input."""
+
 import subprocess
 import sys
 
@@ -18,16 +19,19 @@ rng = np.random.default_rng(0)
 
 # ---- codebook ------------------------------------------------------------------------------------------------
 # Positive halves and mean squared errors of the Lloyd-Max quantizer of N(0, 1), as tabulated by Max (1960).
-TABLES = {1: ([0.797885], 0.363380), 2: ([0.452780, 1.510418], 0.117482),
-          3: ([0.245094, 0.756005, 1.343909, 2.151946], 0.034548),
-          4: ([0.128395, 0.388048, 0.656759, 0.942340, 1.256231, 1.618046, 2.069017, 2.732590], 0.009501)}
+TABLES = {
+    1: ([0.797885], 0.363380),
+    2: ([0.452780, 1.510418], 0.117482),
+    3: ([0.245094, 0.756005, 1.343909, 2.151946], 0.034548),
+    4: ([0.128395, 0.388048, 0.656759, 0.942340, 1.256231, 1.618046, 2.069017, 2.732590], 0.009501),
+}
 
 
 @pytest.mark.parametrize("bits", TABLES)
 def test_computed_lloyd_max_levels_are_the_published_ones(bits):
     levels, error = TABLES[bits]
     got = codebook.lloyd_max(bits)
-    assert np.allclose(got[2 ** (bits - 1):], levels, atol=1e-6) and np.allclose(got, -got[::-1])
+    assert np.allclose(got[2 ** (bits - 1) :], levels, atol=1e-6) and np.allclose(got, -got[::-1])
     assert abs(codebook.gaussian_mse(got) - error) < 1e-6
 
 
@@ -62,13 +66,16 @@ def test_eight_bit_levels_are_uniform_and_hold_a_zero():
     assert codebook.gaussian_mse(codebook.product(8)) < 9e-5
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: codebook.lloyd_max(9), "bits: got 9, allowed are 1 to 8"),
-    (lambda: codebook.product(5), "bits: got 5, product levels exist for 2, 3, 4 and 8"),
-    (lambda: codebook.levels("cubic", 4), "levels: got 'cubic', allowed are"),
-    (lambda: codebook.levels([0, 1, 2], 2), "levels: got an array of shape (3,), expected 4 ascending levels"),
-    (lambda: codebook.levels([0, 2, 1, 3], 2), "levels: got an array of shape (4,), expected 4 ascending levels"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: codebook.lloyd_max(9), "bits: got 9, allowed are 1 to 8"),
+        (lambda: codebook.product(5), "bits: got 5, product levels exist for 2, 3, 4 and 8"),
+        (lambda: codebook.levels("cubic", 4), "levels: got 'cubic', allowed are"),
+        (lambda: codebook.levels([0, 1, 2], 2), "levels: got an array of shape (3,), expected 4 ascending levels"),
+        (lambda: codebook.levels([0, 2, 1, 3], 2), "levels: got an array of shape (4,), expected 4 ascending levels"),
+    ],
+)
 def test_wrong_levels_get_an_error_that_names_them(call, message):
     with pytest.raises(ValueError) as e:
         call()
@@ -127,24 +134,37 @@ def test_the_dense_rotation_is_spread_evenly_over_the_orthogonal_group():
 
 # ---- scheme --------------------------------------------------------------------------------------------------
 def test_names_and_schemes_are_the_same_thing():
-    for name, bits in {"turbo4": (4, 4), "turbo8v4": (8, 4), "turbo0v4": (0, 4), "turbo3": (3, 3), "turbo0": (0, 0)}.items():
+    for name, bits in {
+        "turbo4": (4, 4),
+        "turbo8v4": (8, 4),
+        "turbo0v4": (0, 4),
+        "turbo3": (3, 3),
+        "turbo0": (0, 0),
+    }.items():
         scheme = Scheme.parse(name)
         assert (scheme.key_bits, scheme.value_bits) == bits and scheme.name == name and Scheme.parse(scheme) is scheme
     assert Scheme.parse("turbo4v4").name == "turbo4"
 
 
-@pytest.mark.parametrize("name", ["turbo5", "turbo", "Turbo4", "turbo4v", "q4_0", "", "turbo4v4v4", "turbo44", "turbo04", None, 4])
+@pytest.mark.parametrize(
+    "name", ["turbo5", "turbo", "Turbo4", "turbo4v", "q4_0", "", "turbo4v4v4", "turbo44", "turbo04", None, 4]
+)
 def test_an_unknown_scheme_gets_an_error_with_the_allowed_names(name):
     with pytest.raises(ValueError) as e:
         Scheme.parse(name)
     assert str(e.value).startswith(f"scheme: got {name!r}, allowed are turboN") and "'turbo8v4'" in str(e.value)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(sink=-1), "sink: got -1, allowed are whole numbers from 0"), (dict(recent=1.5), "recent: got 1.5"),
-    (dict(block=0), "block: got 0, allowed are whole numbers from 1"), (dict(sink=True), "sink: got True"),
-    (dict(window=3), "window: unknown option, allowed are"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(sink=-1), "sink: got -1, allowed are whole numbers from 0"),
+        (dict(recent=1.5), "recent: got 1.5"),
+        (dict(block=0), "block: got 0, allowed are whole numbers from 1"),
+        (dict(sink=True), "sink: got True"),
+        (dict(window=3), "window: unknown option, allowed are"),
+    ],
+)
 def test_a_wrong_option_gets_an_error_that_names_it(options, message):
     with pytest.raises(ValueError) as e:
         TurboConfig.of("turbo4", **options)
@@ -167,11 +187,13 @@ def test_packing_is_undone_by_unpacking_and_wastes_less_than_a_word_per_plane(bi
 
 def test_a_packed_row_looks_like_this():
     """By hand from the description in scheme.py; kernels and saved caches depend on it."""
+
     def row(bits, **codes):
         x = np.zeros(32, np.uint8)
         for dim, code in codes.items():
             x[int(dim[1:])] = code
         return [hex(w) for w in reference.pack(x, bits)]
+
     assert row(4, d0=1, d1=2, d2=3, d9=0xF) == ["0x20031", "0xf0000", "0x0", "0x0"]
     assert row(2, d0=1, d1=2, d3=3, d16=2) == ["0xe0001", "0x2"]
     assert row(8, d0=0xAB, d1=0xCD, d6=0x12)[:2] == ["0xcd00ab", "0x1200"]
@@ -188,8 +210,9 @@ def unit_vectors(n, head_dim):
 # Table of the paper: mean squared error of unit vectors, and head_dim times the squared error of dot products with
 # unit vectors. The paper prints 0.36 0.117 0.03 0.009 and 1.57 0.56 0.18 0.047; these are the unrounded values,
 # pi / 2 times the mean squared error at one bit less for the second row (its 0.047 is pi / 2 times the rounded 0.03).
-@pytest.mark.parametrize("bits, mse, product", [(1, 0.3634, 1.571), (2, 0.1175, 0.571), (3, 0.03455, 0.1845),
-                                                (4, 0.0095, 0.0543)])
+@pytest.mark.parametrize(
+    "bits, mse, product", [(1, 0.3634, 1.571), (2, 0.1175, 0.571), (3, 0.03455, 0.1845), (4, 0.0095, 0.0543)]
+)
 def test_the_papers_two_rows(bits, mse, product):
     head_dim = 256
     x = unit_vectors(1500, head_dim)
@@ -207,7 +230,10 @@ def test_the_papers_two_rows(bits, mse, product):
 @pytest.mark.parametrize("bits, mse", [(2, 0.1175), (3, 0.0346), (4, 0.0095), (8, 9e-5)])
 def test_the_product_is_no_worse_than_the_papers_quantizer(bits, mse):
     x = unit_vectors(3000, 128)
-    assert np.square(reference.dequantize(reference.quantize(x, bits, scale="least-squares")) - x).sum(-1).mean() < 1.005 * mse
+    assert (
+        np.square(reference.dequantize(reference.quantize(x, bits, scale="least-squares")) - x).sum(-1).mean()
+        < 1.005 * mse
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -250,15 +276,21 @@ def test_rotation_levels_and_mean_are_options_of_both_directions(rotated_by):
         assert np.allclose(np.linalg.norm(still, axis=-1), np.linalg.norm(back - mean, axis=-1))
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda x: reference.quantize(x * np.nan), "x: has NaN or infinity"),
-    (lambda x: reference.quantize(1.0), "x: got shape ()"),
-    (lambda x: reference.quantize(x, 9), "bits: got 9, allowed are 1 to 8"),
-    (lambda x: reference.quantize(x, scale="max"), "scale: got 'max', allowed are"),
-    (lambda x: reference.quantize(x, rotation=np.eye(3)), "rotation: got shape (3, 3), expected (32, 32), a seed or None"),
-    (lambda x: reference.quantize(x * 1e30), "x: a vector's scale is beyond float16"),
-    (lambda x: reference.quantize(x[:, :30]), "head_dim: got 30, allowed are multiples of 4 from 32 to 576"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: reference.quantize(x * np.nan), "x: has NaN or infinity"),
+        (lambda x: reference.quantize(1.0), "x: got shape ()"),
+        (lambda x: reference.quantize(x, 9), "bits: got 9, allowed are 1 to 8"),
+        (lambda x: reference.quantize(x, scale="max"), "scale: got 'max', allowed are"),
+        (
+            lambda x: reference.quantize(x, rotation=np.eye(3)),
+            "rotation: got shape (3, 3), expected (32, 32), a seed or None",
+        ),
+        (lambda x: reference.quantize(x * 1e30), "x: a vector's scale is beyond float16"),
+        (lambda x: reference.quantize(x[:, :30]), "head_dim: got 30, allowed are multiples of 4 from 32 to 576"),
+    ],
+)
 def test_bad_arguments_of_the_oracle_get_an_error_that_names_them(call, message):
     with pytest.raises(ValueError) as e:
         call(np.ones((2, 32)))
@@ -290,7 +322,9 @@ def test_masks_and_sinks_take_weight_as_defined():
     sink = np.array([0.3, -2.0])
     with_sink = np.concatenate([k, np.zeros((1, 2, 1, 32))], 2), np.concatenate([v, np.zeros((1, 2, 1, 32))], 2)
     bias = np.concatenate([np.zeros((1, 2, 2, 5)), np.broadcast_to(sink[:, None, None], (1, 2, 2, 1))], -1)
-    assert np.allclose(reference.attention(q, k, v, scale=1, sinks=sink), reference.attention(q, *with_sink, scale=1, mask=bias))
+    assert np.allclose(
+        reference.attention(q, k, v, scale=1, sinks=sink), reference.attention(q, *with_sink, scale=1, mask=bias)
+    )
     assert not reference.attention(q, k, v, scale=1, mask=np.zeros((2, 5), bool)).any()
 
 
@@ -304,15 +338,21 @@ def test_adding_a_mean_to_all_keys_changes_no_weight_and_one_to_all_values_comes
 # ---- imports -------------------------------------------------------------------------------------------------
 def test_the_oracle_does_not_load_mlx():
     """Loaded as plain files: the package itself imports MLX."""
-    code = ("import sys, types; p = types.ModuleType('mlx_turbo'); p.__path__ = [sys.argv[1]]; "
-            "sys.modules['mlx_turbo'] = p; import mlx_turbo.quant.reference; "
-            "assert not [m for m in sys.modules if m == 'mlx' or m.startswith('mlx.')]")
+    code = (
+        "import sys, types; p = types.ModuleType('mlx_turbo'); p.__path__ = [sys.argv[1]]; "
+        "sys.modules['mlx_turbo'] = p; import mlx_turbo.quant.reference; "
+        "assert not [m for m in sys.modules if m == 'mlx' or m.startswith('mlx.')]"
+    )
     subprocess.run([sys.executable, "-c", code, reference.__file__.rsplit("/", 2)[0]], check=True)
 
 
 def test_importing_the_package_is_fast_and_does_not_load_mlx_lm():
-    code = ("import time; t = time.perf_counter(); import mlx_turbo; t = time.perf_counter() - t; import sys; "
-            "assert 'mlx_lm' not in sys.modules and 'transformers' not in sys.modules; print(t)")
-    times = [float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-             for _ in range(3)]
+    code = (
+        "import time; t = time.perf_counter(); import mlx_turbo; t = time.perf_counter() - t; import sys; "
+        "assert 'mlx_lm' not in sys.modules and 'transformers' not in sys.modules; print(t)"
+    )
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+        for _ in range(3)
+    ]
     assert min(times) < 0.5

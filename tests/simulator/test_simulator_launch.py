@@ -1,4 +1,5 @@
 """The Metal simulator hands a kernel the same memory that MLX would, and keeps its cache in order."""
+
 import os
 import subprocess
 import sys
@@ -36,8 +37,13 @@ GATHER = """
 def gather(array, **options):
     """Copy `array` through its own shape and strides."""
     kernel = metalsim.metal_kernel("gather", ["x"], ["out"], GATHER, **options)
-    (out,) = kernel(inputs=[array], output_shapes=[array.shape], output_dtypes=[array.dtype],
-                    grid=(array.size, 1, 1), threadgroup=(32, 1, 1))
+    (out,) = kernel(
+        inputs=[array],
+        output_shapes=[array.shape],
+        output_dtypes=[array.dtype],
+        grid=(array.size, 1, 1),
+        threadgroup=(32, 1, 1),
+    )
     return out
 
 
@@ -63,15 +69,19 @@ def test_a_read_outside_a_view_is_out_of_bounds_although_its_buffer_goes_on():
     source = "uint i = thread_position_in_grid.x; out[i] = x[i + 12];"
     kernel = metalsim.metal_kernel("beyond", ["x"], ["out"], source, ensure_row_contiguous=False)
     with pytest.raises(metalsim.MSLError, match="out-of-bounds read of 4 bytes at byte 80 of 'x' .80 bytes"):
-        kernel(inputs=[BASE[0, :3, :4]], output_shapes=[(16,)], output_dtypes=[mx.float32], grid=(16, 1, 1),
-               threadgroup=(16, 1, 1))
+        kernel(
+            inputs=[BASE[0, :3, :4]],
+            output_shapes=[(16,)],
+            output_dtypes=[mx.float32],
+            grid=(16, 1, 1),
+            threadgroup=(16, 1, 1),
+        )
 
 
 def test_a_vector_load_from_a_view_at_an_odd_offset_is_misaligned():
     source = "uint i = thread_position_in_grid.x; out[i] = ((const device float4*)x)[i].x;"
     kernel = metalsim.metal_kernel("aligned", ["x"], ["out"], source)
-    call = {"output_shapes": [(4,)], "output_dtypes": [mx.float32], "grid": (4, 1, 1),
-            "threadgroup": (4, 1, 1)}
+    call = {"output_shapes": [(4,)], "output_dtypes": [mx.float32], "grid": (4, 1, 1), "threadgroup": (4, 1, 1)}
     flat = BASE.reshape(-1)
     assert kernel(inputs=[flat[4:20]], **call)[0].tolist() == [4, 8, 12, 16]
     with pytest.raises(metalsim.MSLError, match="misaligned"):
@@ -81,8 +91,14 @@ def test_a_vector_load_from_a_view_at_an_odd_offset_is_misaligned():
 def test_scalars_and_lists_are_taken_as_inputs_like_by_mlx():
     source = "uint i = thread_position_in_grid.x; out[i] = a * b[i] + c;"
     kernel = metalsim.metal_kernel("scalars", ["a", "b", "c"], ["out"], source)
-    (out,) = kernel(inputs=[2.5, mx.array([1.0, 2.0]), 3], output_shapes=[[2]], output_dtypes=[mx.float32],
-                    grid=(2, 1, 1), threadgroup=(2, 1, 1), stream=mx.cpu)
+    (out,) = kernel(
+        inputs=[2.5, mx.array([1.0, 2.0]), 3],
+        output_shapes=[[2]],
+        output_dtypes=[mx.float32],
+        grid=(2, 1, 1),
+        threadgroup=(2, 1, 1),
+        stream=mx.cpu,
+    )
     assert out.tolist() == [5.5, 8.0]
 
 
@@ -90,8 +106,14 @@ def test_scalars_and_lists_are_taken_as_inputs_like_by_mlx():
 def test_outputs_begin_with_init_value(dtype):
     source = "uint i = thread_position_in_grid.x; if (i % 2) out[i] = x[0];"
     kernel = metalsim.metal_kernel("init", ["x"], ["out"], source)
-    (out,) = kernel(inputs=[mx.array([9.0])], output_shapes=[(4,)], output_dtypes=[dtype], grid=(4, 1, 1),
-                    threadgroup=(4, 1, 1), init_value=3)
+    (out,) = kernel(
+        inputs=[mx.array([9.0])],
+        output_shapes=[(4,)],
+        output_dtypes=[dtype],
+        grid=(4, 1, 1),
+        threadgroup=(4, 1, 1),
+        init_value=3,
+    )
     assert out.dtype == dtype and out.tolist() == [3, 9, 3, 9]
 
 
@@ -120,16 +142,19 @@ def test_several_processes_may_fill_one_cache_at_the_same_time(tmp_path):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     left = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
-    assert left == [".json"] * 3 + [".so"] * 4      # three kernels and the runtime; no temporary directories
+    assert left == [".json"] * 3 + [".so"] * 4  # three kernels and the runtime; no temporary directories
 
 
 def test_on_another_system_the_import_works_and_the_first_use_says_why_not():
-    program = ("import platform, sys; sys.path.insert(0, sys.argv[1]); platform.system = lambda: 'Darwin'\n"
-               "import metalsim, mlx.core as mx\n"
-               "kernel = metalsim.metal_kernel('k', [], ['out'], 'out[0] = 1;')\n"
-               "try: kernel(inputs=[], output_shapes=[(1,)], output_dtypes=[mx.float32], grid=(1, 1, 1), "
-               "threadgroup=(1, 1, 1))\n"
-               "except RuntimeError as e: print(e)")
-    done = subprocess.run([sys.executable, "-c", program, str(Path(__file__).parents[1])], capture_output=True,
-                          text=True)
+    program = (
+        "import platform, sys; sys.path.insert(0, sys.argv[1]); platform.system = lambda: 'Darwin'\n"
+        "import metalsim, mlx.core as mx\n"
+        "kernel = metalsim.metal_kernel('k', [], ['out'], 'out[0] = 1;')\n"
+        "try: kernel(inputs=[], output_shapes=[(1,)], output_dtypes=[mx.float32], grid=(1, 1, 1), "
+        "threadgroup=(1, 1, 1))\n"
+        "except RuntimeError as e: print(e)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(Path(__file__).parents[1])], capture_output=True, text=True
+    )
     assert "metalsim runs on Linux" in done.stdout and "mx.fast.metal_kernel" in done.stdout, done.stderr

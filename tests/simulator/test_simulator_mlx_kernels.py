@@ -3,6 +3,7 @@
 They are foreign Metal: written by others, for Apple's compiler, and run on every Mac that runs MLX. Each of
 them is also run with one barrier deleted, which must be noticed.
 """
+
 import re
 import sys
 from pathlib import Path
@@ -80,16 +81,28 @@ class Attention:
         (queries, self.q), (keys, self.k), (values, self.v) = tensors
         head_stride, row_stride = np.uint64(n_keys * head_dim), np.uint64(head_dim)
         self.arguments = {
-            "queries": queries, "keys": keys, "values": values, "gqa_factor": np.int32(n_heads // n_kv_heads),
-            "N": np.int32(n_keys), "scale": np.float32(head_dim ** -0.5), "k_head_stride": head_stride,
-            "k_seq_stride": row_stride, "v_head_stride": head_stride, "v_seq_stride": row_stride}
+            "queries": queries,
+            "keys": keys,
+            "values": values,
+            "gqa_factor": np.int32(n_heads // n_kv_heads),
+            "N": np.int32(n_keys),
+            "scale": np.float32(head_dim**-0.5),
+            "k_head_stride": head_stride,
+            "k_seq_stride": row_stride,
+            "v_head_stride": head_stride,
+            "v_seq_stride": row_stride,
+        }
         self.rng, self.n_keys = rng, n_keys
 
     def mask(self, values):
         """The arguments of a mask [n_heads, n_queries, n_keys]."""
         name = "bmask" if values.dtype == bool else "fmask"
-        return {name: values, "mask_kv_seq_stride": np.int32(1), "mask_q_seq_stride": np.int32(self.n_keys),
-                "mask_head_stride": np.int32(self.n_queries * self.n_keys)}
+        return {
+            name: values,
+            "mask_kv_seq_stride": np.int32(1),
+            "mask_q_seq_stride": np.int32(self.n_keys),
+            "mask_head_stride": np.int32(self.n_queries * self.n_keys),
+        }
 
     def sinks(self, values):
         return {"sinks": values, "num_q_heads": np.int32(self.n_heads)}
@@ -97,24 +110,35 @@ class Attention:
     def one_pass(self, text, constants=(), **arguments):
         library = metalsim.Library(text, NO_OPTION | dict(constants))
         shape = (self.n_heads, self.n_queries, self.head_dim)
-        out = library(f"sdpa_vector<{self.kind}, {self.head_dim}>", self.arguments | arguments,
-                      {"out": (shape, NUMPY_TYPE[self.kind])},
-                      (self.n_heads * 1024, self.n_queries, 1), (1024, 1, 1))
+        out = library(
+            f"sdpa_vector<{self.kind}, {self.head_dim}>",
+            self.arguments | arguments,
+            {"out": (shape, NUMPY_TYPE[self.kind])},
+            (self.n_heads * 1024, self.n_queries, 1),
+            (1024, 1, 1),
+        )
         return as_float(out["out"], self.kind)
 
     def check(self, out, **reference):
-        np.testing.assert_allclose(out, attention(self.q, self.k, self.v, **reference), rtol=0,
-                                   atol=TOLERANCE[self.kind])
+        np.testing.assert_allclose(
+            out, attention(self.q, self.k, self.v, **reference), rtol=0, atol=TOLERANCE[self.kind]
+        )
 
 
 SDPA = kernel_text("sdpa_vector.h")
 
 
 @pytest.mark.parametrize("order", ["natural", "random"])
-@pytest.mark.parametrize("kind, n_heads, n_kv_heads, n_keys, head_dim", [
-    ("float", 8, 2, 1024, 128), ("float16_t", 4, 4, 300, 64), ("bfloat16_t", 4, 1, 257, 96),
-    ("float16_t", 2, 1, 31, 256), ("float", 2, 2, 1, 64),
-])
+@pytest.mark.parametrize(
+    "kind, n_heads, n_kv_heads, n_keys, head_dim",
+    [
+        ("float", 8, 2, 1024, 128),
+        ("float16_t", 4, 4, 300, 64),
+        ("bfloat16_t", 4, 1, 257, 96),
+        ("float16_t", 2, 1, 31, 256),
+        ("float", 2, 2, 1, 64),
+    ],
+)
 def test_sdpa_vector_matches_numpy(kind, n_heads, n_kv_heads, n_keys, head_dim, order):
     problem = Attention(kind, n_heads, n_kv_heads, n_keys, head_dim)
     with metalsim.configured(order=order):
@@ -141,40 +165,53 @@ def test_sdpa_vector_with_a_mask_and_sinks_matches_numpy(kind):
     problem = Attention(kind, n_heads=4, n_kv_heads=4, n_keys=200, head_dim=96, n_queries=2)
     keep = problem.rng.random((4, 2, 200)) < 0.7
     stored_sinks, sinks = rounded(problem.rng.standard_normal(4), kind)
-    out = problem.one_pass(SDPA, {HAS_MASK: True, BOOL_MASK: True, SINKS: True}, **problem.mask(keep),
-                           **problem.sinks(stored_sinks))
+    out = problem.one_pass(
+        SDPA, {HAS_MASK: True, BOOL_MASK: True, SINKS: True}, **problem.mask(keep), **problem.sinks(stored_sinks)
+    )
     problem.check(out, mask=keep, sinks=sinks)
 
 
 def test_sdpa_vector_with_an_additive_mask_matches_numpy():
     problem = Attention("float16_t", n_heads=2, n_kv_heads=1, n_keys=150, head_dim=64)
     stored, bias = rounded(problem.rng.standard_normal((2, 1, 150)), "float16_t")
-    problem.check(problem.one_pass(SDPA, {HAS_MASK: True, FLOAT_MASK: True}, **problem.mask(stored)),
-                  mask=bias)
+    problem.check(problem.one_pass(SDPA, {HAS_MASK: True, FLOAT_MASK: True}, **problem.mask(stored)), mask=bias)
 
 
-@pytest.mark.parametrize("kind, first_pass, group_y", [
-    ("float", "sdpa_vector_2pass_1<float, 128>", 4),
-    ("float16_t", "sdpa_vector_2pass_1<float16_t, 128>", 4),
-    ("bfloat16_t", "sdpa_vector_2pass_1<bfloat16_t, 128>", 4),
-    ("float", "sdpa_vector_2pass_1_gqa<float, 128, 128, 4, 2>", 4),
-    ("float16_t", "sdpa_vector_2pass_1_gqa<float16_t, 128, 128, 4, 2>", 4),
-])
+@pytest.mark.parametrize(
+    "kind, first_pass, group_y",
+    [
+        ("float", "sdpa_vector_2pass_1<float, 128>", 4),
+        ("float16_t", "sdpa_vector_2pass_1<float16_t, 128>", 4),
+        ("bfloat16_t", "sdpa_vector_2pass_1<bfloat16_t, 128>", 4),
+        ("float", "sdpa_vector_2pass_1_gqa<float, 128, 128, 4, 2>", 4),
+        ("float16_t", "sdpa_vector_2pass_1_gqa<float16_t, 128, 128, 4, 2>", 4),
+    ],
+)
 def test_two_pass_sdpa_vector_matches_numpy(kind, first_pass, group_y):
     n_blocks, n_heads = 32, 8
     problem = Attention(kind, n_heads, n_kv_heads=2, n_keys=1024, head_dim=128)
     library = metalsim.Library(SDPA, NO_OPTION | {BLOCKS: n_blocks})
-    outputs = {"out": ((n_heads, 1, n_blocks, 128), NUMPY_TYPE[kind]),
-               "sums": ((n_heads, n_blocks), np.float32),
-               "maxs": ((n_heads, n_blocks), np.float32)}
+    outputs = {
+        "out": ((n_heads, 1, n_blocks, 128), NUMPY_TYPE[kind]),
+        "sums": ((n_heads, n_blocks), np.float32),
+        "maxs": ((n_heads, n_blocks), np.float32),
+    }
     partial = library(first_pass, problem.arguments, outputs, (32 * 2, group_y, n_blocks), (32, group_y, 1))
     # one read per query head of the group, or per pair of them in the gqa variant
     assert set(metalsim.last().reads["keys"]) == {2 if "gqa" in first_pass else 4}
-    arguments = {"partials": partial["out"], "sums": partial["sums"], "maxs": partial["maxs"],
-                 "blocks": np.int32(n_blocks)}
-    out = library(f"sdpa_vector_2pass_2<{kind}, 128>", arguments,
-                  {"out": ((n_heads, 1, 128), NUMPY_TYPE[kind])},
-                  (n_heads * 1024, 1, 1), (1024, 1, 1))
+    arguments = {
+        "partials": partial["out"],
+        "sums": partial["sums"],
+        "maxs": partial["maxs"],
+        "blocks": np.int32(n_blocks),
+    }
+    out = library(
+        f"sdpa_vector_2pass_2<{kind}, 128>",
+        arguments,
+        {"out": ((n_heads, 1, 128), NUMPY_TYPE[kind])},
+        (n_heads * 1024, 1, 1),
+        (1024, 1, 1),
+    )
     problem.check(as_float(out["out"], kind))
 
 
@@ -185,8 +222,10 @@ SOFTMAX = kernel_text("softmax.h")
 # quantized.h also holds matrix products over other headers of MLX: take the helpers at its top, and its last
 # kernels
 QUANTIZED = kernel_text("quantized.h")
-QUANTIZED = (QUANTIZED[:QUANTIZED.index("template <typename T, typename U, int values_per_thread, int bits>")]
-             + QUANTIZED[QUANTIZED.rindex("template <", 0, QUANTIZED.index("void affine_quantize(")):])
+QUANTIZED = (
+    QUANTIZED[: QUANTIZED.index("template <typename T, typename U, int values_per_thread, int bits>")]
+    + QUANTIZED[QUANTIZED.rindex("template <", 0, QUANTIZED.index("void affine_quantize(")) :]
+)
 
 
 def run_hadamard(text, kind, n, n_rows=3, max_radix=16, read_width=4):
@@ -194,9 +233,13 @@ def run_hadamard(text, kind, n, n_rows=3, max_radix=16, read_width=4):
     library = metalsim.Library(text)
     expression = f"hadamard_n<{kind}, {n}, {min(n, max_radix)}, {read_width}>"
     n_threads = n // min(n, max_radix)
-    out = library(expression, {"in": stored, "scale": np.float32(n ** -0.5)},
-                  {"out": (x.shape, NUMPY_TYPE[kind])},
-                  (n_threads, n_rows, 1), (n_threads, 1, 1))
+    out = library(
+        expression,
+        {"in": stored, "scale": np.float32(n**-0.5)},
+        {"out": (x.shape, NUMPY_TYPE[kind])},
+        (n_threads, n_rows, 1),
+        (n_threads, 1, 1),
+    )
     return as_float(out["out"], kind), x
 
 
@@ -208,14 +251,18 @@ def test_hadamard_matches_numpy(kind, n):
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     out, x = run_hadamard(HADAMARD, kind, n)
     # float16 is rounded after every radix step
-    np.testing.assert_allclose(out, x @ matrix / n ** 0.5, rtol=0, atol=4 * TOLERANCE[kind])
+    np.testing.assert_allclose(out, x @ matrix / n**0.5, rtol=0, atol=4 * TOLERANCE[kind])
 
 
 def run_softmax(text, n, n_threads=1024, n_rows=2):
     x = np.random.default_rng(n).standard_normal((n_rows, n)).astype(np.float32)
-    out = metalsim.Library(text)("softmax_looped<float, float, 4>", {"in": x, "axis_size": np.int32(n)},
-                                 {"out": (x.shape, np.float32)}, (n_rows * n_threads, 1, 1),
-                                 (n_threads, 1, 1))
+    out = metalsim.Library(text)(
+        "softmax_looped<float, float, 4>",
+        {"in": x, "axis_size": np.int32(n)},
+        {"out": (x.shape, np.float32)},
+        (n_rows * n_threads, 1, 1),
+        (n_threads, 1, 1),
+    )
     return out["out"], x
 
 
@@ -240,8 +287,9 @@ def test_affine_dequantize_matches_mlx(bits):
     expected = np.array(mx.dequantize(words, scales, biases, group_size=64, bits=bits))
     values_per_thread = 8 if bits in (3, 5) else 4 if bits == 6 else 8 // bits
     arguments = {"w": np.array(words).view(np.uint8), "scales": np.array(scales), "biases": np.array(biases)}
-    out = run_affine("affine_dequantize", bits, arguments, {"out": (expected.shape, np.float32)},
-                     expected.size // values_per_thread)
+    out = run_affine(
+        "affine_dequantize", bits, arguments, {"out": (expected.shape, np.float32)}, expected.size // values_per_thread
+    )
     np.testing.assert_allclose(out["out"], expected, rtol=0, atol=1e-6)
     assert set(metalsim.last().writes["out"]) == {1}
 
@@ -250,8 +298,11 @@ def test_affine_dequantize_matches_mlx(bits):
 def test_affine_quantize_matches_mlx(bits):
     x = mx.random.normal((8, 256), key=mx.random.key(bits))
     words, scales, biases = (np.array(a) for a in mx.quantize(x, group_size=64, bits=bits))
-    outputs = {"out": (words.view(np.uint8).shape, np.uint8), "scales": (scales.shape, np.float32),
-               "biases": (biases.shape, np.float32)}
+    outputs = {
+        "out": (words.view(np.uint8).shape, np.uint8),
+        "scales": (scales.shape, np.float32),
+        "biases": (biases.shape, np.float32),
+    }
     out = run_affine("affine_quantize", bits, {"w": np.array(x)}, outputs, x.size // 2)
     np.testing.assert_allclose(out["scales"], scales, rtol=1e-6)
     np.testing.assert_allclose(out["biases"], biases, rtol=1e-6)
@@ -260,6 +311,7 @@ def test_affine_quantize_matches_mlx(bits):
 
 
 # ---- the rules of MSL -----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.h")), ids=lambda p: str(p.relative_to(KERNELS)))
 def test_texts_that_apple_accepts_break_no_rule(path):
@@ -277,16 +329,17 @@ def test_texts_that_apple_accepts_break_no_rule(path):
 
 # ---- deleted barriers ----------------------------------------------------------------------------
 
+
 def barriers_of(text, kernel):
     """Positions of the threadgroup_barrier calls in one kernel of the text."""
     start = text.index(f"void {kernel}(")
-    end = text.find("[[kernel]]", start)            # -1 after the last kernel
+    end = text.find("[[kernel]]", start)  # -1 after the last kernel
     body = text[:end] if end > 0 else text
     return [m.span() for m in re.compile(r"threadgroup_barrier\(.*?\);").finditer(body, start)]
 
 
 def without(text, span):
-    return text[:span[0]] + text[span[1]:]
+    return text[: span[0]] + text[span[1] :]
 
 
 @pytest.mark.parametrize("k", range(len(barriers_of(SDPA, "sdpa_vector"))))

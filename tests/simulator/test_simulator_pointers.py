@@ -1,4 +1,5 @@
 """The Metal simulator reports pointers that leave their array, which on a GPU wrap around, and no others."""
+
 import sys
 
 import metalsim
@@ -18,78 +19,98 @@ const threadgroup float* same(const threadgroup float* p) { return p; }
 BODY = f"""uint i = thread_position_in_grid.x;
 threadgroup float s[64], t[8]; s[i] = i; if (i < 8) t[i] = 1; {BARRIER}
 """
-LINE = "line 12"                                    # of the body in the generated text
+LINE = "line 12"  # of the body in the generated text
 
 
 def run(body, view=lambda x: x):
     """Run `body` over 64 threads with x = view([0, 1, ..., 63]), c = [0, 1, 2]; returns out: [64] float32."""
-    kernel = metalsim.metal_kernel("pointers", ["x", "c"], ["out"], BODY + body, HEADER,
-                                   ensure_row_contiguous=False)
-    (out,) = kernel(inputs=[view(mx.arange(64, dtype=mx.float32)), mx.arange(3, dtype=mx.float32)],
-                    output_shapes=[(64,)], output_dtypes=[mx.float32], grid=(64, 1, 1),
-                    threadgroup=(64, 1, 1))
+    kernel = metalsim.metal_kernel("pointers", ["x", "c"], ["out"], BODY + body, HEADER, ensure_row_contiguous=False)
+    (out,) = kernel(
+        inputs=[view(mx.arange(64, dtype=mx.float32)), mx.arange(3, dtype=mx.float32)],
+        output_shapes=[(64,)],
+        output_dtypes=[mx.float32],
+        grid=(64, 1, 1),
+        threadgroup=(64, 1, 1),
+    )
     return np.array(out)
 
 
 # What is only beyond the end is in PAST_END.
 BEFORE = {
-    "a threadgroup array": ("'s': 256 bytes before its beginning",
-                            "threadgroup float* p = s + i; p -= 64 + i; out[i] = p[64 + i];"),
-    "the second threadgroup array": ("'t': 4 bytes before its beginning",
-                                     "threadgroup float* p = t; p--; out[i] = p[1];"),
+    "a threadgroup array": (
+        "'s': 256 bytes before its beginning",
+        "threadgroup float* p = s + i; p -= 64 + i; out[i] = p[64 + i];",
+    ),
+    "the second threadgroup array": (
+        "'t': 4 bytes before its beginning",
+        "threadgroup float* p = t; p--; out[i] = p[1];",
+    ),
     "a threadgroup array, at the end of a loop": (
         "'s': 4 bytes before its beginning",
-        "float sum = 0; for (threadgroup float* p = s + i; p >= s; p--) sum += *p; out[i] = sum;"),
+        "float sum = 0; for (threadgroup float* p = s + i; p >= s; p--) sum += *p; out[i] = sum;",
+    ),
     "a threadgroup array, in a function": (
-        "'s': 12 bytes before its beginning", "out[i] = before(s + i, 3 + i)[3 + i];"),
+        "'s': 12 bytes before its beginning",
+        "out[i] = before(s + i, 3 + i)[3 + i];",
+    ),
     "an array in a threadgroup struct": (
         "'q': 4 bytes before its beginning",
         f"threadgroup P q; if (i == 0) q.b[0] = 7; {BARRIER} threadgroup float* p = q.b; p -= i / 32 * 2; "
-        "out[i] = p[i / 32 * 2];"),
-    "an input": ("'x': 8 bytes before its beginning",
-                 "const device float* p = x + i; p -= i + 2; out[i] = p[i + 2];"),
+        "out[i] = p[i / 32 * 2];",
+    ),
+    "an input": ("'x': 8 bytes before its beginning", "const device float* p = x + i; p -= i + 2; out[i] = p[i + 2];"),
     "an output": ("'out': 4 bytes before its beginning", "device float* p = out - 1; p[i + 1] = x[i];"),
     "an input, through an unsigned index": (
         "'x': 4 bytes before its beginning",
-        "const device float* p = x + (long)(int)(0u - 1u); out[i] = p[i + 1];"),
+        "const device float* p = x + (long)(int)(0u - 1u); out[i] = p[i + 1];",
+    ),
     "a small input": (
         "'c': 4 bytes before its beginning",
-        "constant float* p = c; for (int k = 0; k < 4; k++) { p += k == 2 ? -1 : 0; p -= k == 3; } "
-        "out[i] = p[2];"),
-    "a program-scope constant": ("'table': 4 bytes before its beginning",
-                                 "constant float* p = table + i % 4; p -= i % 4 + 1; out[i] = p[1];"),
+        "constant float* p = c; for (int k = 0; k < 4; k++) { p += k == 2 ? -1 : 0; p -= k == 3; } out[i] = p[2];",
+    ),
+    "a program-scope constant": (
+        "'table': 4 bytes before its beginning",
+        "constant float* p = table + i % 4; p -= i % 4 + 1; out[i] = p[1];",
+    ),
     "a program-scope constant beyond its end": (
-        "'table': 4 bytes beyond its end", "constant float* p = table + i % 4; p += 2; out[i] = p[-2];"),
+        "'table': 4 bytes beyond its end",
+        "constant float* p = table + i % 4; p += 2; out[i] = p[-2];",
+    ),
 }
 WITHIN = {
     "to one past the end and back": (
         "float sum = 0; threadgroup float* p = s + 64; while (p != s) sum += *--p; out[i] = sum;",
-        np.full(64, 2016)),
+        np.full(64, 2016),
+    ),
     "to the end of a constant that another one follows, and back, and in it from its beginning": (
         "constant float* p = table + i % 4; p += 4 - i % 4; p -= 2; "
         "constant float* q = next + i % 4; q += 4 - i % 4; q -= 2; "
         "constant float* r = table + i % 4; r -= i % 4; r++; "
         "constant float* u = next + i % 4; u -= i % 4; u++; "
-        "out[i] = *p + 10 * *q + 100 * *r + 1000 * *u;", np.full(64, 3 + 70 + 200 + 6000)),
+        "out[i] = *p + 10 * *q + 100 * *r + 1000 * *u;",
+        np.full(64, 3 + 70 + 200 + 6000),
+    ),
     "a negative index into the middle": (
-        "threadgroup float* p = s + 32; const device float* q = x + 63; "
-        "out[i] = p[int(i) - 32] + q[-int(i)];",
-        np.full(64, 63)),
+        "threadgroup float* p = s + 32; const device float* q = x + 63; out[i] = p[int(i) - 32] + q[-int(i)];",
+        np.full(64, 63),
+    ),
     "a comparison after the last step of a loop": (
         "float sum = 0; for (const threadgroup float* p = s + i % 32; p < s + 64; p += 32) sum += *p; "
         "for (const device float* p = x + i % 32; p < x + 64; p += 32) sum += *p; out[i] = sum;",
-        4 * (np.arange(64) % 32) + 64),
+        4 * (np.arange(64) % 32) + 64,
+    ),
     "far beyond the end and back, unused": (
-        "threadgroup float* p = s; for (int k = 0; k < 100; k++) p += 64; if (i < 64) p = s + i; "
-        "out[i] = *p;",
-        np.arange(64)),
+        "threadgroup float* p = s; for (int k = 0; k < 100; k++) p += 64; if (i < 64) p = s + i; out[i] = *p;",
+        np.arange(64),
+    ),
     "arithmetic of a branch that is not taken": (
-        "threadgroup float* p = s; if (x[i] < 0) p -= 1; "
-        "out[i] = p[i] + (x[i] < 0 ? same(s) - 1 : same(s))[0];", np.arange(64)),
+        "threadgroup float* p = s; if (x[i] < 0) p -= 1; out[i] = p[i] + (x[i] < 0 ? same(s) - 1 : same(s))[0];",
+        np.arange(64),
+    ),
     "pointers of every array and constant, added and compared": (
-        "out[i] = (same(s) + i < same(s) + 64) + *(x + i) + *(c + 2) + *(table + 3) "
-        "+ (same(t) <= same(t) + 8);",
-        np.arange(64) + 8),
+        "out[i] = (same(s) + i < same(s) + 64) + *(x + i) + *(c + 2) + *(table + 3) + (same(t) <= same(t) + 8);",
+        np.arange(64) + 8,
+    ),
 }
 
 
@@ -115,8 +136,7 @@ def test_a_view_that_is_read_backwards_may_be_walked_backwards():
 
 
 PAST_END = {
-    "a threadgroup array": ("'s': 8 bytes beyond its end",
-                            "threadgroup float* p = s + 60; p += 6; out[i] = p[-6];"),
+    "a threadgroup array": ("'s': 8 bytes beyond its end", "threadgroup float* p = s + 60; p += 6; out[i] = p[-6];"),
     "an input": ("'x': 4 bytes beyond its end", "const device float* p = x + i + 2; out[i] = p[-2];"),
     "a small input": ("'c': 4 bytes beyond its end", "constant float* p = c + 3; p++; out[i] = p[-2];"),
 }
@@ -131,8 +151,9 @@ def test_a_pointer_beyond_the_end_is_reported_if_asked_for(name):
     assert f"{LINE}: pointer arithmetic leaves {expected}" in str(error.value)
 
 
-@pytest.mark.parametrize("name", set(WITHIN) - {"a comparison after the last step of a loop",
-                                               "far beyond the end and back, unused"})
+@pytest.mark.parametrize(
+    "name", set(WITHIN) - {"a comparison after the last step of a loop", "far beyond the end and back, unused"}
+)
 def test_one_past_the_end_is_not_beyond_it(name):
     body, _ = WITHIN[name]
     with metalsim.configured(past_end=True):
@@ -179,8 +200,13 @@ float sum = sum_values<4>(v, w, stop);
 out[lane] = sum + sum_values<1>(v, w, stop);
 """
     kernel = metalsim.metal_kernel("weighted", ["x", "n_tokens"], ["out"], body, SUM.replace("HEAD", head))
-    (out,) = kernel(inputs=[mx.arange(64, dtype=mx.float32), n], output_shapes=[(8,)],
-                    output_dtypes=[mx.float32], grid=(8, 1, 1), threadgroup=(8, 1, 1))
+    (out,) = kernel(
+        inputs=[mx.arange(64, dtype=mx.float32), n],
+        output_shapes=[(8,)],
+        output_dtypes=[mx.float32],
+        grid=(8, 1, 1),
+        threadgroup=(8, 1, 1),
+    )
     return out.sum().item()
 
 
@@ -195,12 +221,12 @@ def test_a_bound_that_falls_below_address_0_is_reported(n):
 @pytest.mark.parametrize("n", [1, 23])
 def test_where_such_a_bound_is_not_reported_the_loop_runs_away_as_on_a_gpu(n):
     expected = "line 7: out-of-bounds threadgroup read of 4 bytes at byte 256 of 'weights'"
-    with (metalsim.configured(ignore=("before its beginning",)),
-          pytest.raises(metalsim.MSLError, match=expected)):
+    with metalsim.configured(ignore=("before its beginning",)), pytest.raises(metalsim.MSLError, match=expected):
         weighted_sum(OLD_HEAD, n)
 
 
-@pytest.mark.parametrize("head, n", [(OLD_HEAD, n) for n in (24, 40, 64)]
-                         + [(NEW_HEAD, n) for n in (1, 2, 8, 23, 24, 40, 64)])
+@pytest.mark.parametrize(
+    "head, n", [(OLD_HEAD, n) for n in (24, 40, 64)] + [(NEW_HEAD, n) for n in (1, 2, 8, 23, 24, 40, 64)]
+)
 def test_a_bound_that_stays_in_its_array_is_not_reported(head, n):
     assert weighted_sum(head, n) == sum(k * k for k in range(n))
