@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..backends import select
 from ..backends.sides import PackedSide, QuantizeSide
-from .centering import SEGMENT, plain, stored, summarize, without_bad, worth_it
+from .centering import SEGMENT, plain, should_center, stored, summarize, without_bad
 
 LADDER = (4, 8, 0)  # bits of keys; 0 = exact
 TARGET = 0.02  # nats
@@ -93,7 +93,7 @@ def _error(x, n_segments, bits, config):
     T, mean = n // n_segments, None
     if config.centre:
         summary = summarize(x, 0, T)
-        mean = plain(stored(summary[0], worth_it(*summary), config.seed), config.seed).reshape(B, -1, 1, D)
+        mean = plain(stored(summary[0], should_center(*summary), config.seed), config.seed).reshape(B, -1, 1, D)
     by_segment = x.reshape(B, H * n_segments, T, D)
     ((codes, gamma),) = select.quantize_sides([QuantizeSide(by_segment, bits, mean)], config.seed, scale=config.scale)
     (restored,) = select.dequantize_sides([PackedSide(codes, gamma, bits, D, mean)], 0, T, mx.float32, config.seed)

@@ -128,7 +128,7 @@ class Rows:
         if not batch.empty():
             fetched = batch.keys_and_values()
             for b, cache in enumerate(alone):
-                live = (batch._shown or batch._plan(0)).live(b)
+                live = (batch.shown or batch.plan(0)).token_columns(b)
                 if cache.offset:
                     for got, want in zip(fetched, cache.keys_and_values()):
                         got, want = to_numpy(got)[b : b + 1, :, live], to_numpy(want)

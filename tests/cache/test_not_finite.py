@@ -227,14 +227,14 @@ def test_a_dead_token_that_is_not_finite_is_nothing_to_a_window_with_an_additive
     tokens[side][0, :, 110] = float("nan")
     cache.update_and_fetch(*tokens)
     keys, values = cache.update_and_fetch(*random_tokens(rng, 1, bias=30))
-    assert keys.view.dead > 0 and sum(cache.report()["not_finite"].values(), []) == [side == 0, side == 1]
+    assert keys.view.n_evicted > 0 and sum(cache.report()["not_finite"].values(), []) == [side == 0, side == 1]
     for bad in (True, False):
         mask = mx.zeros((1, keys.shape[2]), mx.float16)
         out = attention.attend(mx.zeros((1, 2, 1, 32)), keys.view, scale=1.0, mask=mask)
         assert mx.isnan(out).all().item() == bad
         for _ in range(20):
             keys, values = cache.update_and_fetch(*random_tokens(rng, 1, bias=30))
-    assert keys.view.dead > 0
+    assert keys.view.n_evicted > 0
 
 
 # ---- what rows share ------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache, make_prompt_cache
 from mlx_turbo.cache import centering
+from mlx_turbo.integration.conversion import compress_window
 from mlx_turbo.integration import attention
 
 SMALL = dict(recent=4, block=4)
@@ -194,9 +195,9 @@ def test_dead_tokens_are_not_seen_whatever_the_mask(backend, scheme, bias):
         keys, values = cache.update_and_fetch(*tokens)
         if type(keys).__name__ != "LazyKV":
             continue
-        n_dead.add(keys.view.dead)
+        n_dead.add(keys.view.n_evicted)
         n_tokens = keys.shape[2]
-        assert keys.view.counts[1] - keys.view.dead + keys.view.counts[0] + keys.view.counts[2] == n_tokens
+        assert keys.view.counts[1] - keys.view.n_evicted + keys.view.counts[0] + keys.view.counts[2] == n_tokens
         exact = mx.array(keys), mx.array(values)
         causal = mx.arange(n_tokens) <= mx.arange(n_tokens - n, n_tokens)[:, None]
         additive = mx.where(causal, mx.random.normal((1, 1, n, n_tokens), key=mx.random.key(1)), -1e9)
@@ -234,9 +235,9 @@ def test_models_decode_far_past_their_windows_as_with_mlx_lm_s_cache(backend, na
 def test_memory_is_bounded_and_copies_are_rare(backend, scheme, bias, windows):
     cache, copies, largest = RotatingTurboKVCache(512, 0, scheme), 0, 0
     for tokens, _ in steps([700, *[50] * 10, *[1] * 900], bias=bias):
-        before = cache.n_forgotten
+        before = cache.n_evicted
         cache.update_and_fetch(*tokens)
-        copies += cache.n_forgotten > before
+        copies += cache.n_evicted > before
         if cache.offset > 1200:
             largest = max(largest, cache._sides[0].codes.shape[2])
             assert cache.nbytes == held_nbytes(cache)
@@ -333,7 +334,7 @@ def test_the_tokens_of_a_plain_rotating_cache_are_taken_over(backend, keep):
         theirs = lm_cache.RotatingKVCache(24, keep)
         for tokens, _ in steps(lengths):
             theirs.update_and_fetch(*tokens)
-        cache = RotatingTurboKVCache.of(theirs, TurboConfig("turbo0", **SMALL))
+        cache = compress_window(theirs, TurboConfig("turbo0", **SMALL))
         assert (cache.offset, cache.keep, cache.max_size, cache.empty()) == (theirs.offset, keep, 24, theirs.empty())
         for tokens, queries in steps([1, 1, 3, *[1] * 30, 40, 1], seed=1):
             got, want = (attend(c, tokens, queries)[1] for c in (cache, theirs))
@@ -345,7 +346,7 @@ def test_what_auto_observes_of_a_window_taken_over_is_where_its_keys_are(backend
     theirs = lm_cache.RotatingKVCache(60)
     for tokens, _ in steps([100, 1]):
         theirs.update_and_fetch(*tokens)
-    cache = RotatingTurboKVCache.of(theirs, TurboConfig("auto", **SMALL))
+    cache = compress_window(theirs, TurboConfig("auto", **SMALL))
     assert cache.undecided and cache.offset == 101
     for n, positions in (1, [60]), (3, [62, 63]):
         ((tokens, queries),) = steps([n])
