@@ -79,8 +79,8 @@ def _key_error(error):
 
 
 def _sample(keys, config):
-    """(first tokens that stay exact, first tokens of the runs of `sample_keys` after these, the keys of all runs float32
-    [B, H, n, D], 0 where they cannot be packed)."""
+    """(first tokens that stay exact, first tokens of the runs of `sample_keys` after these, the keys of all runs
+    float32 [B, H, n, D], 0 where they cannot be packed)."""
     first = min(config.sink, keys.shape[2] - 1)
     starts, length = sample_keys(keys.shape[2] - first)
     x = mx.concatenate([keys[:, :, first + at : first + at + length] for at in starts], axis=2)

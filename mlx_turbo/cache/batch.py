@@ -44,14 +44,14 @@ def _precision(bits):
 class BatchTurboKVCache(TurboKVCache):
     """A KV cache of one layer for several sequences, in place of mlx_lm.models.cache.BatchKVCache.
 
-    config: as for TurboKVCache. left_padding: number of padding tokens at the left of each row's next tokens; its length
-    is the batch size. `merge` makes a batch from the caches of its rows, `extract` takes a row out again.
+    config: as for TurboKVCache. left_padding: number of padding tokens at the left of each row's next tokens; its
+    length is the batch size. `merge` makes a batch from the caches of its rows, `extract` takes a row out again.
 
     Raises ValueError for an unknown scheme or option.
     """
 
     magic = BATCH_MAGIC
-    row_names = ROW_NAMES
+    row_names: tuple[str, ...] = ROW_NAMES
     row_class: type[TurboKVCache] = TurboKVCache
     never_quantized = "batch"
 
@@ -285,10 +285,11 @@ class BatchTurboKVCache(TurboKVCache):
             self._pack_rows(n_pack, tails, [self._n_columns] * self.n_rows, self._n_recent)
 
     def _pack_rows(self, n_pack, tails, ends, n_exact):
-        """Quantize n_pack[b] tokens of each row b: the oldest, sink tokens apart, of the n_exact[b] that end before token
-        ends[b] of `tails`. Rows in the same situation are quantized together. Raises before anything is changed."""
+        """Quantize n_pack[b] tokens of each row b: the oldest, sink tokens apart, of the n_exact[b] that end before
+        token ends[b] of `tails`. Rows in the same situation are quantized together. Raises before anything is
+        changed."""
         self._unread.clear()
-        groups: dict = {}
+        groups = {}
         for b, n in enumerate(n_pack):
             if n:
                 situation = n, n_exact[b], ends[b], self._n_packed[b], *(c[b] for c in self._centered)
@@ -336,9 +337,9 @@ class BatchTurboKVCache(TurboKVCache):
 
     def _cover_means(self):
         """Make the means cover all segments: those of rows that are not centered are read too."""
-        for side, centred in zip(self._sides, self._centered):
+        for side, centered in zip(self._sides, self._centered):
             n = n_segments(max(self._n_packed), side.segment)
-            if not any(centred):
+            if not any(centered):
                 side.means = None
             elif side.means.shape[2] < n:
                 side.means = grow(side.means, (*side.means.shape[:2], n, side.means.shape[3]), side.means.dtype)
@@ -375,7 +376,8 @@ class BatchTurboKVCache(TurboKVCache):
         return list(by_id.values())
 
     def _decide(self):
-        """Choose the bits of the keys that the most demanding row needs; rows with too few tokens to tell do not count."""
+        """Choose the bits of the keys that the most demanding row needs; rows with too few tokens to tell do not
+        count."""
         tokens = [self.n_tokens(b) for b in range(self.n_rows)]
         asked = [b for b, n in enumerate(tokens) if n >= min(auto_bits.FEWEST, max(tokens))]
         choices = []
@@ -431,8 +433,9 @@ class BatchTurboKVCache(TurboKVCache):
         return mask if window_size is None else mask & (held + query < index + window_size)
 
     def _tokens_in_columns(self, N):
-        """For the next N tokens: a mask [B, 1, N, columns], where a query's row has a token that is not newer; how many tokens the row holds before [B, 1, 1, 1]; which of its tokens is in a column, from 0 on
-        [B, 1, 1, columns], where it has one; the number of the query [N, 1]."""
+        """For the next N tokens: a mask [B, 1, N, columns], where a query's row has a token that is not newer; how
+        many tokens the row holds before [B, 1, 1, 1]; which of its tokens is in a column, from 0 on [B, 1, 1,
+        columns], where it has one; the number of the query [N, 1]."""
         plan = self.plan(N)
         n_sink, n_packed, _ = plan.columns
         base = sum(plan.columns)  # the column of the first new token
@@ -658,7 +661,7 @@ class BatchTurboKVCache(TurboKVCache):
             return cache
         cache.n_sink, cache.n_packed, cache.n_recent = self._counts()[b]
         cache._observed, end = self._observed_of(b), self._n_columns
-        for side, mine, centred in zip(self._sides, cache._sides, self._centered):
+        for side, mine, centered in zip(self._sides, cache._sides, self._centered):
             exact = side.recent[b : b + 1, :, end - self._n_recent[b] : end]
             if cache.n_sink:
                 sinks = side.sink[b : b + 1] if cache.n_packed else exact[:, :, : cache.n_sink]
@@ -670,7 +673,7 @@ class BatchTurboKVCache(TurboKVCache):
                 mine.codes = write(None, 0, side.codes[b : b + 1, :, : cache.n_packed], self.step)
                 if side.scale is not None:
                     mine.scale = write(None, 0, side.scale[b : b + 1, :, : cache.n_packed], self.step)
-                if centred[b]:
+                if centered[b]:
                     n = n_segments(cache.n_packed, side.segment)
                     mine.means = write(None, 0, side.means[b : b + 1, :, :n], max(self.step // side.segment, 1))
         cache._evaluate()
@@ -703,8 +706,8 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_columns = columns
         self._n_packed, self._n_recent = map(list, zip(*left))
         for b, packed in enumerate(self._n_packed):
-            for centred in self._centered:
-                centred[b] = centred[b] and packed > 0
+            for centered in self._centered:
+                centered[b] = centered[b] and packed > 0
         if self._sides[0].recent is not None:
             self._cover_means()
         self._last = []

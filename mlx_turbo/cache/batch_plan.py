@@ -9,9 +9,9 @@ class Plan(NamedTuple):
     """What an update with n_new tokens does. Lists have an entry per row.
 
     decide_bits: whether auto chooses the bits of the keys first. spans: (first, n), which of the new tokens are not
-    padding. n_evict: number of oldest packed tokens to evict (windows). pack_before, pack_after: number of tokens to pack
-    before and after attention. n_packed, n_recent: the tokens that attention finds, without the new ones, and columns:
-    the (sink, packed, recent) columns that hold them.
+    padding. n_evict: number of oldest packed tokens to evict (windows). pack_before, pack_after: number of tokens to
+    pack before and after attention. n_packed, n_recent: the tokens that attention finds, without the new ones, and
+    columns: the (sink, packed, recent) columns that hold them.
     """
 
     n_new: int
@@ -25,7 +25,8 @@ class Plan(NamedTuple):
     columns: tuple[int, int, int]
 
     def edges(self, b: int) -> tuple[int, int]:
-        """(front, back): the columns front .. back - 1, between row b's packed tokens and its recent ones, are empty."""
+        """(front, back): the columns front .. back - 1, between row b's packed tokens and its recent ones, are
+        empty."""
         front = self.columns[0] + self.n_packed[b] if self.n_packed[b] else 0
         return front, sum(self.columns) - self.n_recent[b] + self.spans[b][0]
 

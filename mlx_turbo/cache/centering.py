@@ -5,12 +5,13 @@ the norm of the rest) drowns the signal. q.k = q.(k - mean) + q.mean holds for e
 the choice of means never costs correctness; the nearer they are to the tokens, the smaller the remaining error.
 
 RoPE turns keys with their position, and a constant part with them, so keys get a mean per segment of SEGMENT packed
-tokens; values do not turn and get a single mean. Means are stored in float16 and rotated space, as attention needs them,
-and the rounded means are what is subtracted.
+tokens; values do not turn and get a single mean. Means are stored in float16 and rotated space, as attention needs
+them, and the rounded means are what is subtracted.
 """
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -46,26 +47,28 @@ def without_bad(x: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def summarize(x: mx.array, first: int, segment: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Of x [B, H, T, D], to become packed tokens first, first + 1, ...: (means by segment float32 [B, H, S, D], tokens of
-    each float32 [S, 1], energy of all [B, H, 1, 1]). Vectors that cannot be packed count as zeros. More than SLICE tokens
-    are summed slice by slice, started here and not waited for, so that no float32 copy of a prompt chunk is made."""
+    """Of x [B, H, T, D], to become packed tokens first, first + 1, ...: (means by segment float32 [B, H, S, D],
+    tokens of each float32 [S, 1], energy of all [B, H, 1, 1]). Vectors that cannot be packed count as zeros. More
+    than SLICE tokens are summed slice by slice, started here and not waited for, so that no float32 copy of a prompt
+    chunk is made."""
     unit = min(segment, SLICE)
     begun, whole, rest = spans(first % unit if segment > unit else first, x.shape[2], unit)
     group = SLICE // unit
     pieces = [(begun, 1)] + [(min(group, whole - i) * unit, min(group, whole - i)) for i in range(0, whole, group)]
-    pieces, at, sums, energy, n_tokens = [p for p in [*pieces, (rest, 1)] if p[0]], 0, [], 0, []
-    for n, n_segments in pieces:
+    at, sums, lengths = 0, [], []
+    energy: Any = 0
+    for n, n_segments in [p for p in [*pieces, (rest, 1)] if p[0]]:
         piece, squares = without_bad(mx.unflatten(x[:, :, at : at + n].astype(mx.float32), 2, (n_segments, -1)))
         sums.append(piece.sum(3))
         energy = energy + squares.sum((2, 3, 4), keepdims=True)[..., 0]
-        n_tokens += [n // n_segments] * n_segments
+        lengths += [n // n_segments] * n_segments
         at += n
         if x.shape[2] > SLICE:
             mx.async_eval(sums[-1], energy)
-    sums, n_tokens = mx.concatenate(sums, axis=2), mx.array(n_tokens, mx.float32)[:, None]
+    total, n_tokens = mx.concatenate(sums, axis=2), mx.array(lengths, mx.float32)[:, None]
     if segment > unit:
-        sums, n_tokens = sums.sum(2, keepdims=True), n_tokens.sum(0, keepdims=True)
-    return sums / n_tokens, n_tokens, energy
+        total, n_tokens = total.sum(2, keepdims=True), n_tokens.sum(0, keepdims=True)
+    return total / n_tokens, n_tokens, energy
 
 
 def should_center(means: mx.array, n_tokens: mx.array, energy: mx.array) -> mx.array:
@@ -80,7 +83,7 @@ def should_center(means: mx.array, n_tokens: mx.array, energy: mx.array) -> mx.a
 def rows_to_center(decisions: Sequence[mx.array]) -> list[list[bool]]:
     """For each result of `should_center`, whether any head of a batch row is to be centered, by row. Waits, once, for
     everything that these depend on."""
-    flags = mx.concatenate([heads.any((1, 2, 3)) for heads in decisions]).tolist() if decisions else []
+    flags: Any = mx.concatenate([heads.any((1, 2, 3)) for heads in decisions]).tolist() if decisions else []
     edges = list(itertools.accumulate([heads.shape[0] for heads in decisions], initial=0))
     return [flags[a:b] for a, b in zip(edges, edges[1:])]
 

@@ -1,5 +1,5 @@
-"""Where the conversions to mlx-lm's caches are looked up. A cache does not know mlx-lm; mlx_turbo.integration.conversion
-registers here what it can make of one."""
+"""Where the conversions to mlx-lm's caches are looked up. A cache does not know mlx-lm;
+mlx_turbo.integration.conversion registers here what it can make of one."""
 
 from typing import Any, Callable
 

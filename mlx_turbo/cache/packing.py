@@ -1,5 +1,5 @@
-"""What single caches and batches share, as functions on plain data: the buffers of a side, writing into them, and packing
-tokens, which is deciding where to center, computing the means, and quantizing."""
+"""What single caches and batches share, as functions on plain data: the buffers of a side, writing into them, and
+packing tokens, which is deciding where to center, computing the means, and quantizing."""
 
 from typing import Any, NamedTuple, Optional, Sequence
 
@@ -19,8 +19,8 @@ class Side:
     """The keys or the values of a cache: buffers, each with room for more tokens than it holds.
 
     sink, recent: model dtype [B, H, capacity, D]. codes: uint32 [B, H, capacity, words], or with 0 bits the exact
-    vectors [B, H, capacity, D]. scale: float16 [B, H, capacity, 1], or None with 0 bits. means: float16 [B, H, segments,
-    D], rotated (centering.py), or None.
+    vectors [B, H, capacity, D]. scale: float16 [B, H, capacity, 1], or None with 0 bits. means: float16 [B, H,
+    segments, D], rotated (centering.py), or None.
     """
 
     def __init__(self, bits: int, segment: int) -> None:
@@ -128,8 +128,8 @@ def take_ending_at(array: mx.array, ends: list[int], n: int) -> mx.array:
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
 class SideToPack(NamedTuple):
-    """How keys or values are packed. means: float16 [B, H, segments, D], rotated, of the tokens that are packed already;
-    None if nothing is packed yet or no head is centered."""
+    """How keys or values are packed. means: float16 [B, H, segments, D], rotated, of the tokens that are packed
+    already; None if nothing is packed yet or no head is centered."""
 
     bits: int
     segment: int
@@ -150,9 +150,9 @@ class PackJob(NamedTuple):
 
 
 class PackedTokens(NamedTuple):
-    """What one side of a `PackJob` becomes. codes: uint32 [B, H, n_pack, words] and scale: float16 [B, H, n_pack, 1], or
-    the exact vectors and None with 0 bits. means: of all packed tokens, with room for more. centered: whether any head
-    of a row is, for each row; None where this job does not decide it."""
+    """What one side of a `PackJob` becomes. codes: uint32 [B, H, n_pack, words] and scale: float16 [B, H, n_pack, 1],
+    or the exact vectors and None with 0 bits. means: of all packed tokens, with room for more. centered: whether any
+    head of a row is, for each row; None where this job does not decide it."""
 
     codes: mx.array
     scale: Optional[mx.array]

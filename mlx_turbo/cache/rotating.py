@@ -3,9 +3,10 @@
     [ kept: exact ] [ packed: out of the window | seen ] [ recent: exact ]
 
 Tokens stay in the order they came. One that has left the window, which no query sees any more, is left out of what
-`update_and_fetch` returns. Once a quarter of a window of packed tokens has left it, they are evicted: the packed buffers
-are copied without them. So a layer holds at most 1.25 windows of packed tokens (if keys may be centered, the quarter is
-rounded up to whole segments of 128), and what the newest prompt chunk has beyond that; a token is copied about four times.
+`update_and_fetch` returns. Once a quarter of a window of packed tokens has left it, they are evicted: the packed
+buffers are copied without them. So a layer holds at most 1.25 windows of packed tokens (if keys may be centered, the
+quarter is rounded up to whole segments of 128), and what the newest prompt chunk has beyond that; a token is copied
+about four times.
 """
 
 from dataclasses import replace
@@ -23,8 +24,8 @@ from .state import WINDOW_MAGIC
 class Window(TurboKVCache):
     """What the sliding windows of one sequence (below) and of a batch (batch_rotating.py) share.
 
-    Which tokens are evicted, and when, follows from their number and the configuration alone: all layers of a model do it
-    at the same update, so that one mask is right for all.
+    Which tokens are evicted, and when, follows from their number and the configuration alone: all layers of a model
+    do it at the same update, so that one mask is right for all.
     """
 
     never_quantized = "window"
@@ -103,14 +104,15 @@ class RotatingTurboKVCache(Window):
     """A KV cache of one layer, in place of mlx_lm.models.cache.RotatingKVCache: attention sees the first `keep` tokens
     and the newest ones, `max_size` in all; in a prompt chunk each token sees as many.
 
-    config, options: as of TurboKVCache; its sink is `keep`. With recent >= max_size - keep no packed token is ever seen.
+    config, options: as of TurboKVCache; its sink is `keep`. With recent >= max_size - keep no packed token is ever
+    seen.
 
     Raises ValueError unless 0 <= keep < max_size, and as TurboKVCache does.
     """
 
     magic = WINDOW_MAGIC
     header_names = (*Window.header_names, "n_forgotten")  # n_evicted
-    batch_class = None  # batch_rotating.py sets it
+    batch_class: Any = None  # batch_rotating.py sets it
 
     def __init__(
         self, max_size: int, keep: int = 0, config: Union[str, Scheme, TurboConfig] = "turbo4", **options: Any

@@ -69,12 +69,12 @@ class TurboKVCache:
 
         The older tokens come as lazy arrays: dequantizing costs nothing unless they are read.
 
-        A token that is not finite, or too large for a float16 scale once it is packed, has the same effect as in mlx-lm's
-        cache: queries that see it get nothing finite, other rows and heads are unaffected. `report` counts such tokens;
-        updates do not wait to find them.
+        A token that is not finite, or too large for a float16 scale once it is packed, has the same effect as in
+        mlx-lm's cache: queries that see it get nothing finite, other rows and heads are unaffected. `report` counts
+        such tokens; updates do not wait to find them.
 
-        Raises TypeError or ValueError, with the cache unchanged, for wrong shapes, dtypes or head dims, and for a batch,
-        number of heads, head_dim or dtype other than before.
+        Raises TypeError or ValueError, with the cache unchanged, for wrong shapes, dtypes or head dims, and for a
+        batch, number of heads, head_dim or dtype other than before.
         """
         self._check(keys, values)
         new, n_new = (keys, values), keys.shape[2]
@@ -87,7 +87,7 @@ class TurboKVCache:
             self.n_recent > self._capacity()
             or (self.n_recent + n_to_recent > self._capacity() and n_to_recent <= self.config.block)
         ):
-            self._decide()  # nobody showed us the queries of the chunk, or it is a decode step that must pack
+            self._decide()  # nothing showed us the queries of the chunk, or a decode step has to pack
         capacity = self.config.recent + self.config.block
         if self.n_recent + n_to_recent <= capacity or self.undecided:
             view = None
@@ -117,9 +117,10 @@ class TurboKVCache:
             self._evaluate()
         if first and not self.undecided:
             return new
-        n_packed, tails = view or (self.n_packed, None)
-        n_exact = self.n_recent if tails is None else tails[0].shape[2]
-        return self._fetch((self.n_sink, n_packed, n_exact), tails, new if first else None)
+        if view is None:
+            return self._fetch((self.n_sink, self.n_packed, self.n_recent), new=new if first else None)
+        n_packed, tails = view
+        return self._fetch((self.n_sink, n_packed, tails[0].shape[2]), tails, new if first else None)
 
     def _pack(self, tails):
         """Quantize all but the newest `recent` tokens of `tails` (exact tokens after the packed ones, per side) and
@@ -214,8 +215,8 @@ class TurboKVCache:
 
     # ---- fetch -----------------------------------------------------------------------------------------------
     def _fetch(self, counts, tails=None, new=None):
-        """All tokens of both sides as `LazyKV`: (n_sink, n_packed, n_recent) of sink, packed and exact `tails` (the recent
-        tokens, if not given). new: the same tokens as arrays, if they are at hand."""
+        """All tokens of both sides as `LazyKV`: (n_sink, n_packed, n_recent) of sink, packed and exact `tails` (the
+        recent tokens, if not given). new: the same tokens as arrays, if they are at hand."""
         view = self._view(counts, tails)
         if not any(side.bits for side in self._sides):
             return tuple(view.restore())  # nothing is packed: exactly what mlx-lm's own attention gets
@@ -280,14 +281,14 @@ class TurboKVCache:
     def make_mask(
         self, N: int, *, return_array: bool = False, window_size: Optional[int] = None
     ) -> Union[mx.array, str, None]:
-        """The mask for the next N tokens, as of mlx_lm.models.cache.KVCache: None for a single token, "causal", or, with
-        return_array or window_size, bool [N, offset + N]."""
+        """The mask for the next N tokens, as of mlx_lm.models.cache.KVCache: None for a single token, "causal", or,
+        with return_array or window_size, bool [N, offset + N]."""
         return attention_mask(N, self.offset, return_array, window_size)
 
     @classmethod
     def merge(cls, caches: Sequence[Any]) -> Any:
-        """A batch cache whose rows are `caches` (BatchTurboKVCache; BatchRotatingTurboKVCache for windows): mlx-lm batches
-        caches that have this method. Raises ValueError as BatchTurboKVCache.merge."""
+        """A batch cache whose rows are `caches` (BatchTurboKVCache; BatchRotatingTurboKVCache for windows): mlx-lm
+        batches caches that have this method. Raises ValueError as BatchTurboKVCache.merge."""
         return cls.batch_class.merge(caches)
 
     def size(self) -> int:
@@ -320,11 +321,12 @@ class TurboKVCache:
         head, or were too large for a float16 scale when they were packed. Found in the stored arrays: it costs nothing
         until it is called, and then waits for the tokens to be computed."""
         columns, rows = self._columns_of_rows()
-        seen, found = self._seen_counts(), {}
+        seen = self._seen_counts()
+        found: dict[str, list[int]] = {}
         for name, side in zip(("keys", "values"), self._sides):
             buffers = side.sink, side.codes if side.scale is None else side.scale, side.recent
-            bad = [(~mx.isfinite(a[:, :, :n])).any((1, 3)) for a, n in zip(buffers, columns) if n]
-            bad = np.array(mx.concatenate(bad, axis=1)) if bad else np.zeros((len(rows), 0), bool)
+            parts = [(~mx.isfinite(a[:, :, :n])).any((1, 3)) for a, n in zip(buffers, columns) if n]
+            bad = np.array(mx.concatenate(parts, axis=1)) if parts else np.zeros((len(rows), 0), bool)
             found[name] = []
             for b, row in enumerate(rows):
                 n_sink, *others = seen[b % len(seen)]
@@ -332,11 +334,11 @@ class TurboKVCache:
         return found
 
     def report(self) -> dict[str, Any]:
-        """What the cache holds, as a dict of plain values: scheme (auto's choice included); tokens, of which sink, packed
-        and recent; nbytes; uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would hold);
+        """What the cache holds, as a dict of plain values: scheme (auto's choice included); tokens, of which sink,
+        packed and recent; nbytes; uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would hold);
         packed_bits_per_value (of keys and values, from the arrays themselves); centred (sides with means); not_finite
-        (see that method: this waits for the tokens to be computed); auto (None, or how the bits were chosen); backend;
-        attention ("fused", or why a decode step is not)."""
+        (see that method: this waits for the tokens to be computed); auto (None, or how the bits were chosen);
+        backend; attention ("fused", or why a decode step is not)."""
         values = packed_bits = uncompressed = 0
         n_tokens = [sum(counts) for counts in self._seen_counts()]
         n_sink, n_packed, n_recent = map(sum, zip(*self._seen_counts()))
@@ -380,11 +382,11 @@ class TurboKVCache:
         return get_backend().why_not_fused(*((side.bits, side.head_dim) for side in self._sides), 1) or "fused"
 
     def to_kv_cache(self) -> Any:
-        """The mlx-lm cache that this one takes the place of (KVCache, RotatingKVCache, BatchKVCache, BatchRotatingKVCache)
-        with the same tokens, packed ones restored in the model's dtype.
+        """The mlx-lm cache that this one takes the place of (KVCache, RotatingKVCache, BatchKVCache,
+        BatchRotatingKVCache) with the same tokens, packed ones restored in the model's dtype.
 
-        Raises ValueError in the middle of a padded prompt, and for a batch of windows with keep > 0, which mlx-lm does not
-        support.
+        Raises ValueError in the middle of a padded prompt, and for a batch of windows with keep > 0, which mlx-lm
+        does not support.
         """
         return converter("to_kv_cache")(self)
 
@@ -439,8 +441,8 @@ class TurboKVCache:
     @property
     def state(self) -> list[mx.array]:
         """Everything as a list of arrays: an int32 header, then per side sink, codes, scale, means and recent, cut to
-        the tokens they hold; parts without tokens are left out. Setting it raises ValueError for arrays that are not the
-        state of such a cache."""
+        the tokens they hold; parts without tokens are left out. Setting it raises ValueError for arrays that are not
+        the state of such a cache."""
         counts = self.n_sink, self.n_packed, self.n_recent
         return [mx.array(self._header(counts), mx.int32), *self._arrays(counts)]
 
@@ -455,8 +457,8 @@ class TurboKVCache:
         self._evaluate()
 
     def own_state(self, header: dict[str, int], config: TurboConfig) -> dict[str, Any]:
-        """The attributes that a subclass keeps in the header, for `read_state`. Raises ValueError for values that do not
-        fit."""
+        """The attributes that a subclass keeps in the header, for `read_state`. Raises ValueError for values that do
+        not fit."""
         return {}
 
     @property

@@ -38,8 +38,8 @@ ROW_NAMES = ("n_packed", "n_recent", "n_pad", "n_until", "key_means", "value_mea
 
 
 class State(NamedTuple):
-    """A state that was read and found consistent. counts: (n_sink, n_packed, n_recent), of a batch its columns. rows: of
-    a batch, {name in row_names: a list with an entry per row}. own: attributes of the cache's class."""
+    """A state that was read and found consistent. counts: (n_sink, n_packed, n_recent), of a batch its columns. rows:
+    of a batch, {name in row_names: a list with an entry per row}. own: attributes of the cache's class."""
 
     config: TurboConfig
     undecided: bool
@@ -60,7 +60,7 @@ def read_state(arrays: list, cache: Any) -> State:
     counts = header["n_sink"], header["n_packed"], header["n_recent"]
     rows = {}
     if cache.row_names:
-        array = arrays[1] if len(arrays) > 1 else None
+        array: Any = arrays[1] if len(arrays) > 1 else None
         rows = _read_rows(array, cache.row_names)
         if not _rows_fit(rows, counts, config, key_bits, own):
             raise ValueError(f"state: the header names {counts} columns, the rows {array.tolist()}, with {config}")

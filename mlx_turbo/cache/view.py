@@ -32,7 +32,8 @@ class KVView(NamedTuple):
 
     def restore_packed(self) -> dict[int, mx.array]:
         """The packed tokens, {side: [B, n_kv_heads, n_packed, D]} in the model's dtype, lazily; one launch for both."""
-        sides, n_packed = (self.keys, self.values), self.counts[1]
+        n_packed = self.counts[1]
+        sides: Any = (self.keys, self.values)  # which of their arrays there are follows from the counts
         quantized = [i for i in (0, 1) if sides[i].bits]
         packed = {i: sides[i].codes[:, :, :n_packed] for i in (0, 1) if not sides[i].bits}
         dtypes = {i: sides[i].recent.dtype if sides[i].means is None else mx.float32 for i in quantized}
@@ -51,8 +52,9 @@ class KVView(NamedTuple):
         """Keys and values as arrays [B, n_kv_heads, N, D] of the model's dtype, lazily. packed: the result of
         `restore_packed`, if it is at hand."""
         n_sink, n_packed, n_recent = self.counts
-        sides, out = (self.keys, self.values), []
-        middle = self.restore_packed() if n_packed and packed is None else packed
+        sides: Any = (self.keys, self.values)
+        middle = self.restore_packed() if n_packed and packed is None else packed or {}
+        out = []
         for i, side in enumerate(sides):
             parts = [first_tokens(side.sink, n_sink)] if n_sink else []
             parts += [middle[i][:, :, self.n_evicted :] if self.n_evicted else middle[i]] if n_packed else []
@@ -68,7 +70,8 @@ class LazyKV(mx.array):
 
     def __init__(self, array: mx.array, view: KVView, side: int) -> None:
         super().__init__(array)
-        self.view, self.side = view, side
+        self.view: KVView = view  # type: ignore[assignment]  # hides mx.array.view, of plain arrays
+        self.side = side
 
 
 class Unread:
@@ -81,13 +84,17 @@ class Unread:
     """
 
     __slots__ = ("packed", "n_packed", "thread", "version")
+    packed: dict[int, mx.array]
+    n_packed: int
+    thread: Optional[int]
+    version: Optional[int]
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """Called before codes are written: a graph that reads them would turn the write into a copy."""
-        self.packed = self.n_packed = self.thread = self.version = None
+        self.packed, self.n_packed, self.thread, self.version = {}, 0, None, None
 
     def __deepcopy__(self, memo):
         return Unread()

@@ -32,6 +32,7 @@ def to_kv_cache(cache: TurboKVCache) -> Any:
         return _batch_to_kv_cache(cache, lm_cache.BatchRotatingKVCache, cache.max_size)
     if isinstance(cache, BatchTurboKVCache):
         return _batch_to_kv_cache(cache, lm_cache.BatchKVCache)
+    plain: Any
     if isinstance(cache, RotatingTurboKVCache):
         plain = lm_cache.RotatingKVCache(cache.max_size, cache.keep)
     else:
@@ -62,7 +63,7 @@ def to_quantized(cache: TurboKVCache, group_size: int = 64, bits: int = 4) -> An
         )
     from mlx_lm.models.cache import QuantizedKVCache
 
-    quantized = QuantizedKVCache(group_size, bits)
+    quantized: Any = QuantizedKVCache(group_size, bits)
     if cache.offset:
         quantized.keys, quantized.values = (mx.quantize(x, group_size, bits) for x in cache.keys_and_values())
         quantized.offset = cache.offset

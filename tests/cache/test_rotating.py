@@ -27,8 +27,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache, make_prompt_cache
 from mlx_turbo.cache import centering
-from mlx_turbo.integration.conversion import compress_window
 from mlx_turbo.integration import attention
+from mlx_turbo.integration.conversion import compress_window
 
 SMALL = dict(recent=4, block=4)
 # a chunk, single tokens, chunks longer than the windows below, and decode far past them
