@@ -11,6 +11,7 @@ them, and padding on either side, which is dropped once the chunk it came with h
 A row has sink tokens and packed tokens, or neither: until it packs for the first time, all its tokens are recent ones.
 """
 
+import copy
 from typing import Any, Iterable, Optional, Sequence, Union
 
 import mlx.core as mx
@@ -23,7 +24,6 @@ from .packing import (
     PackJob,
     first_tokens,
     grow,
-    make_sides,
     n_segments,
     pack,
     quantize_tokens,
@@ -606,11 +606,8 @@ class BatchTurboKVCache(TurboKVCache):
 
     def _shallow(self):
         """A cache with the same arrays; replacing them there does not change this one."""
-        twin = self._empty(self)
-        twin.__dict__.update(self.__dict__)
-        twin._unread, twin._sides = Unread(), make_sides(self.config)
-        for mine, side in zip(twin._sides, self._sides):
-            mine.__dict__.update(side.__dict__)
+        twin = copy.copy(self)
+        twin._unread, twin._sides = Unread(), [copy.copy(side) for side in self._sides]
         return twin
 
     def filter(self, batch_indices: Union[Iterable[int], mx.array]) -> None:

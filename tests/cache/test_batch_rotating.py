@@ -181,7 +181,7 @@ def test_windows_that_do_not_belong_together_are_refused(backend):
 @fast
 @pytest.mark.parametrize("bias", [0, 20])
 def test_buffers_stay_at_a_quarter_more_than_the_window_and_copies_are_rare(backend, bias):
-    """Rows out of step, one with means: each forgets every 128 tokens."""
+    """Rows out of step, one with means: each evicts every 128 tokens."""
     rng, copies, largest = np.random.default_rng(0), 0, 0
     caches = [RotatingTurboKVCache(512, 0, "turbo4") for _ in range(3)]
     for b, (cache, n) in enumerate(zip(caches, (1000, 300, 640))):
@@ -417,8 +417,12 @@ def test_a_decode_step_of_a_batch_of_windows_runs_the_fused_kernel(simulated, sc
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "cohere2"])
 @pytest.mark.parametrize("config", [TurboConfig("turbo4", 2, 4, 4), TurboConfig("auto", 2, 4, 4), "turbo0"], ids=str)
 def test_batch_generate_far_past_the_windows_writes_what_each_prompt_gets_alone(
-    backend, demo, monkeypatch, name, config
-):  # noqa: F811
+    backend,
+    demo,  # noqa: F811
+    monkeypatch,
+    name,
+    config,
+):
     config = TurboConfig.of(config, recent=4, block=4)
     model, kinds, update = families.build(name), set(), BatchRotatingTurboKVCache.update_and_fetch
     monkeypatch.setattr(
@@ -443,7 +447,7 @@ def test_batch_generate_far_past_the_windows_writes_what_each_prompt_gets_alone(
 
 @fast
 def test_windows_that_keep_their_first_tokens_are_batched(backend, demo):  # noqa: F811
-    """max_kv_size: mlx-lm's batch would forget the first tokens."""
+    """max_kv_size: mlx-lm's batch would evict the first tokens."""
     model, tokenizer = demo
     texts = [
         "Once upon a time, there was a little girl named Lily. She loved to play in the park.",

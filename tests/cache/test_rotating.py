@@ -38,7 +38,7 @@ KERNELS = pytest.mark.parametrize("backend", [n for n in BACKENDS if n != "oracl
 
 
 @pytest.fixture(autouse=True)
-def centring_is_decided_early(monkeypatch):
+def centering_is_decided_early(monkeypatch):
     """Short prompts with a bias are to have means."""
     monkeypatch.setattr(centering, "FEWEST", 4)
 
@@ -105,7 +105,7 @@ def test_the_tokens_are_the_kept_and_the_newest_in_order(backend, max_size, keep
 
 
 class WindowMachine(RuleBasedStateMachine):
-    """Everything mlx-lm does to a window, in any order: beside it a list of all tokens and a TurboKVCache that forgets
+    """Everything mlx-lm does to a window, in any order: beside it a list of all tokens and a TurboKVCache that evicts
     none."""
 
     @initialize(
@@ -168,7 +168,7 @@ class WindowMachine(RuleBasedStateMachine):
 
 
 @FAST
-def test_any_history_gives_the_newest_tokens_of_a_cache_that_forgets_nothing(backend):
+def test_any_history_gives_the_newest_tokens_of_a_cache_that_evicts_nothing(backend):
     run_state_machine_as_test(
         WindowMachine, settings=settings(max_examples=30, stateful_step_count=15, deadline=None, derandomize=True)
     )
@@ -187,15 +187,15 @@ def test_a_mask_for_less_than_the_window_is_mlx_lm_s_in_the_order_of_the_tokens(
 @pytest.mark.parametrize(
     "scheme, bias", [("turbo4", 5), ("turbo3", 5), ("turbo8v4", 5), ("turbo4", 0), ("turbo0v3", 0)]
 )
-def test_dead_tokens_are_not_seen_whatever_the_mask(backend, scheme, bias):
-    """Keys with means are cut by segments of 128, and what is dead of the first one is masked."""
-    cache, n_dead, worst = RotatingTurboKVCache(40, 2, scheme, **SMALL), set(), 0
+def test_evicted_tokens_are_not_seen_whatever_the_mask(backend, scheme, bias):
+    """Keys with means are cut by segments of 128, and what is evicted of the first one is masked."""
+    cache, n_evicted, worst = RotatingTurboKVCache(40, 2, scheme, **SMALL), set(), 0
     for tokens, queries in steps([60, 1, 1, 9, 3, *[1] * 12, 70, 2], bias=bias):
         n, mask = queries.shape[2], cache.make_mask(queries.shape[2])
         keys, values = cache.update_and_fetch(*tokens)
         if type(keys).__name__ != "LazyKV":
             continue
-        n_dead.add(keys.view.n_evicted)
+        n_evicted.add(keys.view.n_evicted)
         n_tokens = keys.shape[2]
         assert keys.view.counts[1] - keys.view.n_evicted + keys.view.counts[0] + keys.view.counts[2] == n_tokens
         exact = mx.array(keys), mx.array(values)
@@ -205,7 +205,7 @@ def test_dead_tokens_are_not_seen_whatever_the_mask(backend, scheme, bias):
             got = attention.attend(queries, keys.view, scale=0.2, mask=m)
             want = mx.fast.scaled_dot_product_attention(queries, *exact, scale=0.2, mask=m)
             worst = max(worst, error(got, want))
-    assert (len(n_dead) > 5 and max(n_dead) > 20) == bool(cache.report()["centred"]) == bool(bias)
+    assert (len(n_evicted) > 5 and max(n_evicted) > 20) == bool(cache.report()["centred"]) == bool(bias)
     assert worst < 1e-4
 
 
@@ -258,7 +258,7 @@ def lm_nbytes(max_size):
 
 # ---- trim, copies, state -----------------------------------------------------------------------------------------
 @FAST
-def test_trim_works_until_tokens_are_forgotten(backend):
+def test_trim_works_until_tokens_are_evicted(backend):
     cache, theirs = RotatingTurboKVCache(30, 3, "turbo0", **SMALL), lm_cache.RotatingKVCache(30, 3)
     for i, (tokens, queries) in enumerate(steps([20, 1, 1, 4, 2, 9, *[1] * 20, 12, 1])):
         got, want = (attend(c, tokens, queries)[1] for c in (cache, theirs))
