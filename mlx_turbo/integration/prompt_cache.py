@@ -10,6 +10,7 @@ from ..cache.rotating import RotatingTurboKVCache, Window
 from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig
 from . import attention
+from .conversion import compress_window
 
 logger = logging.getLogger("mlx_turbo")
 OLDEST_MLX_LM = (0, 31, 2)
@@ -68,7 +69,7 @@ def compress(prompt_cache, config, indexers=None):
             if held:
                 cache.update_and_fetch(*held)
         elif is_long_window(cache, own):
-            cache = RotatingTurboKVCache.of(cache, own)
+            cache = compress_window(cache, own)
         return cache
 
     out = []

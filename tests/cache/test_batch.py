@@ -128,11 +128,13 @@ class Rows:
         if not batch.empty():
             fetched = batch.keys_and_values()
             for b, cache in enumerate(alone):
-                live = (batch._shown or batch._plan(0)).live(b)
+                live = (batch.shown or batch.plan(0)).token_columns(b)
                 if cache.offset:
                     for got, want in zip(fetched, cache.keys_and_values()):
                         got, want = to_numpy(got)[b : b + 1, :, live], to_numpy(want)
-                        n_sink = min(cache.config.sink, want.shape[2])  # a window of the batch has dead tokens besides
+                        n_sink = min(
+                            cache.config.sink, want.shape[2]
+                        )  # a window of the batch has empty columns besides
                         newest = got[:, :, got.shape[2] - (want.shape[2] - n_sink) :]
                         assert same(np.concatenate([got[:, :, :n_sink], newest], axis=2), want)
 
@@ -349,7 +351,7 @@ def test_what_does_not_belong_together_is_refused(backend):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.int32], ids=str)
 @pytest.mark.parametrize("n", [1, 7])
 def test_rows_of_one_length_give_batchkvcache_s_arrays_to_the_bit(backend, n, dtype):
-    """turbo0 packs nothing away, and without dead tokens the columns are the same."""
+    """turbo0 packs nothing away, and without empty columns the tokens are the same."""
     ours, theirs, rng = (
         BatchTurboKVCache("turbo0", [0, 0, 0], sink=2, recent=4, block=4),
         lm_cache.BatchKVCache([0, 0, 0]),

@@ -1,4 +1,5 @@
-"""The long run of the state machines that do to a cache, in any order, what mlx-lm does to it; its steps are counted."""
+"""The long run of the state machines that do to a cache, in any order, what mlx-lm does to it; its steps are
+counted."""
 
 import pytest
 from cache_tools import FAST_BACKENDS, STEPS
