@@ -13,8 +13,8 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from ..cli.common import _nbytes
-from ..integration.prompt_cache import describe, make_prompt_cache, members, reports
+from ..cli.common import cache_nbytes
+from ..integration.prompt_cache import describe, flatten_caches, make_prompt_cache, reports
 from ..quality import metrics
 from . import contenders as contending
 from . import timing
@@ -50,7 +50,7 @@ def run_once(model, prompt, n_tokens, kv, config):
         "peak_bytes": mx.get_peak_memory(),
         "resident_bytes": mx.get_active_memory(),
     }
-    return out | {"cache_bytes": sum(_nbytes(c) for c in members(cache))}
+    return out | {"cache_bytes": sum(cache_nbytes(c) for c in flatten_caches(cache))}
 
 
 def decode_steps(model, prompt, forced, kv, config):

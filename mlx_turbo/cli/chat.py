@@ -9,13 +9,13 @@ from .common import (
     DEMO_MODEL,
     DEMO_TEMPLATE,
     TurboProgram,
-    _replaced,
-    _tokens_before,
-    _warn_beyond_context,
     add_program_arguments,
+    cached_tokens,
     describe_model_argument,
+    patched_attributes,
     report_lines,
     use_demo_model,
+    warn_beyond_context,
 )
 
 
@@ -44,15 +44,15 @@ def main(argv):
     original = module.stream_generate
 
     def checked_stream_generate(model, tokenizer, prompt, **kwargs):
-        before = _tokens_before(kwargs["prompt_cache"])
-        _warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
+        before = cached_tokens(kwargs["prompt_cache"])
+        warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
         return original(model, tokenizer, prompt, **kwargs)
 
     parser.parse_args = lambda: args
     with (
         use_backend(args.backend) as backend,
         program.installed(),
-        _replaced(module, setup_arg_parser=lambda: parser, stream_generate=checked_stream_generate),
+        patched_attributes(module, setup_arg_parser=lambda: parser, stream_generate=checked_stream_generate),
     ):
         with contextlib.suppress(EOFError, KeyboardInterrupt):  # the other ways to leave
             module.main()

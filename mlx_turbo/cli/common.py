@@ -13,7 +13,7 @@ from ..backends.select import get_backend
 from ..backends.sides import BackendError
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
-from ..integration.prompt_cache import compress, describe, make_prompt_cache, members, register, reports
+from ..integration.prompt_cache import compress, describe, flatten_caches, make_prompt_cache, patch_mlx_lm, reports
 from ..integration.prompt_cache_file import load_with
 from ..integration.warming import warm
 from ..quant.scheme import TurboConfig
@@ -29,18 +29,18 @@ class CliError(Exception):
     """Wrong input: shown as one line, exit code 2."""
 
 
-def _complain(message):
+def print_message(message):
     print(f"mlx-turbo: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def complaining():
+def warnings_as_messages():
     """Shows warnings as lines of ours."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     for warning in caught:
-        _complain(f"warning: {warning.message}")
+        print_message(f"warning: {warning.message}")
 
 
 def _raise_cli_error(message):
@@ -105,18 +105,18 @@ def load_model(load, path, flag, *args, **kwargs):
     try:
         model, *rest = load(str(path), *args, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError) as e:
-        raise CliError(f"{flag}: {_why_not_loaded(path, e)}") from e
+        raise CliError(f"{flag}: {explain_load_error(path, e)}") from e
     if Path(path).resolve() == DEMO_MODEL and mx.default_device().type == mx.DeviceType.cpu:
         model = importlib.import_module("mlx_lm.utils").dequantize_model(model)
         mx.eval(model.parameters())  # a server may generate in another thread, which cannot evaluate them
     return model, *rest
 
 
-def _why_not_loaded(path, error):
+def explain_load_error(path, error):
     from huggingface_hub import errors
 
     if Path(path).exists():
-        return f"cannot load {str(path)!r}: {_one_line(error)}"
+        return f"cannot load {str(path)!r}: {describe_error(error)}"
     if isinstance(error, errors.HFValidationError):
         return f"there is no folder {str(path)!r}, and it is not a Hugging Face id (owner/name)"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -126,15 +126,15 @@ def _why_not_loaded(path, error):
             f"{path!r} is neither a folder here nor in the Hugging Face cache, and the Hub cannot be "
             "reached; without --model the embedded demo model is used, which needs no network"
         )
-    return f"cannot get {path!r}: {_one_line(error)}"
+    return f"cannot get {path!r}: {describe_error(error)}"
 
 
-def _one_line(error):
+def describe_error(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextlib.contextmanager
-def _replaced(module, **attributes):
+def patched_attributes(module, **attributes):
     before = {name: getattr(module, name) for name in attributes}
     try:
         for name, value in attributes.items():
@@ -162,14 +162,14 @@ class TurboProgram:
     def installed(self):
         """Inside this context the `load`, `make_prompt_cache` and `load_prompt_cache` the module uses are ours:
         under its own names, and in mlx_lm.models.cache, where mlx-lm 0.31 looks them up."""
-        cache_module = register()  # so that load_prompt_cache knows our class
+        cache_module = patch_mlx_lm()  # so that load_prompt_cache knows our class
         with contextlib.ExitStack() as stack:
             for module in (self.module, cache_module):
                 names = [
                     n for n in ("load", "sharded_load", "make_prompt_cache", "load_prompt_cache") if hasattr(module, n)
                 ]
                 ours = {n: functools.partial(getattr(self, f"_{n}"), getattr(module, n)) for n in names}
-                stack.enter_context(_replaced(module, **ours))
+                stack.enter_context(patched_attributes(module, **ours))
             yield self
         if not self.caches:
             raise BackendError(
@@ -193,18 +193,18 @@ class TurboProgram:
         n_draft_tokens = 0
         if is_draft or getattr(self.args, "draft_model", None):  # a draft model rereads its last token
             n_draft_tokens = 1 if is_draft else self.args.num_draft_tokens
-        _complain(f"building and checking the kernels for the {'draft ' if is_draft else ''}model ...")
+        print_message(f"building and checking the kernels for the {'draft ' if is_draft else ''}model ...")
         start = time.perf_counter()
         n = warm(
             model, tokenizer, config, n_draft_tokens=n_draft_tokens, max_kv_size=getattr(self.args, "max_kv_size", None)
         )
-        _complain(f"{n} kernels in {time.perf_counter() - start:.1f} s")
+        print_message(f"{n} kernels in {time.perf_counter() - start:.1f} s")
 
     def _make_prompt_cache(self, original, model, max_kv_size=None):
         if self.config is None:
             cache = original(model, max_kv_size)
         else:
-            with complaining():
+            with warnings_as_messages():
                 cache = make_prompt_cache(model, self.config, max_kv_size)
         self.caches.append(cache)
         return cache
@@ -213,9 +213,9 @@ class TurboProgram:
         try:
             result = load_with(original, file, *args, **kwargs)
         except (OSError, ValueError) as e:
-            raise CliError(f"--prompt-cache-file: cannot read {file!r}: {_one_line(e)}") from e
+            raise CliError(f"--prompt-cache-file: cannot read {file!r}: {describe_error(e)}") from e
         cache, *rest = result if isinstance(result, tuple) else (result,)
-        for held in (c for c in members(cache) if isinstance(c, TurboKVCache)):
+        for held in (c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)):
             self._file_config = held.config  # it was made with a scheme of its own
             for name, given in (("name", self.args.kv), ("sink", self.args.kv_sink), ("recent", self.args.kv_recent)):
                 if name == "sink" and isinstance(held, RotatingTurboKVCache):
@@ -241,7 +241,7 @@ def summarize(prompt_cache):
     """
     layers = reports(prompt_cache)
     ours = [report for _, _, report, _ in layers if report]
-    held = sum(_nbytes(cache) for _, cache, _, _ in layers)
+    held = sum(cache_nbytes(cache) for _, cache, _, _ in layers)
     kept = held - sum(report["nbytes"] for report in ours)
     summary = {
         "nbytes": held,
@@ -252,13 +252,13 @@ def summarize(prompt_cache):
     if ours:
         first = next((report for report in ours if "window" not in report), ours[0])
         summary |= {name: first[name] for name in ("tokens", "sink", "packed", "recent", "attention")}
-        summary["scheme"] = next(c.config.name for c in members(prompt_cache) if isinstance(c, TurboKVCache))
+        summary["scheme"] = next(c.config.name for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache))
         packed = [r["packed_bits_per_value"] for r in ours if r["packed"]]
         summary["packed_bits_per_value"] = sum(packed) / len(packed) if packed else None
     return summary
 
 
-def _nbytes(cache):
+def cache_nbytes(cache):
     try:
         return cache.nbytes
     except (NameError, NotImplementedError):  # mlx-lm 0.31.2 forgot an import, and not every cache of its counts
@@ -280,7 +280,7 @@ def report_lines(prompt_cache, scheme):
     ratio = s["uncompressed_nbytes"] / s["nbytes"] if s["nbytes"] else 1.0
     size = f"KV cache bytes: {held} held, {uncompressed} uncompressed, ratio {ratio:.2f}"
     if not s["packed"]:
-        starts = next(c.packs_beyond for c in members(prompt_cache) if isinstance(c, TurboKVCache))
+        starts = next(c.packs_beyond for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache))
         size += f" (packing starts beyond {starts} tokens)"
     return [
         f"KV cache: {s['scheme']}, {s['tokens']} tokens ({s['sink']} sink exact, {packed}, "
@@ -319,7 +319,7 @@ def describe_model_argument(parser):
 
 def use_demo_model(args):
     """Fill in --model, and say so."""
-    _complain("no --model given: using the embedded demo model (short stories, 4096 tokens of context)")
+    print_message("no --model given: using the embedded demo model (short stories, 4096 tokens of context)")
     args.model = str(DEMO_MODEL)
 
 
@@ -332,15 +332,15 @@ def refuse_kv_bits(program):
         )
 
 
-def _tokens_before(prompt_cache):
-    return max((c.offset for c in members(prompt_cache) if hasattr(c, "offset")), default=0)
+def cached_tokens(prompt_cache):
+    return max((c.offset for c in flatten_caches(prompt_cache) if hasattr(c, "offset")), default=0)
 
 
-def _warn_beyond_context(model, n_tokens, max_tokens):
+def warn_beyond_context(model, n_tokens, max_tokens):
     limit = getattr(getattr(model, "args", None), "max_position_embeddings", None)
     total = n_tokens + max(max_tokens, 0)
     if limit and total > limit:
-        _complain(
+        print_message(
             f"warning: prompt and answer may reach {total} tokens, the model was made for {limit}: "
             "expect nonsense beyond"
         )

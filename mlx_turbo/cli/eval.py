@@ -22,12 +22,12 @@ from .common import (
     DEMO_MODEL,
     CliError,
     Parser,
-    _complain,
-    _one_line,
-    _warn_beyond_context,
     add_cache_arguments,
+    describe_error,
     kv_config,
     load_model,
+    print_message,
+    warn_beyond_context,
 )
 from .provenance import machine
 
@@ -139,7 +139,7 @@ def read_text(source):
     except (KeyError, TypeError) as e:
         raise CliError(f"--text: {name!r} has no field 'text', or one that is no text") from e
     except (OSError, ValueError) as e:
-        raise CliError(f"--text: cannot read {str(path)!r}: {_one_line(e)}") from e
+        raise CliError(f"--text: cannot read {str(path)!r}: {describe_error(e)}") from e
 
 
 def _parquet_texts(path):
@@ -181,7 +181,7 @@ def _from_hub(repo, file):
             f"--text: {repo!r} is neither a file here nor a dataset on the Hugging Face Hub (or it is private or gated)"
         ) from e
     except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: httpx and requests, by way of huggingface_hub
-        raise CliError(f"--text: cannot get {repo!r} from the Hugging Face Hub: {_one_line(e)}") from e
+        raise CliError(f"--text: cannot get {repo!r} from the Hugging Face Hub: {describe_error(e)}") from e
 
 
 def _windows(tokenizer, text, n_tokens, n_windows):
@@ -233,7 +233,7 @@ def _make_caches(model, args):
         if why_not and args.kv:
             raise CliError(f"--kv: {name}: {why_not}")
         if why_not:
-            _complain(f"warning: left out {name}: {why_not}")
+            print_message(f"warning: left out {name}: {why_not}")
         else:
             made[name] = lambda bits=_mlx_bits(name): [QuantizedKVCache(MLX_GROUP, bits) for _ in model.layers]
     return made
@@ -415,8 +415,8 @@ def main(argv):
     if len(windows[0]) < 2:
         raise CliError(f"--text: {text_name!r} has {len(windows[0])} tokens, at least 2 are needed")
     if len(windows) < args.windows:
-        _complain(f"warning: the text has only {len(windows)} of {args.windows} windows of {args.tokens} tokens")
-    _warn_beyond_context(model, max([len(windows[0])] + args.needle_lengths * args.needles), 0)
+        print_message(f"warning: the text has only {len(windows)} of {args.windows} windows of {args.tokens} tokens")
+    warn_beyond_context(model, max([len(windows[0])] + args.needle_lengths * args.needles), 0)
     filler = text.replace(tokenizer.eos_token or "\0", "\n")
     if args.needles:
         _check_needles(filler, tokenizer, args)
@@ -432,7 +432,7 @@ def main(argv):
                 needles = _recall_rows(model, tokenizer, filler, make_caches, args, bar.update)
         backend = get_backend().describe()
     for message in dict.fromkeys(str(warning.message) for warning in caught):
-        _complain(f"warning: {message}")
+        print_message(f"warning: {message}")
     report = {
         "model": args.model or "embedded demo model",
         "text": text_name,
@@ -447,7 +447,9 @@ def main(argv):
     }
     for row in report["results"][1:]:
         if row.get("packed") == 0:
-            _complain(f"warning: {row['kv']} packed nothing in {report['tokens']} tokens: what was measured is exact")
+            print_message(
+                f"warning: {row['kv']} packed nothing in {report['tokens']} tokens: what was measured is exact"
+            )
     if needles:
         report["needles"] = needles
     report["seconds"] = round(time.perf_counter() - tic, 1)
@@ -455,7 +457,7 @@ def main(argv):
         try:
             _plot(report, args.png)
         except plots.PlotError as e:
-            _complain(f"warning: --png: {e}")
+            print_message(f"warning: --png: {e}")
     if args.json:
         print(json.dumps(report, indent=2))
     else:

@@ -9,14 +9,14 @@ from .common import (
     DEMO_PROMPT,
     CliError,
     TurboProgram,
-    _replaced,
-    _tokens_before,
-    _warn_beyond_context,
     add_program_arguments,
+    cached_tokens,
     describe_model_argument,
+    patched_attributes,
     refuse_kv_bits,
     report_lines,
     use_demo_model,
+    warn_beyond_context,
 )
 
 
@@ -46,8 +46,8 @@ def generate(argv):
     def checked_generate(model, tokenizer, prompt, **kwargs):
         if len(prompt) == 0:
             raise CliError("--prompt: is empty")
-        before = _tokens_before(kwargs.get("prompt_cache") or [])
-        _warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
+        before = cached_tokens(kwargs.get("prompt_cache") or [])
+        warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
         return original(model, tokenizer, prompt, **kwargs)
 
     parser.parse_args = lambda: args
@@ -56,7 +56,7 @@ def generate(argv):
     with (
         use_backend(args.backend) as backend,
         program.installed(),
-        _replaced(module, setup_arg_parser=lambda: parser, generate=checked_generate),
+        patched_attributes(module, setup_arg_parser=lambda: parser, generate=checked_generate),
     ):
         module.main()
         out = sys.stdout if args.verbose else sys.stderr

@@ -9,7 +9,7 @@ import sys
 
 from .. import __version__
 from ..backends.sides import BackendError
-from .common import CliError, Parser, _complain, _of, _one_line
+from .common import CliError, Parser, _of, describe_error, print_message
 from .generate import generate
 
 COMMANDS = {
@@ -49,14 +49,14 @@ def main(argv=None):
     except (BackendError, CliError, ValueError) as e:  # ValueError: mlx-lm and our caches on bad input
         if sys.flags.dev_mode:
             raise
-        _complain(f"error: {e}")
+        print_message(f"error: {e}")
         return 1 if isinstance(e, BackendError) else 2
     except OSError as e:  # a disk that is full, or `| head`, which has read enough
         if sys.flags.dev_mode:
             raise
         quiet = isinstance(e, BrokenPipeError)
         if not quiet:
-            _complain(f"error: {_one_line(e)}")
+            print_message(f"error: {describe_error(e)}")
         try:
             sys.stdout.flush()
         except OSError:  # Python would try again at its end, and complain

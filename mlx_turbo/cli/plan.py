@@ -18,9 +18,9 @@ from pathlib import Path
 from ..backends.select import use_backend
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
+from ..integration.prompt_cache import flatten_caches
 from ..integration.prompt_cache import make_prompt_cache as make_compressed_cache
-from ..integration.prompt_cache import members
-from .common import DEMO_MODEL, CliError, Parser, _one_line, _why_not_loaded, kv_config
+from .common import DEMO_MODEL, CliError, Parser, describe_error, explain_load_error, kv_config
 
 SCHEMES = ("none", "turbo8v4", "turbo4", "turbo3", "turbo2")
 FEW = 8  # tokens that fill states of constant size: convolutions, n-grams
@@ -57,7 +57,7 @@ def read_config(name, download=None):
             file, weights, source = _from_hub(str(name), download)
         config = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        why = _one_line(e) if folder.exists() else _why_not_loaded(name, e)
+        why = describe_error(e) if folder.exists() else explain_load_error(name, e)
         raise CliError(f"--model: {f'cannot read the configuration of {str(name)!r}: ' * folder.exists()}{why}") from e
     if not isinstance(config, dict) or "model_type" not in config:
         raise CliError(f"--model: {str(file)!r} has no 'model_type', so it is not the configuration of a model")
@@ -97,7 +97,7 @@ def build(config):
         model = model_class(args_class.from_dict(copy.deepcopy(config)))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError) as e:
         raise CliError(
-            f"--model: mlx-lm cannot build a {config['model_type']!r} model from this configuration: {_one_line(e)}"
+            f"--model: mlx-lm cannot build a {config['model_type']!r} model from this configuration: {describe_error(e)}"
         ) from e
 
     def zero(x):
@@ -177,7 +177,7 @@ def _call(model, tokens):
 
     cache = make_prompt_cache(model)
     model(mx.zeros((1, tokens), mx.int32), cache=cache)
-    return members(cache)
+    return flatten_caches(cache)
 
 
 def _held(cache):
@@ -228,11 +228,11 @@ def configs_of(model, scheme):
     from mlx_lm.models.cache import make_prompt_cache
 
     if scheme is None:
-        return [None] * len(members(make_prompt_cache(model)))
+        return [None] * len(flatten_caches(make_prompt_cache(model)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "nothing is compressed": the table shows it
         cache = make_compressed_cache(model, scheme)
-    return [c.config if isinstance(c, TurboKVCache) else None for c in members(cache)]
+    return [c.config if isinstance(c, TurboKVCache) else None for c in flatten_caches(cache)]
 
 
 @functools.lru_cache(None)

@@ -26,21 +26,21 @@ from huggingface_hub.errors import CacheNotFound
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from ..backends.select import get_backend, use_backend
-from ..integration.prompt_cache import describe, enable, members
+from ..integration.prompt_cache import describe, enable, flatten_caches
 from .common import (
     DEFAULT_SCHEME,
     DEMO_TEMPLATE,
     CliError,
     Parser,
     TurboProgram,
-    _complain,
-    _replaced,
     add_program_arguments,
-    complaining,
     describe_model_argument,
     load_model,
+    patched_attributes,
+    print_message,
     refuse_kv_bits,
     use_demo_model,
+    warnings_as_messages,
 )
 
 
@@ -54,10 +54,10 @@ class ServerProgram(TurboProgram):
         if self.config is not None:
             enable(model, self.config)
         self.warm(model, rest[0], path == self.args.draft_model)
-        with complaining():
+        with warnings_as_messages():
             cache = make_prompt_cache(model)
-        together = self.args.draft_model is None and all(hasattr(c, "merge") for c in members(cache))
-        _complain(
+        together = self.args.draft_model is None and all(hasattr(c, "merge") for c in flatten_caches(cache))
+        print_message(
             f"{path}: KV cache {self.scheme}, {describe(cache)}; requests are answered "
             f"{'together' if together else 'one by one'}"
         )
@@ -110,7 +110,7 @@ class LRUPromptCache(module.LRUPromptCache):
     is in no cache yet), and which leaves a model nothing to go on from when a prompt is all there."""
 
     def insert_cache(self, model, tokens, prompt_cache, **options):
-        caches = members(prompt_cache)
+        caches = flatten_caches(prompt_cache)
         offsets = [getattr(c, "offset", None) or len(tokens) for c in caches]  # 0: of a layer that is not used
         n = min([len(tokens), *offsets])
         for cache, offset in zip(caches, offsets):
@@ -181,7 +181,7 @@ class ResponseGenerator(module.ResponseGenerator):
     def stop_and_join(self):
         held = self.kv_cache()  # the thread drops its caches
         super().stop_and_join()
-        _complain(f"prompt caches held: {held['sequences']} sequences, {held['nbytes'] / 1e6:.3f} MB")
+        print_message(f"prompt caches held: {held['sequences']} sequences, {held['nbytes'] / 1e6:.3f} MB")
 
 
 class APIHandler(module.APIHandler):
@@ -285,13 +285,13 @@ def main(argv):
         backend = stack.enter_context(use_backend(args.backend))
         stack.enter_context(program.installed())
         if program.config is not None:
-            _complain(f"Backend: {backend.describe()}")
+            print_message(f"Backend: {backend.describe()}")
         return args
 
     parser.parse_args = parse_args
     with (
         contextlib.ExitStack() as stack,
-        _replaced(
+        patched_attributes(
             module,
             argparse=types.SimpleNamespace(ArgumentParser=lambda **_: parser),
             ModelProvider=ModelProvider,

@@ -15,7 +15,7 @@ logger = logging.getLogger("mlx_turbo")
 OLDEST_MLX_LM = (0, 31, 2)
 
 
-def register():
+def patch_mlx_lm():
     """Open the door: our classes where mlx_lm.load_prompt_cache looks classes up by name, and our attention where its
     models look theirs up. Returns mlx_lm.models.cache.
 
@@ -46,9 +46,9 @@ def is_long_window(cache, config):
     return type(cache) is RotatingKVCache and cache.max_size - cache.keep >= 2 * (config.recent + config.block)
 
 
-def members(prompt_cache):
+def flatten_caches(prompt_cache):
     """The caches of a prompt cache, those inside a CacheList one by one."""
-    return [m for c in prompt_cache for m in (members(c.caches) if hasattr(c, "caches") else [c])]
+    return [m for c in prompt_cache for m in (flatten_caches(c.caches) if hasattr(c, "caches") else [c])]
 
 
 def compress(prompt_cache, config, indexers=None):
@@ -57,9 +57,9 @@ def compress(prompt_cache, config, indexers=None):
     """
     from mlx_lm.models.cache import KVCache
 
-    from .sparse_indexer import IndexedCacheList, of_tokens
+    from .sparse_indexer import IndexedCacheList, indexers_of_tokens
 
-    indexers = of_tokens(prompt_cache) if indexers is None else indexers
+    indexers = indexers_of_tokens(prompt_cache) if indexers is None else indexers
 
     def compressed(cache, own):
         if type(cache) is KVCache:
@@ -100,7 +100,7 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
 
     Raises ValueError for an unknown scheme.
     """
-    config, module = TurboConfig.of(config), register()
+    config, module = TurboConfig.of(config), patch_mlx_lm()
     original = getattr(model, "make_cache", None)
     if isinstance(original, _EnabledMakeCache):
         original = original.original
@@ -113,11 +113,11 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
     if _reads_state(model, module.KVCache):
         warnings.warn(f"nothing is compressed: {model.model_type} needs a newer mlx-lm for that", stacklevel=2)
         return plain
-    from .sparse_indexer import of_model
+    from .sparse_indexer import indexers_of_model
 
-    cache = compress(plain, config, of_model(model, plain))
-    kept = sorted({type(c).__name__ for c in members(cache) if not isinstance(c, TurboKVCache)})
-    if len(kept) and not any(isinstance(c, TurboKVCache) for c in members(cache)):
+    cache = compress(plain, config, indexers_of_model(model, plain))
+    kept = sorted({type(c).__name__ for c in flatten_caches(cache) if not isinstance(c, TurboKVCache)})
+    if len(kept) and not any(isinstance(c, TurboKVCache) for c in flatten_caches(cache)):
         warnings.warn(
             f"nothing is compressed: every layer's cache is a {' or '.join(kept)}, neither a plain KVCache "
             "nor a long window",
@@ -146,7 +146,7 @@ def enable(model, config="turbo4"):
     """
     config = TurboConfig.of(config)
     disable(model)
-    register()
+    patch_mlx_lm()
     model.make_cache = _EnabledMakeCache(model, config, getattr(model, "make_cache", None))
     return model
 
@@ -182,7 +182,7 @@ def _why_kept(cache, layer):
 def reports(prompt_cache):
     """(layer, cache, report, why) of each cache, those inside a CacheList one by one: its report, or None and why it is
     not compressed."""
-    found = [(i, layer, cache) for i, layer in enumerate(prompt_cache) for cache in members([layer])]
+    found = [(i, layer, cache) for i, layer in enumerate(prompt_cache) for cache in flatten_caches([layer])]
     return [
         (i, cache, cache.report(), None)
         if isinstance(cache, TurboKVCache)
@@ -209,7 +209,7 @@ def describe(prompt_cache):
             by.add(report["auto"]["by"])
     n = len(prompt_cache)
     text = f"{len(compressed)} of {n} layers compressed"
-    if windows := [c.max_size for c in members(prompt_cache) if isinstance(c, Window)]:
+    if windows := [c.max_size for c in flatten_caches(prompt_cache) if isinstance(c, Window)]:
         text += f" ({len(windows)} of them windows of {' and '.join(f'{w:,}' for w in sorted(set(windows)))} tokens)"
     if {kind for kind, _ in kept} == {"KVCache"} and not compressed:
         text += ": this is mlx-lm's own cache"

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..cache.single import TurboKVCache
-from .prompt_cache import register
+from .prompt_cache import patch_mlx_lm
 
 FILE_VERSION = 1
 MARK = "mlx_turbo"  # the entry of the metadata
@@ -51,7 +51,7 @@ def save_prompt_cache(file_name, cache, metadata=None):
 
     Raises ValueError for an entry "mlx_turbo" in the metadata, OSError or RuntimeError where nothing can be written.
     """
-    module = register()
+    module = patch_mlx_lm()
     if MARK in (metadata or {}):
         raise ValueError(f"metadata: {MARK!r} is the checksum's, allowed are other names")
     path = Path(file_name)
@@ -79,12 +79,12 @@ def load_prompt_cache(file_name, return_metadata=False):
     Returns the list of caches, evaluated, with return_metadata (caches, metadata). Raises OSError where the file cannot
     be read, and ValueError, naming it, for one that is damaged, no prompt cache, or of a newer version.
     """
-    return load_with(register().load_prompt_cache, file_name, return_metadata)
+    return load_with(patch_mlx_lm().load_prompt_cache, file_name, return_metadata)
 
 
 def load_with(load, file_name, return_metadata=False):
     """As `load_prompt_cache`, by a `load` that is mlx_lm.models.cache.load_prompt_cache."""
-    module = register()
+    module = patch_mlx_lm()
     try:
         with open(file_name, "rb") as file:
             _check(file, module)

@@ -19,7 +19,7 @@ from mlx_turbo import TurboConfig, TurboKVCache, use_backend
 from mlx_turbo.cli import plan
 from mlx_turbo.cli.common import DEMO_MODEL, CliError
 from mlx_turbo.cli.main import main
-from mlx_turbo.integration.prompt_cache import members
+from mlx_turbo.integration.prompt_cache import flatten_caches
 
 CONFIG = json.loads((DEMO_MODEL / "config.json").read_text())
 LLAMA_70B = dict(
@@ -65,7 +65,7 @@ def filled(model, cache, n):
     """The members of a prompt cache after n tokens, the last two one by one."""
     for length in (n - 2, 1, 1):
         mx.eval(model(mx.zeros((1, length), mx.int32), cache=cache), [c.state for c in cache])
-    return members(cache)
+    return flatten_caches(cache)
 
 
 # ---- shapes without memory -----------------------------------------------------------------------------------

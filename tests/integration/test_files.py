@@ -17,7 +17,7 @@ from conftest import BACKENDS, to_numpy
 import mlx_turbo
 from mlx_turbo import RotatingTurboKVCache, TurboKVCache, load_prompt_cache, save_prompt_cache, use_backend
 from mlx_turbo.cache.state import FORMAT_VERSION
-from mlx_turbo.integration.prompt_cache import members
+from mlx_turbo.integration.prompt_cache import flatten_caches
 from mlx_turbo.integration.sparse_indexer import IndexedCacheList
 
 pytestmark = [pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True), pytest.mark.usefixtures("door")]
@@ -75,7 +75,7 @@ def test_what_is_loaded_is_what_was_saved(backend, file):
     loaded, metadata = load_prompt_cache(str(file), return_metadata=True)
     assert metadata == {"model": "demo", "quotes": '"0.mlx_turbo":"version=1 crc32=00000000"'}
     assert [type(c) for c in loaded] == [type(c) for c in prompt_cache()]
-    for got, want in zip(members(loaded), members(prompt_cache()), strict=True):
+    for got, want in zip(flatten_caches(loaded), flatten_caches(prompt_cache()), strict=True):
         assert type(got) is type(want)
         if isinstance(want, TurboKVCache):
             assert got.config == want.config and got.undecided == want.undecided
