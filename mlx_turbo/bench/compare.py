@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 
 from ..cli.common import CliError, describe_error
-from . import timing
+from ..cli.provenance import command_line
 from .common import _parser, complain
 from .rows import describe_row
 from .tables import heading
@@ -103,7 +103,7 @@ def compare(argv):
             json.dumps(
                 {
                     "benchmark": a["benchmark"],
-                    "command": timing.command(["compare", *argv]),
+                    "command": command_line(["bench", "compare", *argv]),
                     **{letter: {k: v for k, v in d.items() if k != "rows"} for letter, d in (("a", a), ("b", b))},
                     "different": different,
                     "rows": rows,

@@ -176,9 +176,9 @@ def test_every_plain_cache_and_window_is_compressed_and_the_others_are_named(bac
     text = describe(ours)
     assert text.startswith(f"{len(ours) - len(kept)} of {len(ours)} layers compressed")
     left = [type(c).__name__ for c in flatten_caches(ours) if not isinstance(c, TurboKVCache)]
-    assert bool(left) == (" stays: " in text) and "not known" not in text
+    assert bool(left) == (" stays uncompressed: " in text) and "does not know" not in text
     for kind in left:
-        assert f"{kind} ({left.count(kind)}) stays: " in text  # the reason follows
+        assert f"{kind} ({left.count(kind)}) stays uncompressed: " in text  # the reason follows
 
 
 @pytest.mark.parametrize("name", [n for n in IN_LISTS if n in NAMES])

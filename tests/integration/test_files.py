@@ -310,7 +310,11 @@ def test_another_version_of_the_file_or_of_a_state_is_refused(backend, tmp_path)
     file = tmp_path / "a.safetensors"
     save_prompt_cache(file, [filled()])
     data = file.read_bytes()
-    refused(file, data.replace(b"version=1", b"version=2"), "version 2 of the file format, this mlx_turbo reads 1")
+    refused(
+        file,
+        data.replace(b"version=1", b"version=2"),
+        "version 2 of the file format, but this mlx_turbo reads version 1",
+    )
 
     def newer(header, body):
         at = header["0.0"]["data_offsets"][0]
@@ -323,7 +327,7 @@ def test_another_version_of_the_file_or_of_a_state_is_refused(backend, tmp_path)
 @pytest.mark.parametrize(
     "name, match",
     [
-        ("Foo", "class 'Foo', which this mlx-lm does not have"),
+        ("Foo", "class 'Foo', which the installed mlx-lm does not have"),
         ("deque", "class 'deque'"),
         ("nn", "class 'nn'"),
         ("KVCache", "not the state of a KVCache"),
