@@ -391,6 +391,20 @@ def _say_failures(failures: list[tuple[str, str]], say: Callable[..., None]) -> 
             say(detail)
 
 
+def _verdict(n_failed: int, n_checks: int, n_all: int, with_all: bool, where: str) -> str:
+    if n_failed:
+        return (
+            f"NOT OK: {n_failed} of {max(n_checks, 1)} checks ({n_all} with --all) failed on {where}. Please report "
+            "this with the output above."
+        )
+    if with_all:
+        return f"OK: all {n_checks} checks agree with the reference on {where}"
+    return (
+        f"OK: {n_checks} of {n_all} checks agree with the reference on {where} (what widely used models need; --all "
+        "also runs the rest)"
+    )
+
+
 def _print_json(report: dict[str, Any]) -> None:
     for group in report["groups"].values():
         group["worst"] = group["worst"] if math.isfinite(group["worst"]) else None  # JSON has no infinity
@@ -446,17 +460,7 @@ def main(argv: Sequence[str] | None = None, backend: Any = None) -> int:
                 "failures": [{"check": check, "problem": problem} for check, problem in failures],
             }
         )
-    if failures:
-        say(
-            f"\nNOT OK: {len(failures)} of {max(n_checks, 1)} checks ({n_all} with --all) failed on "
-            f"{description}, {seconds:.1f} s. Please report this with the output above."
-        )
-        return 1
-    how_many = f"all {n_checks}" if args.all else f"{n_checks} of {n_all}"
-    say(
-        f"\nOK: {how_many} checks agree with the reference on {description}, {seconds:.1f} s"
-        + ("" if args.all else " (what widely used models need; --all also runs the rest)")
-    )
-    for warning in warnings:
+    say("\n" + _verdict(len(failures), n_checks, n_all, args.all, f"{description}, {seconds:.1f} s"))
+    for warning in warnings if not failures else ():
         say(f"*** {warning} ***")
-    return 0
+    return 1 if failures else 0
