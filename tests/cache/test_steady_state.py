@@ -8,8 +8,8 @@ import traceback
 import mlx.core as mx
 import numpy as np
 import pytest
-from cache_tools import random_tokens
-from no_kernels import NoKernels
+from support.caches import random_tokens
+from support.no_kernels import NoKernels
 
 from mlx_turbo import BatchTurboKVCache, RotatingTurboKVCache, TurboConfig, TurboKVCache
 from mlx_turbo.backends import select, tiled_attention
@@ -174,7 +174,7 @@ def test_a_sequence_waits_once_when_it_first_packs(monkeypatch, stub):
     decode(Layer(TurboKVCache(), bias=30), 140, contextlib.nullcontext())
     layer, waits = Layer(TurboKVCache(), bias=30).prompt(1), Waits(monkeypatch)
     decode(layer, 400, waits)
-    assert len(waits.places) == 1 and "centring.py" in waits.places[0]
+    assert len(waits.places) == 1 and "centering.py" in waits.places[0]
 
 
 def test_rows_that_come_and_go_make_the_others_wait_for_nothing(monkeypatch, stub):

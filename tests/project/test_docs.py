@@ -6,8 +6,8 @@ import shlex
 
 import mlx.core as mx
 import mlx_lm
-import pages
 import pytest
+from support import pages
 
 from mlx_turbo.backends import select
 from mlx_turbo.backends.mlx_ops import CpuBackend
