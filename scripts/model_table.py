@@ -3,8 +3,8 @@
 
     python scripts/model_table.py [--write]
 
-Needs the extra `test`. Builds each family small and random (tests/support/families.py) and looks at the caches it gets; the other cells are
-that file's, and the tests hold every family to them. --write: replace the table in docs/models.md.
+Needs the extra `test`. Builds each family small and random (tests/support/families.py) and looks at the caches it gets;
+the other cells are that file's, and the tests hold every family to them. --write: replace the table in docs/models.md.
 """
 
 import argparse

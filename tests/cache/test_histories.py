@@ -1,4 +1,4 @@
-"""The long run of the state machines that do to a cache, in any order, what mlx-lm does to it; the steps are counted."""
+"""The long run of the state machines that do to a cache, in any order, what mlx-lm does to it; its steps count."""
 
 import pytest
 from hypothesis import settings

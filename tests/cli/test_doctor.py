@@ -241,7 +241,7 @@ def test_attention_is_checked_with_every_scheme_head_dim_mask_length_and_dtype()
 
 
 def test_attention_is_checked_with_tiles_of_each_kind():
-    """Decoded by each simdgroup for itself; shared by several; and shared by so many rows that queries lie elsewhere."""
+    """Decoded by each simdgroup for itself; shared by several; and shared by more rows than hold their queries."""
     shapes = {
         attend_launch.attend_shape(
             attend_launch.AttendTuning(),
