@@ -21,7 +21,7 @@ root, wheel = map(Path, sys.argv[1:])
 packed = set(zipfile.ZipFile(wheel).namelist())
 wanted = {f"mlx_turbo/metal/{p.name}" for p in root.glob("metal/*.metal")}
 wanted |= {f"mlx_turbo/demo_model/{p.name}" for p in root.glob("mlx_turbo/demo_model/*")}
-wanted |= {p.relative_to(root).as_posix() for p in root.glob("mlx_turbo/**/*.py")}
+wanted |= {p.relative_to(root).as_posix() for p in root.glob("mlx_turbo/**/*.py")} | {"mlx_turbo/py.typed"}
 if missing := sorted(wanted - packed):
     sys.exit(f"{wheel.name} lacks {missing}")
 if not any(name.endswith(".metal") for name in wanted):

@@ -6,8 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# A folder imports from those of a lower rank and from itself; "" is mlx_turbo/__init__.py, which is for users.
-RANKS = {"quant": 0, "backends": 1, "cache": 2, "integration": 3, "quality": 4, "cli": 5, "bench": 5, "": 6}
+# A folder (or module beside them) imports from those of a lower rank and from itself; "" is mlx_turbo/__init__.py.
+RANKS = {
+    "version": 0,
+    "quant": 0,
+    "backends": 1,
+    "cache": 2,
+    "integration": 3,
+    "quality": 4,
+    "cli": 5,
+    "bench": 5,
+    "": 6,
+}
 FORBIDDEN = {"quant": ("mlx", "mlx_lm"), "backends": ("mlx_lm",), "cache": ("mlx_lm",)}
 
 
