@@ -29,6 +29,7 @@ from mlx_turbo.backends.device import device_name  # noqa: E402
 from mlx_turbo.cli import common
 from mlx_turbo.integration import prompt_cache
 from mlx_turbo.quality import metrics, plots
+from mlx_turbo.quality.style import check_plot
 
 LEAST = dict(scale="least-squares", centre=False)  # the cache without any of the protections
 NOTHING = dict(sink=0, recent=0, block=1)  # exact but for the current chunk: as severe as can be
@@ -93,7 +94,7 @@ def main():
     parser.add_argument("--auto-cost", action="store_true")
     args = parser.parse_args()
     if args.png:
-        plots.check_plot(args.png)
+        check_plot(args.png)
     model, tokens = load()
     where = f"{device_name()}, mlx {mx.__version__}, {get_backend().describe()}"
     if args.auto_cost:

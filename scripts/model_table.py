@@ -28,14 +28,14 @@ def rows():
 
     from mlx_turbo import TurboConfig
     from mlx_turbo import make_prompt_cache as ours
-    from mlx_turbo.integration.prompt_cache import members, reports
+    from mlx_turbo.integration.prompt_cache import flatten_caches, reports
 
     found, config = collections.defaultdict(list), TurboConfig(recent=4, block=4)  # their windows have 16 tokens
     for name in (n for n in families.all_names() if n not in families.NOT_BUILT):
         model = families.build(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs, mine = members(make_prompt_cache(model)), reports(ours(model, config))
+            theirs, mine = flatten_caches(make_prompt_cache(model)), reports(ours(model, config))
         compressed = {type(c).__name__ for c, (_, _, _, why) in zip(theirs, mine) if why is None}
         kept = {f"{type(c).__name__}: {why}" for _, c, _, why in mine if why}
         compressed, kept = (", ".join(sorted(kinds)) or "nothing" for kinds in (compressed, kept))

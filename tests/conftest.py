@@ -47,7 +47,7 @@ def simulated():
 @pytest.fixture
 def door():
     """Our classes and our attention in mlx-lm for the whole test, its own after it."""
-    prompt_cache.register()
+    prompt_cache.patch_mlx_lm()
     yield
     attention.uninstall()
 

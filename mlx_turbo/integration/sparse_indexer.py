@@ -27,7 +27,7 @@ def _undecided(prompt_cache):
     return {(i, j): prompt_cache[i][j] for i, several in plain.items() if len(several) > 1 for j in several}
 
 
-def of_model(model, prompt_cache):
+def indexers_of_model(model, prompt_cache):
     """{(layer, member)} of the caches that are an indexer's, in a new prompt cache of mlx-lm for `model`: they get keys
     and no values. That takes a call of the model, of which nothing is evaluated (61 layers: 35 ms)."""
     probes = {at: _Probe() for at in _undecided(prompt_cache)}
@@ -40,8 +40,8 @@ def of_model(model, prompt_cache):
     return {at for at, probe in probes.items() if probe.keys_only is not False}
 
 
-def of_tokens(prompt_cache):
-    """As `of_model`, in a prompt cache that holds tokens: an indexer's values are zeros, or none."""
+def indexers_of_tokens(prompt_cache):
+    """As `indexers_of_model`, in a prompt cache that holds tokens: an indexer's values are zeros, or none."""
     return {at for at, c in _undecided(prompt_cache).items() if c.empty() or not mx.any(c.values).item()}
 
 

@@ -23,7 +23,7 @@ from ..cache.rotating import Window
 from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig
 from . import attention
-from .prompt_cache import make_prompt_cache, members
+from .prompt_cache import flatten_caches, make_prompt_cache
 
 FEW_SINKS = 4
 CHUNK = MAX_QUERY_TOKENS + 1  # tokens of a prompt chunk, which attends to packed ones tile by tile
@@ -54,7 +54,7 @@ def warm(model, tokenizer, config="turbo4", *, n_draft_tokens=0, max_kv_size=Non
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whoever makes the cache that is used hears them
         cache = make_prompt_cache(model, config, max_kv_size)
-    ours = [c for c in members(cache) if isinstance(c, TurboKVCache) and c.config.scheme != Scheme(0, 0)]
+    ours = [c for c in flatten_caches(cache) if isinstance(c, TurboKVCache) and c.config.scheme != Scheme(0, 0)]
     if not ours:
         return 0
     before, seen = backend.n_tested, {}

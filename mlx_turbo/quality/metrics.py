@@ -10,7 +10,7 @@ import math
 import mlx.core as mx
 
 from ..cache.single import TurboKVCache
-from ..integration.prompt_cache import members
+from ..integration.prompt_cache import flatten_caches
 
 PROJECTED_TOKENS = 32768
 
@@ -127,7 +127,7 @@ def _bytes_per_token(arrays):
 def resident_bits(prompt_cache):
     """8 * bytes of all buffers / numbers held, over the layers with plain keys and values; None if there are none."""
     held = values = 0
-    for cache in members(prompt_cache):
+    for cache in flatten_caches(prompt_cache):
         if sides := _sides_of(cache):
             values += cache.offset * sum(head_dim * heads for _, head_dim, heads in sides)
             ours = isinstance(cache, TurboKVCache)
@@ -139,7 +139,7 @@ def packed_bits(prompt_cache):
     """Bits per number of the tokens that are not in an exact window, scales included, in the cache of a 16-bit model,
     from the buffers as they are; None if there are no such tokens yet."""
     total = values = 0
-    for sides in filter(None, map(_sides_of, members(prompt_cache))):
+    for sides in filter(None, map(_sides_of, flatten_caches(prompt_cache))):
         if not all(arrays for arrays, _, _ in sides):
             return None
         total += 8 * sum(_bytes_per_token(arrays) for arrays, _, _ in sides)
@@ -151,7 +151,7 @@ def projected_bits(prompt_cache, n_tokens=PROJECTED_TOKENS):
     """`resident_bits` of the same caches of a 16-bit model with n_tokens: buffers of exact tokens (sink, recent +
     block) at 16 bits, the rest as packed now, in buffers that grow in steps. None if nothing is packed yet."""
     total = values = 0
-    for cache in members(prompt_cache):
+    for cache in flatten_caches(prompt_cache):
         sides = _sides_of(cache)
         if not sides:
             continue

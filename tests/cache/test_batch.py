@@ -41,7 +41,7 @@ from mlx_turbo import (
 )
 from mlx_turbo.cache import auto_bits
 from mlx_turbo.integration import attention
-from mlx_turbo.integration.prompt_cache import members
+from mlx_turbo.integration.prompt_cache import flatten_caches
 
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 SMALL = TurboConfig("turbo4", sink=2, recent=4, block=4)
@@ -474,7 +474,7 @@ QUICK = "gemma3n", "gpt_oss", "deepseek_v3", "deepseek_v32", "longcat_flash", "f
 def batch_error(model, make, lengths=(40, 23)):
     """The largest relative distance of a batch's logits from the rows alone; None where it cannot be made."""
     walk, made = Walk(model, [make(), make()]), [make(), make()]
-    if not all(hasattr(c, "merge") for c in members(made[0])):
+    if not all(hasattr(c, "merge") for c in flatten_caches(made[0])):
         return None
     batch = merged(made)
     for lengths in (lengths, *[[1, 1]] * 12, [3, 1] if lengths[0] > lengths[1] else [3, 3]):

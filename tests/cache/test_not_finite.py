@@ -313,7 +313,7 @@ def test_the_report_tells_which_tokens_of_which_row_are_not_finite(backend):
     cache.update_and_fetch(*map(mx.array, tokens))
     assert cache.report()["not_finite"] == {"keys": [3, 0, 0], "values": [0, 0, 1]}
     line = describe([cache, TurboKVCache("turbo4")])
-    assert line == "2 of 2 layers compressed; NOT FINITE in 1 layers (0): keys of 3 tokens at most, values of 1"
+    assert line == "2 of 2 layers compressed; NOT FINITE in 1 layers (0): keys of up to 3 tokens, values of up to 1"
     cache.trim(30)
     assert cache.report()["not_finite"] == {"keys": [2, 0, 0], "values": [0, 0, 1]}
     cache.trim(60)

@@ -195,7 +195,7 @@ def test_the_page_names_the_models_as_they_are_checked():
             str(m.head_dim),
             str(m.heads_per_kv_head),
             keys[m.key_bits] + (", centred" if m.key_bits else ", values centred") * m.means,
-            doctor._dtype_name(m.dtype),
+            doctor.dtype_name(m.dtype),
             ("one launch" if m.n_tokens == doctor.ONE_LAUNCH else "two launches")
             + f", and {m.n_drafts} drafts verified" * bool(m.n_drafts)
             + ", sinks" * m.sinks,

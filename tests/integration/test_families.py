@@ -24,7 +24,7 @@ from mlx_turbo import (
     save_prompt_cache,
     use_backend,
 )
-from mlx_turbo.integration.prompt_cache import members
+from mlx_turbo.integration.prompt_cache import flatten_caches
 
 TOKENS = mx.array(np.random.default_rng(0).integers(0, families.VOCABULARY, (1, 340)))
 TRIM = 9  # reaches into the packed tokens
@@ -116,9 +116,11 @@ def test_packed_schemes_stay_as_close_as_their_bits_allow(backend, name):
         assert list(got) == list(want)
         assert not any(np.isnan(logits).any() for logits in got.values())
         errors[scheme] = error(got, want)
-        packed = [c.report()["packed"] for c in members(caches[0]) if isinstance(c, TurboKVCache)]
+        packed = [c.report()["packed"] for c in flatten_caches(caches[0]) if isinstance(c, TurboKVCache)]
         least = [
-            8 if isinstance(c, RotatingTurboKVCache) else 30 for c in members(caches[0]) if isinstance(c, TurboKVCache)
+            8 if isinstance(c, RotatingTurboKVCache) else 30
+            for c in flatten_caches(caches[0])
+            if isinstance(c, TurboKVCache)
         ]
         assert all(n >= few for n, few in zip(packed, least)), packed
     if not packed:
@@ -138,7 +140,7 @@ def test_auto_and_keys_of_other_bits_than_values_pack_too(backend, name):
         got = walk(model, lambda: caches.append(compressed(model, scheme)) or caches[-1], n_prompt=280)
         assert list(got) == list(want)
         assert not any(np.isnan(logits).any() for logits in got.values())
-        ours = [c for c in members(caches[0]) if isinstance(c, TurboKVCache)]
+        ours = [c for c in flatten_caches(caches[0]) if isinstance(c, TurboKVCache)]
         assert all(c.report()["packed"] >= 200 for c in ours if not isinstance(c, RotatingTurboKVCache))
 
 
@@ -146,24 +148,24 @@ def test_auto_and_keys_of_other_bits_than_values_pack_too(backend, name):
 def test_every_plain_cache_and_window_is_compressed_and_the_others_are_named(backend, name):
     model, _ = mlx_lm_s(name)
     theirs, ours = lm_cache.make_prompt_cache(model), compressed(model, "turbo4")
-    kept = [c for c in ours if not any(isinstance(m, TurboKVCache) for m in members([c]))]
+    kept = [c for c in ours if not any(isinstance(m, TurboKVCache) for m in flatten_caches([c]))]
     assert len(ours) == len(theirs)
     if not hasattr(lm_cache.KVCache, "keys_and_values") and name in ("afm7", "gemma3n"):
         assert kept == ours  # mlx-lm 0.31 unpacks the state of these
         return
     taken = {lm_cache.KVCache: TurboKVCache, lm_cache.RotatingKVCache: RotatingTurboKVCache}
     for layer, own in zip(theirs, ours):
-        want = [taken.get(type(c), type(c)) for c in members([layer])]
+        want = [taken.get(type(c), type(c)) for c in flatten_caches([layer])]
         if type(own) is not type(layer) and not isinstance(own, TurboKVCache):
             assert type(own) is lm_cache.IndexedCacheList
             want[-1] = lm_cache.KVCache  # the indexer's
-        assert [type(c) for c in members([own])] == want
+        assert [type(c) for c in flatten_caches([own])] == want
     text = describe(ours)
     assert text.startswith(f"{len(ours) - len(kept)} of {len(ours)} layers compressed")
-    left = [type(c).__name__ for c in members(ours) if not isinstance(c, TurboKVCache)]
-    assert bool(left) == (" stays: " in text) and "not known" not in text
+    left = [type(c).__name__ for c in flatten_caches(ours) if not isinstance(c, TurboKVCache)]
+    assert bool(left) == (" stays uncompressed: " in text) and "does not know" not in text
     for kind in left:
-        assert f"{kind} ({left.count(kind)}) stays: " in text  # the reason follows
+        assert f"{kind} ({left.count(kind)}) stays uncompressed: " in text  # the reason follows
 
 
 @pytest.mark.parametrize("name", [n for n in IN_LISTS if n in NAMES])

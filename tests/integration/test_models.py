@@ -133,7 +133,7 @@ def test_sliding_window_layers_are_windows_or_stay_and_are_reported(backend, con
     assert describe(cache) == (
         "6 of 6 layers compressed (4 of them windows of 16 tokens)"
         if windows
-        else "2 of 6 layers compressed; RotatingKVCache (4) stays: of so short a window most would stay exact"
+        else "2 of 6 layers compressed; RotatingKVCache (4) stays uncompressed: its window is so short that most of it would stay exact"
     )
     batch = [c.merge([c, c]) for c in make_prompt_cache(model, config)]
     assert describe(batch) == describe(cache).replace("RotatingKVCache", "BatchRotatingKVCache")
@@ -150,7 +150,7 @@ def test_state_space_layers_stay_and_are_reported(backend):
     cache = make_prompt_cache(model, TurboConfig("turbo0", 4, 8, 8))
     assert [type(c).__name__ for c in cache] == ["ArraysCache", "TurboKVCache", "ArraysCache"]
     assert describe(cache) == (
-        "1 of 3 layers compressed; ArraysCache (2) stays: states, which do not grow with the text"
+        "1 of 3 layers compressed; ArraysCache (2) stays uncompressed: states, which do not grow with the text"
     )
     assert same(logits_in_chunks(model, tokens, cache), logits_in_chunks(model, tokens, model.make_cache()))
 
@@ -184,7 +184,7 @@ def test_a_short_rotating_cache_of_max_kv_size_stays_and_a_warning_says_so(backe
     assert [(type(c), c.max_size, c.keep) for c in cache] == 4 * [(lm_cache.RotatingKVCache, 32, 4)]
     assert caught[0].filename == __file__
     assert describe(cache) == (
-        "0 of 4 layers compressed; RotatingKVCache (4) stays: of so short a window most would stay exact"
+        "0 of 4 layers compressed; RotatingKVCache (4) stays uncompressed: its window is so short that most of it would stay exact"
     )
 
 
@@ -341,7 +341,10 @@ def test_kv_bits_is_honoured_beside_ours_and_one_warning_names_both(backend, mod
     assert {type(c) for c in cache} == {lm_cache.QuantizedKVCache} and {c.bits for c in cache} == {8}
     (message,) = [str(w.message) for w in caught]
     assert config.name in message and "QuantizedKVCache (8 bits" in message
-    assert describe(cache) == "0 of 4 layers compressed; QuantizedKVCache (4) stays: kv_bits asked mlx-lm for it"
+    assert (
+        describe(cache)
+        == "0 of 4 layers compressed; QuantizedKVCache (4) stays uncompressed: kv_bits made mlx-lm quantize it"
+    )
 
 
 def test_kv_bits_is_refused_for_windows_as_mlx_lm_refuses_it(backend):

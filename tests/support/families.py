@@ -14,7 +14,7 @@ import mlx_lm.models
 from mlx.utils import tree_map_with_path
 
 from mlx_turbo import TurboConfig, TurboKVCache, make_prompt_cache
-from mlx_turbo.integration.prompt_cache import members
+from mlx_turbo.integration.prompt_cache import flatten_caches
 
 VOCABULARY = 96
 YARN = dict(
@@ -506,6 +506,6 @@ def compressed(model, config):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         cache = make_prompt_cache(model, TurboConfig.of(config, **WINDOW))
-    nothing = not any(isinstance(c, TurboKVCache) for c in members(cache))
+    nothing = not any(isinstance(c, TurboKVCache) for c in flatten_caches(cache))
     assert [str(w.message)[:21] for w in caught] == ["nothing is compressed"] * nothing
     return cache
