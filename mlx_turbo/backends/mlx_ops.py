@@ -6,7 +6,7 @@ import numpy as np
 from ..quant import codebook
 from ..quant.scheme import SCALES
 from .device import device_name
-from .rotate import _constant, rotate, unrotate
+from .rotate import constant, rotate, unrotate
 
 
 def _levels(bits):
@@ -39,9 +39,9 @@ def pack(codes, bits):
     if bits != 3:
         per_word = 32 // bits
         fields = mx.unflatten(_pad_last(codes, per_word), -1, (-1, per_word))
-        return (fields << _constant(_word_shifts, bits)).sum(-1)
+        return (fields << constant(_word_shifts, bits)).sum(-1)
     unit = mx.unflatten(_pad_last(codes, 16), -1, (-1, 16))
-    planes = _constant(_planes)
+    planes = constant(_planes)
     a, b = ((((unit >> planes[p, 0]) & planes[p, 1]) << planes[p, 2]).sum(-1) for p in (0, 1))
     b = mx.unflatten(_pad_last(b, 2), -1, (-1, 2))
     return mx.concatenate([a, b[..., 0] | (b[..., 1] << 8)], axis=-1)
@@ -84,12 +84,12 @@ def dim_slots(bits, head_dim):
 def read_slots(words, bits, head_dim):
     """Levels of packed rows, float32 [..., n_slots], in the order of `slot_dims`, not yet scaled."""
     if bits != 3:
-        return _constant(_table, bits)[words.view(mx.uint16)].flatten(-2)
+        return constant(_table, bits)[words.view(mx.uint16)].flatten(-2)
     units = -(-head_dim // 16)
     a = words[..., :units].view(mx.uint16)  # [..., 2 units], halves s = 0, 1
     b = mx.contiguous(words[..., units:]).view(mx.uint8)  # byte i + 2s of word t / 2, i = t % 2
     b = mx.unflatten(b, -1, (-1, 2, 2)).swapaxes(-1, -2).flatten(-3)[..., : 2 * units].astype(mx.uint16)
-    levels = [_constant(_table_plane_a)[a & 0x7FFF], _constant(_table_plane_b)[b | ((a >> 15) << 8)]]
+    levels = [constant(_table_plane_a)[a & 0x7FFF], constant(_table_plane_b)[b | ((a >> 15) << 8)]]
     return mx.concatenate(levels, axis=-1).flatten(-2)
 
 
@@ -107,7 +107,7 @@ def _quantize(x, bits, mean, seed, rule):
         midpoints = codebook.thresholds(codebook.product(bits))[half:]
         m = sum((magnitude >= sigma * float(t)).astype(mx.uint8) for t in midpoints)
         codes = (m ^ mx.where(y < 0, half - 1, half).astype(mx.uint8)).astype(mx.uint32)
-    c = _constant(_levels, bits)[codes]
+    c = constant(_levels, bits)[codes]
     dot, energy = (y * c).sum(-1, keepdims=True), mx.square(c).sum(-1, keepdims=True)
     if rule == "inner-product":
         scale = mx.square(y).sum(-1, keepdims=True) / dot
@@ -161,7 +161,7 @@ class CpuBackend:
         outs = []
         for side in sides:
             rows, scale, _ = self.read_rows(side, first, length)
-            rows = mx.take(rows, _constant(dim_slots, side.bits, side.head_dim), axis=-1)
+            rows = mx.take(rows, constant(dim_slots, side.bits, side.head_dim), axis=-1)
             x = unrotate(rows * scale.astype(mx.float32), seed)
             outs.append((x if side.mean is None else x + side.mean).astype(dtype))
         return outs

@@ -25,7 +25,7 @@ pass
 
 
 @functools.lru_cache(maxsize=None)
-def _constant(make, *args):
+def constant(make, *args):
     array = mx.array(make(*args))
     mx.eval(array)
     return array

@@ -129,6 +129,15 @@ def pack(codes, bits):
     return words
 
 
+def from_packed(words, scale, bits, head_dim, *, rotation=0, mean=None):
+    """The `Quantized` (without `normalized`) of packed rows as a cache holds them.
+
+    words: uint32 [..., words_per_row]. scale: [..., 1]. rotation, mean: as `quantize` was given them.
+    """
+    scale = np.asarray(scale)[..., 0].astype(np.float64)
+    return Quantized(unpack(words, bits, head_dim), scale, None, bits, rotation, None, mean)
+
+
 def unpack(words, bits, head_dim):
     """words uint32 [..., words_per_row] -> codes uint8 [..., head_dim]."""
     words = np.asarray(words, np.uint32)

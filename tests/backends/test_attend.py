@@ -13,28 +13,24 @@ from support.arrays import to_numpy
 from support.attend_cases import check_spoiled, expected, make_case
 from support.backends import SIMULATED
 
-from mlx_turbo.backends import attend_launch, self_test, sources, tuning
+from mlx_turbo.backends import attend_launch, sources, tuning
 from mlx_turbo.backends.attend_launch import AttendTuning, attend_shape, attend_unsupported
 from mlx_turbo.backends.metal import MetalBackend
+from mlx_turbo.backends.self_test import ATTEND_TOLERANCE, ROUNDING
 from mlx_turbo.backends.sides import BackendError
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
 ONE, TWO = MetalBackend(metalsim.metal_kernel), MetalBackend(metalsim.metal_kernel)
 TWO.tuning = AttendTuning(one_launch_tokens=0, tokens_per_block=64)  # two launches, several blocks even of few tokens
-ONE._run_check = TWO._run_check = lambda what, check: None  # the self-test has tests of its own; it doubles the time
+ONE.run_check = TWO.run_check = lambda what, check: None  # the self-test has tests of its own; it doubles the time
 LAUNCHES = {"one launch": ONE, "two launches": TWO}
 ORDERS = ("natural", "reversed", "random")
-
-# Largest error relative to the largest output. Keys of 8 bits: 1152 * sum(q) is taken off a float32 dot product.
-TOLERANCE = self_test.ATTEND_TOLERANCE
-# Rounding of the output to its type: half a unit in the last place.
-ROUNDING = {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}
 
 
 def check(case, backends=LAUNCHES.values(), tolerance=1.0, mask=None, sinks=None):
     want = expected(case, mask, sinks)
-    allowed = tolerance * TOLERANCE[case.keys.bits] + ROUNDING[case.queries.dtype]
+    allowed = tolerance * ATTEND_TOLERANCE[case.keys.bits] + ROUNDING[case.queries.dtype]
     for backend in backends:
         out = backend.attend(
             case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask, sinks=sinks
@@ -347,9 +343,9 @@ class Recorder(MetalBackend):
 
     def run(self, case, mask=None):
         """The counts of each launch for `case`, and of no self-test."""
-        run_check, self._run_check = self._run_check, lambda what, check: None
+        run_check, self.run_check = self.run_check, lambda what, check: None
         self.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask)
-        self._run_check = run_check
+        self.run_check = run_check
         return self.stats
 
 
@@ -440,7 +436,7 @@ def test_few_tokens_are_decoded_once_and_at_most_twice_for_many_heads(G, L, bits
 def test_one_launch_does_a_token_of_up_to_16_heads(head_dim, bits):
     for G in range(1, 17):
         case = make_case(bits=(bits, bits), dims=(head_dim, head_dim), G=G, counts=(4, 20, 8))
-        assert ONE._one_launch(case.queries, case.keys, case.values, case.counts), G
+        assert ONE.plan(case.queries, case.keys, case.values, case.counts).single_launch, G
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256, 512])
@@ -478,7 +474,7 @@ def test_every_shape_fits_into_threadgroup_memory_and_divides_the_values(one, bi
 
 def test_a_threadgroup_of_16_simdgroups_fits_with_the_last_dims_that_leave_room_for_it():
     backend = MetalBackend(metalsim.metal_kernel)
-    backend._run_check, backend.tuning = ONE._run_check, AttendTuning(simdgroups_one_launch=16)
+    backend.run_check, backend.tuning = ONE.run_check, AttendTuning(simdgroups_one_launch=16)
     check(make_case(dims=(240, 64), G=8, counts=(2, 60, 10)), [backend])
 
 
@@ -552,8 +548,8 @@ def test_the_self_test_passes_once_for_each_specialization(options):
     case = make_case(**{"dims": (64, 64), "G": 1, **options})
     for one in (0, 1024):
         recorder, checks = Recorder(one_launch_tokens=one), []
-        run_check = recorder._run_check
-        recorder._run_check = lambda what, check: checks.append(run_check(what, check))
+        run_check = recorder.run_check
+        recorder.run_check = lambda what, check: checks.append(run_check(what, check))
         for _ in range(2):
             recorder.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale)
         assert len(checks) == 1

@@ -15,7 +15,7 @@ import pytest
 from support.attend_cases import make_case
 from support.no_kernels import NoKernels
 
-from mlx_turbo.backends import tuning
+from mlx_turbo.backends import select, tuning
 from mlx_turbo.backends.attend_launch import AttendTuning
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.mlx_ops import CpuBackend
@@ -455,7 +455,9 @@ def test_a_metal_backend_uses_what_was_kept_for_its_chip(monkeypatch):
     tuning.save({(4, 4, 128, 128): AttendTuning(simdgroups=8)}, "M9")
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(tuning, "device_name", lambda: "M9")
-    assert MetalBackend().tuned == {(4, 4, 128, 128): AttendTuning(simdgroups=8)}
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(select, "_backends", {})
+    assert select.get_backend("metal").tuned == {(4, 4, 128, 128): AttendTuning(simdgroups=8)}
 
 
 @LINUX

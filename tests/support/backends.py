@@ -14,7 +14,8 @@ from support.arrays import to_numpy
 from mlx_turbo.backends import select
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.mlx_ops import CpuBackend
-from mlx_turbo.quant import reference, rotation
+from mlx_turbo.backends.self_test import restored_tokens
+from mlx_turbo.quant import reference
 from mlx_turbo.quant.scheme import SCALES
 
 
@@ -45,16 +46,8 @@ class OracleBackend:
         outs = []
         for side in sides:
             codes, scale = (np.array(a[:, :, first : first + length]) for a in (side.codes, side.scale))
-            codes = reference.unpack(codes, side.bits, side.head_dim)
-            q = reference.Quantized(
-                codes,
-                scale[..., 0].astype(np.float64),
-                None,
-                side.bits,
-                seed,
-                None,
-                None if side.mean is None else np.array(side.mean),
-            )
+            mean = None if side.mean is None else np.array(side.mean)
+            q = reference.from_packed(codes, scale, side.bits, side.head_dim, rotation=seed, mean=mean)
             with np.errstate(invalid="ignore"):  # of vectors that are not finite
                 outs.append(mx.array(reference.dequantize(q).astype(np.float32)).astype(dtype))
         return outs
@@ -63,26 +56,10 @@ class OracleBackend:
         return None
 
     def attend(self, queries, keys, values, counts, *, scale, mask=None, sinks=None, seed=0):
-        n_sink, n_packed, n_recent = counts
-        restored = []
-        for side in (keys, values):
-            middle = None
-            if n_packed and side.bits:
-                (middle,) = self.dequantize([side.packed()], 0, n_packed, mx.float32, seed)
-                if side.means is not None:
-                    rows = to_numpy(side.means)[:, :, np.arange(n_packed) // side.segment].astype(np.float64)
-                    middle = to_numpy(middle) + rotation.unrotate(rows, seed)
-            elif n_packed:
-                middle = side.codes[:, :, :n_packed]
-            parts = [(side.sink, n_sink), (middle, n_packed), (side.recent, n_recent)]
-            restored.append(
-                np.concatenate(
-                    [a if isinstance(a, np.ndarray) else to_numpy(a[:, :, :n]) for a, n in parts if n], axis=2
-                )
-            )
         if mask is not None and not isinstance(mask, str):
             mask = np.array(mask) if mask.dtype == mx.bool_ else to_numpy(mask)
         with np.errstate(invalid="ignore"):
+            restored = [restored_tokens(side, counts, seed) for side in (keys, values)]
             out = reference.attention(
                 to_numpy(queries), *restored, scale=scale, mask=mask, sinks=None if sinks is None else to_numpy(sinks)
             )

@@ -18,7 +18,7 @@ class NoKernels(MetalBackend):
     def _zeros(*, output_shapes, output_dtypes, **arguments):
         return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
 
-    def _run_check(self, what, check):
+    def run_check(self, what, check):
         pass
 
     def describe(self):
