@@ -112,7 +112,7 @@ class KernelBackend:
         if len({side.x.dtype for side, _ in prepared}) > 1:  # one input rotated beforehand, the other not
             prepared = [(side._replace(x=side.x.astype(mx.float32)), r) for side, r in prepared]
         kernels = tuple(VectorsKernel(s.x.shape[-1], s.bits, r, s.mean is not None) for s, r in prepared)
-        self._test_vectors("quantize", self_test.check_quantize, kernels, prepared[0][0].x.dtype, scale)
+        self._test_vectors("quantize", kernels, prepared[0][0].x.dtype, scale)
         return self.launch_quantize(prepared, seed, scale)
 
     def dequantize(
@@ -126,7 +126,7 @@ class KernelBackend:
         out_dtype = dtype if all(in_kernel) else mx.float32
         prepared = [(s if r else s._replace(mean=None), r) for s, r in zip(sides, in_kernel)]
         kernels = tuple(VectorsKernel(s.head_dim, s.bits, r, s.mean is not None) for s, r in prepared)
-        self._test_vectors("dequantize", self_test.check_dequantize, kernels, out_dtype)
+        self._test_vectors("dequantize", kernels, out_dtype)
         outs = self.launch_dequantize(prepared, first, length, out_dtype, seed)
         for i, side in enumerate(sides):
             if not in_kernel[i]:
@@ -137,7 +137,7 @@ class KernelBackend:
         """For `tiled_attention`: n packed rows of a side from token `first` on, scaled but still rotated, float32
         [B, H, n, head_dim]; no scale and no other order of the dims."""
         kernels = (VectorsKernel(side.head_dim, side.bits, False, False),)
-        self._test_vectors("dequantize", self_test.check_dequantize, kernels, mx.float32)
+        self._test_vectors("dequantize", kernels, mx.float32)
         return self.launch_dequantize([(side.packed(), False)], first, n, mx.float32, 0)[0], None, None
 
     def why_not_fused(self, keys: tuple[int, int], values: tuple[int, int], n_query_tokens: int) -> Optional[str]:
@@ -171,7 +171,10 @@ class KernelBackend:
         plan = self.plan(queries, keys, values, counts)
         kernel = _attend_kernel(plan, queries.dtype, keys, values)
         if kernel not in self._tested:
-            self.run_check(f"attend.metal with {kernel}", lambda: self_test.check_attend(self, kernel))
+            tuning = self.tuning_of(keys, values)
+            self.run_check(
+                f"attend.metal with {kernel}", lambda: self_test.check_attend(self.launch_attend, kernel, tuning)
+            )
             self._tested.add(kernel)
         return self.launch_attend(plan, kernel, queries, keys, values, counts, scale, mask, sinks, seed)
 
@@ -309,7 +312,6 @@ class KernelBackend:
     def _test_vectors(
         self,
         name: str,
-        check: Callable[..., Optional[str]],
         kernels: tuple[VectorsKernel, ...],
         dtype: mx.Dtype,
         *rule: str,
@@ -318,7 +320,8 @@ class KernelBackend:
         key = name, kernels, dtype, *rule
         if key not in self._tested:
             what = f"{name}.metal with {' and '.join(map(str, kernels))}" + "".join(f", {x}" for x in (dtype, *rule))
-            self.run_check(what, lambda: check(self, kernels, dtype, *rule))
+            check, launch = getattr(self_test, f"check_{name}"), getattr(self, f"launch_{name}")
+            self.run_check(what, lambda: check(launch, kernels, dtype, *rule))
             self._tested.add(key)
 
     def run_check(self, what: str, check: Callable[[], Optional[str]]) -> None:

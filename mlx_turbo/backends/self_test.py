@@ -3,7 +3,7 @@
 One kit for a kernel's first use, `mlx-turbo doctor`, `mlx-turbo bench` and the tests.
 """
 
-from typing import TYPE_CHECKING, NamedTuple, Optional, Sequence
+from typing import Callable, NamedTuple, Optional, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -11,11 +11,8 @@ import numpy as np
 from ..quant import codebook, reference, rotation
 from ..quant.reference import Quantized
 from ..quant.scheme import SCALES
-from .attend_launch import SEGMENT_STEP, AttendShape, plan_launches
+from .attend_launch import SEGMENT_STEP, AttendShape, AttendTuning, plan_launches
 from .sides import ONE_SEGMENT, CachedSide, PackedSide, QuantizeSide
-
-if TYPE_CHECKING:
-    from .kernel_backend import KernelBackend
 
 # ---- the table of tolerances -----------------------------------------------------------------------------------
 # Rounding to the output's dtype: half a unit in the last place. float32 is left to the other tables.
@@ -159,12 +156,13 @@ def compare_quantized(words: np.ndarray, scale: np.ndarray, want: Quantized, tie
     moved = 0.0
     if off.any():
         # the vector as the reference saw it, in units of its levels
-        u = want.normalized
-        middle = codebook.thresholds(want.levels)[np.minimum(codes, want.codes)[off]]
+        u, levels = want.normalized, np.asarray(want.levels)
+        assert u is not None, "rows of `quantize`, not of `from_packed`"
+        middle = codebook.thresholds(levels)[np.minimum(codes, want.codes)[off]]
         wrong = (np.abs(codes - want.codes)[off] > 1) | (np.abs(u[off] - middle) > tie * np.maximum(np.abs(middle), 1))
         if wrong.any():
             return f"{int(wrong.sum())} of {codes.size} codes differ away from ties"
-        had, has = ((u * want.levels[c]).sum(-1) for c in (want.codes, codes))
+        had, has = ((u * levels[c]).sum(-1) for c in (want.codes, codes))
         moved = np.abs(np.divide(had, has, out=np.ones_like(has), where=has > 0) - 1) * want.scale
     step = np.spacing(np.maximum(np.abs(want.scale), 6e-5).astype(np.float16)).astype(np.float64)
     error = (np.abs(scale[..., 0].astype(np.float64) - want.scale) - moved) / step
@@ -174,7 +172,8 @@ def compare_quantized(words: np.ndarray, scale: np.ndarray, want: Quantized, tie
 
 
 # ---- first use of a kernel -------------------------------------------------------------------------------------
-# Each function builds one specialization by launching it for a few vectors, and says what is wrong or None.
+# Each function builds one specialization by launching it for a few vectors, and says what is wrong or None. launch: the
+# method of KernelBackend.
 class VectorsKernel(NamedTuple):
     """One side of a specialization of quantize.metal or dequantize.metal."""
 
@@ -213,7 +212,7 @@ class AttendKernel(NamedTuple):
 
 
 def check_quantize(
-    backend: "KernelBackend", sides: Sequence[VectorsKernel], dtype: mx.Dtype, rule: str
+    launch: Callable[..., list[tuple[mx.array, mx.array]]], sides: Sequence[VectorsKernel], dtype: mx.Dtype, rule: str
 ) -> Optional[str]:
     """quantize.metal for 21 random vectors of `dtype`. rule: of the scale."""
     rng, prepared, wants = np.random.default_rng(0), [], []
@@ -222,13 +221,15 @@ def check_quantize(
         side = QuantizeSide(random_array(rng, (1, 3, 7, kernel.head_dim), dtype), kernel.bits, mean)
         prepared.append((side, kernel.rotates))
         wants.append(reference_rows(side, 0 if kernel.rotates else None, rule))
-    for (codes, scale), want in zip(backend.launch_quantize(prepared, 0, rule), wants):
+    for (codes, scale), want in zip(launch(prepared, 0, rule), wants):
         if problem := compare_quantized(np.array(codes), np.array(scale), want):
             return problem
     return None
 
 
-def check_dequantize(backend: "KernelBackend", sides: Sequence[VectorsKernel], dtype: mx.Dtype) -> Optional[str]:
+def check_dequantize(
+    launch: Callable[..., list[mx.array]], sides: Sequence[VectorsKernel], dtype: mx.Dtype
+) -> Optional[str]:
     """dequantize.metal for 21 random rows that are not the first of their buffer, restored to `dtype`."""
     rng, prepared, wants = np.random.default_rng(0), [], []
     for kernel in sides:
@@ -238,13 +239,13 @@ def check_dequantize(backend: "KernelBackend", sides: Sequence[VectorsKernel], d
         wants.append(reference.dequantize(rows, mean=mean)[:, :, 2:])
         side = packed_side(rows)._replace(mean=None if mean is None else mx.array(mean))
         prepared.append((side, kernel.rotates))
-    for got, want in zip(backend.launch_dequantize(prepared, 2, 7, dtype, 0), wants):
+    for got, want in zip(launch(prepared, 2, 7, dtype, 0), wants):
         if problem := compare_vectors(to_float64(got), want, dtype):
             return problem
     return None
 
 
-def check_attend(backend: "KernelBackend", kernel: AttendKernel) -> Optional[str]:
+def check_attend(launch: Callable[..., mx.array], kernel: AttendKernel, tuning: AttendTuning) -> Optional[str]:
     """attend.metal, and merge.metal where there are two launches, with as many query heads as a threadgroup has rows.
     There are a few tokens of each kind, and one is masked at either end."""
     rng, counts = np.random.default_rng(0), (3, 150, 20)
@@ -256,9 +257,9 @@ def check_attend(backend: "KernelBackend", kernel: AttendKernel) -> Optional[str
     queries = random_array(rng, (1, kernel.shape.rows, 1, key_dim), kernel.dtype)
     token = mx.arange(sum(counts))
     mask = (token > 0) & (token < sum(counts) - 1)
-    value_dim, n_heads, tuning = kernel.values.head_dim, kernel.shape.rows, backend.tuning_of(keys, values)
+    value_dim, n_heads = kernel.values.head_dim, kernel.shape.rows
     plan = plan_launches(tuning, kernel.shape, kernel.single_launch, key_dim, value_dim, 1, n_heads, 1, 1, counts)
-    got = backend.launch_attend(plan, kernel, queries, keys, values, counts, key_dim**-0.5, mask)
+    got = launch(plan, kernel, queries, keys, values, counts, key_dim**-0.5, mask)
     seen = (restored_tokens(side, counts)[:, :, 1:-1] for side in (keys, values))
     want = reference.attention(to_float64(queries), *seen, scale=key_dim**-0.5)
     return too_large(relative_error(to_float64(got), want), attend_tolerance(kernel.keys.bits, kernel.dtype))

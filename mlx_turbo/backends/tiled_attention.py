@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..quant import rotation
-from .mlx_ops import _without_nan, slot_dims
+from .mlx_ops import slot_dims, without_nan
 
 # ---- attention -----------------------------------------------------------------------------------------------
 DEAD = -1e30  # a masked logit: finite, so that a tile in which everything is masked gives no NaN
@@ -108,7 +108,7 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
             else:
                 v, gamma = _exact(values, part, first, n), None
             if mask is not None and column + n > n_seen:
-                v, gamma, spoiled = _without_nan(v, gamma, w)
+                v, gamma, spoiled = without_nan(v, gamma, w)
                 sums[0] = sums[0] + spoiled
             if not packed:
                 sums[2] = _plus(sums[2], w @ v)

@@ -454,22 +454,56 @@ def test_packed_words_are_decoded_once_for_all_rows_that_registers_hold(head_dim
             assert times <= (1 if G <= 8 else 2)
 
 
-@pytest.mark.parametrize("one", [False, True], ids=["two launches", "one launch"])
+@pytest.mark.parametrize("single_launch", [False, True], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("bits", [0, 2, 3, 4, 8])
-def test_every_shape_fits_into_threadgroup_memory_and_divides_the_values(one, bits):
+def test_every_shape_fits_into_threadgroup_memory_and_divides_the_values(single_launch, bits):
     for key_dim, value_dim, n_rows, at_once in itertools.product(
         (32, 80, 256, 512, 576), (32, 80, 256, 512, 576), range(1, 40), tuning.CANDIDATES["rows_per_decode"]
     ):
-        H, tokens, E, simdgroups, shared, chunks, far = attend_shape(
-            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, 1, one
+        rows, tokens, dims, simdgroups, shared, chunks, in_device_memory = attend_shape(
+            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, 1, single_launch
         )
-        padded = H if H <= 2 else -(-H // 4) * 4
-        queries = 0 if far else 4 * key_dim * H * (simdgroups if shared else 2 if one and bits else 1)
+        padded = rows if rows <= 2 else -(-rows // 4) * 4
+        copies = simdgroups if shared else 2 if single_launch and bits else 1
+        queries = 0 if in_device_memory else 4 * key_dim * rows * copies
         tile = 64 * tokens * max(key_dim // chunks + 8, (value_dim + 8) // chunks) if shared else 0
         assert queries + simdgroups * 128 * tokens * padded + tile <= 31 * 1024
-        assert not one or simdgroups * 4 * value_dim <= 31 * 1024
-        assert value_dim % E == 0 and value_dim // E <= 32 and E % (4 if shared else 8) == 0 and H * E <= max(64, E)
-        assert shared or bits != 3 or E == 8 or E % 16 == 0
+        assert not single_launch or simdgroups * 4 * value_dim <= 31 * 1024
+        assert value_dim % dims == 0 and value_dim // dims <= 32
+        assert dims % (4 if shared else 8) == 0 and rows * dims <= max(64, dims)
+        assert shared or bits != 3 or dims == 8 or dims % 16 == 0
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    st.tuples(st.integers(0, 40), st.integers(0, 70_000), st.integers(1, 300)),
+    st.sampled_from([1, 2, 4, 5, 8, 16]),
+    st.sampled_from([1, 2, 8]),
+    st.sampled_from([1, 2, 5, 16]),
+    st.sampled_from([(4, 64), (8, 128), (0, 256), (3, 576)]),
+    st.booleans(),
+)
+def test_a_plan_has_room_for_every_row_and_blocks_for_every_token(counts, gqa, n_kv_heads, L, side, two_launches):
+    batch, n_heads, (bits, head_dim) = 2, gqa * n_kv_heads, side
+    value = bits, min(head_dim, 512)
+    plan = attend_launch.plan_attend(AttendTuning(), side, value, batch, n_heads, n_kv_heads, L, counts, two_launches)
+    assert plan.row_groups * plan.shape.rows >= gqa * L > (plan.row_groups - 1) * plan.shape.rows
+    assert plan.n_groups == batch * n_kv_heads * plan.row_groups == plan.grid[2]
+    assert (plan.exact_blocks > 0) == (counts[0] + counts[2] > 0) and plan.grid[1] % plan.threadgroup[1] == 0
+    assert (plan.blocks > plan.exact_blocks) == (counts[1] > 0)
+    assert not (plan.single_launch and two_launches)
+    if plan.single_launch:  # one threadgroup does all tokens
+        assert L == 1 and plan.grid[1] == plan.threadgroup[1] and -(-gqa // plan.shape.rows) <= 2
+    assert plan.partial_rows >= gqa * L and plan.partial_dim >= value[1]
+    assert plan.n_partials == batch * n_kv_heads * plan.blocks * (plan.partial_rows * plan.partial_dim + 2 * gqa * L)
+
+
+def test_a_call_is_planned_once_for_all_layers_of_a_step():
+    case = make_case(dims=(64, 64), G=2)
+    attend_launch.plan_attend.cache_clear()
+    for _ in range(3):
+        TWO.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale)
+    assert attend_launch.plan_attend.cache_info().misses == 1
 
 
 def test_a_threadgroup_of_16_simdgroups_fits_with_the_last_dims_that_leave_room_for_it():
@@ -487,7 +521,7 @@ def test_lengths_are_data_the_text_of_the_kernels_stays_the_same(generated_texts
     assert len(generated_texts) == 3
 
 
-def test_a_broadcast_mask_is_not_materialised():
+def test_a_broadcast_mask_is_not_materialized():
     case = make_case(dims=(64, 64), G=4, L=2)
     n = sum(case.counts)
     stats = Recorder().run(case, mx.ones((1, 1, 1, n), mx.bool_))
@@ -508,7 +542,7 @@ def run_past_every_barrier(edit=None):
             Recorder(edit, one_launch_tokens=0).run(make_case(dims=(32, 32), G=16, counts=(0, 90, 0)))  # shared tiles
             Recorder(edit, one_launch_tokens=0).run(
                 make_case(dims=(512, 32), G=16, counts=(0, 40, 0))
-            )  # and far queries
+            )  # and queries in device memory
             Recorder(edit).run(case)
             Recorder(edit, one_launch_tokens=0, simdgroups=2, tokens_per_block=512).run(case)  # several tiles
 
@@ -589,7 +623,8 @@ def test_means_of_keys_and_values_cost_less_than_two_percent(bits, head_dim, G):
     assert operations(*Recorder().run(case).values()) <= 1.02 * operations(*Recorder().run(without).values())
 
 
-# The same for many rows, G = 8 and more query tokens: shared tiles, in two chunks at (256, 16), with far queries at 64.
+# The same for many rows, G = 8 and more query tokens: shared tiles, in two chunks at (256, 16), with queries in
+# device memory at 64.
 ROWS_CEILING = {(128, 32): 89.0, (256, 16): 47.1, (128, 64): 167.8}
 
 

@@ -43,7 +43,7 @@ def fast(monkeypatch, tmp_path):
     """Few samples, no warm-up, a small copy, a cache folder of our own."""
     monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
-    monkeypatch.setattr(common, "QUICK", timing.Effort(3, 3, 0.01))
+    monkeypatch.setattr(bench_common, "QUICK", timing.Effort(3, 3, 0.01))
     monkeypatch.setitem(contending.COLD_BYTES, "cpu", 1 << 20)
     monkeypatch.setenv("MLX_TURBO_CACHE_DIR", str(tmp_path / "cache"))
     measure = timing.measure_machine

@@ -204,7 +204,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(backend, file):
 def test_a_save_that_is_killed_leaves_the_old_file(backend, file):
     before = file.read_bytes()
     code = f"""
-import os, mlx_turbo.files as files
+import os, mlx_turbo.integration.prompt_cache_file as files
 from mlx_turbo import TurboKVCache
 files._checksum = lambda *args: os._exit(3)
 files.save_prompt_cache({str(file)!r}, [TurboKVCache()])

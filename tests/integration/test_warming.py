@@ -1,5 +1,6 @@
 """After warm-up a conversation builds no kernel: what would be handed to Metal's compiler is written down."""
 
+import argparse
 import importlib
 import io
 
@@ -13,14 +14,14 @@ from mlx_lm.models import gemma3_text, gpt_oss, llama, qwen2
 from support.no_kernels import DoesNotBuild
 
 import mlx_turbo
-from mlx_turbo.backends import select, sources
+from mlx_turbo.backends import metal, select
 from mlx_turbo.backends.attend_launch import AttendTuning
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.mlx_ops import CpuBackend
 from mlx_turbo.backends.sides import BackendError
 from mlx_turbo.backends.tiled_attention import tiled_attention
 from mlx_turbo.cache import auto_bits
-from mlx_turbo.cli import common, main, serve
+from mlx_turbo.cli import common, serve
 from mlx_turbo.cli.common import DEMO_MODEL
 from mlx_turbo.integration import prompt_cache, warming
 
@@ -243,9 +244,9 @@ def test_a_wrong_kernel_is_named_before_anything_is_said(simulated, door, tokeni
     model = build(llama, num_hidden_layers=1)
     with select.use_backend(backend):
         assert mlx_turbo.warm(model, tokenizer, "turbo4") == backend.n_tested > 3
-    source = sources.metal_source
+    source = metal.metal_source
     monkeypatch.setattr(
-        sources, "metal_source", lambda name: (source(name)[0], "return;\n" * (name == "merge") + source(name)[1])
+        metal, "metal_source", lambda name: (source(name)[0], "return;\n" * (name == "merge") + source(name)[1])
     )
     with select.use_backend(MetalBackend(simulated.metal_kernel)):
         with pytest.raises(BackendError, match="attend.metal"):
@@ -311,9 +312,9 @@ def test_a_kernel_that_does_not_build_ends_it_before_the_first_token(run, comman
 
 def test_the_server_builds_what_its_answers_need(recorder, tokenizer, monkeypatch):
     asked = []
-    monkeypatch.setattr(main, "warm", lambda *args, **options: asked.append(options["n_draft_tokens"]) or 0)
+    monkeypatch.setattr(common, "warm", lambda *args, **options: asked.append(options["n_draft_tokens"]) or 0)
     for draft in None, str(DEMO_MODEL) + "/.":
-        args = main.argparse.Namespace(
+        args = argparse.Namespace(
             kv="auto", kv_sink=None, kv_recent=None, model=str(DEMO_MODEL), draft_model=draft, num_draft_tokens=5
         )
         program = serve.ServerProgram(serve.module, args)

@@ -40,7 +40,7 @@ def make_case(
     segment=128,
 ):
     """means: packed tokens are relative to one, of the keys to one for each `segment` of them. gain: the logits grow
-    along the sequence up to so many times their usual size."""
+    along the sequence, up to this many times their usual size."""
     rng = np.random.default_rng(rng_seed)
     growth = None if gain == 1 else np.linspace(0.01, 1, sum(counts))
     options = dict(seed=seed, room=POISON)
