@@ -227,7 +227,7 @@ def test_what_does_not_belong_together_is_refused(backend):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.int32], ids=str)
 @pytest.mark.parametrize("n", [1, 7])
 def test_rows_of_one_length_give_batchkvcache_s_arrays_to_the_bit(backend, n, dtype):
-    """turbo0 packs nothing away, and without dead tokens the columns are the same."""
+    """turbo0 packs nothing away, and without empty columns the tokens are the same."""
     ours, theirs, rng = (
         BatchTurboKVCache("turbo0", [0, 0, 0], sink=2, recent=4, block=4),
         lm_cache.BatchKVCache([0, 0, 0]),

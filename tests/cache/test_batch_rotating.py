@@ -65,7 +65,7 @@ def test_windows_of_different_lengths_are_what_they_are_alone(backend, short_seg
         rows.update([1] * 4)
     rows.update([3] * 4)
     batch = rows.batch
-    assert max(batch._n_forgotten) > 0 and batch.offset.tolist() == [93, 130, 57, 71]
+    assert max(batch._n_evicted) > 0 and batch.offset.tolist() == [93, 130, 57, 71]
     assert not batch.is_trimmable() and batch.trim(3) == 0 and batch.offset.tolist() == [93, 130, 57, 71]
     if centre and scheme in ("turbo4", "turbo8v3"):
         assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"], [], []]
@@ -156,7 +156,7 @@ def test_windows_that_do_not_belong_together_are_refused(backend):
     with pytest.raises(ValueError, match="keep: got 24, allowed are whole numbers from 0 to 23"):
         BatchRotatingTurboKVCache(24, 24, SMALL)
     batch = RotatingTurboKVCache.merge([one(), one(n=9)])
-    assert batch._n_forgotten[0] > 0
+    assert batch._n_evicted[0] > 0
     with pytest.raises(ValueError, match="batch size 3"):
         batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
     header, counts = batch.state[0].tolist(), batch.state[1]
@@ -181,18 +181,18 @@ def test_windows_that_do_not_belong_together_are_refused(backend):
 @fast
 @pytest.mark.parametrize("bias", [0, 20])
 def test_buffers_stay_at_a_quarter_more_than_the_window_and_copies_are_rare(backend, bias):
-    """Rows out of step, one with means: each forgets every 128 tokens."""
+    """Rows out of step, one with means: each evicts every 128 tokens."""
     rng, copies, largest = np.random.default_rng(0), 0, 0
     caches = [RotatingTurboKVCache(512, 0, "turbo4") for _ in range(3)]
     for b, (cache, n) in enumerate(zip(caches, (1000, 300, 640))):
         cache.update_and_fetch(*random_tokens(rng, n, bias=bias * (b == 0)))
     batch = RotatingTurboKVCache.merge(caches)
     for step in range(900):
-        before = batch._n_forgotten
+        before = batch._n_evicted
         batch.make_mask(1)
         fetched = batch.update_and_fetch(*random_tokens(rng, 1, batch=3))
         mx.eval(batch.state)
-        copies += batch._n_forgotten != before
+        copies += batch._n_evicted != before
         if copies:
             largest = max(largest, batch._sides[0].codes.shape[2])
             assert fetched[0].shape[2] <= 640 + 2
@@ -354,7 +354,7 @@ def test_undecided_windows_decide_as_alone(backend, max_size):
         alone[0].observe(queries[:, :, row[0] : row[0] + 1], 0.125)
         assert same(state_of(batch.extract(0)), state_of(alone[0])), at
     assert not batch.undecided and batch.extract(0).n_packed > 0 and batch.extract(1).n_packed > 0
-    assert (batch._n_forgotten[0] > 0) == (max_size == 100)
+    assert (batch._n_evicted[0] > 0) == (max_size == 100)
 
 
 # ---- attention -----------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def test_a_decode_step_of_a_batch_of_windows_runs_the_fused_kernel(simulated, sc
                 mx.fast.scaled_dot_product_attention(queries[b : b + 1], keys, values, scale=0.1, mask=mask)
             )
             assert np.abs(got[b] - want[0]).max() < TOLERANCE[mx.float32] * np.abs(want).max()
-    assert batch._n_forgotten[0] > 0
+    assert batch._n_evicted[0] > 0
 
 
 # ---- models ------------------------------------------------------------------------------------------------------
@@ -387,7 +387,11 @@ def test_a_decode_step_of_a_batch_of_windows_runs_the_fused_kernel(simulated, sc
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "cohere2"])
 @pytest.mark.parametrize("config", [TurboConfig("turbo4", 2, 4, 4), TurboConfig("auto", 2, 4, 4), "turbo0"], ids=str)
 def test_batch_generate_far_past_the_windows_writes_what_each_prompt_gets_alone(
-    backend, demo, monkeypatch, name, config
+    backend,
+    demo,  # noqa: F811
+    monkeypatch,
+    name,
+    config,
 ):
     config = TurboConfig.of(config, recent=4, block=4)
     model, kinds, update = families.build(name), set(), BatchRotatingTurboKVCache.update_and_fetch
@@ -413,7 +417,7 @@ def test_batch_generate_far_past_the_windows_writes_what_each_prompt_gets_alone(
 
 @fast
 def test_windows_that_keep_their_first_tokens_are_batched(backend, demo):
-    """max_kv_size: mlx-lm's batch would forget the first tokens."""
+    """max_kv_size: mlx-lm's batch would evict the first tokens."""
     model, tokenizer = demo
     texts = [
         "Once upon a time, there was a little girl named Lily. She loved to play in the park.",
@@ -426,7 +430,7 @@ def test_windows_that_keep_their_first_tokens_are_batched(backend, demo):
     got = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=60, prompt_caches=made[0])
     for prompt, cache, text in zip(prompts, made[1], got.texts):
         assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=60, prompt_cache=cache) == text.lstrip()
-        assert cache[0].keep == 4 and cache[0].n_forgotten > 0
+        assert cache[0].keep == 4 and cache[0].n_evicted > 0
 
 
 @fast
@@ -447,4 +451,4 @@ def test_a_batch_of_windows_is_saved_loaded_and_described(backend, tmp_path):
         assert describe(loaded) == "6 of 6 layers compressed (4 of them windows of 16 tokens)"
     report = loaded[0].report()
     assert (report["tokens"], report["packed"], report["recent"]) == (26, 16, 10)
-    assert loaded[0]._n_forgotten[0] > 0 and report["window"] == 16
+    assert loaded[0]._n_evicted[0] > 0 and report["window"] == 16

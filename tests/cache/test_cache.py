@@ -34,7 +34,7 @@ from mlx_turbo import Scheme, TurboConfig, TurboKVCache
 from mlx_turbo.backends import select
 from mlx_turbo.backends.mlx_ops import CpuBackend
 from mlx_turbo.backends.self_test import compare_quantized, compare_vectors
-from mlx_turbo.cache.state import _HEADER, FORMAT_VERSION
+from mlx_turbo.cache.state import FORMAT_VERSION, HEADER_NAMES
 from mlx_turbo.quant.reference import dequantize, quantize
 from mlx_turbo.quant.scheme import SCALES
 
@@ -272,7 +272,7 @@ def test_where_a_side_is_rounded_whole_numbers_are_refused(backend, scheme):
         cache.update_and_fetch(*[mx.zeros((1, 1, 5, 32), mx.int32)] * 2)
     assert cache.empty() and cache.keys is None
     state = filled(9, scheme).state  # nor are they in a state
-    state[0] = state[0] + mx.array([4 * (n == "key_dtype") for n in _HEADER], mx.int32)
+    state[0] = state[0] + mx.array([4 * (n == "key_dtype") for n in HEADER_NAMES], mx.int32)
     with pytest.raises(ValueError, match="dtype number 6, there are 3 for "):
         TurboKVCache.from_state(state)
 
@@ -652,7 +652,7 @@ def test_the_largest_and_smallest_numbers_survive(backend, dtype):
 
 def change(name, by):
     """Adds to a number of the header."""
-    return lambda s: [s[0] + mx.array([by * (n == name) for n in _HEADER], mx.int32), *s[1:]]
+    return lambda s: [s[0] + mx.array([by * (n == name) for n in HEADER_NAMES], mx.int32), *s[1:]]
 
 
 BAD_STATES = {

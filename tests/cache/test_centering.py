@@ -109,7 +109,7 @@ def test_attention_over_a_centred_cache_is_that_over_its_restored_tokens(backend
 @fast
 @quick
 @given(sizes=CHUNKS, shape=SHAPES, seed=st.integers(0, 99))
-def test_tokens_without_a_mean_are_stored_as_without_centring(backend, sizes, shape, seed):
+def test_tokens_without_a_mean_are_stored_as_without_centering(backend, sizes, shape, seed):
     states = []
     for centre in (True, False):
         rng, cache = np.random.default_rng(seed), TurboKVCache("turbo4", recent=4, block=4, sink=2, centre=centre)
@@ -254,7 +254,7 @@ def test_means_count_in_the_report(backend):
 
 
 @fast
-def test_centring_leaves_a_healthy_model_alone(backend):
+def test_centering_leaves_a_healthy_model_alone(backend):
     """The embedded model normalises its keys: no head's means carry half of the energy, whatever the windows."""
     model, tokenizer = common.load_model(mlx_lm.load, common.DEMO_MODEL, "--model")
     model.set_dtype(mx.float32)

@@ -106,7 +106,7 @@ class Twins:
             expected = [int(want and i == side and b == row) for b in range(len(self.held))]
             assert bad[name] == expected or abs(value) < np.inf and bad[name] == [0] * len(self.held)
 
-    def forget(self, n):
+    def trim(self, n):
         for cache in self.caches:
             cache.trim(n)
         self.held = [max(held - n, 0) for held in self.held]
@@ -164,7 +164,7 @@ def check_fault(kind, scheme, centre, bias, steps, fault):
     if "window" not in kind and twins.held[row] - token < min(twins.held):  # the bad token goes, and all is well
         after = Twins.__new__(Twins)
         vars(after).update(vars(twins), caches=copy.deepcopy(twins.caches))
-        after.forget(twins.held[row] - token)
+        after.trim(twins.held[row] - token)
         after.fault = (row, fault[1], NEVER, fault[3], np.nan)
         for n in (1, 3, 1, 20, 1):
             after.step([n] * n_rows)
@@ -221,21 +221,21 @@ def test_attention_without_a_kernel_reads_over_what_a_query_does_not_see(monkeyp
 
 @fast
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_dead_token_that_is_not_finite_is_nothing_to_a_window_with_an_additive_mask(backend, side):
+def test_an_evicted_token_that_is_not_finite_is_nothing_to_a_window_with_an_additive_mask(backend, side):
     """Those of a segment that also has live ones are in the buffers, and masked."""
     rng, cache = np.random.default_rng(0), RotatingTurboKVCache(200, 0, "turbo4", recent=16, block=16)
     tokens = random_tokens(rng, 300, bias=30)
     tokens[side][0, :, 110] = float("nan")
     cache.update_and_fetch(*tokens)
     keys, values = cache.update_and_fetch(*random_tokens(rng, 1, bias=30))
-    assert keys.view.dead > 0 and sum(cache.report()["not_finite"].values(), []) == [side == 0, side == 1]
+    assert keys.view.n_evicted > 0 and sum(cache.report()["not_finite"].values(), []) == [side == 0, side == 1]
     for bad in (True, False):
         mask = mx.zeros((1, keys.shape[2]), mx.float16)
         out = attention.attend(mx.zeros((1, 2, 1, 32)), keys.view, scale=1.0, mask=mask)
         assert mx.isnan(out).all().item() == bad
         for _ in range(20):
             keys, values = cache.update_and_fetch(*random_tokens(rng, 1, bias=30))
-    assert keys.view.dead > 0
+    assert keys.view.n_evicted > 0
 
 
 # ---- what rows share ------------------------------------------------------------------------------------------------

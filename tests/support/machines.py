@@ -64,7 +64,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 class WindowMachine(RuleBasedStateMachine):
-    """Everything mlx-lm does to a window, in any order: beside it a list of all tokens and a TurboKVCache that forgets
+    """Everything mlx-lm does to a window, in any order: beside it a list of all tokens and a TurboKVCache that evicts
     none."""
 
     @initialize(

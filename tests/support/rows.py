@@ -92,11 +92,13 @@ class Rows:
         if not batch.empty():
             fetched = batch.keys_and_values()
             for b, cache in enumerate(alone):
-                live = (batch._shown or batch._plan(0)).live(b)
+                live = (batch.shown or batch.plan(0)).token_columns(b)
                 if cache.offset:
                     for got, want in zip(fetched, cache.keys_and_values()):
                         got, want = to_numpy(got)[b : b + 1, :, live], to_numpy(want)
-                        n_sink = min(cache.config.sink, want.shape[2])  # a window of the batch has dead tokens besides
+                        n_sink = min(
+                            cache.config.sink, want.shape[2]
+                        )  # a window of the batch has empty columns besides
                         newest = got[:, :, got.shape[2] - (want.shape[2] - n_sink) :]
                         assert same(np.concatenate([got[:, :, :n_sink], newest], axis=2), want)
 
