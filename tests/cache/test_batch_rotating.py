@@ -3,23 +3,23 @@
 import copy
 import functools
 
-import families
 import mlx.core as mx
 import mlx_lm
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS, random_tokens, rule, same
-from conftest import to_numpy
 from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import initialize, invariant, precondition, run_state_machine_as_test
-from test_attention import TOLERANCE
-from test_auto_bits import queries_for, turning
-from test_batch import BatchMachine, Recorder, Rows, check_that_twins_go_their_own_way, state_of
-from test_cache import SHAPES, quick
-from test_centering import short_segments  # noqa: F401
-from test_models import demo, gemma3, tokens_of  # noqa: F401
+from hypothesis.stateful import run_state_machine_as_test
+from support import families
+from support.arrays import to_numpy
+from support.caches import FAST_BACKENDS, random_tokens, same
+from support.keys import queries_for, turning
+from support.machines import WindowsMachine
+from support.models import gemma3, tokens_of
+from support.rows import Rows, check_that_twins_go_their_own_way, state_of
+from support.strategies import quick
+from support.tolerances import TOLERANCE
+from support.walk import Recorder
 
 from mlx_turbo import (
     BatchRotatingTurboKVCache,
@@ -54,7 +54,7 @@ def settled(cache):
 @pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3", "turbo0v2", "turbo3v0", "turbo0"])
 @pytest.mark.parametrize("centre", [True, False], ids=["centred", ""])
 @pytest.mark.parametrize("max_size, keep", [(24, 2), (40, 0), (5, 2)])
-def test_windows_of_different_lengths_are_what_they_are_alone(backend, short_segments, scheme, centre, max_size, keep):  # noqa: F811
+def test_windows_of_different_lengths_are_what_they_are_alone(backend, short_segments, scheme, centre, max_size, keep):
     """Shorter and longer than the window, far past it, chunks longer than it, and a window that sees nothing packed."""
     rows = rows_of(4, max_size, keep, TurboConfig(scheme, 0, 4, 4, centre=centre))
     rows.update([31, 7, 1, 18])
@@ -127,7 +127,7 @@ def test_an_extracted_window_goes_on_alone_and_merged_ones_stay_as_they_are(back
 
 
 @fast
-def test_a_copy_and_a_state_of_a_batch_of_windows_go_their_own_way(backend, short_segments):  # noqa: F811
+def test_a_copy_and_a_state_of_a_batch_of_windows_go_their_own_way(backend, short_segments):
     rows = rows_of(3)
     rows.update([70, 2, 11])
     for _ in range(12):
@@ -203,40 +203,10 @@ def test_buffers_stay_at_a_quarter_more_than_the_window_and_copies_are_rare(back
 
 
 # ---- any history ---------------------------------------------------------------------------------------------
-class WindowsMachine(BatchMachine):
-    """Everything mlx-lm does to a batch of windows, in any order."""
-
-    @initialize(
-        keys=st.sampled_from([0, 2, 4, 8]),
-        values=st.sampled_from([0, 3, 4]),
-        window=st.integers(1, 40),
-        keep=st.integers(0, 3),
-        recent=st.integers(0, 6),
-        block=st.integers(1, 6),
-        n=st.integers(1, 3),
-        centre=st.booleans(),
-        shape=SHAPES,
-    )
-    def start(self, keys, values, window, keep, recent, block, n, centre, shape):
-        config = TurboConfig(f"turbo{keys}v{values}", keep, recent, block, centre=centre)
-        self.make = functools.partial(RotatingTurboKVCache, window + keep, keep, config)
-        self.begin(n, shape)
-
-    @invariant()
-    def buffers_are_bounded(self):
-        batch = self.rows.batch
-        if batch._sides[0].codes is not None:
-            longest_chunk = 24
-            assert batch._sides[0].codes.shape[2] <= batch.room + max(longest_chunk, batch.step) + batch.step
-
-    @precondition(lambda self: self.rows.batch.is_trimmable())
-    @rule(n=st.one_of(st.integers(0, 4), st.integers(0, 40)))
-    def trim(self, n):
-        self.rows.trim(n)
 
 
 @fast
-def test_any_history_leaves_each_window_as_it_is_alone(backend, door, short_segments):  # noqa: F811
+def test_any_history_leaves_each_window_as_it_is_alone(backend, door, short_segments):
     run_state_machine_as_test(WindowsMachine, settings=settings(quick, max_examples=20, stateful_step_count=12))
 
 
@@ -446,7 +416,7 @@ def test_batch_generate_far_past_the_windows_writes_what_each_prompt_gets_alone(
 
 
 @fast
-def test_windows_that_keep_their_first_tokens_are_batched(backend, demo):  # noqa: F811
+def test_windows_that_keep_their_first_tokens_are_batched(backend, demo):
     """max_kv_size: mlx-lm's batch would evict the first tokens."""
     model, tokenizer = demo
     texts = [

@@ -8,14 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import numpy as np
 import pytest
-from attend_cases import check_spoiled, make_case
-from cache_tools import FAST_BACKENDS, WAYS, copied, random_tokens, same
-from conftest import BACKENDS, to_numpy
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from no_kernels import DoesNotBuild
-from server_tools import STORIES, Reference, Server, save_model
-from test_auto_bits import queries_for, turning
+from support.arrays import to_numpy
+from support.attend_cases import check_spoiled, make_case
+from support.backends import BACKENDS
+from support.caches import FAST_BACKENDS, WAYS, copied, random_tokens, same
+from support.keys import queries_for, turning
+from support.no_kernels import DoesNotBuild
+from support.servers import STORIES, Reference, Server, save_model
 from transformers import AutoTokenizer
 
 from mlx_turbo import (

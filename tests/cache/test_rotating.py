@@ -2,30 +2,27 @@
 
 import copy
 
-import families
 import mlx.core as mx
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import (
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from support import families
+from support.arrays import to_numpy
+from support.backends import BACKENDS
+from support.caches import (
     FAST_BACKENDS,
-    WAYS,
-    ListModel,
-    copied,
     held_nbytes,
     random_tokens,
-    rule,
     same,
     snapshot,
     stored,
     vectors,
 )
-from conftest import BACKENDS, to_numpy
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, run_state_machine_as_test
+from support.machines import WindowMachine
 
-from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache, make_prompt_cache
+from mlx_turbo import RotatingTurboKVCache, TurboConfig, TurboKVCache, make_prompt_cache
 from mlx_turbo.cache import centering
 from mlx_turbo.integration import attention
 from mlx_turbo.integration.conversion import compress_window
@@ -102,69 +99,6 @@ def test_the_tokens_are_the_kept_and_the_newest_in_order(backend, max_size, keep
             if total - keep > n_newest:
                 x = mx.concatenate([x[:, :, :keep], x[:, :, total - n_newest :]], axis=2)
             assert mx.array_equal(got, x)
-
-
-class WindowMachine(RuleBasedStateMachine):
-    """Everything mlx-lm does to a window, in any order: beside it a list of all tokens and a TurboKVCache that evicts
-    none."""
-
-    @initialize(
-        window=st.integers(1, 40),
-        keep=st.integers(0, 3),
-        recent=st.integers(0, 6),
-        block=st.integers(1, 6),
-        bits=st.sampled_from([(0, 0), (4, 4), (3, 8), (0, 2)]),
-        centre=st.booleans(),
-        bias=st.sampled_from([0, 20]),
-    )
-    def start(self, window, keep, recent, block, bits, centre, bias):
-        config, self.bias = TurboConfig(Scheme(*bits), keep, recent, block, centre=centre), bias
-        self.cache, self.all = RotatingTurboKVCache(window + keep, keep, config), ListModel(TurboKVCache(config))
-        self.rng = np.random.default_rng(0)
-
-    @rule(n=st.one_of(st.just(1), st.integers(1, 9), st.integers(10, 60)), times=st.integers(1, 3))
-    def append(self, n, times):
-        for _ in range(times):
-            tokens, cache, before = random_tokens(self.rng, n, bias=self.bias), self.cache, self.cache.offset
-            mask = cache.make_mask(n, return_array=True)
-            fetched, everything = cache.update_and_fetch(*tokens), self.all.append(*tokens)
-            n_seen = min(before + 1, cache.max_size) if n == 1 else min(before, cache.max_size - 1) + n
-            assert cache.offset == before + n and (mask is None or mask.shape[-1] == n_seen)
-            self.are_newest(fetched, everything, n_seen)
-
-    def are_newest(self, fetched, everything, n_seen):
-        for got, x in zip(fetched, everything):
-            n_kept = min(self.cache.keep, n_seen)
-            newest = x[:, :, x.shape[2] - (n_seen - n_kept) :]
-            assert mx.array_equal(got, mx.concatenate([x[:, :, :n_kept], newest], axis=2))
-
-    @invariant()
-    def what_it_holds_is_the_newest(self):
-        cache = self.cache
-        assert cache.offset == self.all.offset and cache.size() == min(cache.offset, cache.max_size)
-        assert cache.nbytes == held_nbytes(cache)
-        if cache.offset:
-            held = cache.keys_and_values()
-            assert held[0].shape[2] >= cache.size()
-            self.are_newest(held, self.all.cache.keys_and_values(), held[0].shape[2])
-
-    @rule(n=st.integers(0, 20))
-    def trim(self, n):
-        if self.cache.is_trimmable():
-            want = min(n, self.cache.offset)
-            self.all.trim(n)
-            assert self.cache.trim(n) == want
-
-    @rule(way=st.sampled_from(WAYS))
-    def go_on_with_a_copy(self, way):
-        self.cache = copied(self.cache, way)
-
-    @rule(n=st.integers(1, 60))
-    def go_on_from_a_batch(self, n):
-        """Merged with another, extracted again."""
-        other = RotatingTurboKVCache(self.cache.max_size, self.cache.keep, self.cache.config)
-        other.update_and_fetch(*random_tokens(self.rng, n))
-        self.cache = self.cache.merge([other, self.cache]).extract(1)
 
 
 @FAST

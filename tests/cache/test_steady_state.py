@@ -8,8 +8,8 @@ import traceback
 import mlx.core as mx
 import numpy as np
 import pytest
-from cache_tools import random_tokens
-from no_kernels import NoKernels
+from support.caches import random_tokens
+from support.no_kernels import NoKernels
 
 from mlx_turbo import BatchTurboKVCache, RotatingTurboKVCache, TurboConfig, TurboKVCache
 from mlx_turbo.backends import select, tiled_attention

@@ -4,8 +4,8 @@ import io
 import json
 
 import mlx.core as mx
-import pages
 import pytest
+from support import pages
 
 from mlx_turbo import BackendError, use_backend
 from mlx_turbo.backends import attend_launch, metal

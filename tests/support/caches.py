@@ -7,8 +7,8 @@ import tempfile
 
 import mlx.core as mx
 import numpy as np
-from conftest import to_numpy
 from hypothesis import stateful
+from support.arrays import to_numpy
 
 from mlx_turbo import TurboKVCache, load_prompt_cache, save_prompt_cache
 from mlx_turbo.backends import select
