@@ -7,10 +7,11 @@ import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
-from attend_cases import check_spoiled, expected, make_case
-from conftest import SIMULATED, to_numpy
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from support.arrays import to_numpy
+from support.attend_cases import check_spoiled, expected, make_case
+from support.backends import SIMULATED
 
 from mlx_turbo.backends import attend_launch, sources, tuning
 from mlx_turbo.backends.attend_launch import AttendTuning, attend_shape, attend_unsupported

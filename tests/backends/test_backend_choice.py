@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import BACKENDS
+from support.backends import BACKENDS
 
 from mlx_turbo.backends import select, self_test, sides
 from mlx_turbo.backends.metal import MetalBackend

@@ -8,8 +8,8 @@ import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
-from attend_cases import make_case
-from no_kernels import NoKernels
+from support.attend_cases import make_case
+from support.no_kernels import NoKernels
 
 from mlx_turbo.backends import metal
 from mlx_turbo.backends.sides import PackedSide, QuantizeSide

@@ -12,8 +12,8 @@ import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
-from attend_cases import make_case
-from no_kernels import NoKernels
+from support.attend_cases import make_case
+from support.no_kernels import NoKernels
 
 from mlx_turbo.backends import select, tuning
 from mlx_turbo.backends.attend_launch import AttendTuning
@@ -236,7 +236,7 @@ def test_the_table_ranks_by_time_and_ends_with_the_command(run):
         (["generate", "--html", "x.png"], "--html: 'x.png' does not end in .html"),
         (["generate", "--context", "1"], "--context: got 1"),
         (["generate", "--context", "8192"], "the model was made for 4096"),
-        (["generate", "--kv", "mlx5"], "; or 'none': mlx-lm's own cache; or mlx8, mlx4: its quantized ones"),
+        (["generate", "--kv", "mlx5"], "; or 'none' for mlx-lm's own cache; or mlx8, mlx4 for its quantized ones"),
         (["compare", "a.json", "b.json"], "A.json: cannot read 'a.json': FileNotFoundError"),
         (["speed"], "invalid choice: 'speed'"),
         ([], "the following arguments are required: BENCHMARK"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 from mlx_lm.models import gemma3_text, gpt_oss, llama, qwen2
-from no_kernels import DoesNotBuild
+from support.no_kernels import DoesNotBuild
 
 import mlx_turbo
 from mlx_turbo.backends import kernel_backend, select

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from conftest import to_numpy
+from support.arrays import to_numpy
 
 from mlx_turbo.backends.self_test import random_cached_side, restored_tokens, to_float64
 from mlx_turbo.backends.sides import ONE_SEGMENT, CachedSide

@@ -1,5 +1,5 @@
-"""A Metal backend whose kernels do nothing, at once: what is left is its Python, and what a kernel looks like that fails
-silently. And one whose kernels do not build."""
+"""A Metal backend whose kernels do nothing, at once: what is left is its Python, and what a kernel looks like that
+fails silently. And one whose kernels do not build."""
 
 import mlx.core as mx
 
