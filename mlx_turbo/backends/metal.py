@@ -58,6 +58,17 @@ def _dims_with_diagonals(key_dim, value_dim, seed):
     return np.concatenate([np.zeros(DIMS, np.int32), *diagonals])
 
 
+DEQUANTIZE_INPUTS = [f"{name}{i}" for name in ("codes", "scale", "mean", "sink", "recent", "diag") for i in (0, 1)] + [
+    "span"
+]
+
+
+@functools.lru_cache(maxsize=64)
+def _span(first, length, n_sink, n_recent, *segments):
+    """dequantize.metal's `span`."""
+    return mx.array([first, length, n_sink, n_recent, *segments, 0, 0], mx.int32)
+
+
 @functools.lru_cache(maxsize=None)
 def _nothing(dtype):
     """Stands for an array that is not there: never read."""
@@ -165,6 +176,23 @@ class MetalBackend:
                 outs[i] = unrotate(outs[i], seed) if side.mean is None else unrotate(outs[i], seed) + side.mean
         return [x.astype(dtype) for x in outs]
 
+    def restore(self, keys, values, counts, seed=0, first=0):
+        """All tokens of two `CachedSide`, [B, Hkv, N, D] each in the dtype of the exact ones, in one launch: sinks,
+        packed tokens from number `first` on, recent ones. counts: (n_sink, n_packed, n_recent).
+
+        None where one launch cannot: a side that is not packed, or exact tokens of two dtypes, or a head_dim whose
+        rotation the kernel does not do.
+        """
+        sides, dtypes = (keys, values), {_exact_dtype(side, None) for side in (keys, values)}
+        packed = [side for side in sides if side.bits and side.codes is not None and rotates_in_kernel(side.head_dim)]
+        if len(packed) < 2 or len(dtypes) > 1 or None in dtypes or counts[1] <= first:
+            return None
+        (dtype,) = dtypes
+        kinds = tuple((side.head_dim, side.bits, True, 2 * side.has_means) for side in sides)
+        self._test("dequantize", kinds, dtype, True)
+        prepared = [(side.packed(), True) for side in sides]
+        return self._dequantize(prepared, first, counts[1] - first, dtype, seed, sides, counts)
+
     def read_rows(self, side, first, n):
         """For fallback.tiled_attention: n packed rows of a `CachedSide` from token `first` on, scaled but still
         rotated, float32 [B, H, n, head_dim]; no scale and no other order of the dims."""
@@ -238,13 +266,11 @@ class MetalBackend:
         )
         return [(outs[i], outs[2 + i]) for i in range(n)]
 
-    def _dequantize(self, prepared, first, length, dtype, seed):
-        kernel = self._kernel(
-            "dequantize",
-            ["codes0", "codes1", "scale0", "scale1", "mean0", "mean1", "diag0", "diag1", "span"],
-            ["x0", "x1"],
-        )
-        n = len(prepared)
+    def _dequantize(self, prepared, first, length, dtype, seed, cached=None, counts=(0, 0, 0)):
+        """cached: the two `CachedSide` of which `prepared` has the packed rows, if their exact tokens come too."""
+        kernel = self._kernel("dequantize", DEQUANTIZE_INPUTS, ["x0", "x1"])
+        n, exact, segments = len(prepared), [], []
+        n_sink, _, n_recent = counts
         codes, scales, means, diags, template, shapes = [], [], [], [], [("T", dtype)], []
         for i in (0, 1):
             side, in_kernel = prepared[min(i, n - 1)]
@@ -252,18 +278,32 @@ class MetalBackend:
             codes.append(side.codes)
             scales.append(side.scale)
             diags.append(diag)
-            means.append(diag if side.mean is None else side.mean)
+            of_segments = cached is not None and cached[i].has_means
+            mean = cached[i].means if of_segments else side.mean
+            means.append(diag[None, None] if mean is None else mean)
+            segments.append(cached[i].segment if of_segments else 0)
+            here = [] if cached is None else [a for a in (cached[i].sink, cached[i].recent) if a is not None]
+            exact.append((here[0], here[-1]) if here else (_nothing(dtype), _nothing(dtype)))
             template += [
                 (f"B{i}", side.bits),
                 (f"D{i}", side.head_dim),
                 (f"ROTATE{i}", in_kernel),
-                (f"MEAN{i}", side.mean is not None),
+                (f"MEAN{i}", 2 if of_segments else int(mean is not None)),
             ]
-            shapes.append((*side.codes.shape[:2], length, side.head_dim) if i < n else (1,))
+            shapes.append((*side.codes.shape[:2], n_sink + length + n_recent, side.head_dim) if i < n else (1,))
         n_vectors = math.prod(shapes[0][:3])
+        sinks, recents = zip(*exact)
         outs = kernel(
-            inputs=codes + scales + means + diags + [mx.array([first, length], mx.int32)],
-            template=template,
+            inputs=[
+                *codes,
+                *scales,
+                *means,
+                *sinks,
+                *recents,
+                *diags,
+                _span(first, length, n_sink, n_recent, *segments),
+            ],
+            template=[*template, ("EXACT", cached is not None)],
             output_shapes=shapes,
             output_dtypes=[dtype] * 2,
             **_grid(n_vectors, [side.head_dim for side, _ in prepared]),
@@ -485,7 +525,34 @@ class MetalBackend:
                 return error
         return None
 
-    def _check_dequantize(self, sides, dtype):
+    def _check_restore(self, sides, dtype):
+        """Two sinks, packed tokens of two segments but the first ones, five recent ones."""
+        rng, counts, first, cached, wants = np.random.default_rng(0), (2, SEGMENT_STEP + 9, 5), 3, [], []
+        for i, (head_dim, bits, _, mean_kind) in enumerate(sides):
+            x = mx.array(rng.standard_normal((1, 2, sum(counts), head_dim)).astype(np.float32)).astype(dtype)
+            want = np.array(x.astype(mx.float32)).astype(np.float64)
+            middle, segment, means = slice(counts[0], counts[0] + counts[1]), ONE_SEGMENT if i else SEGMENT_STEP, None
+            packed = reference.quantize(want[:, :, middle], bits)
+            want[:, :, middle] = reference.dequantize(packed)
+            if mean_kind:
+                rows = rng.standard_normal((1, 2, 2, head_dim)).astype(np.float16)
+                want[:, :, middle] += rotation.unrotate(rows[:, :, np.arange(counts[1]) // segment])
+                means = mx.array(rows)
+            codes, scale = mx.array(packed.packed()), mx.array(packed.scale[..., None].astype(np.float16))
+            wants.append(np.delete(want, np.s_[counts[0] : counts[0] + first], axis=2))
+            cached.append(
+                CachedSide(x[:, :, :2], codes, scale, x[:, :, -5:], bits, head_dim, means, segment if means else 0)
+            )
+        prepared = [(side.packed(), True) for side in cached]
+        for got, want in zip(self._dequantize(prepared, first, counts[1] - first, dtype, 0, cached, counts), wants):
+            error = compare_vectors(np.array(got.astype(mx.float32)), want, dtype)
+            if error:
+                return error
+        return None
+
+    def _check_dequantize(self, sides, dtype, exact=False):
+        if exact:
+            return self._check_restore(sides, dtype)
         rng, prepared, wants = np.random.default_rng(0), [], []
         for head_dim, bits, in_kernel, has_mean in sides:
             mean = rng.standard_normal((1, 3, 1, head_dim)).astype(np.float32) if has_mean else None

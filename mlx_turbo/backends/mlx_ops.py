@@ -146,7 +146,7 @@ def _without_nan(v, gamma, weights):
 class CpuBackend:
     """MLX operations instead of kernels: for machines without Metal, and for those who ask for it."""
 
-    name, tiles_ahead = "cpu", 0
+    name, tiles_ahead, restores_past = "cpu", 0, True
 
     def describe(self):
         """What runs, for people: the backend, the device MLX uses, and the chip."""
@@ -165,6 +165,10 @@ class CpuBackend:
             x = unrotate(rows * scale.astype(mx.float32), seed)
             outs.append((x if side.mean is None else x + side.mean).astype(dtype))
         return outs
+
+    def restore(self, keys, values, counts, seed=0, first=0):
+        """No launch does both sides at once: restore.py restores them one by one."""
+        return None
 
     def read_rows(self, side, first, n):
         """For `tiled_attention`: levels as they lie in memory, and the scales, which go to logits and weights."""
