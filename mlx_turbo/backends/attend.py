@@ -1,16 +1,17 @@
 """Attention over the sides of a cache: which of three ways serves a call.
 
-fused     few query tokens (decode, drafts): the kernel reads the packed rows themselves
-restored  more query tokens (a prompt chunk over a packed past), or no kernel: the past is restored once, in the model's
-          dtype, and MLX's own attention does the rest. Restoring waits for the layer's queries, so one layer at a
-          time holds its past
-tiles     as restored, for a past that is larger than MAX_RESTORED_BYTES: tile by tile, in bounded memory
+fused     up to 16 query tokens (decode, drafts), where the backend has a kernel: it reads the packed rows themselves
+restored  more query tokens, a prompt chunk over a packed past: the past is restored once, in the model's dtype, and
+          MLX's own attention does the rest, at its speed and with its memory. Restoring waits for the layer's own
+          queries, so that the layers of a step do not all hold their past at once
+tiles     the rest: no kernel, or a past of more than MAX_RESTORED_BYTES; tile by tile, in bounded memory
 """
 
 import os
 
 import mlx.core as mx
 
+from .attend_launch import MAX_QUERY_TOKENS
 from .restore import restore
 from .select import get_backend
 from .tiled_attention import tiled_attention
@@ -56,7 +57,7 @@ def attend_sides(queries, keys, values, counts, *, scale, mask=None, sinks=None,
         if n_dead:
             options["mask"] = _mask_dead(mask, counts, n_dead, n_queries)
         return backend.attend(queries, keys, values, counts, seed=seed, **options)
-    if backend.restores_past and _restored_bytes(keys, values, counts) <= max_restored_bytes():
+    if n_queries > MAX_QUERY_TOKENS and _restored_bytes(keys, values, counts) <= max_restored_bytes():
         return _attend_restored(queries, keys, values, counts, backend, seed, n_dead, **options)
     if n_dead:
         options["mask"] = _mask_dead(mask, counts, n_dead, n_queries)

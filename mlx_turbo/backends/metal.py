@@ -541,7 +541,9 @@ class MetalBackend:
             codes, scale = mx.array(packed.packed()), mx.array(packed.scale[..., None].astype(np.float16))
             wants.append(np.delete(want, np.s_[counts[0] : counts[0] + first], axis=2))
             cached.append(
-                CachedSide(x[:, :, :2], codes, scale, x[:, :, -5:], bits, head_dim, means, segment if means else 0)
+                CachedSide(
+                    x[:, :, :2], codes, scale, x[:, :, -5:], bits, head_dim, means, 0 if means is None else segment
+                )
             )
         prepared = [(side.packed(), True) for side in cached]
         for got, want in zip(self._dequantize(prepared, first, counts[1] - first, dtype, 0, cached, counts), wants):

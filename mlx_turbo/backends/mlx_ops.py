@@ -146,7 +146,7 @@ def _without_nan(v, gamma, weights):
 class CpuBackend:
     """MLX operations instead of kernels: for machines without Metal, and for those who ask for it."""
 
-    name, tiles_ahead, restores_past = "cpu", 0, True
+    name, tiles_ahead = "cpu", 0
 
     def describe(self):
         """What runs, for people: the backend, the device MLX uses, and the chip."""

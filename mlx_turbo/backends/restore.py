@@ -3,6 +3,9 @@
 import mlx.core as mx
 
 from .rotate import unrotate
+from .sides import _exact_dtype
+
+SLICE_VALUES = 1 << 18  # numbers restored at a time where MLX operations do it
 
 
 def restore(keys, values, counts, backend, seed=0, first=0):
@@ -19,17 +22,22 @@ def restore(keys, values, counts, backend, seed=0, first=0):
 
 def _restore_side(side, counts, backend, seed, first):
     n_sink, n_packed, n_recent = counts
+    dtype = _exact_dtype(side, mx.float32)
     parts = [side.sink[:, :, :n_sink]] if n_sink else []
     if n_packed > first and not side.bits:
         parts.append(side.codes[:, :, first:n_packed])
     elif n_packed > first:
-        parts.append(_restore_packed(side, first, n_packed - first, backend, seed))
+        batch, n_kv_heads = side.codes.shape[:2]
+        step = n_packed if backend.tiles_ahead else max(SLICE_VALUES // (batch * n_kv_heads * side.head_dim), 64)
+        for at in range(first, n_packed, step):
+            parts.append(_restore_packed(side, at, min(step, n_packed - at), backend, seed, dtype))
+            if step < n_packed - first:
+                mx.eval(parts[-1])  # one after the other: MLX would hold several float32 copies of all at once
     parts += [side.recent[:, :, :n_recent]] if n_recent else []
     return mx.concatenate(parts, axis=2)
 
 
-def _restore_packed(side, first, n, backend, seed):
-    dtype = side.recent.dtype
+def _restore_packed(side, first, n, backend, seed, dtype):
     if side.means is None:
         return backend.dequantize([side.packed()], first, n, dtype, seed)[0]
     (x,) = backend.dequantize([side.packed()], first, n, mx.float32, seed)
