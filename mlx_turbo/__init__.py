@@ -15,8 +15,7 @@ from .integration.prompt_cache import describe, disable, enable, make_prompt_cac
 from .integration.prompt_cache_file import load_prompt_cache, save_prompt_cache
 from .integration.warming import warm
 from .quant.scheme import Scheme, TurboConfig
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "BackendError",

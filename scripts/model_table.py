@@ -3,9 +3,8 @@
 
     python scripts/model_table.py [--write]
 
-Needs the extra `test`. Builds each family small and random (tests/families.py) and looks at the caches it gets; the
-other cells are tests/families.py's, to which the tests hold every family. --write: into docs/models.md, in the place of
-the table there.
+Needs the extra `test`. Builds each family small and random (tests/support/families.py) and looks at the caches it gets;
+the other cells are that file's, and the tests hold every family to them. --write: replace the table in docs/models.md.
 """
 
 import argparse
@@ -24,19 +23,19 @@ PAGE = ROOT / "docs" / "models.md"
 def rows():
     """[[kinds of caches that are compressed, kinds that stay, a cell for each phase, families]], what compresses most
     and has the fewest exceptions first."""
-    import families
     from mlx_lm.models.cache import make_prompt_cache
+    from support import families
 
     from mlx_turbo import TurboConfig
     from mlx_turbo import make_prompt_cache as ours
-    from mlx_turbo.integration.prompt_cache import members, reports
+    from mlx_turbo.integration.prompt_cache import flatten_caches, reports
 
     found, config = collections.defaultdict(list), TurboConfig(recent=4, block=4)  # their windows have 16 tokens
     for name in (n for n in families.all_names() if n not in families.NOT_BUILT):
         model = families.build(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs, mine = members(make_prompt_cache(model)), reports(ours(model, config))
+            theirs, mine = flatten_caches(make_prompt_cache(model)), reports(ours(model, config))
         compressed = {type(c).__name__ for c, (_, _, _, why) in zip(theirs, mine) if why is None}
         kept = {f"{type(c).__name__}: {why}" for _, c, _, why in mine if why}
         compressed, kept = (", ".join(sorted(kinds)) or "nothing" for kinds in (compressed, kept))
@@ -49,7 +48,7 @@ def rows():
 
 def table():
     """The table in Markdown."""
-    import families
+    from support import families
 
     lines = ["| " + " | ".join(["Compressed", "Left as it is", *families.PHASES, "Families"]) + " |"]
     lines += ["|" + "---|" * (3 + len(families.PHASES))]

@@ -92,7 +92,7 @@ def remember_packing():
 
 replace(mlx_lm.utils.load, load)
 if what := os.environ.get("MLX_TURBO_IN_PLACE"):
-    prompt_cache.register()
+    prompt_cache.patch_mlx_lm()
     place, _, scheme = what.partition(" ")
     # they pack from the fourth token on: the tests' texts are short
     {"classes": put_classes_in_place, "function": put_function_in_place}[place](

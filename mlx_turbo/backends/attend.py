@@ -30,37 +30,32 @@ def max_restored_bytes():
     return int(given)
 
 
-def attend_sides(queries, keys, values, counts, *, scale, mask=None, sinks=None, seed=0, n_dead=0, backend=None):
+def attend_sides(queries, keys, values, counts, *, scale, mask=None, sinks=None, seed=0, n_evicted=0, backend=None):
     """softmax(scale * q k^T + mask) v over all tokens of a cache.
 
     queries: [B, n_heads, L, Dk]. keys, values: `CachedSide`. counts: (n_sink, n_packed, n_recent), the order of the
     tokens. mask: None, "causal" (the queries are the last L tokens), boolean or additive, broadcast to
-    [B, n_heads, L, N]; it knows nothing of the first n_dead packed tokens, which no query sees. sinks: [n_heads],
+    [B, n_heads, L, N]; it knows nothing of the first n_evicted packed tokens, which no query sees. sinks: [n_heads],
     logits without a value (gpt-oss).
 
     Returns [B, n_heads, L, Dv] in the queries' dtype. Raises ValueError for shapes that do not belong together.
     """
     batch, n_kv_heads = keys.recent.shape[:2]
-    if (
-        queries.ndim != 4
-        or queries.shape[0] != batch
-        or queries.shape[1] % n_kv_heads
-        or queries.shape[3] != keys.head_dim
-    ):
-        raise ValueError(
-            f"queries: got {tuple(queries.shape)}, expected [{batch}, a multiple of {n_kv_heads} heads, tokens, {keys.head_dim}]"
-        )
+    dims = queries.shape
+    if len(dims) != 4 or dims[0] != batch or dims[1] % n_kv_heads or dims[3] != keys.head_dim:
+        allowed = f"[{batch}, a multiple of {n_kv_heads} heads, tokens, {keys.head_dim}]"
+        raise ValueError(f"queries: got {tuple(dims)}, expected {allowed}")
     backend, n_queries = get_backend(backend), queries.shape[2]
     kinds = (keys.bits, keys.head_dim), (values.bits, values.head_dim)
     options = dict(scale=scale, mask=mask, sinks=sinks)
     if not backend.why_not_fused(*kinds, n_queries):
-        if n_dead:
-            options["mask"] = _mask_dead(mask, counts, n_dead, n_queries)
+        if n_evicted:
+            options["mask"] = _mask_evicted(mask, counts, n_evicted, n_queries)
         return backend.attend(queries, keys, values, counts, seed=seed, **options)
     if n_queries > MAX_QUERY_TOKENS and _restored_bytes(keys, values, counts) <= max_restored_bytes():
-        return _attend_restored(queries, keys, values, counts, backend, seed, n_dead, **options)
-    if n_dead:
-        options["mask"] = _mask_dead(mask, counts, n_dead, n_queries)
+        return _attend_restored(queries, keys, values, counts, backend, seed, n_evicted, **options)
+    if n_evicted:
+        options["mask"] = _mask_evicted(mask, counts, n_evicted, n_queries)
     return tiled_attention(
         queries, keys, values, counts, backend.read_rows, ahead=backend.tiles_ahead, seed=seed, **options
     )
@@ -71,9 +66,9 @@ def _restored_bytes(keys, values, counts):
     return batch * n_kv_heads * sum(counts) * (keys.head_dim + values.head_dim) * keys.recent.dtype.size
 
 
-def _attend_restored(queries, keys, values, counts, backend, seed, n_dead, *, scale, mask, sinks):
+def _attend_restored(queries, keys, values, counts, backend, seed, n_evicted, *, scale, mask, sinks):
     keys, values = (_behind(queries, side) for side in (keys, values))
-    k, v = restore(keys, values, counts, backend, seed, n_dead)
+    k, v = restore(keys, values, counts, backend, seed, n_evicted)
     dtype = queries.dtype if queries.dtype == k.dtype == v.dtype else mx.float32
     q, k, v = (a.astype(dtype) for a in (queries, k, v))
     if mask is not None and not isinstance(mask, str) and mask.dtype not in (mx.bool_, dtype):
@@ -91,16 +86,16 @@ def _behind(queries, side):
     return side._replace(codes=codes)
 
 
-def _mask_dead(mask, counts, n_dead, n_queries):
-    """`mask` over all tokens of the buffers, the first n_dead packed ones masked."""
+def _mask_evicted(mask, counts, n_evicted, n_queries):
+    """`mask` over all tokens of the buffers, the first n_evicted packed ones masked."""
     n_sink, n_tokens = counts[0], sum(counts)
     columns = mx.arange(n_tokens)
-    alive = (columns < n_sink) | (columns >= n_sink + n_dead)
+    alive = (columns < n_sink) | (columns >= n_sink + n_evicted)
     if mask is None:
         return alive
     if isinstance(mask, str):
         return alive & (columns <= mx.arange(n_tokens - n_queries, n_tokens)[:, None])
-    mask = mx.broadcast_to(mask, (*mask.shape[:-1], n_tokens - n_dead))
+    mask = mx.broadcast_to(mask, (*mask.shape[:-1], n_tokens - n_evicted))
     dead = False if mask.dtype == mx.bool_ else -float("inf")
-    dead = mx.full((*mask.shape[:-1], n_dead), dead, mask.dtype)
+    dead = mx.full((*mask.shape[:-1], n_evicted), dead, mask.dtype)
     return mx.concatenate([mask[..., :n_sink], dead, mask[..., n_sink:]], axis=-1)

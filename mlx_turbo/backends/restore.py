@@ -3,7 +3,6 @@
 import mlx.core as mx
 
 from .rotate import unrotate
-from .sides import _exact_dtype
 
 SLICE_VALUES = 1 << 18  # numbers restored at a time where MLX operations do it
 
@@ -22,7 +21,7 @@ def restore(keys, values, counts, backend, seed=0, first=0):
 
 def _restore_side(side, counts, backend, seed, first):
     n_sink, n_packed, n_recent = counts
-    dtype = _exact_dtype(side, mx.float32)
+    dtype = side.exact_dtype(mx.float32)
     parts = [side.sink[:, :, :n_sink]] if n_sink else []
     if n_packed > first and not side.bits:
         parts.append(side.codes[:, :, first:n_packed])

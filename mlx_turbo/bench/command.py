@@ -21,6 +21,7 @@ from ..backends.attend_launch import MAX_QUERY_TOKENS, attend_unsupported
 from ..backends.metal import MetalBackend
 from ..backends.sides import BackendError
 from ..cli.common import DEMO_MODEL, CliError, Parser, kv_config, load_model
+from ..quality.baselines import MLX_LM_BITS
 from . import contenders as contending
 from . import stages as kernel_stages
 from . import timing
@@ -192,9 +193,9 @@ def generate(argv, backends=None):
         dict.fromkeys(["none", *(args.kv or (["turbo4"] if args.quick else ["mlx8", "mlx4", "turbo4", "turbo8v4"]))])
     )
     try:
-        caches = {kv: None if kv in bench_generate.MLX_LM else kv_config(kv, args) for kv in names}
+        caches = {kv: None if kv in MLX_LM_BITS else kv_config(kv, args) for kv in names}
     except CliError as e:
-        quantized = f"; or {', '.join(bench_generate.MLX_LM)}: its quantized ones"
+        quantized = f"; or {', '.join(MLX_LM_BITS)} for its quantized ones"
         raise CliError(f"{e}{quantized if str(e).startswith('--kv:') else ''}") from e
     metal = not select.metal_unavailable()
     contexts = _chosen(args, "context", (512, 2048, 8192, 32768)[: 4 if metal else 2], (128, 384), 2)

@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..backends import select
 from ..backends.select import get_backend
 from ..cli.common import CliError, Parser
-from ..quality import plots
+from ..quality.style import PlotError, check_plot
 from ..quant.scheme import TurboConfig
 from . import contenders as contending
 from . import plots as bench_plots
@@ -42,8 +42,8 @@ def _check_output(args):
     for flag in ("html", "png"):
         if file := getattr(args, flag):
             try:
-                plots.check_plot(file, f".{flag}")
-            except plots.PlotError as e:
+                check_plot(file, f".{flag}")
+            except PlotError as e:
                 raise CliError(f"--{flag}: {e}") from e
 
 

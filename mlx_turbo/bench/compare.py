@@ -4,8 +4,8 @@ import json
 import textwrap
 from pathlib import Path
 
-from ..cli.common import CliError, _one_line
-from . import timing
+from ..cli.common import CliError, describe_error
+from ..cli.provenance import command_line
 from .common import _parser, complain
 from .rows import describe_row
 from .tables import heading
@@ -21,7 +21,7 @@ def _read(name, file):
     try:
         document = json.loads(Path(file).read_text())
     except (OSError, ValueError) as e:
-        raise CliError(f"{name}: cannot read {file!r}: {_one_line(e)}") from e
+        raise CliError(f"{name}: cannot read {file!r}: {describe_error(e)}") from e
     document = document if isinstance(document, dict) else {}
     fields, rows = KEYS.get(str(document.get("benchmark"))), document.get("rows")
     rows = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else [{}]
@@ -103,7 +103,7 @@ def compare(argv):
             json.dumps(
                 {
                     "benchmark": a["benchmark"],
-                    "command": timing.command(["compare", *argv]),
+                    "command": command_line(["bench", "compare", *argv]),
                     **{letter: {k: v for k, v in d.items() if k != "rows"} for letter, d in (("a", a), ("b", b))},
                     "different": different,
                     "rows": rows,

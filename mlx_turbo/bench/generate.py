@@ -13,25 +13,26 @@ import time
 import mlx.core as mx
 import numpy as np
 
-from ..cli.common import _nbytes
-from ..integration.prompt_cache import describe, make_prompt_cache, members, reports
+from ..cli.common import cache_nbytes
+from ..integration.prompt_cache import describe, flatten_caches, make_prompt_cache, reports
 from ..quality import metrics
+from ..quality.baselines import MLX_LM_BITS, MLX_LM_GROUP_SIZE, make_plain_cache
 from . import contenders as contending
 from . import timing
 
 CHECK_TOKENS = 8
 WRONG_NATS = 1.0  # a KL divergence beyond is no compression but a fault: turbo2 moves the embedded model by 0.01
-MLX_LM = {"mlx8": 8, "mlx4": 4}  # mlx-lm's own quantized caches
 
 
 def make_cache(model, kv, config):
     """(prompt cache, options of mlx_lm.generate.generate_step). kv: "none", "mlx8", "mlx4" or a scheme's name; config:
     the TurboConfig of a scheme, else None."""
-    from mlx_lm.models.cache import make_prompt_cache as plain
-
     if config is not None:
         return make_prompt_cache(model, config), {}
-    return plain(model), {"kv_bits": MLX_LM[kv], "kv_group_size": 64, "quantized_kv_start": 0} if kv in MLX_LM else {}
+    if kv not in MLX_LM_BITS:
+        return make_plain_cache(model), {}
+    options = {"kv_bits": MLX_LM_BITS[kv], "kv_group_size": MLX_LM_GROUP_SIZE, "quantized_kv_start": 0}
+    return make_plain_cache(model), options
 
 
 def run_once(model, prompt, n_tokens, kv, config):
@@ -50,7 +51,7 @@ def run_once(model, prompt, n_tokens, kv, config):
         "peak_bytes": mx.get_peak_memory(),
         "resident_bytes": mx.get_active_memory(),
     }
-    return out | {"cache_bytes": sum(_nbytes(c) for c in members(cache))}
+    return out | {"cache_bytes": sum(cache_nbytes(c) for c in flatten_caches(cache))}
 
 
 def decode_steps(model, prompt, forced, kv, config):

@@ -8,27 +8,10 @@ import io
 import json
 import textwrap
 
-COLORS = {
-    "uncompressed": "#222222",
-    "none": "#222222",
-    "mlx-lm 8 bit": "#c05a00",
-    "mlx8": "#c05a00",
-    "mlx-lm 4 bit": "#f0a030",
-    "mlx4": "#f0a030",
-    "turbo4": "#0050c8",
-    "turbo8v4": "#00a0a0",
-    "turbo3": "#6a3fc0",
-    "turbo2": "#c040a0",
-}
-OTHERS = ("#508020", "#a03030", "#407090", "#807020")
+from ..quality.style import BLUE, GRAY, NAMES, ORANGE, PALE_BLUE, RED, color, open_frame
+
 LINES = {"CPU fallback": (0, (4, 2)), "simulated Metal": (0, (1, 1))}  # Metal and MLX: solid
 RATIO = "x: over uncompressed; bold: best"
-NAMES = {"none": "uncompressed", "mlx8": "mlx-lm 8 bit", "mlx4": "mlx-lm 4 bit"}
-
-
-def color(name, names):
-    others = [n for n in names if n not in COLORS]
-    return COLORS.get(name) or OTHERS[others.index(name) % len(OTHERS)]
 
 
 def write(document, kind, file):
@@ -128,9 +111,9 @@ def _figure(document, title, n_panels, subtitle):
     y = 1 - 0.38 / height
     figure.text(0.03, y, title, fontsize=17, weight="bold")
     for text, style in [
-        *((t, dict(fontsize=12, weight="bold", color="#0050c8")) for t in headlines(document)),
-        *((t, dict(fontsize=11, weight="bold", color="#c00000")) for t in shown),
-        (subtitle, dict(fontsize=9, color="#555555")),
+        *((t, dict(fontsize=12, weight="bold", color=BLUE)) for t in headlines(document)),
+        *((t, dict(fontsize=11, weight="bold", color=RED)) for t in shown),
+        (subtitle, dict(fontsize=9, color=GRAY)),
     ]:
         y -= 0.27 / height
         figure.text(0.03, y, text, **style)
@@ -139,12 +122,12 @@ def _figure(document, title, n_panels, subtitle):
         f"mlx-turbo {machine['mlx_turbo']} ({document['commit'] or 'installed'}), MLX {machine['mlx']}, "
         f"mlx-lm {machine['mlx-lm']}, {document['date'][:10]}"
     )
-    figure.text(0.03, 0.2 / height, f"{document['command']}    {versions}", fontsize=8, color="#555555")
+    figure.text(0.03, 0.2 / height, f"{document['command']}    {versions}", fontsize=8, color=GRAY)
     axes = list(axes.flat)
     for ax in axes[n_panels:]:
         ax.remove()
     for ax in axes[:n_panels]:
-        ax.spines[["top", "right"]].set_visible(False)
+        open_frame(ax)
         ax.grid(alpha=0.25)
     return figure, axes
 
@@ -179,7 +162,7 @@ def _label_ends(ax, ends):
 
 
 def _lines(ax, rows, x, value, key, label, names, best, band=None):
-    """One line per key(row); returns what `_label_ends` writes at their ends. best: min or max. band(row): (low, high)."""
+    """One line per key(row). Returns what `_label_ends` writes at their ends. best: min or max; band: (low, high)."""
     series, ends = {}, []
     for row in rows:
         series.setdefault(key(row), []).append(row)
@@ -250,7 +233,7 @@ def kernels_figure(document):
     if not attention or not packing:
         for ax in axes[:4]:
             ax.set_axis_off()
-        axes[0].text(0, 0.5, "Too much failed to plot the rest: see the rows.", color="#c00000")
+        axes[0].text(0, 0.5, "Too much failed to plot the rest: see the rows.", color=RED)
         return figure
 
     ax = axes[0]
@@ -308,7 +291,7 @@ def _roofline(ax, rows, document, head_dim, n_queries, label, names):
         (0.02, 0.97),
         xycoords="axes fraction",
         fontsize=8.5,
-        color="#666666",
+        color=GRAY,
         va="top",
     )
     for x, y, r in points:
@@ -344,7 +327,7 @@ def _packing_bars(ax, rows, names):
             if r["name"].startswith("turbo")
             else f"{r['operation']}  {r['name']}  (MLX)",
             r["gb_per_s"],
-            color(r["name"], names) if r["name"].startswith("turbo") else "#f0a030",
+            color(r["name"], names) if r["name"].startswith("turbo") else ORANGE,
         )
         for r in sorted(rows, key=lambda r: (r["operation"] == "quantize", r["gb_per_s"]))
     ]
@@ -373,7 +356,7 @@ def _stages(ax, ablation):
     full = row["seconds"]["full"]
     stages = list(row["seconds"].items())[::-1]
     values = [100 * seconds / full for _, seconds in stages]
-    ax.barh(range(len(stages)), values, color=["#0050c8" if s == "full" else "#9db9e8" for s, _ in stages])
+    ax.barh(range(len(stages)), values, color=[BLUE if s == "full" else PALE_BLUE for s, _ in stages])
     ax.set_yticks([])
     for i, (value, (stage, seconds)) in enumerate(zip(values, stages)):
         name = "the whole kernel" if stage == "full" else stage

@@ -7,7 +7,6 @@ that rotates, so that a machine that gets slower slows all of them. Rounds go on
 """
 
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
+
+from ..cli.provenance import provenance
 
 WARM_UP_SECONDS = 1.0  # GPU clocks ramp up within it
 SAMPLE_SECONDS = 0.01  # so long, by more calls: the floor of one evaluation is then a small part
@@ -170,21 +171,12 @@ def measure_machine(metal, effort, n_bytes=COPY_BYTES):
 
 
 # ---- facts that stand beside every figure ----------------------------------------------------------------------
-def _output(*command, cwd=None):
+def _output(*command):
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=cwd)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def commit():
-    """The commit of the checkout that runs, "+" behind it if files differ; None for an installed package."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    head = _output("git", "rev-parse", "--short=12", "HEAD", cwd=folder)
-    return head and head + ("+" if _output("git", "status", "--porcelain", "-uno", cwd=folder) else "")
 
 
 def power():
@@ -201,23 +193,14 @@ def power():
     return {name: " ".join(text.split()) for name, text in {**notes, "mode": ", ".join(modes)}.items() if text}
 
 
-def command(argv):
-    """`mlx-turbo bench` as it was called, without the user's name: it is sent to us."""
-    return shlex.join(["mlx-turbo", "bench", *argv]).replace(str(Path.home()), "~")
-
-
 def header(what, argv, backend):
     """The start of every document: what ran, where, and how it was called."""
-    from ..cli.provenance import machine
-
     return {
         "benchmark": what,
         "format": 1,
-        "command": command(argv),
-        "commit": commit(),
+        **provenance(["bench", *argv]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "backend": backend,
-        "machine": machine(),
         "power": power(),
         "method": {
             "warm_up_seconds": WARM_UP_SECONDS,

@@ -1,11 +1,11 @@
-"""`mlx-turbo doctor`: what is installed, what would run, and whether the kernels agree with the oracle."""
+"""`mlx-turbo doctor`: what is installed, which backend runs, and whether its kernels agree with the reference."""
 
 import json
 import math
 import os
-import sys
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,17 +14,30 @@ from tqdm import tqdm
 from ..backends import select
 from ..backends.attend_launch import SEGMENT_STEP
 from ..backends.select import get_backend
-from ..backends.self_test import ATTEND_TOLERANCE, TOLERANCE, compare_quantized, compare_vectors
-from ..backends.sides import ONE_SEGMENT, BackendError, CachedSide, PackedSide, QuantizeSide
+from ..backends.self_test import (
+    attend_tolerance,
+    compare_quantized,
+    compare_vectors,
+    packed_side,
+    random_array,
+    random_cached_side,
+    reference_rows,
+    relative_error,
+    restored_tokens,
+    to_float64,
+    too_large,
+)
+from ..backends.sides import ONE_SEGMENT, BackendError, QuantizeSide
 from ..cache.view import KVView
 from ..integration import attention
-from ..quant import reference, rotation
+from ..quant import reference
+from .common import Parser, print_message
 from .provenance import machine
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 160, 192, 256, 512, 576)
 ATTEND_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 BITS = (2, 3, 4, 8)
-# two sides in one launch: ((head_dim, bits, mean), ...); 192/128 and 512/64 are keys and values of MLA models
+# two sides in one launch: ((head_dim, bits, has mean), ...); 192/128 and 512/64 are keys and values of MLA models
 PAIRS = (
     ((128, 4, False), (128, 4, False)),
     ((128, 8, True), (128, 4, False)),
@@ -34,65 +47,68 @@ PAIRS = (
     ((80, 4, False), (80, 3, False)),
 )
 BATCH, N_KV_HEADS = 2, 3
-ONE_LAUNCH, TWO_LAUNCHES = 90, 1100  # tokens, sink and recent ones included: attention takes so many launches
+ONE_LAUNCH, TWO_LAUNCHES = 90, 1100  # tokens, sink and recent included, for which attention takes one launch or two
 
 
 class Check(NamedTuple):
-    """One launch to compare with the oracle. sides: one or two of (head_dim, bits, has mean)."""
+    """One launch to compare with the reference. sides: one or two of (head_dim, bits, has mean)."""
 
     operation: str
-    sides: tuple
+    sides: tuple[tuple[int, int, bool], ...]
     dtype: mx.Dtype
     n_tokens: int
 
     @property
-    def group(self):
+    def group(self) -> str:
+        """The line of the summary that counts this check."""
         sides = "keys and values, " if len(self.sides) == 2 else ""
-        return f"{self.operation}, {sides}{_dtype_name(self.dtype)}"
+        return f"{self.operation}, {sides}{dtype_name(self.dtype)}"
 
-    def __str__(self):
+    def __str__(self) -> str:
         sides = " and ".join(f"head_dim {d}, {b} bits{', mean' if m else ''}" for d, b, m in self.sides)
-        return f"{self.operation} {sides}, {_dtype_name(self.dtype)}, {self.n_tokens} tokens"
+        return f"{self.operation} {sides}, {dtype_name(self.dtype)}, {self.n_tokens} tokens"
 
 
 class AttendCheck(NamedTuple):
-    """Attention over one cache to compare with the oracle. keys, values: (bits, head_dim). n_tokens: 4 sink, the
-    packed ones, 20 recent. mask: None, "causal", "boolean" or "additive". means: packed tokens are relative to some."""
+    """Attention over one cache to compare with the reference. keys, values: (bits, head_dim). n_tokens: 4 sink, the
+    packed ones, 20 recent. mask: None, "causal", "boolean" or "additive". means: packed tokens are centered."""
 
-    keys: tuple
-    values: tuple
+    keys: tuple[int, int]
+    values: tuple[int, int]
     heads_per_kv_head: int
     n_queries: int
     n_tokens: int
-    mask: str
+    mask: str | None
     sinks: bool
     means: bool
     dtype: mx.Dtype
 
     @property
-    def group(self):
-        return f"attend, {_dtype_name(self.dtype)}"
+    def group(self) -> str:
+        """The line of the summary that counts this check."""
+        return f"attend, {dtype_name(self.dtype)}"
 
-    def __str__(self):
+    def __str__(self) -> str:
         sides = " and ".join(
             f"{name} of head_dim {d}, {b} bits" for name, (b, d) in (("keys", self.keys), ("values", self.values))
         )
         return (
             f"attend {sides}, {self.heads_per_kv_head} heads per kv head, {self.n_queries} query tokens, "
             f"{self.n_tokens} tokens, mask {self.mask}, sinks {self.sinks}, means {self.means}, "
-            f"{_dtype_name(self.dtype)}"
+            f"{dtype_name(self.dtype)}"
         )
 
 
-def _dtype_name(dtype):
+def dtype_name(dtype: mx.Dtype) -> str:
+    """ "float16", not "mlx.core.float16"."""
     return str(dtype).removeprefix("mlx.core.")
 
 
 class Model(NamedTuple):
-    """What models that people run ask of the kernels: heads as published, a scheme that `auto` may come to.
+    """What a widely used model asks of the kernels: its heads as published, and key bits that `auto` may choose.
 
-    n_tokens: for one launch or for two. means: keys and values are centred. n_drafts: the number of tokens of a
-    draft model that are verified besides."""
+    n_tokens: for one launch or for two. means: keys and values are centered. n_drafts: the number of draft tokens
+    verified in one step."""
 
     names: str
     head_dim: int
@@ -105,8 +121,8 @@ class Model(NamedTuple):
     sinks: bool = False
 
 
-# Each head_dim with each of the keys' bits; values have 4, as in turbo4, turbo8v4 and auto. docs/compiling.md
-# shows them.
+# Each head_dim with each width of keys; values have 4 bits, as in turbo4, turbo8v4 and auto. docs/compiling.md lists
+# them.
 MODELS = (
     Model("Llama 3 8B, Mistral 7B", 128, 4, mx.float16, 4, ONE_LAUNCH),
     Model("Qwen3 8B", 128, 4, mx.bfloat16, 4, TWO_LAUNCHES, n_drafts=3),
@@ -121,13 +137,16 @@ MODELS = (
 )
 
 
-def quick_checks():
+AnyCheck = Check | AttendCheck
+
+
+def quick_checks() -> list[AnyCheck]:
     """What MODELS need: packing, restoring, and decode attention with one launch and with two."""
-    checks = []
+    checks: list[AnyCheck] = []
     for model in MODELS:
         bits = [b for b in (model.key_bits, 4) if b]
         packed = tuple((model.head_dim, b, model.means) for b in bits)
-        # keys with means are packed alone, by segment (cache.py); their rows are restored without the means
+        # keys with means are packed alone, by segment (cache/centering.py); their rows are restored without the means
         checks += [
             Check("quantize", sides, model.dtype, 37)
             for sides in (((side,) for side in packed) if model.means else (packed,))
@@ -150,9 +169,13 @@ def quick_checks():
     return list(dict.fromkeys(checks))
 
 
-def all_checks():
-    """The quick ones; then every head dim and bits in bfloat16; all dtypes at 64 and 128, with and without mean;
-    two sides."""
+def all_checks() -> list[AnyCheck]:
+    """The quick ones, then every kernel: `_packing_checks` and `_attention_checks`."""
+    return list(dict.fromkeys([*quick_checks(), *_packing_checks(), *_attention_checks()]))
+
+
+def _packing_checks() -> list[Check]:
+    """Every head_dim and bit width in bfloat16; all dtypes at 64 and 128, with and without mean; two sides."""
     checks = []
     for operation in ("quantize", "dequantize"):
         single = [(d, b, (i + j) % 2 == 0, mx.bfloat16) for i, d in enumerate(HEAD_DIMS) for j, b in enumerate(BITS)]
@@ -163,14 +186,19 @@ def all_checks():
             for dtype in (mx.float16, mx.float32)
             for mean in (False, True)
         ]
-        # 1 token: decoding; 37: no multiple of any tile
+        # 1 token: decoding; 37: not a multiple of any tile
         checks += [
             Check(operation, ((d, b, mean),), dtype, 1 if i % 5 == 0 else 37)
             for i, (d, b, mean, dtype) in enumerate(single)
         ]
         checks += [Check(operation, pair, dtype, 37) for pair in PAIRS for dtype in (mx.bfloat16, mx.float32)]
-    # every head dim with three schemes, every scheme at 64 and 128; short caches take one launch, long ones two, a
-    # prompt chunk of 40 tokens goes tile by tile
+    return checks
+
+
+def _attention_checks() -> list[AttendCheck]:
+    """Every head_dim with three schemes, every scheme at 64 and 128. Short caches take one launch, long ones two; a
+    prompt chunk of 40 tokens goes tile by tile."""
+    checks = []
     masks, groups = (None, "causal", "boolean", "additive"), (1, 4, 8, 5, 2)
     combinations = [(bits, (d, d)) for d in ATTEND_HEAD_DIMS for bits in ((4, 4), (8, 4), (3, 2))]
     combinations += [((k, v), (d, d)) for d in (64, 128) for k in (0, *BITS) for v in (0, *BITS) if k or v]
@@ -189,7 +217,7 @@ def all_checks():
                 (mx.bfloat16, mx.float16, mx.float32)[i % 7 % 3],
             )
         )
-    # many rows, which share decoded tiles, with their queries in threadgroup memory or, from 48 on, elsewhere
+    # many rows, which share decoded tiles; queries are in threadgroup memory or, from 48 rows on, in device memory
     for keys, values, heads, n_queries in (
         ((4, 128), (4, 128), 4, 6),
         ((8, 128), (4, 128), 8, 16),
@@ -197,10 +225,10 @@ def all_checks():
         ((4, 576), (4, 512), 16, 2),
     ):
         checks.append(AttendCheck(keys, values, heads, n_queries, ONE_LAUNCH, "causal", False, True, mx.bfloat16))
-    return list(dict.fromkeys(quick_checks() + checks))
+    return checks
 
 
-def _vectors(rng, n_tokens, head_dim):
+def _vectors(rng: np.random.Generator, n_tokens: int, head_dim: int) -> np.ndarray:
     """Like a model's keys, float32 [B, H, n_tokens, head_dim]: some large dims. The last vector is zero."""
     x = rng.standard_normal((BATCH, N_KV_HEADS, n_tokens, head_dim))
     x[..., :: head_dim // 4] *= 20
@@ -208,37 +236,19 @@ def _vectors(rng, n_tokens, head_dim):
     return x.astype(np.float32)
 
 
-def _mean(rng, head_dim, has_mean):
+def _mean(rng: np.random.Generator, head_dim: int, has_mean: bool) -> np.ndarray | None:
     return rng.standard_normal((BATCH, N_KV_HEADS, 1, head_dim)).astype(np.float32) if has_mean else None
 
 
-def _to_mlx(x):
-    return None if x is None else mx.array(x)
-
-
-def _cached_side(rng, bits, head_dim, n_tokens, dtype, segment):
-    """A `CachedSide` of random tokens, and what it restores to, float64. segment: 0 for no means."""
-    x = mx.array(rng.standard_normal((1, 2, n_tokens, head_dim)).astype(np.float32)).astype(dtype)
-    restored = np.array(x.astype(mx.float32)).astype(np.float64)
-    codes, scale, means, n_packed = x[:, :, 4:-20], None, None, n_tokens - 24
-    if bits:
-        packed = reference.quantize(restored[:, :, 4:-20], bits)
-        restored[:, :, 4:-20] = reference.dequantize(packed)
-        if segment:
-            means = rng.standard_normal((1, 2, -(-n_packed // segment), head_dim)).astype(np.float16)
-            restored[:, :, 4:-20] += rotation.unrotate(means[:, :, np.arange(n_packed) // segment])
-        codes, scale = mx.array(packed.packed()), mx.array(packed.scale[..., None].astype(np.float16))
-    parts = [None if a is None else mx.contiguous(a) for a in (x[:, :, :4], codes, scale, x[:, :, -20:])]
-    return CachedSide(*parts, bits, head_dim, _to_mlx(means), segment), restored
-
-
-def _run_attend_check(check, backend):
-    rng = np.random.default_rng(0)
-    keys, k = _cached_side(rng, *check.keys, check.n_tokens, check.dtype, check.means * SEGMENT_STEP)
-    values, v = _cached_side(rng, *check.values, check.n_tokens, check.dtype, check.means * ONE_SEGMENT)
+def _run_attend_check(check: AttendCheck, backend: Any) -> tuple[str | None, float]:
+    rng, counts = np.random.default_rng(0), (4, check.n_tokens - 24, 20)
+    keys, values = (
+        random_cached_side(rng, (1, 2, head_dim), counts, bits, check.dtype, check.means * segment)
+        for (bits, head_dim), segment in ((check.keys, SEGMENT_STEP), (check.values, ONE_SEGMENT))
+    )
     shape = (1, 2 * check.heads_per_kv_head, check.n_queries)
-    queries = mx.array(rng.standard_normal((*shape, check.keys[1])).astype(np.float32)).astype(check.dtype)
-    mask = check.mask
+    queries = random_array(rng, (*shape, check.keys[1]), check.dtype)
+    mask: str | np.ndarray | None = check.mask
     if mask == "boolean":
         mask = rng.random((1, 1, check.n_queries, check.n_tokens)) < 0.7
     elif mask == "additive":
@@ -247,7 +257,6 @@ def _run_attend_check(check, backend):
     if check.sinks:
         sinks = np.array(mx.array(rng.standard_normal(shape[1])).astype(check.dtype).astype(mx.float32))
     options = dict(scale=check.keys[1] ** -0.5)
-    counts = 4, check.n_tokens - 24, 20
     got = attention.attend(
         queries,
         KVView(keys, values, counts, 0, None, 0),
@@ -256,57 +265,65 @@ def _run_attend_check(check, backend):
         mask=mask if mask is None or isinstance(mask, str) else mx.array(mask),
         sinks=None if sinks is None else mx.array(sinks).astype(check.dtype),
     )
-    got = np.array(got.astype(mx.float32))
-    want = reference.attention(np.array(queries.astype(mx.float32)), k, v, mask=mask, sinks=sinks, **options)
-    error = float(np.abs(got - want).max() / np.abs(want).max())
-    allowed = ATTEND_TOLERANCE[check.keys[0]] + (check.dtype != mx.float32) * TOLERANCE[check.dtype]
-    return None if error <= allowed else f"relative error {error:.1e}, allowed is {allowed:.0e}", error
+    restored = (restored_tokens(side, counts) for side in (keys, values))
+    want = reference.attention(to_float64(queries), *restored, mask=mask, sinks=sinks, **options)
+    error = relative_error(to_float64(got), want)
+    return too_large(error, attend_tolerance(check.keys[0], check.dtype)), error
 
 
-def run_check(check, backend):
+def run_check(check: AnyCheck, backend: Any) -> tuple[str | None, float]:
     """(what is wrong or None, the largest relative error) of one check. Raises what the backend raises.
 
-    The error is that of the scales for quantize, of the vectors (by their largest number) for dequantize, of the
-    output (by its largest number) for attend.
+    The error is that of the scales for quantize, of the vectors (relative to their largest number) for dequantize, of
+    the output (relative to its largest number) for attend.
     """
     if isinstance(check, AttendCheck):
         return _run_attend_check(check, backend)
+    run = _run_quantize_check if check.operation == "quantize" else _run_dequantize_check
+    problems, worst = run(check, backend)
+    return next(filter(None, problems), None), worst
+
+
+def _run_quantize_check(check: Check, backend: Any) -> tuple[Sequence[str | None], float]:
     rng, seed = np.random.default_rng(0), len(check.sides) - 1
     sides, wants, problems, worst = [], [], [], 0.0
-    if check.operation == "quantize":
-        for head_dim, bits, has_mean in check.sides:
-            # as a model's projection leaves them: [B, L, H, D] in memory
-            x = mx.array(_vectors(rng, check.n_tokens, head_dim).swapaxes(1, 2))
-            x = x.astype(check.dtype).swapaxes(1, 2)
-            mean = _mean(rng, head_dim, has_mean)
-            sides.append(QuantizeSide(x, bits, _to_mlx(mean)))
-            wants.append(reference.quantize(np.array(x.astype(mx.float32)), bits, rotation=seed, mean=mean))
-        for (codes, scale), want in zip(backend.quantize(sides, seed), wants, strict=True):
-            codes, scale = np.array(codes), np.array(scale)
-            problems.append(compare_quantized(codes, scale, want))
-            error = np.abs(scale[..., 0].astype(np.float64) - want.scale) / np.maximum(want.scale, 1e-30)
-            worst = max(worst, float(error.max()))
-    else:
-        first = 3  # of a buffer with more room, as in a cache
-        for head_dim, bits, has_mean in check.sides:
-            x = _vectors(rng, check.n_tokens + first + 2, head_dim)
-            want = reference.quantize(x, bits, rotation=seed, mean=_mean(rng, head_dim, has_mean))
-            wants.append(reference.dequantize(want)[:, :, first : first + check.n_tokens])
-            scale = mx.array(want.scale[..., None].astype(np.float16))
-            sides.append(PackedSide(mx.array(want.packed()), scale, bits, head_dim, _to_mlx(want.mean)))
-        outs = backend.dequantize(sides, first, check.n_tokens, check.dtype, seed)
-        for got, want in zip(outs, wants, strict=True):
-            if got.dtype != check.dtype:
-                problems.append(f"got {got.dtype}")
-            got = np.array(got.astype(mx.float32))
-            problems.append(compare_vectors(got, want, check.dtype))
-            error = np.abs(got - want).max(-1) / np.maximum(np.abs(want).max(-1), 1e-30)
-            worst = max(worst, float(error.max()))
-    problems = [p for p in problems if p]
-    return (problems[0] if problems else None), worst
+    for head_dim, bits, has_mean in check.sides:
+        # as a model's projection leaves them: [B, L, H, D] in memory
+        x = mx.array(_vectors(rng, check.n_tokens, head_dim).swapaxes(1, 2))
+        x = x.astype(check.dtype).swapaxes(1, 2)
+        mean = _mean(rng, head_dim, has_mean)
+        sides.append(QuantizeSide(x, bits, None if mean is None else mx.array(mean)))
+        wants.append(reference_rows(sides[-1], seed))
+    for (codes, scale), want in zip(backend.quantize(sides, seed), wants, strict=True):
+        codes, scale = np.array(codes), np.array(scale)
+        problems.append(compare_quantized(codes, scale, want))
+        error = np.abs(scale[..., 0].astype(np.float64) - want.scale) / np.maximum(want.scale, 1e-30)
+        worst = max(worst, float(error.max()))
+    return problems, worst
 
 
-def _why(choice):
+def _run_dequantize_check(check: Check, backend: Any) -> tuple[Sequence[str | None], float]:
+    rng, seed = np.random.default_rng(0), len(check.sides) - 1
+    sides, wants, worst = [], [], 0.0
+    problems: list[str | None] = []
+    first = 3  # row of a buffer with spare room, as in a cache
+    for head_dim, bits, has_mean in check.sides:
+        x = _vectors(rng, check.n_tokens + first + 2, head_dim)
+        rows = reference.quantize(x, bits, rotation=seed, mean=_mean(rng, head_dim, has_mean))
+        wants.append(reference.dequantize(rows)[:, :, first : first + check.n_tokens])
+        sides.append(packed_side(rows))
+    outs = backend.dequantize(sides, first, check.n_tokens, check.dtype, seed)
+    for got, want in zip(outs, wants, strict=True):
+        if got.dtype != check.dtype:
+            problems.append(f"got {got.dtype}, expected {check.dtype}")
+        got = np.array(got.astype(mx.float32))
+        problems.append(compare_vectors(got, want, check.dtype))
+        error = np.abs(got - want).max(-1) / np.maximum(np.abs(want).max(-1), 1e-30)
+        worst = max(worst, float(error.max()))
+    return problems, worst
+
+
+def _why(choice: str | None) -> str:
     if choice:
         return f"--backend {choice}"
     if os.environ.get("MLX_TURBO_BACKEND"):
@@ -315,24 +332,25 @@ def _why(choice):
 
 
 # ---- the command -------------------------------------------------------------------------------------------
-def _parser():
-    from .common import Parser
-
+def _build_parser() -> Parser:
     parser = Parser(
         prog="mlx-turbo doctor",
-        description="Prints versions, device and backend, builds the kernels that widely used models need and "
-        "compares each with the NumPy oracle. Exit code 1 on any disagreement or build error.",
+        description="Print versions, device and backend, build the kernels that widely used models need, and compare "
+        "each with the NumPy reference. The exit code is 1 if a kernel disagrees or does not build.",
     )
-    parser.add_argument("--all", action="store_true", help="every kernel: over 300 to build, minutes")
-    parser.add_argument("--backend", choices=["metal", "cpu"], help="check this one (default: the one that is used)")
-    parser.add_argument("--json", action="store_true", help="JSON instead of text")
-    parser.add_argument("--verbose", action="store_true", help="a line for every check")
+    parser.add_argument("--all", action="store_true", help="check every kernel (over 300, takes minutes)")
+    parser.add_argument("--backend", choices=["metal", "cpu"], help="backend to check (default: the one in use)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--verbose", action="store_true", help="print a line for every check")
     return parser
 
 
-def _examine(checks, backend, say, verbose):
+def _examine(
+    checks: Sequence[AnyCheck], backend: Any, say: Callable[..., None], verbose: bool
+) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str]]]:
     """Run the checks. Returns groups (name -> {"checks", "failed", "worst"}) and [(check, problem)]."""
-    groups, failures = {}, []
+    groups: dict[str, dict[str, Any]] = {}
+    failures: list[tuple[str, str]] = []
     # None: on a terminal only
     for check in tqdm(checks, "building and checking", unit="kernel", leave=False, disable=verbose or None):
         try:
@@ -350,9 +368,9 @@ def _examine(checks, backend, say, verbose):
     return groups, failures
 
 
-def _say_failures(failures, say):
-    """Each failed check by name; a compiler's message that many share is printed once."""
-    by_detail = {}
+def _say_failures(failures: list[tuple[str, str]], say: Callable[..., None]) -> None:
+    """Each failed check by name; a compiler message shared by several is printed once."""
+    by_detail: dict[str, list[tuple[str, str]]] = {}
     for check, problem in failures:
         head, _, detail = problem.partition("\n")
         by_detail.setdefault(detail, []).append((check, head))
@@ -363,20 +381,42 @@ def _say_failures(failures, say):
             say(detail)
 
 
-def main(argv=None, backend=None):
-    """Run the command; returns its exit code. backend: check this object instead of the one in use."""
-    args = _parser().parse_args(argv)
+def _verdict(n_failed: int, n_checks: int, n_all: int, with_all: bool, where: str) -> str:
+    if n_failed:
+        return (
+            f"NOT OK: {n_failed} of {max(n_checks, 1)} checks ({n_all} with --all) failed on {where}. Please report "
+            "this with the output above."
+        )
+    if with_all:
+        return f"OK: all {n_checks} checks agree with the reference on {where}"
+    return (
+        f"OK: {n_checks} of {n_all} checks agree with the reference on {where} (what widely used models need; --all "
+        "also runs the rest)"
+    )
+
+
+def _print_json(report: dict[str, Any]) -> None:
+    for group in report["groups"].values():
+        group["worst"] = group["worst"] if math.isfinite(group["worst"]) else None  # JSON has no infinity
+    print(json.dumps(report, indent=2))
+
+
+def main(argv: Sequence[str] | None = None, backend: Any = None) -> int:
+    """Run the command; returns its exit code. backend: the object to check instead of the backend in use."""
+    args = _build_parser().parse_args(argv)
     tic = time.perf_counter()
 
-    def say(line=""):
+    def say(line: str = "") -> None:
         if not args.json:
             print(line, flush=True)
 
     facts = machine()
     for name, value in facts.items():
         say(f"{name}: {value}")
-    why = "given by the caller" if backend else _why(args.backend)
-    warnings, groups, failures = [], {}, []
+    why = "passed by the caller" if backend else _why(args.backend)
+    warnings: list[str] = []
+    groups: dict[str, dict[str, Any]] = {}
+    failures: list[tuple[str, str]] = []
     try:
         backend = backend or get_backend(args.backend)
     except BackendError as e:
@@ -386,7 +426,7 @@ def main(argv=None, backend=None):
     if backend and mx.metal.is_available() and backend.name != "metal":
         warnings.append(f"THIS MACHINE HAS METAL, BUT IT IS NOT USED: {why}")
         say(f"\n*** {warnings[0]} ***")
-        print(f"mlx-turbo: warning: {warnings[0]}", file=sys.stderr)
+        print_message(f"warning: {warnings[0]}")
     say()
     checks, n_all = (all_checks() if args.all else quick_checks()), len(all_checks())
     if backend:
@@ -397,35 +437,20 @@ def main(argv=None, backend=None):
     _say_failures(failures, say)
     n_checks, seconds = sum(g["checks"] for g in groups.values()), time.perf_counter() - tic
     if args.json:
-        for group in groups.values():
-            group["worst"] = group["worst"] if math.isfinite(group["worst"]) else None  # JSON has no infinity
-        print(
-            json.dumps(
-                {
-                    "ok": not failures,
-                    "machine": facts,
-                    "warnings": warnings,
-                    "seconds": round(seconds, 3),
-                    "backend": {"name": getattr(backend, "name", None), "description": description, "why": why},
-                    "checks": n_checks,
-                    "checks_with_all": n_all,
-                    "groups": groups,
-                    "failures": [{"check": check, "problem": problem} for check, problem in failures],
-                },
-                indent=2,
-            )
+        _print_json(
+            {
+                "ok": not failures,
+                "machine": facts,
+                "warnings": warnings,
+                "seconds": round(seconds, 3),
+                "backend": {"name": getattr(backend, "name", None), "description": description, "why": why},
+                "checks": n_checks,
+                "checks_with_all": n_all,
+                "groups": groups,
+                "failures": [{"check": check, "problem": problem} for check, problem in failures],
+            }
         )
-    if failures:
-        say(
-            f"\nNOT OK: {len(failures)} of {max(n_checks, 1)} checks ({n_all} with --all) failed on "
-            f"{description}, {seconds:.1f} s. Please report this with the output above."
-        )
-        return 1
-    how_many = f"all {n_checks}" if args.all else f"{n_checks} of {n_all}"
-    say(
-        f"\nOK: {how_many} checks agree with the oracle on {description}, {seconds:.1f} s"
-        + ("" if args.all else " (what widely used models need; --all runs the rest too)")
-    )
-    for warning in warnings:
+    say("\n" + _verdict(len(failures), n_checks, n_all, args.all, f"{description}, {seconds:.1f} s"))
+    for warning in warnings if not failures else ():
         say(f"*** {warning} ***")
-    return 0
+    return 1 if failures else 0

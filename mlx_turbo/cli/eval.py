@@ -1,16 +1,17 @@
 """`mlx-turbo eval`: perplexity, KL divergence, agreement and recall of caches, against the uncompressed one."""
 
 import argparse
+import functools
 import importlib
 import json
 import logging
 import re
-import shlex
-import subprocess
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from tqdm import tqdm
@@ -18,39 +19,42 @@ from tqdm import tqdm
 from ..backends.select import get_backend, use_backend
 from ..integration.prompt_cache import describe, make_prompt_cache, reports
 from ..quality import metrics, needles, plots
+from ..quality.baselines import MLX_LM_BITS, make_plain_cache, make_quantized_cache, why_not_quantized
+from ..quality.style import PlotError, check_plot
+from ..quant.scheme import TurboConfig
 from .common import (
     DEMO_MODEL,
     CliError,
     Parser,
-    _complain,
-    _one_line,
-    _warn_beyond_context,
     add_cache_arguments,
+    describe_error,
     kv_config,
     load_model,
+    print_message,
+    warn_beyond_context,
 )
-from .provenance import machine
+from .provenance import provenance
 
 DEFAULT_KV = ("mlx8", "mlx4", "turbo8v4", "turbo4", "turbo3", "turbo2")
-MLX_GROUP = 64  # numbers that share a scale in mlx-lm's QuantizedKVCache, its default
 NEEDLE_CHUNK = 128
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
 TEXT_TYPES = (".txt", ".jsonl", ".parquet")
 NOTE = f"""\
-resident: 8 * bytes of the caches' buffers / numbers held, at the measured length. Exact tokens and the scales of
-  mlx8 and mlx4 are in --dtype.
-at 32K: the same caches with {metrics.PROJECTED_TOKENS:,} tokens in a 16-bit model: (packed * room for the packed
-  tokens + 16 * (sink + recent + block)) / {metrics.PROJECTED_TOKENS:,}.
-packed: of one packed number in a 16-bit model, scales included."""
+resident: 8 * bytes of the cache's buffers / numbers held, at the measured length. Exact tokens and the scales of
+  mlx8 and mlx4 are stored in --dtype.
+at 32K: the same cache with {metrics.PROJECTED_TOKENS:,} tokens of a 16-bit model: (packed * capacity for packed tokens
+  + 16 * (sink + recent + block)) / {metrics.PROJECTED_TOKENS:,}.
+packed: for one packed number of a 16-bit model, scales included."""
 
 
-def _parser():
+def build_parser() -> Parser:
+    """The parser of `mlx-turbo eval`."""
     parser = Parser(
         prog="mlx-turbo eval",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Perplexity of a text, and how far the model's output moves from the uncompressed cache's: KL\n"
-        "divergence (nats per token) and how often the likeliest token is the same. The text passes\n"
-        "through the cache in chunks, so all but the newest tokens come from it.",
+        description="Perplexity of a text, and how far the model's output moves from that with an uncompressed cache:\n"
+        "KL divergence (nats per token) and how often the most likely token is the same. The text passes\n"
+        "through the cache in chunks, so that all but the newest tokens are read back from it.",
         epilog="Bits per number (bits/value) in the table:\n" + NOTE,
     )
     add = parser.add_argument
@@ -60,13 +64,13 @@ def _parser():
         help="a file (.txt, .jsonl, .parquet) or a dataset on the Hugging Face Hub, owner/name or "
         "owner/name/file (default: held-out stories of the demo model)",
     )
-    add("--tokens", type=int, default=2048, metavar="N", help="per window, at most so many (default: 2048)")
+    add("--tokens", type=int, default=2048, metavar="N", help="maximum number of tokens per window (default: 2048)")
     add(
         "--windows",
         type=int,
         default=1,
         metavar="N",
-        help="so many windows of the text, each read with fresh caches; two or more give the KL divergence a "
+        help="number of windows of the text, each read with fresh caches; with two or more, the KL divergence gets a "
         "standard error (default: 1)",
     )
     add("--chunk", type=int, default=32, metavar="N", help="tokens per step (default: 32)")
@@ -74,8 +78,8 @@ def _parser():
         "--dtype",
         choices=["float32", "bfloat16", "float16", "model"],
         default="float32",
-        help="of the model's parameters, 'model': as they are (default: float32; bfloat16 noise alone is a KL "
-        "divergence of about 0.003)",
+        help="dtype of the model's parameters; 'model' leaves them as they are (default: float32; the rounding of "
+        "bfloat16 alone is a KL divergence of about 0.003)",
     )
     add(
         "--needles",
@@ -88,25 +92,25 @@ def _parser():
         nargs="+",
         default=[512, 1024, 2048],
         metavar="N",
-        help="tokens of a document (default: 512 1024 2048)",
+        help="document lengths in tokens (default: 512 1024 2048)",
     )
     add(
         "--needle-documents",
         type=int,
         default=10,
         metavar="N",
-        help="per length (default: 10, so that a fact is a point)",
+        help="documents per length (default: 10; with 10 facts each, a fact is one percent)",
     )
-    add("--needle-facts", type=int, default=10, metavar="N", help="in each document (default: 10)")
-    add("--json", action="store_true", help="JSON instead of a table")
-    add("--png", metavar="FILE", help="also a picture: KL divergence against bits per number")
-    add("--quiet", action="store_true", help="no progress bar (there is none either where stderr is no terminal)")
+    add("--needle-facts", type=int, default=10, metavar="N", help="facts per document (default: 10)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--png", metavar="FILE", help="also write a plot of KL divergence against bits per number")
+    add("--quiet", action="store_true", help="no progress bar (there is none either if stderr is not a terminal)")
     group = add_cache_arguments(parser)
     group.add_argument(
         "--kv-block",
         type=int,
         metavar="N",
-        help="exact tokens beyond --kv-recent are packed when so many have gathered (default: 64)",
+        help="number of exact tokens beyond --kv-recent that are packed together (default: 64)",
     )
     group.add_argument(
         "--kv",
@@ -120,7 +124,7 @@ def _parser():
 
 
 # ---- the text ------------------------------------------------------------------------------------------------
-def read_text(source):
+def read_text(source: str) -> tuple[str, str]:
     """(text, its name) of a file, or of a dataset on the Hugging Face Hub. Raises CliError."""
     path = Path(source)
     hub = HUB_ID.fullmatch(source) if not path.exists() else None
@@ -137,12 +141,12 @@ def read_text(source):
             texts = [path.read_text(encoding="utf-8")]
         return "\n\n".join(texts), name
     except (KeyError, TypeError) as e:
-        raise CliError(f"--text: {name!r} has no field 'text', or one that is no text") from e
+        raise CliError(f"--text: {name!r} has no field 'text', or one that does not hold text") from e
     except (OSError, ValueError) as e:
-        raise CliError(f"--text: cannot read {str(path)!r}: {_one_line(e)}") from e
+        raise CliError(f"--text: cannot read {str(path)!r}: {describe_error(e)}") from e
 
 
-def _parquet_texts(path):
+def _parquet_texts(path: Path) -> list[str]:
     try:
         from pyarrow import parquet
     except ImportError as e:
@@ -152,20 +156,20 @@ def _parquet_texts(path):
     return parquet.read_table(path, columns=["text"])["text"].to_pylist()
 
 
-def _from_hub(repo, file):
-    """A dataset's file as (local path, name): the named one, else its test or validation split."""
+def _from_hub(repo: str, file: str | None) -> tuple[Path, str]:
+    """A file of a dataset as (local path, name): the one named, else its test or validation split."""
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
         if file is None:
-            there = sorted(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset"))
-            texts = [f for f in there if f.endswith(TEXT_TYPES)]
+            available = sorted(huggingface_hub.HfApi().list_repo_files(repo, repo_type="dataset"))
+            texts = [f for f in available if f.endswith(TEXT_TYPES)]
             splits = [f for split in ("test", "valid") for f in texts if split in f.rsplit("/", 2)[-1]]
             if not splits:
                 raise CliError(
-                    f"--text: {repo!r} has no test or validation split as {', '.join(TEXT_TYPES)}; name "
-                    f"a file, {repo}/FILE: it has {', '.join(texts or there) or 'none'}"
+                    f"--text: {repo!r} has no test or validation split in {', '.join(TEXT_TYPES)}; name "
+                    f"a file, {repo}/FILE; it has {', '.join(texts or available) or 'none'}"
                 )
             file = splits[0]
         return Path(huggingface_hub.hf_hub_download(repo, file, repo_type="dataset")), f"{repo}/{file}"
@@ -173,22 +177,23 @@ def _from_hub(repo, file):
         raise CliError(f"--text: {repo!r} is not in the Hugging Face cache, and the Hub cannot be reached") from e
     except errors.EntryNotFoundError as e:
         raise CliError(
-            f"--text: no file here is called '{repo}/{file}', and the dataset {repo!r} on the Hugging Face "
+            f"--text: there is no local file '{repo}/{file}', and the dataset {repo!r} on the Hugging Face "
             f"Hub has no {file!r}"
         ) from e
     except errors.RepositoryNotFoundError as e:
         raise CliError(
-            f"--text: {repo!r} is neither a file here nor a dataset on the Hugging Face Hub (or it is private or gated)"
+            f"--text: {repo!r} is neither a local file nor a dataset on the Hugging Face Hub "
+            "(or it is private or gated)"
         ) from e
-    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: httpx and requests, by way of huggingface_hub
-        raise CliError(f"--text: cannot get {repo!r} from the Hugging Face Hub: {_one_line(e)}") from e
+    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: httpx and requests, raised through huggingface_hub
+        raise CliError(f"--text: cannot get {repo!r} from the Hugging Face Hub: {describe_error(e)}") from e
 
 
-def _windows(tokenizer, text, n_tokens, n_windows):
-    """The first windows of a text, lists of n_tokens tokens; one shorter window if the text is shorter than that."""
+def first_windows(tokenizer: Any, text: str, n_tokens: int, n_windows: int) -> list[list[int]]:
+    """The first n_windows windows of a text, n_tokens tokens each; a single shorter one if the text is shorter."""
     wanted, n_chars = n_tokens * n_windows, 8 * n_tokens * n_windows
     tokens = tokenizer.encode(text[:n_chars])
-    while len(tokens) <= wanted and n_chars < len(text):  # encode no more of a large file than it takes
+    while len(tokens) <= wanted and n_chars < len(text):  # encode no more of a large file than necessary
         n_chars *= 4
         tokens = tokenizer.encode(text[:n_chars])
     full = [tokens[i * n_tokens : (i + 1) * n_tokens] for i in range(min(n_windows, len(tokens) // n_tokens))]
@@ -196,82 +201,46 @@ def _windows(tokenizer, text, n_tokens, n_windows):
 
 
 # ---- the caches ----------------------------------------------------------------------------------------------
-def _mlx_bits(name):
-    if not name.startswith("mlx"):
-        return None
-    if name not in ("mlx8", "mlx4"):
-        raise CliError(f"--kv: got {name!r}, mlx-lm's own quantized cache is mlx8 or mlx4")
-    return int(name[3:])
+MakeCache = Callable[[], list[Any]]
 
 
-def _why_not_quantized(model):
-    """Why mlx-lm's QuantizedKVCache cannot serve this model, or None. Reads one token."""
-    from mlx_lm.models.cache import KVCache
-    from mlx_lm.models.cache import make_prompt_cache as make_plain_cache
-
-    caches = make_plain_cache(model)
-    if others := sorted({type(c).__name__ for c in caches} - {KVCache.__name__}):
-        return f"mlx-lm quantizes only models whose caches are all a plain KVCache, this one has {', '.join(others)}"
-    mx.eval(model(mx.array([[0]]), cache=caches))
-    dims = sorted({a.shape[-1] for c in caches for a in (c.keys, c.values)})
-    if wrong := [d for d in dims if d % MLX_GROUP]:
-        return f"mlx-lm quantizes groups of {MLX_GROUP}, and head_dim {wrong[0]} is not a multiple of that"
-    return None
-
-
-def _make_caches(model, args):
+def make_caches(model: Any, args: argparse.Namespace) -> dict[str, MakeCache]:
     """name -> function that makes a prompt cache: "none" first, then those of --kv. Raises CliError."""
-    from mlx_lm.models.cache import QuantizedKVCache
-    from mlx_lm.models.cache import make_prompt_cache as make_plain_cache
-
-    made, why_not = {"none": lambda: make_plain_cache(model)}, None
+    made: dict[str, MakeCache] = {"none": lambda: make_plain_cache(model)}
+    why_not = None
     for name, config in _configs(args).items():
         if config is not None:
-            made[name] = lambda config=config: make_prompt_cache(model, config)
+            made[name] = functools.partial(make_prompt_cache, model, config)
             continue
-        why_not = why_not or _why_not_quantized(model)
+        why_not = why_not or why_not_quantized(model)
         if why_not and args.kv:
             raise CliError(f"--kv: {name}: {why_not}")
         if why_not:
-            _complain(f"warning: left out {name}: {why_not}")
+            print_message(f"warning: skipping {name}: {why_not}")
         else:
-            made[name] = lambda bits=_mlx_bits(name): [QuantizedKVCache(MLX_GROUP, bits) for _ in model.layers]
+            made[name] = functools.partial(make_quantized_cache, model, name)
     return made
 
 
-def _configs(args):
+def _configs(args: argparse.Namespace) -> dict[str, TurboConfig | None]:
     """--kv as name -> TurboConfig, None for mlx-lm's quantized cache. Raises CliError."""
-    configs = {}
+    configs: dict[str, TurboConfig | None] = {}
     for name in args.kv or DEFAULT_KV:
-        config = None if _mlx_bits(name) else kv_config(name, args)
+        if name.startswith("mlx") and name not in MLX_LM_BITS:
+            raise CliError(f"--kv: got {name!r}; mlx-lm's own quantized cache is {' or '.join(MLX_LM_BITS)}")
+        config = None if name in MLX_LM_BITS else kv_config(name, args)
         if config is not None and args.kv_block is not None:
             try:
                 config = replace(config, block=args.kv_block)
             except ValueError as e:
                 raise CliError(f"--kv-{e}") from e
-        if name != "none":  # it is what the others are compared with
+        if name != "none":  # the others are compared with it anyway
             configs[name] = config
     return configs
 
 
 # ---- what was measured ---------------------------------------------------------------------------------------
-def provenance(argv):
-    """What a figure must be read with: versions, machine, command line, and the commit in a checkout (else None)."""
-    root, commit = Path(__file__).resolve().parents[2], None
-    if (root / ".git").exists():
-        try:
-            commit = subprocess.run(
-                ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            pass
-    return {"command": shlex.join(["mlx-turbo", *argv]), "commit": commit, "machine": machine()}
-
-
-def _row(name, measured, cache, baseline):
+def _row(name: str, measured: dict[str, Any], cache: list[Any], baseline: dict[str, Any]) -> dict[str, Any]:
     row = {
         "kv": name,
         **measured,
@@ -287,12 +256,19 @@ def _row(name, measured, cache, baseline):
     return row
 
 
-def _recall_rows(model, tokenizer, text, make_caches, args, progress):
+def _recall_rows(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    caches: dict[str, MakeCache],
+    args: argparse.Namespace,
+    progress: Callable[[int], Any],
+) -> list[dict[str, Any]]:
     """Needles: a row per cache and length."""
     rows = []
     for length in args.needle_lengths:
         documents = needles.needle_documents(text, tokenizer, length, args.needle_documents, args.needle_facts)
-        for name, make in make_caches.items():
+        for name, make in caches.items():
             right = [
                 needles.recalls(model, tokenizer, document, make, NEEDLE_CHUNK, progress=progress)
                 for document in documents
@@ -312,11 +288,12 @@ def _recall_rows(model, tokenizer, text, make_caches, args, progress):
     return rows
 
 
-def _bits(value):
+def _bits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _print_tables(report):
+def print_tables(report: dict[str, Any]) -> None:
+    """Print a report as tables."""
     about = report["provenance"]
     print(
         f"{report['model']}, {report['windows']} x {report['tokens']} tokens of {report['text']} in chunks of "
@@ -335,14 +312,14 @@ def _print_tables(report):
             f"{_bits(row['resident_bits_per_value_32k']):>9}{_bits(row['packed_bits_per_value']):>9}"
         )
     print(f"\n{NOTE}")
-    if needles := report.get("needles"):
-        n = needles[0]["questions"]
-        print(f"\nRecalled of {n} numbers hidden in each length of text, in % (depth 0: its start)\n")
-        depths = len(needles[0]["by_depth"])
+    if recalled := report.get("needles"):
+        n = recalled[0]["questions"]
+        print(f"\nRecalled of {n} numbers hidden in texts of each length, in % (depth 0: start of the text)\n")
+        depths = len(recalled[0]["by_depth"])
         print(
             f"{'kv':<10}{'length':>7}{'all':>7}   depth" + "".join(f"{(i + 0.5) / depths:>6.2f}" for i in range(depths))
         )
-        for row in needles:
+        for row in recalled:
             print(
                 f"{row['kv']:<10}{row['length']:>7}{100 * row['accuracy']:>7.1f}{'':>8}"
                 + "".join(f"{100 * share:>6.0f}" for share in row["by_depth"])
@@ -360,7 +337,7 @@ def _print_tables(report):
     print(f"Command: {about['command']}")
 
 
-def _plot(report, file):
+def _plot(report: dict[str, Any], file: str) -> None:
     points = [
         (
             row["kv"],
@@ -381,58 +358,89 @@ def _plot(report, file):
         f"{report['windows']} x {report['tokens']:,} tokens of {report['text']}, read in chunks of {report['chunk']}, "
         f"{report['dtype']}",
         f"Made by mlx-turbo eval {version} on {report['backend']}, {facts['chip']}; mlx {facts['mlx']}, mlx-lm "
-        f"{facts['mlx-lm']}. Bits: exact tokens counted at 16 bits. Bars: standard error over windows. "
+        f"{facts['mlx-lm']}. Bits: exact tokens counted at 16 bits. Bars: standard error over the windows. "
         f"Command: {about['command']}",
     )
 
 
 # ---- the command ---------------------------------------------------------------------------------------------
-def _check(args):
+def _check(args: argparse.Namespace) -> None:
+    """Raise CliError for what is wrong with the arguments, before anything is loaded."""
     for name, least in (("tokens", 2), ("windows", 1), ("chunk", 1), ("needle_documents", 1), ("needle_facts", 1)):
         if getattr(args, name) < least:
             raise CliError(
-                f"--{name.replace('_', '-')}: got {getattr(args, name)}, allowed are whole numbers from {least} on"
+                f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected a whole number of at least {least}"
             )
     if args.png:
         try:
-            plots.check_plot(args.png)
-        except plots.PlotError as e:
+            check_plot(args.png)
+        except PlotError as e:
             raise CliError(f"--png: {e}") from e
     _configs(args)
 
 
-def main(argv):
-    """Run the command; returns its exit code."""
-    args, tic = _parser().parse_args(argv), time.perf_counter()
-    _check(args)
-    text, text_name = read_text(args.text or str(DEMO_MODEL / "stories.txt"))
+def _check_needles(text: str, tokenizer: Any, args: argparse.Namespace) -> None:
+    for length in args.needle_lengths:
+        try:
+            needles.needle_documents(text, tokenizer, length, 1, args.needle_facts)
+        except ValueError as e:
+            name, _, rest = str(e).partition(":")
+            flag = {"length": "needle-lengths", "n_facts": "needle-facts"}.get(name, name)
+            raise CliError(f"--{flag}:{rest}") from e
+
+
+def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     load = importlib.import_module("mlx_lm.utils").load
-    model, tokenizer = load_model(load, args.model or DEMO_MODEL, "--model")
+    model, tokenizer, *_ = load_model(load, args.model or DEMO_MODEL, "--model")
     if args.dtype != "model":
         model.set_dtype(getattr(mx, args.dtype))
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
-    windows = _windows(tokenizer, text, args.tokens, args.windows)
+    return model, tokenizer
+
+
+def _read_windows(tokenizer: Any, text: str, text_name: str, args: argparse.Namespace) -> list[list[int]]:
+    """`first_windows`, checked. Raises CliError for a text that is too short to measure."""
+    windows = first_windows(tokenizer, text, args.tokens, args.windows)
     if len(windows[0]) < 2:
         raise CliError(f"--text: {text_name!r} has {len(windows[0])} tokens, at least 2 are needed")
     if len(windows) < args.windows:
-        _complain(f"warning: the text has only {len(windows)} of {args.windows} windows of {args.tokens} tokens")
-    _warn_beyond_context(model, max([len(windows[0])] + args.needle_lengths * args.needles), 0)
+        print_message(f"warning: the text has only {len(windows)} of {args.windows} windows of {args.tokens} tokens")
+    return windows
+
+
+def _measure(
+    model: Any, tokenizer: Any, windows: list[list[int]], filler: str, args: argparse.Namespace
+) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """`metrics.compare` of all caches, and the rows of needles or None. Prints each warning once."""
+    with warnings.catch_warnings(record=True) as caught:
+        caches = make_caches(model, args)
+        n_steps = sum(len(w) - 1 for w in windows)
+        with tqdm(total=n_steps, desc="text", unit=" tokens", disable=args.quiet or None) as bar:
+            results = metrics.compare(model, windows, caches, args.chunk, bar.update)
+        recalled = None
+        if args.needles:
+            total = sum(args.needle_lengths) * args.needle_documents * len(caches)
+            with tqdm(total=total, desc="needles", unit=" tokens", disable=args.quiet or None) as bar:
+                recalled = _recall_rows(model, tokenizer, filler, caches, args, bar.update)
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print_message(f"warning: {message}")
+    return results, recalled
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    args, tic = build_parser().parse_args(argv), time.perf_counter()
+    _check(args)
+    text, text_name = read_text(args.text or str(DEMO_MODEL / "stories.txt"))
+    model, tokenizer = _load_model(args)
+    windows = _read_windows(tokenizer, text, text_name, args)
+    warn_beyond_context(model, max([len(windows[0])] + args.needle_lengths * args.needles), 0)
     filler = text.replace(tokenizer.eos_token or "\0", "\n")
     if args.needles:
         _check_needles(filler, tokenizer, args)
-    with use_backend(args.backend), warnings.catch_warnings(record=True) as caught:
-        make_caches = _make_caches(model, args)
-        n_steps = sum(len(w) - 1 for w in windows)
-        with tqdm(total=n_steps, desc="text", unit=" tokens", disable=args.quiet or None) as bar:
-            results = metrics.compare(model, windows, make_caches, args.chunk, bar.update)
-        needles = None
-        if args.needles:
-            total = sum(args.needle_lengths) * args.needle_documents * len(make_caches)
-            with tqdm(total=total, desc="needles", unit=" tokens", disable=args.quiet or None) as bar:
-                needles = _recall_rows(model, tokenizer, filler, make_caches, args, bar.update)
+    with use_backend(args.backend):
+        results, recalled = _measure(model, tokenizer, windows, filler, args)
         backend = get_backend().describe()
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        _complain(f"warning: {message}")
     report = {
         "model": args.model or "embedded demo model",
         "text": text_name,
@@ -447,27 +455,19 @@ def main(argv):
     }
     for row in report["results"][1:]:
         if row.get("packed") == 0:
-            _complain(f"warning: {row['kv']} packed nothing in {report['tokens']} tokens: what was measured is exact")
-    if needles:
-        report["needles"] = needles
+            print_message(
+                f"warning: {row['kv']} packed nothing in {report['tokens']} tokens, so what was measured is exact"
+            )
+    if recalled:
+        report["needles"] = recalled
     report["seconds"] = round(time.perf_counter() - tic, 1)
     if args.png:
         try:
             _plot(report, args.png)
-        except plots.PlotError as e:
-            _complain(f"warning: --png: {e}")
+        except PlotError as e:
+            print_message(f"warning: --png: {e}")
     if args.json:
         print(json.dumps(report, indent=2))
     else:
-        _print_tables(report)
+        print_tables(report)
     return 0
-
-
-def _check_needles(text, tokenizer, args):
-    for length in args.needle_lengths:
-        try:
-            needles.needle_documents(text, tokenizer, length, 1, args.needle_facts)
-        except ValueError as e:
-            name, _, rest = str(e).partition(":")
-            flag = {"length": "needle-lengths", "n_facts": "needle-facts"}.get(name, name)
-            raise CliError(f"--{flag}:{rest}") from e

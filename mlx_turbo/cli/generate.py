@@ -1,26 +1,29 @@
-"""`mlx-turbo generate`: mlx-lm's program with a compressed cache."""
+"""`mlx-turbo generate`: mlx_lm.generate's own main() with compressed caches, then a report of what they hold."""
 
+import argparse
 import importlib
 import logging
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from ..backends.select import use_backend
 from .common import (
     DEMO_PROMPT,
     CliError,
     TurboProgram,
-    _replaced,
-    _tokens_before,
-    _warn_beyond_context,
     add_program_arguments,
+    cached_tokens,
     describe_model_argument,
+    patched_attributes,
     refuse_kv_bits,
     report_lines,
     use_demo_model,
+    warn_beyond_context,
 )
 
 
-def _generate_parser(module):
+def _build_parser(module: Any) -> argparse.ArgumentParser:
     parser = module.setup_arg_parser()
     parser.set_defaults(prompt=None)
     add_program_arguments(parser, "generate", module)
@@ -28,15 +31,15 @@ def _generate_parser(module):
     return parser
 
 
-def generate(argv):
-    """`mlx-turbo generate`: mlx_lm.generate's own main() with our caches, then what they hold."""
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
     module = importlib.import_module("mlx_lm.generate")  # a plain import gives the function
-    parser = _generate_parser(module)
+    parser = _build_parser(module)
     args = parser.parse_args(argv)
     program = TurboProgram(module, args)
     refuse_kv_bits(program)
     if args.max_tokens < -1 or args.max_tokens == 0:
-        raise CliError(f"--max-tokens: got {args.max_tokens}, allowed are positive numbers, and -1 for no limit")
+        raise CliError(f"--max-tokens: got {args.max_tokens}, expected a positive number, or -1 for no limit")
     if demo := args.model is None and args.prompt_cache_file is None:
         use_demo_model(args)
     if args.prompt is None:
@@ -45,18 +48,18 @@ def generate(argv):
 
     def checked_generate(model, tokenizer, prompt, **kwargs):
         if len(prompt) == 0:
-            raise CliError("--prompt: is empty")
-        before = _tokens_before(kwargs.get("prompt_cache") or [])
-        _warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
+            raise CliError("--prompt: the prompt is empty")
+        before = cached_tokens(kwargs.get("prompt_cache") or [])
+        warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
         return original(model, tokenizer, prompt, **kwargs)
 
-    parser.parse_args = lambda: args
-    # its warning about a long prompt speaks of "indexing errors", which MLX does not have; ours is below
+    setattr(parser, "parse_args", lambda: args)
+    # its warning about a long prompt speaks of "indexing errors", which MLX does not have; ours is above
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     with (
         use_backend(args.backend) as backend,
         program.installed(),
-        _replaced(module, setup_arg_parser=lambda: parser, generate=checked_generate),
+        patched_attributes(module, setup_arg_parser=lambda: parser, generate=checked_generate),
     ):
         module.main()
         out = sys.stdout if args.verbose else sys.stderr

@@ -1,7 +1,7 @@
-"""`mlx-turbo plan`: how many tokens fit into a memory size with each scheme, and how much memory so many tokens take.
+"""`mlx-turbo plan`: how many tokens fit in a given amount of memory with each scheme, or how much memory tokens take.
 
-It reads a model's configuration only. mlx-lm's own model is built from it without memory (MLX is lazy: nothing is
-evaluated, and the parameters are one zero, broadcast) and called once, so that the shapes are those its caches really
+It reads only a model's configuration. mlx-lm's own model is built from it without memory (MLX is lazy: nothing is
+evaluated, and each parameter is one zero, broadcast) and called once, so that the shapes are those its caches really
 have, whatever the family. What a compressed cache takes is measured on a TurboKVCache with one head.
 """
 
@@ -12,18 +12,21 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..backends.select import use_backend
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
+from ..integration.prompt_cache import flatten_caches
 from ..integration.prompt_cache import make_prompt_cache as make_compressed_cache
-from ..integration.prompt_cache import members
-from .common import DEMO_MODEL, CliError, Parser, _one_line, _why_not_loaded, kv_config
+from ..quant.scheme import TurboConfig
+from .common import DEMO_MODEL, CliError, Parser, describe_error, explain_load_error, kv_config, tree_nbytes
 
 SCHEMES = ("none", "turbo8v4", "turbo4", "turbo3", "turbo2")
-FEW = 8  # tokens that fill states of constant size: convolutions, n-grams
+FEW = 8  # tokens that fill every state of constant size: convolutions, n-grams
 STEP = 256  # tokens by which mlx-lm's caches and ours grow
 UNITS = {
     "": 1,
@@ -37,17 +40,20 @@ UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-MOST_TOKENS = 2**40  # more than this counts as no limit
+MOST_TOKENS = 2**40  # if that many fit, there is no limit
 
 
 # ---- the model's configuration and weights ----------------------------------------------------------------------
-def read_config(name, download=None):
+def read_config(
+    name: str | Path, download: Callable[[str, str], str] | None = None
+) -> tuple[dict[str, Any], int | None, str | None]:
     """(config, bytes of the weights or None, where those come from) of a folder or a Hugging Face id.
 
-    Of the Hub only config.json and the index of the weights are read. download: in the place of
-    huggingface_hub.hf_hub_download. Raises CliError where there is no configuration to read.
+    Only config.json and the index of the weights are read from the Hub. download: replaces
+    huggingface_hub.hf_hub_download. Raises CliError if there is no configuration to read.
     """
-    folder = Path(name)
+    folder, weights, source = Path(name), None, None
+    file: str | Path
     try:
         if folder.exists():
             file = folder / "config.json" if folder.is_dir() else folder
@@ -57,14 +63,14 @@ def read_config(name, download=None):
             file, weights, source = _from_hub(str(name), download)
         config = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        why = _one_line(e) if folder.exists() else _why_not_loaded(name, e)
+        why = describe_error(e) if folder.exists() else explain_load_error(name, e)
         raise CliError(f"--model: {f'cannot read the configuration of {str(name)!r}: ' * folder.exists()}{why}") from e
     if not isinstance(config, dict) or "model_type" not in config:
-        raise CliError(f"--model: {str(file)!r} has no 'model_type', so it is not the configuration of a model")
+        raise CliError(f"--model: {str(file)!r} has no 'model_type', so it is not a model configuration")
     return config, weights or None, source if weights else None
 
 
-def _from_hub(name, download):
+def _from_hub(name: str, download: Callable[[str, str], str] | None) -> tuple[str, int | None, str | None]:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -74,17 +80,18 @@ def _from_hub(name, download):
         index = json.loads(Path(download(name, "model.safetensors.index.json")).read_text(encoding="utf-8"))
         return file, index["metadata"]["total_size"], "index"
     except (OSError, ValueError, KeyError, TypeError, errors.HfHubHTTPError):
-        pass  # one file of weights has no index
+        pass  # weights in a single file have no index
     try:
-        files = huggingface_hub.HfApi().model_info(name, files_metadata=True).siblings
+        files = huggingface_hub.HfApi().model_info(name, files_metadata=True).siblings or ()
         sizes = [f.size or 0 for f in files if f.rfilename.startswith("model") and f.rfilename.endswith(".safetensors")]
         return file, sum(sizes), "Hub"
-    except Exception:  # whatever its HTTP library raises: without sizes they are computed
+    except Exception:  # whatever the HTTP library raises: without sizes, they are computed
         return file, None, None
 
 
-def build(config):
-    """mlx-lm's model for a configuration, its parameters one zero each and nothing evaluated: it takes no memory.
+def build(config: dict[str, Any]) -> Any:
+    """mlx-lm's model for a configuration. Each parameter is one broadcast zero and nothing is evaluated, so it takes no
+    memory.
 
     Raises CliError for a configuration that mlx-lm cannot build a model from.
     """
@@ -97,7 +104,8 @@ def build(config):
         model = model_class(args_class.from_dict(copy.deepcopy(config)))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, NotImplementedError) as e:
         raise CliError(
-            f"--model: mlx-lm cannot build a {config['model_type']!r} model from this configuration: {_one_line(e)}"
+            f"--model: mlx-lm cannot build a {config['model_type']!r} model from this configuration: "
+            f"{describe_error(e)}"
         ) from e
 
     def zero(x):
@@ -109,7 +117,7 @@ def build(config):
     return model
 
 
-def _dtype(config):
+def _dtype(config: dict[str, Any]) -> Any:
     import mlx.core as mx
 
     text = config.get("text_config") or {}
@@ -117,10 +125,9 @@ def _dtype(config):
     return {"float32": mx.float32, "float16": mx.float16}.get(str(name).removeprefix("torch."), mx.bfloat16)
 
 
-def parameter_bytes(model, config):
+def parameter_bytes(model: Any, config: dict[str, Any]) -> int:
     """Bytes of a model's parameters, quantized as its configuration says (affine, mxfp4, ...)."""
     import mlx.nn as nn
-    from mlx.utils import tree_flatten
 
     quantization = config.get("quantization")
     if quantization:
@@ -132,31 +139,32 @@ def parameter_bytes(model, config):
             return hasattr(module, "to_quantized") and module.weight.shape[-1] % default["group_size"] == 0
 
         nn.quantize(model, **default, class_predicate=predicate)
-    return sum(x.nbytes for _, x in tree_flatten(model.parameters()))
+    return tree_nbytes(model.parameters())
 
 
 # ---- what its caches hold ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Layer:
-    """One cache of a model, uncompressed, of one sequence.
+    """One uncompressed cache of a model, for one sequence.
 
-    kind: the name of mlx-lm's class. shape: (n_kv_heads, key_dim, value_dim) or None where it holds something else.
-    dtype: of its keys. per_token, constant: bytes. window: tokens it holds at most, or None.
+    kind: the name of mlx-lm's class. shape: (n_kv_heads, key_dim, value_dim), or None if it holds something else.
+    dtype: of its keys. per_token, constant: bytes. window: the maximum number of tokens it holds, or None.
     """
 
     kind: str
-    shape: tuple
+    shape: tuple[int, int, int] | None
     dtype: str
     per_token: float
     constant: int = 0
-    window: int = None
+    window: int | None = None
 
-    def nbytes(self, tokens):
-        """Bytes with so many tokens; buffers of keys and values grow by STEP."""
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of the cache with a number of tokens; buffers of keys and values grow by STEP."""
         held = -(-tokens // STEP) * STEP if self.shape else tokens
         return round(self.constant + self.per_token * min(held, self.window or held))
 
-    def describe(self):
+    def describe(self) -> str:
+        """The cache in words."""
         if self.shape is None:
             growing = f" and {self.per_token:,.0f} bytes per token" if self.per_token else ""
             return f"{self.kind}: {_size(self.constant)}{growing}"
@@ -165,41 +173,35 @@ class Layer:
         return f"{text}, at most {self.window:,} tokens" if self.window else text
 
 
-def _size(nbytes):
+def _size(nbytes: float) -> str:
     unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB")) if abs(nbytes) >= u), (10**3, "KB"))
     return f"{nbytes / unit:,.2f} {name}"
 
 
-def _call(model, tokens):
-    """A prompt cache of mlx-lm after so many tokens; nothing is evaluated."""
+def _call(model: Any, tokens: int) -> list[Any]:
+    """The caches of a prompt cache of mlx-lm after a number of tokens; nothing is evaluated."""
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
     model(mx.zeros((1, tokens), mx.int32), cache=cache)
-    return members(cache)
+    return flatten_caches(cache)
 
 
-def _held(cache):
-    from mlx.utils import tree_flatten
-
-    return sum(x.nbytes for _, x in tree_flatten(cache.state) if hasattr(x, "nbytes"))
-
-
-def layers_of(model):
-    """[Layer] of the caches that mlx-lm makes for a model, in order, those inside a CacheList one by one."""
+def layers_of(model: Any) -> list[Layer]:
+    """A `Layer` for each cache that mlx-lm makes for a model, in order; those inside a CacheList one by one."""
     from mlx_lm.models import cache as lm_cache
 
     layers, unknown = [], []
     for i, cache in enumerate(_call(model, FEW)):
-        kind, keys, values = type(cache).__name__, getattr(cache, "keys", None), getattr(cache, "values", None)
+        kind, keys = type(cache).__name__, getattr(cache, "keys", None)
         if isinstance(cache, (lm_cache.KVCache, lm_cache.RotatingKVCache, lm_cache.ChunkedKVCache)):
             if keys is None:  # the model never uses it
                 layers.append(Layer(kind, None, "", 0.0))
                 continue
-            window = getattr(cache, "max_size", None)
+            values, window = cache.values, getattr(cache, "max_size", None)
             if chunk := getattr(cache, "chunk_size", None):
-                window = chunk + STEP  # it forgets when it has to grow
+                window = chunk + STEP  # it evicts tokens when it would have to grow
             layers.append(
                 Layer(
                     kind,
@@ -211,33 +213,33 @@ def layers_of(model):
             )
         else:
             unknown += [i] * (not isinstance(cache, lm_cache.ArraysCache))
-            layers.append(Layer(kind, None, "", 0.0, _held(cache)))
-    if unknown:  # of a model's own: a line through two sizes
+            layers.append(Layer(kind, None, "", 0.0, tree_nbytes(cache.state)))
+    if unknown:  # a class of the model's own: a line through two sizes
         (short, less), (long, more) = ((n, _call(model, n)) for n in (2048, 4096))
         for i in unknown:
-            slope = (_held(more[i]) - _held(less[i])) / (long - short)
-            layers[i] = Layer(layers[i].kind, None, "", slope, round(_held(less[i]) - slope * short))
+            slope = (tree_nbytes(more[i].state) - tree_nbytes(less[i].state)) / (long - short)
+            layers[i] = Layer(layers[i].kind, None, "", slope, round(tree_nbytes(less[i].state) - slope * short))
     return layers
 
 
-def configs_of(model, scheme):
-    """For each of `layers_of`, the TurboConfig of the cache that takes its place, or None where it stays.
+def configs_of(model: Any, scheme: TurboConfig | None) -> list[TurboConfig | None]:
+    """For each of `layers_of`, the TurboConfig of the cache that replaces it, or None if it is not compressed.
 
     scheme: a TurboConfig, or None for mlx-lm's own caches.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
     if scheme is None:
-        return [None] * len(members(make_prompt_cache(model)))
+        return [None] * len(flatten_caches(make_prompt_cache(model)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "nothing is compressed": the table shows it
         cache = make_compressed_cache(model, scheme)
-    return [c.config if isinstance(c, TurboKVCache) else None for c in members(cache)]
+    return [c.config if isinstance(c, TurboKVCache) else None for c in flatten_caches(cache)]
 
 
 @functools.lru_cache(None)
-def _measured(config, key_dim, value_dim, dtype):
-    """(bytes with up to STEP packed tokens, bytes of STEP more) of a TurboKVCache with one head."""
+def _measured(config: TurboConfig, key_dim: int, value_dim: int, dtype: str) -> tuple[int, int]:
+    """(bytes with up to STEP packed tokens, bytes of another STEP) of a TurboKVCache with one head."""
     import mlx.core as mx
 
     fewest, steps, sizes = config.sink + config.recent + STEP, 8, []
@@ -254,10 +256,11 @@ def _measured(config, key_dim, value_dim, dtype):
     return sizes[0], (sizes[1] - sizes[0]) // steps
 
 
-def cache_bytes(layers, configs, tokens):
-    """Bytes of a prompt cache that holds so many tokens of one sequence. layers, configs: as from `layers_of` and
-    `configs_of`. A compressed layer counts at least sink + recent + STEP tokens; what depends on the text, means and the
-    key bits that `auto` chooses, is not counted.
+def cache_bytes(layers: list[Layer], configs: list[TurboConfig | None], tokens: int) -> int:
+    """Bytes of a prompt cache that holds a number of tokens of one sequence.
+
+    layers, configs: from `layers_of` and `configs_of`. A compressed layer counts at least sink + recent + STEP tokens.
+    What depends on the text is not counted: means, and the key bits that `auto` chooses.
 
     Raises ValueError for a head_dim that cannot be packed.
     """
@@ -277,9 +280,13 @@ def cache_bytes(layers, configs, tokens):
     return total
 
 
-def tokens_that_fit(layers, configs, memory, batch=1):
-    """The most tokens of each of `batch` sequences whose caches take at most `memory` bytes; None: any number."""
-    fits = lambda tokens: batch * cache_bytes(layers, configs, tokens) <= memory  # noqa: E731
+def tokens_that_fit(layers: list[Layer], configs: list[TurboConfig | None], memory: int, batch: int = 1) -> int | None:
+    """The largest number of tokens for which the caches of `batch` sequences, each with that many, take at most
+    `memory` bytes; None if there is no limit."""
+
+    def fits(tokens: int) -> bool:
+        return batch * cache_bytes(layers, configs, tokens) <= memory
+
     if fits(MOST_TOKENS):
         return None
     low, high = 0, 1
@@ -292,7 +299,7 @@ def tokens_that_fit(layers, configs, memory, batch=1):
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
-def parse_size(text):
+def parse_size(text: str) -> int:
     """Bytes of "24GB", "24 GiB" or "24" (GB). Raises CliError for anything else."""
     digits = text.strip().rstrip("BbIiKkMmGgTt ")
     unit = text.strip()[len(digits) :].strip().upper()
@@ -305,42 +312,59 @@ def parse_size(text):
     return int(size)
 
 
-def machine_memory():
+def machine_memory() -> tuple[int, str]:
     """(bytes that a model may use on this machine, what they are)."""
     import mlx.core as mx
 
     info = mx.device_info() if hasattr(mx, "device_info") else {}
     if limit := info.get("max_recommended_working_set_size"):
-        return limit, "what Metal recommends to use at most on this Mac"
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory, which has no Metal GPU"
+        return int(limit), "the working set that Metal recommends on this Mac"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+        "SC_PHYS_PAGES"
+    ), "all memory of this machine, which has no Metal GPU"
 
 
-def _parser():
+def _build_parser() -> Parser:
     parser = Parser(
         prog="mlx-turbo plan",
-        description="How many tokens fit into a memory size with each scheme, or, with --tokens, how much memory the "
-        "caches take. Reads the model's configuration only; nothing is loaded. Working memory of a prompt "
-        "chunk comes on top.",
+        description="How many tokens fit in a given amount of memory with each scheme or, with --tokens, how much "
+        "memory the caches take. Only the model's configuration is read; no weights are loaded. The working memory of "
+        "a prompt chunk is not included.",
     )
     add = parser.add_argument
     add("--model", help="a local folder or a Hugging Face id (default: the embedded demo model)")
     add(
         "--memory",
         metavar="SIZE",
-        help="for weights and caches together, such as 24GB (default: what Metal "
-        "recommends to use at most, without Metal the machine's memory)",
+        help="memory for weights and caches together, such as 24GB (default: the working set that Metal recommends; "
+        "without Metal, all memory of the machine)",
     )
-    add("--tokens", type=int, metavar="N", help="so many tokens, prompt and answer together: what do they take?")
-    add("--batch", type=int, default=1, metavar="N", help="so many sequences at once (default: 1)")
-    add("--kv", nargs="+", action="extend", metavar="SCHEME", help=f"default: {' '.join(SCHEMES)}")
-    add("--kv-sink", type=int, metavar="N", help="as of mlx-turbo generate")
-    add("--kv-recent", type=int, metavar="N", help="as of mlx-turbo generate")
-    add("--json", action="store_true", help="JSON instead of a table")
+    add(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="number of tokens, prompt and answer together: show the memory they take",
+    )
+    add("--batch", type=int, default=1, metavar="N", help="number of sequences at once (default: 1)")
+    add("--kv", nargs="+", action="extend", metavar="SCHEME", help=f"schemes to show (default: {' '.join(SCHEMES)})")
+    add("--kv-sink", type=int, metavar="N", help="number of leading tokens kept exact")
+    add("--kv-recent", type=int, metavar="N", help="minimum number of newest tokens kept exact")
+    add("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
-def plan(name, schemes, memory, tokens=None, batch=1):
-    """The plan as a dict of plain values. schemes: {name: TurboConfig or None}; memory, tokens: as of the command."""
+def plan(
+    name: str | Path,
+    schemes: dict[str, TurboConfig | None],
+    memory: int,
+    tokens: int | None = None,
+    batch: int = 1,
+) -> dict[str, Any]:
+    """The plan as a dict of plain values.
+
+    name: a folder or a Hugging Face id. schemes: {name: TurboConfig or None}. memory: bytes. tokens: per sequence, or
+    None to find how many fit. Raises CliError for a configuration or a scheme that does not work.
+    """
     config, weights, source = read_config(name)
     model = build(config)
     layers = layers_of(model)
@@ -350,8 +374,8 @@ def plan(name, schemes, memory, tokens=None, batch=1):
         try:
             far = [cache_bytes(layers, configs, n) for n in (2**24, 2**25)]
         except ValueError as e:
-            raise CliError(f"--kv: {scheme} does not go with this model: {e}") from e
-        row = {
+            raise CliError(f"--kv: {scheme} cannot be used with this model: {e}") from e
+        row: dict[str, Any] = {
             "kv": scheme,
             "compressed": sum(c is not None for c in configs),
             "bytes_per_token": (far[1] - far[0]) / 2**24,
@@ -369,7 +393,7 @@ def plan(name, schemes, memory, tokens=None, batch=1):
         else:
             row |= {"total_bytes": row["cache_bytes"] + weights, "fits": row["cache_bytes"] + weights <= memory}
     text = config.get("text_config") or config
-    kinds = {}
+    kinds: dict[str, int] = {}
     for layer in layers:
         kinds[layer.describe()] = kinds.get(layer.describe(), 0) + 1
     return {
@@ -387,11 +411,11 @@ def plan(name, schemes, memory, tokens=None, batch=1):
     }
 
 
-def _table(p, memory_is):
+def _print_table(p: dict[str, Any], memory_is: str) -> None:
     source = {
-        "files": "its files",
-        "index": "the index of its files",
-        "Hub": "its files on the Hub",
+        "files": "size of the files",
+        "index": "from the index of the files",
+        "Hub": "size of the files on the Hub",
         "computed": "computed from the configuration",
     }[p["weights_source"]]
     print(f"{p['model']} ({p['model_type']}): {p['caches']} caches")
@@ -418,24 +442,25 @@ def _table(p, memory_is):
                 f"{_size(r['total_bytes']):>14}{'yes' if r['fits'] else 'no':>6}"
             )
     print(
-        "\ncompressed: so many of the caches; the others stay as mlx-lm makes them. bytes/token: of a further token "
-        "of a sequence.\nNot counted: the working memory of a prompt chunk."
+        "\ncompressed: number of compressed caches; the others stay as mlx-lm makes them. bytes/token: what one more "
+        "token of a sequence takes.\nNot included: the working memory of a prompt chunk."
     )
     if any(r["kv"] == "auto" for r in p["results"]):
         print(
-            "auto: if turbo4 is enough for every layer; it decides on the first prompt chunk, and keys can take more."
+            "auto: shown as if turbo4 is enough for every layer; it decides on the first prompt chunk, and keys can "
+            "take more."
         )
     most = max((r["tokens"] or 0 for r in p["results"]), default=0) if p["tokens"] is None else p["tokens"]
     if p["context"] and most > p["context"]:
         print(f"The model was made for {p['context']:,} tokens.")
 
 
-def main(argv):
-    """`mlx-turbo plan`. Returns the exit code."""
-    args = _parser().parse_args(argv)
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    args = _build_parser().parse_args(argv)
     for name, value in (("tokens", args.tokens), ("batch", args.batch)):
         if value is not None and value < 1:
-            raise CliError(f"--{name}: got {value}, allowed are whole numbers from 1 on")
+            raise CliError(f"--{name}: got {value}, expected a whole number of at least 1")
     schemes = {scheme: kv_config(scheme, args) for scheme in args.kv or SCHEMES}
     memory, memory_is = (parse_size(args.memory), "--memory") if args.memory else machine_memory()
     p = plan(args.model or DEMO_MODEL, schemes, memory, args.tokens, args.batch)
@@ -448,5 +473,5 @@ def main(argv):
         json.dump(p | {"memory_is": memory_is}, sys.stdout, indent=2)
         print()
     else:
-        _table(p, memory_is)
+        _print_table(p, memory_is)
     return 0

@@ -1,26 +1,52 @@
-"""What ran, and where: the line that every report begins with."""
+"""What a figure must be read with: the command, the commit, the versions and the machine."""
 
 import os
 import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from .. import __version__
 from ..backends import tuning
+from ..version import __version__
 
 
-# ---- the machine -------------------------------------------------------------------------------------------
-def _version(package):
+def provenance(argv: Sequence[str]) -> dict[str, Any]:
+    """{"command", "commit", "machine"} of `mlx-turbo` called with argv, as plain values."""
+    return {"command": command_line(argv), "commit": commit(), "machine": machine()}
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """`mlx-turbo` with argv, without the user's name: results are sent to us."""
+    return shlex.join(["mlx-turbo", *argv]).replace(str(Path.home()), "~")
+
+
+def commit() -> str | None:
+    """The commit of the running checkout, with "-dirty" if tracked files differ; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
 
 
-def machine():
-    """Versions, device and memory, as a dict of name -> text."""
+def machine() -> dict[str, str]:
+    """Versions, device and memory, as name -> text."""
     facts = {
         "mlx_turbo": __version__,
         "mlx": _version("mlx"),
@@ -32,20 +58,22 @@ def machine():
         "metal": "yes" if mx.metal.is_available() else "no",
         "attention tuning": tuning.describe(),
     }
-    gib = "{:.1f} GiB".format
-    if mx.metal.is_available():
-        info = mx.device_info()
-        facts |= {"chip": f"{info.get('device_name')} ({info.get('architecture')})"}
-        for name, key in (
-            ("memory", "memory_size"),
-            ("wired limit (recommended working set)", "max_recommended_working_set_size"),
-            ("largest buffer", "max_buffer_length"),
-        ):
-            if key in info:
-                facts[name] = gib(info[key] / 2**30)
-    else:
-        facts |= {
-            "chip": mx.device_info().get("device_name") or platform.processor() or platform.machine(),
-            "memory": gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+    if not mx.metal.is_available():
+        return facts | {
+            "chip": str(mx.device_info().get("device_name") or platform.processor() or platform.machine()),
+            "memory": _gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         }
+    info = mx.device_info()
+    facts["chip"] = f"{info.get('device_name')} ({info.get('architecture')})"
+    for name, key in (
+        ("memory", "memory_size"),
+        ("wired limit (recommended working set)", "max_recommended_working_set_size"),
+        ("largest buffer", "max_buffer_length"),
+    ):
+        if key in info:
+            facts[name] = _gib(int(info[key]))
     return facts
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"

@@ -1,10 +1,11 @@
-"""`mlx-turbo serve`: mlx_lm.server's own main() with compressed caches, and answers where it has none.
+"""`mlx-turbo serve`: mlx_lm.server's own main() with compressed caches.
 
-Beside the caches, what differs from mlx_lm.server:
-- The port, the model and the kernels are tried before it listens: what is wrong with them ends the program.
-- A prompt beyond the model's context is refused (400), and an answer ends there.
-- Prompt caches are filed under exactly the tokens they hold, and a prompt that is all there leaves its last token to
-  go on from; --prompt-cache-bytes holds without batching too. GET /kv-cache says what they take.
+Besides the caches, it differs from mlx_lm.server in these ways:
+- The port, the model and the kernels are tried before it listens; if one of them fails, the program ends.
+- A prompt longer than the model's context is refused (400), and an answer stops at the context's end.
+- Prompt caches are filed under exactly the tokens they hold. If a whole prompt is cached, its last token is trimmed,
+  so that the model has one to continue from. --prompt-cache-bytes also applies without batching.
+- GET /kv-cache reports what the prompt caches take.
 """
 
 import argparse
@@ -17,8 +18,10 @@ import socket
 import sys
 import threading
 import types
+from collections.abc import Callable, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, NoReturn
 
 import mlx.core as mx
 import mlx_lm.server as module
@@ -26,75 +29,77 @@ from huggingface_hub.errors import CacheNotFound
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from ..backends.select import get_backend, use_backend
-from ..integration.prompt_cache import describe, enable, members
+from ..integration.prompt_cache import describe, enable, flatten_caches
 from .common import (
     DEFAULT_SCHEME,
     DEMO_TEMPLATE,
     CliError,
     Parser,
     TurboProgram,
-    _complain,
-    _replaced,
     add_program_arguments,
-    complaining,
     describe_model_argument,
     load_model,
+    patched_attributes,
+    print_message,
     refuse_kv_bits,
     use_demo_model,
+    warnings_as_messages,
 )
 
 
 # ---- models ------------------------------------------------------------------------------------------------
 class ServerProgram(TurboProgram):
-    """Every model the server loads, at the start or for a request, makes compressed caches from then on."""
+    """Every model that the server loads, at the start or for a request, makes compressed caches from then on."""
 
-    def _load(self, original, path, *args, **kwargs):
+    def _load(self, original: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         flags = {self.args.draft_model: "--draft-model", self.args.model: "--model"}
         model, *rest = load_model(original, path, flags.get(path, "model"), *args, **kwargs)
         if self.config is not None:
             enable(model, self.config)
         self.warm(model, rest[0], path == self.args.draft_model)
-        with complaining():
+        with warnings_as_messages():
             cache = make_prompt_cache(model)
-        together = self.args.draft_model is None and all(hasattr(c, "merge") for c in members(cache))
-        _complain(
+        together = self.args.draft_model is None and all(hasattr(c, "merge") for c in flatten_caches(cache))
+        print_message(
             f"{path}: KV cache {self.scheme}, {describe(cache)}; requests are answered "
-            f"{'together' if together else 'one by one'}"
+            f"{'in batches' if together else 'one at a time'}"
         )
         self.caches = [cache]
         return model, *rest
 
     _sharded_load = _load
 
-    def _make_prompt_cache(self, original, model, max_kv_size=None):
+    def _make_prompt_cache(self, original: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> list[Any]:
         return original(model, max_kv_size)  # the model's own make_cache is ours
 
 
-def context_of(model):
-    """Tokens the model was made for; None if its configuration does not say."""
+def context_of(model: Any) -> int | None:
+    """The number of tokens the model was made for; None if its configuration does not say."""
     args = vars(getattr(model, "args", None) or types.SimpleNamespace())
     for config in args, args.get("text_config") or {}:
         if limit := config.get("max_position_embeddings"):
             scaling = config.get("rope_scaling") or {}
             extended = (scaling.get("original_max_position_embeddings") or 0) * (scaling.get("factor") or 0)
             return max(limit, int(extended))
+    return None
 
 
 class ModelProvider(module.ModelProvider):
-    """Tells the main thread when the default model is there, or why not."""
+    """Tells the main thread when the default model is loaded, or why it could not be."""
 
-    def __init__(self, cli_args):
-        self.tried, self.failure = threading.Event(), None
+    def __init__(self, cli_args: argparse.Namespace) -> None:
+        self.tried = threading.Event()
+        self.failure: Exception | None = None
         super().__init__(cli_args)  # loads the model, in mlx-lm 0.31
         if not hasattr(super(), "load_default"):
             self.tried.set()
 
-    def load(self, model_path, adapter_path=None, draft_model_path=None):
-        """mlx-lm 0.31.3 forgets the adapter of --adapter-path: it looks it up after it has replaced the model's name."""
+    def load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> Any:
+        """mlx-lm 0.31.3 loses the adapter of --adapter-path, which it looks up after replacing the model's name."""
         adapters = getattr(self, "_adapter_map", {})
         return super().load(model_path, adapters.get(model_path, adapter_path), draft_model_path)
 
-    def load_default(self):
+    def load_default(self) -> None:
         try:
             super().load_default()
         except Exception as e:
@@ -106,12 +111,13 @@ class ModelProvider(module.ModelProvider):
 
 # ---- prompt caches -----------------------------------------------------------------------------------------
 class LRUPromptCache(module.LRUPromptCache):
-    """mlx-lm's, whose entries hold other tokens than they are filed under after speculative decoding (its last token
-    is in no cache yet), and which leaves a model nothing to go on from when a prompt is all there."""
+    """mlx-lm's class, with two faults corrected: after speculative decoding its entries hold other tokens than they are
+    filed under (the last token is in no cache yet), and if a whole prompt is cached, the model has no token to continue
+    from."""
 
-    def insert_cache(self, model, tokens, prompt_cache, **options):
-        caches = members(prompt_cache)
-        offsets = [getattr(c, "offset", None) or len(tokens) for c in caches]  # 0: of a layer that is not used
+    def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any) -> None:
+        caches = flatten_caches(prompt_cache)
+        offsets = [getattr(c, "offset", None) or len(tokens) for c in caches]  # 0: a layer that is not used
         n = min([len(tokens), *offsets])
         for cache, offset in zip(caches, offsets):
             if offset > n:
@@ -120,7 +126,7 @@ class LRUPromptCache(module.LRUPromptCache):
                 cache.trim(offset - n)
         super().insert_cache(model, tokens[:n], prompt_cache, **options)
 
-    def fetch_nearest_cache(self, model, tokens):
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if cache is None or rest:
             return cache, rest
@@ -136,23 +142,27 @@ class RequestError(ValueError):
 
 
 class ResponseGenerator(module.ResponseGenerator):
-    def __init__(self, model_provider, prompt_cache):
+    """mlx-lm's class; refuses prompts beyond the context, and reports what the prompt caches hold."""
+
+    model_provider: ModelProvider
+
+    def __init__(self, model_provider: ModelProvider, prompt_cache: LRUPromptCache) -> None:
         if model_provider.cli_args.prompt_cache_bytes is not None:
             prompt_cache.max_bytes = model_provider.cli_args.prompt_cache_bytes
         super().__init__(model_provider, prompt_cache)
 
-    def _generate(self):
+    def _generate(self) -> None:
         """The generation thread."""
         try:
             super()._generate()
         except Exception as e:
-            if e is not self.model_provider.failure:  # that the main thread raises: mlx-lm would log its traceback
+            if e is not self.model_provider.failure:  # which the main thread raises: mlx-lm would log its traceback
                 raise
         finally:
-            if hasattr(mx, "clear_streams"):  # else MLX 0.32.4 aborts at the process's end (9 of 13 runs)
+            if hasattr(mx, "clear_streams"):  # else MLX 0.32.4 aborts when the process ends (9 of 13 runs)
                 mx.clear_streams()
 
-    def _tokenize(self, tokenizer, request, args):
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         out = super()._tokenize(tokenizer, request, args)
         n = len(out[0])
         if n == 0:
@@ -161,15 +171,15 @@ class ResponseGenerator(module.ResponseGenerator):
         limit = context_of(self.model_provider.model) if given is None else given
         if limit and n >= limit:
             raise RequestError(
-                f"the prompt has {n} tokens, allowed are less than {limit}, "
-                f"{'what the model was made for' if given is None else 'by --max-context'}"
+                f"the prompt has {n} tokens, but must have fewer than {limit}, "
+                f"{'the context of the model' if given is None else 'the value of --max-context'}"
             )
         if limit:
             args.max_tokens = min(args.max_tokens, limit - n)
         return out
 
-    def kv_cache(self):
-        """What GET /kv-cache answers, and the program says at its end."""
+    def kv_cache(self) -> dict[str, Any]:
+        """What GET /kv-cache answers, and what the program prints when it ends."""
         return {
             "kv": self.cli_args.kv or DEFAULT_SCHEME,
             "backend": get_backend().describe(),
@@ -178,59 +188,67 @@ class ResponseGenerator(module.ResponseGenerator):
             "active_memory": mx.get_active_memory(),
         }
 
-    def stop_and_join(self):
-        held = self.kv_cache()  # the thread drops its caches
+    def stop_and_join(self) -> None:
+        held = self.kv_cache()  # before the thread drops its caches
         super().stop_and_join()
-        _complain(f"prompt caches held: {held['sequences']} sequences, {held['nbytes'] / 1e6:.3f} MB")
+        print_message(f"prompt caches held: {held['sequences']} sequences, {held['nbytes'] / 1e6:.3f} MB")
 
 
 class APIHandler(module.APIHandler):
-    def _set_completion_headers(self, status_code=200):
-        """mlx-lm's handler answers 404 whatever is wrong, a model that it cannot find or the request."""
+    """mlx-lm's class, with GET /kv-cache, and with status 400 for a request that cannot be answered."""
+
+    response_generator: ResponseGenerator
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        """mlx-lm's handler answers 404 whether the model cannot be found or the request is wrong."""
         wrong_request = status_code == 404 and isinstance(sys.exc_info()[1], RequestError)
         super()._set_completion_headers(400 if wrong_request else status_code)
 
-    def do_GET(self):
+    def do_GET(self) -> None:
+        """Answer a GET request."""
         if self.path != "/kv-cache":
-            return super().do_GET()
+            super().do_GET()
+            return
         self._set_completion_headers(200)
         self.end_headers()
         self.wfile.write(json.dumps(self.response_generator.kv_cache()).encode())
 
 
 class HTTPServer(ThreadingHTTPServer):
-    def handle_error(self, request, client_address):
+    """Logs one line when a client closes its connection early."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
         if isinstance(sys.exc_info()[1], ConnectionError):
-            logging.info("%s:%s went away", *client_address[:2])
+            logging.info("%s:%s closed the connection", *client_address[:2])
         else:
             super().handle_error(request, client_address)
 
 
-def _scan_cache_dir(original, *args):
-    """An empty listing where there is no Hugging Face cache yet, so that GET /v1/models works."""
+def _scan_cache_dir(original: Callable[..., Any], *args: Any) -> Any:
+    """An empty listing if there is no Hugging Face cache yet, so that GET /v1/models works."""
     try:
         return original(*args)
     except CacheNotFound:
         return types.SimpleNamespace(repos=())
 
 
-def _run_http_server(original, host, port, response_generator):
+def _run_http_server(original: Callable[..., Any], host: str, port: int, response_generator: ResponseGenerator) -> None:
     provider = response_generator.model_provider
     try:
         provider.tried.wait()
         if provider.failure is not None:
             raise provider.failure
         original(host, port, response_generator, HTTPServer, APIHandler)
-    except BaseException:  # else the other thread goes on for ever
+    except BaseException:  # else the other thread runs forever
         module.ResponseGenerator.stop_and_join(response_generator)
         raise
 
 
-def check_port(host, port):
+def check_port(host: str, port: int) -> None:
     """Raise CliError unless a server can listen there."""
     try:
         if not 0 <= port < 2**16:
-            raise OSError(0, "allowed are ports from 0 to 65535")  # getaddrinfo takes them modulo 65536
+            raise OSError(0, "ports range from 0 to 65535")  # getaddrinfo takes them modulo 65536
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, _, _, address = found[0]
         with socket.socket(family, kind) as s:
@@ -239,35 +257,37 @@ def check_port(host, port):
             s.listen()
     except OSError as e:
         flag = "--host" if isinstance(e, socket.gaierror) else "--port"
-        raise CliError(f"{flag}: cannot listen at {host}:{port}: {e.strerror}") from e
+        raise CliError(f"{flag}: cannot listen on {host}:{port}: {e.strerror}") from e
 
 
 # ---- the command -------------------------------------------------------------------------------------------
-def _size(text):
-    """mlx-lm's reading of sizes, with an error that says what is allowed."""
+def _size(text: str) -> int:
+    """Parse a size as mlx-lm does, with an error that says what is allowed."""
     try:
         return module._parse_size(text)
     except (ArithmeticError, KeyError, ValueError) as e:
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are bytes, and numbers with M, MB, G or GB") from e
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected a number of bytes, or a number with M, MB, G or GB"
+        ) from e
 
 
-def _interrupt(signum, frame):
+def _interrupt(signum: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def main(argv):
-    """mlx_lm.server's main(); the program is put in place when that has made its parser and wants the arguments."""
+def main(argv: Sequence[str]) -> int:
+    """Run mlx_lm.server's main(); returns the exit code. Our program is installed when mlx-lm's parser is complete and
+    its arguments are parsed."""
     parser = Parser(allow_abbrev=False)
     group = add_program_arguments(parser, "serve", module)
     group.add_argument(
         "--max-context",
         type=int,
         metavar="N",
-        help="refuse prompts of N tokens and more, and end answers there (default: what the model was "
-        "made for; 0: no limit)",
+        help="refuse prompts of N or more tokens, and stop answers there (default: the model's context; 0: no limit)",
     )
 
-    def parse_args():
+    def parse_args() -> argparse.Namespace:
         describe_model_argument(parser)
         next(a for a in parser._actions if a.dest == "prompt_cache_bytes").type = _size
         args = argparse.ArgumentParser.parse_args(parser, argv)
@@ -275,7 +295,7 @@ def main(argv):
         refuse_kv_bits(program)
         for name in ("max_context", "prompt_cache_size"):
             if (value := getattr(args, name)) is not None and value < 0:
-                raise CliError(f"--{name.replace('_', '-')}: got {value}, allowed are whole numbers from 0 on")
+                raise CliError(f"--{name.replace('_', '-')}: got {value}, expected a whole number of at least 0")
         check_port(args.host, args.port)
         if args.model is None:
             use_demo_model(args)
@@ -285,13 +305,13 @@ def main(argv):
         backend = stack.enter_context(use_backend(args.backend))
         stack.enter_context(program.installed())
         if program.config is not None:
-            _complain(f"Backend: {backend.describe()}")
+            print_message(f"Backend: {backend.describe()}")
         return args
 
-    parser.parse_args = parse_args
+    setattr(parser, "parse_args", parse_args)
     with (
         contextlib.ExitStack() as stack,
-        _replaced(
+        patched_attributes(
             module,
             argparse=types.SimpleNamespace(ArgumentParser=lambda **_: parser),
             ModelProvider=ModelProvider,

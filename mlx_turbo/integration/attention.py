@@ -35,7 +35,7 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
     """
     if view.cache is not None:
         view.cache.attended_version = view.version
-    options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed, n_dead=view.dead, backend=backend)
+    options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed, n_evicted=view.n_evicted, backend=backend)
     return attend_sides(queries, view.keys, view.values, view.counts, **options)
 
 

@@ -1,8 +1,10 @@
-"""The door into mlx-lm: compressed caches for its models. The only module that needs mlx_lm, and it imports it late."""
+"""Compressed prompt caches for mlx-lm's models: which layers get one, and what a prompt cache holds."""
 
 import logging
 import re
 import warnings
+from collections import Counter
+from typing import Any
 
 from ..cache.batch import BatchTurboKVCache
 from ..cache.batch_rotating import BatchRotatingTurboKVCache
@@ -10,16 +12,17 @@ from ..cache.rotating import RotatingTurboKVCache, Window
 from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig
 from . import attention
+from .conversion import compress_window
 
 logger = logging.getLogger("mlx_turbo")
 OLDEST_MLX_LM = (0, 31, 2)
 
 
-def register():
-    """Open the door: our classes where mlx_lm.load_prompt_cache looks classes up by name, and our attention where its
-    models look theirs up. Returns mlx_lm.models.cache.
+def patch_mlx_lm() -> Any:
+    """Put our classes where mlx_lm's load_prompt_cache looks classes up by name, and our attention where its models
+    look theirs up. Returns the module mlx_lm.models.cache.
 
-    Raises ImportError for an mlx-lm that is too old.
+    Raises ImportError if mlx-lm is too old.
     """
     import mlx_lm
     import mlx_lm.models.cache as module
@@ -28,7 +31,7 @@ def register():
     if version < OLDEST_MLX_LM:
         raise ImportError(
             f"mlx_turbo needs mlx-lm {'.'.join(map(str, OLDEST_MLX_LM))} or newer, "
-            f"this is {mlx_lm.__version__}: pip install -U mlx-lm"
+            f"but {mlx_lm.__version__} is installed: pip install -U mlx-lm"
         )
     from .sparse_indexer import BatchIndexerKVCache, IndexedCacheList
 
@@ -39,36 +42,38 @@ def register():
     return module
 
 
-def is_long_window(cache, config):
-    """Whether a cache is a RotatingKVCache of at least twice the tokens that stay exact: else there is little to save."""
+def is_long_window(cache: Any, config: TurboConfig) -> bool:
+    """Whether a cache is a RotatingKVCache at least twice as long as what stays exact; a shorter one saves little."""
     from mlx_lm.models.cache import RotatingKVCache
 
     return type(cache) is RotatingKVCache and cache.max_size - cache.keep >= 2 * (config.recent + config.block)
 
 
-def members(prompt_cache):
-    """The caches of a prompt cache, those inside a CacheList one by one."""
-    return [m for c in prompt_cache for m in (members(c.caches) if hasattr(c, "caches") else [c])]
+def flatten_caches(prompt_cache: Any) -> list[Any]:
+    """All caches of a prompt cache, in order; those inside a CacheList one by one."""
+    return [m for c in prompt_cache for m in (flatten_caches(c.caches) if hasattr(c, "caches") else [c])]
 
 
-def compress(prompt_cache, config, indexers=None):
-    """A prompt cache with the tokens of another: its plain KV caches and long windows compressed, also those inside a
-    CacheList. indexers: {(layer, member)} of the KVCaches in a CacheList that stay; found by their tokens if not given.
+def compress(prompt_cache: list[Any], config: TurboConfig, indexers: set[tuple[int, int]] | None = None) -> list[Any]:
+    """A prompt cache with the tokens of another, whose plain KV caches and long windows are compressed, also inside a
+    CacheList.
+
+    indexers: {(layer, member)} of the KVCaches in a CacheList that stay exact; found by their tokens if not given.
     """
     from mlx_lm.models.cache import KVCache
 
-    from .sparse_indexer import IndexedCacheList, of_tokens
+    from .sparse_indexer import IndexedCacheList, indexers_of_tokens
 
-    indexers = of_tokens(prompt_cache) if indexers is None else indexers
+    indexers = indexers_of_tokens(prompt_cache) if indexers is None else indexers
 
-    def compressed(cache, own):
+    def compressed(cache: Any, own: TurboConfig) -> Any:
         if type(cache) is KVCache:
             held = None if cache.empty() else [x[:, :, : cache.offset] for x in (cache.keys, cache.values)]
             cache = TurboKVCache(own)
             if held:
                 cache.update_and_fetch(*held)
         elif is_long_window(cache, own):
-            cache = RotatingTurboKVCache.of(cache, own)
+            cache = compress_window(cache, own)
         return cache
 
     out = []
@@ -83,24 +88,27 @@ def compress(prompt_cache, config, indexers=None):
     return out
 
 
-def _reads_state(model, kv_cache):
-    """Whether layers of the model unpack `cache.state` of another layer, which only a KVCache can serve: these two
-    families did before mlx-lm's caches had `keys_and_values`."""
+def _reads_state(model: Any, kv_cache: Any) -> bool:
+    """Whether layers of the model unpack `cache.state` of another layer, which only a KVCache supports: two families
+    did so before mlx-lm's caches had `keys_and_values`."""
     return not hasattr(kv_cache, "keys_and_values") and getattr(model, "model_type", None) in ("afm7", "gemma3n")
 
 
-def make_prompt_cache(model, config="turbo4", max_kv_size=None):
+def make_prompt_cache(
+    model: Any, config: str | Scheme | TurboConfig = "turbo4", max_kv_size: int | None = None
+) -> list[Any]:
     """A prompt cache for `model` with TurboKVCache where mlx_lm.models.cache.make_prompt_cache has a KVCache, and
     RotatingTurboKVCache where it has a RotatingKVCache (sliding windows).
 
-    config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: as in mlx-lm, a window for models that do not make
-    caches of their own; their first 4 tokens stay. Inside a CacheList the same is done cache by cache, but for an
-    indexer's (indexer.py). Windows of less than 2 * (recent + block) tokens and what holds something else (states, ...)
-    stay as mlx-lm makes them; `describe` says which and why, a warning is given if that leaves nothing to compress.
+    config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: as in mlx-lm, the window of models that do not make
+    their own caches; its first 4 tokens are kept. Caches inside a CacheList are treated one by one, except those of an
+    indexer (sparse_indexer.py). Windows of fewer than 2 * (recent + block) tokens, and caches that hold something else
+    (states, ...), stay as mlx-lm makes them. `describe` says which and why; there is a warning if nothing is left to
+    compress.
 
     Raises ValueError for an unknown scheme.
     """
-    config, module = TurboConfig.of(config), register()
+    turbo, module = TurboConfig.of(config), patch_mlx_lm()
     original = getattr(model, "make_cache", None)
     if isinstance(original, _EnabledMakeCache):
         original = original.original
@@ -111,13 +119,13 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
     else:
         plain = [module.KVCache() for _ in model.layers]
     if _reads_state(model, module.KVCache):
-        warnings.warn(f"nothing is compressed: {model.model_type} needs a newer mlx-lm for that", stacklevel=2)
+        warnings.warn(f"nothing is compressed: {model.model_type} needs a newer mlx-lm", stacklevel=2)
         return plain
-    from .sparse_indexer import of_model
+    from .sparse_indexer import indexers_of_model
 
-    cache = compress(plain, config, of_model(model, plain))
-    kept = sorted({type(c).__name__ for c in members(cache) if not isinstance(c, TurboKVCache)})
-    if len(kept) and not any(isinstance(c, TurboKVCache) for c in members(cache)):
+    cache = compress(plain, turbo, indexers_of_model(model, plain))
+    kept = sorted({type(c).__name__ for c in flatten_caches(cache) if not isinstance(c, TurboKVCache)})
+    if kept and not any(isinstance(c, TurboKVCache) for c in flatten_caches(cache)):
         warnings.warn(
             f"nothing is compressed: every layer's cache is a {' or '.join(kept)}, neither a plain KVCache "
             "nor a long window",
@@ -129,29 +137,29 @@ def make_prompt_cache(model, config="turbo4", max_kv_size=None):
 
 
 class _EnabledMakeCache:
-    """The `make_cache` that `enable` puts on a model; remembers the one it replaces (None: mlx-lm's default)."""
+    """The `make_cache` that `enable` sets on a model. original: the one it replaces (None: mlx-lm's default)."""
 
-    def __init__(self, model, config, original):
+    def __init__(self, model: Any, config: TurboConfig, original: Any) -> None:
         self.model, self.config, self.original = model, config, original
 
-    def __call__(self):
+    def __call__(self) -> list[Any]:
         return make_prompt_cache(self.model, self.config)
 
 
-def enable(model, config="turbo4"):
-    """Make every prompt cache that mlx-lm builds for `model` a compressed one: for applications that make their own.
+def enable(model: Any, config: str | Scheme | TurboConfig = "turbo4") -> Any:
+    """Make every prompt cache that mlx-lm builds for `model` a compressed one, for applications that make their own.
 
     Sets `make_cache` on this model object only. Calling it again changes the configuration; `disable` undoes it.
     Returns the model. Raises ValueError for an unknown scheme.
     """
-    config = TurboConfig.of(config)
+    turbo = TurboConfig.of(config)
     disable(model)
-    register()
-    model.make_cache = _EnabledMakeCache(model, config, getattr(model, "make_cache", None))
+    patch_mlx_lm()
+    model.make_cache = _EnabledMakeCache(model, turbo, getattr(model, "make_cache", None))
     return model
 
 
-def disable(model):
+def disable(model: Any) -> Any:
     """Undo `enable`; does nothing if the model is not enabled. Returns the model."""
     enabled = getattr(model, "make_cache", None)
     if isinstance(enabled, _EnabledMakeCache):
@@ -163,26 +171,26 @@ def disable(model):
 
 _KEPT = {
     "ArraysCache": "states, which do not grow with the text",
-    "ChunkedKVCache": "it holds the newest chunk only",
-    "RotatingKVCache": "of so short a window most would stay exact",
+    "ChunkedKVCache": "it holds only the newest chunk",
+    "RotatingKVCache": "its window is so short that most of it would stay exact",
     "KVCache": "it was made without mlx_turbo",
-    "QuantizedKVCache": "kv_bits asked mlx-lm for it",
-    "LayerCache": "the model's own, of a window and of tokens that it merges itself",
+    "QuantizedKVCache": "kv_bits made mlx-lm quantize it",
+    "LayerCache": "the model's own class, which holds a window and tokens that it merges itself",
 }
 
 
-def _why_kept(cache, layer):
+def _why_kept(cache: Any, layer: Any) -> str:
     from .sparse_indexer import IndexedCacheList
 
     if isinstance(layer, IndexedCacheList):
-        return "an indexer reads every key of it at each step, and it has no values"
-    return _KEPT.get(type(cache).__name__.removeprefix("Batch"), "a kind that is not known here")
+        return "an indexer reads all of its keys at every step, and it has no values"
+    return _KEPT.get(type(cache).__name__.removeprefix("Batch"), "mlx_turbo does not know this kind of cache")
 
 
-def reports(prompt_cache):
-    """(layer, cache, report, why) of each cache, those inside a CacheList one by one: its report, or None and why it is
-    not compressed."""
-    found = [(i, layer, cache) for i, layer in enumerate(prompt_cache) for cache in members([layer])]
+def reports(prompt_cache: list[Any]) -> list[tuple[int, Any, dict[str, Any] | None, str | None]]:
+    """(layer, cache, report, why) of each cache, those inside a CacheList one by one: its report and None, or None and
+    why it is not compressed."""
+    found = [(i, layer, cache) for i, layer in enumerate(prompt_cache) for cache in flatten_caches([layer])]
     return [
         (i, cache, cache.report(), None)
         if isinstance(cache, TurboKVCache)
@@ -191,32 +199,41 @@ def reports(prompt_cache):
     ]
 
 
-def describe(prompt_cache):
-    """One line on a prompt cache: how many layers are compressed, what else they hold and why, and which hold tokens
-    that are not finite. Waits for the tokens to be computed."""
-    kept, compressed, chosen, by, undecided, not_finite = {}, set(), {}, set(), set(), {}
-    for i, cache, report, why in reports(prompt_cache):
-        if report is None:
-            kept[type(cache).__name__, why] = kept.get((type(cache).__name__, why), 0) + 1
+def describe(prompt_cache: list[Any]) -> str:
+    """A prompt cache in one line: how many layers are compressed, what stays uncompressed and why, what `auto` chose,
+    and which layers hold tokens that are not finite. Waits for the tokens to be computed."""
+    found, windows = reports(prompt_cache), [c for c in flatten_caches(prompt_cache) if isinstance(c, Window)]
+    n_compressed = len({layer for layer, _, report, _ in found if report})
+    text = f"{n_compressed} of {len(prompt_cache)} layers compressed"
+    if windows:
+        sizes = " and ".join(f"{size:,}" for size in sorted({c.max_size for c in windows}))
+        text += f" ({len(windows)} of them windows of {sizes} tokens)"
+    return text + _describe_kept(found) + _describe_auto(found) + _describe_not_finite(found)
+
+
+_Reports = list[tuple[int, Any, dict[str, Any] | None, str | None]]
+
+
+def _describe_kept(found: _Reports) -> str:
+    kept = Counter((type(cache).__name__, why) for _, cache, report, why in found if report is None)
+    if {kind for kind, _ in kept} == {"KVCache"} and all(report is None for _, _, report, _ in found):
+        return ": this is mlx-lm's own cache"
+    return "".join(f"; {kind} ({count}) stays uncompressed: {why}" for (kind, why), count in kept.items())
+
+
+def _describe_auto(found: _Reports) -> str:
+    undecided: set[int] = set()
+    chosen: dict[int, set[int]] = {}  # bits of keys -> layers
+    by: set[str | None] = set()
+    for layer, _, report, _ in found:
+        if report is None or not report["auto"]:
             continue
-        compressed.add(i)
-        if any(bad := [sum(by_row) for by_row in report["not_finite"].values()]):
-            not_finite[i] = bad
-        if report["auto"] and report["auto"]["undecided"]:
-            undecided.add(i)
-        elif report["auto"]:
-            chosen.setdefault(Scheme.parse(report["scheme"]).key_bits, set()).add(i)
+        if report["auto"]["undecided"]:
+            undecided.add(layer)
+        else:
+            chosen.setdefault(Scheme.parse(report["scheme"]).key_bits, set()).add(layer)
             by.add(report["auto"]["by"])
-    n = len(prompt_cache)
-    text = f"{len(compressed)} of {n} layers compressed"
-    if windows := [c.max_size for c in members(prompt_cache) if isinstance(c, Window)]:
-        text += f" ({len(windows)} of them windows of {' and '.join(f'{w:,}' for w in sorted(set(windows)))} tokens)"
-    if {kind for kind, _ in kept} == {"KVCache"} and not compressed:
-        text += ": this is mlx-lm's own cache"
-    else:
-        text += "".join(f"; {kind} ({count}) stays: {why}" for (kind, why), count in kept.items())
-    if undecided:
-        text += f"; auto: not yet decided in {len(undecided)} layers, nothing of them is packed"
+    text = f"; auto: not yet decided in {len(undecided)} layers, which have packed nothing" if undecided else ""
     if chosen:
         raised = sorted(chosen, key=lambda bits: bits or 16)
         texts = [f"{f'at {bits} bits' if bits else 'exact'} in {len(chosen[bits])}" for bits in raised]
@@ -225,10 +242,18 @@ def describe(prompt_cache):
         text += (
             f"; auto: keys {', '.join(texts)}, chosen by {' and '.join(sorted(filter(None, by))) or 'another process'}"
         )
-    if not_finite:
-        keys, values = map(max, zip(*not_finite.values()))
-        layers = ", ".join(map(str, not_finite))
-        text += (
-            f"; NOT FINITE in {len(not_finite)} layers ({layers}): keys of {keys} tokens at most, values of {values}"
-        )
     return text
+
+
+def _describe_not_finite(found: _Reports) -> str:
+    counts = {
+        layer: [sum(by_row) for by_row in report["not_finite"].values()] for layer, _, report, _ in found if report
+    }
+    bad = {layer: sides for layer, sides in counts.items() if any(sides)}
+    if not bad:
+        return ""
+    keys, values = map(max, zip(*bad.values()))
+    return (
+        f"; NOT FINITE in {len(bad)} layers ({', '.join(map(str, bad))}): keys of up to {keys} tokens, values of up to "
+        f"{values}"
+    )

@@ -1,136 +1,113 @@
-"""PNG files. matplotlib is an optional extra, imported when a picture is asked for."""
+"""Pictures of quality: KL divergence against size, and KL divergence by configuration.
 
-import textwrap
+matplotlib is an optional extra, imported when a picture is asked for.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from .style import BLUE, DARK_GRAY, LIGHT_GRAY, PlotError, add_titles, open_frame, save_png
+
+GROUP_COLORS = ("#c8641e", "#3c8c3c", "#7a3fa0")  # of groups other than "mlx_turbo"
+
+Point = tuple[str, str, float, float, float | None]
+Bar = tuple[str, float, float | None, str]
 
 
-class PlotError(ValueError):
-    """A picture that cannot be made; the message says why."""
+def _new_figure(size: tuple[float, float], dpi: int) -> tuple[Any, Any]:
+    """A figure that no window shows, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
 
 
-def check_plot(file, ending=".png"):
-    """Raises PlotError if a picture cannot be written to `file`: to be called before the work that it shows."""
-    file = Path(file)
-    if file.suffix.lower() != ending:
-        raise PlotError(f"{str(file)!r} does not end in {ending}")
-    existed = file.exists()
-    try:
-        with file.open("ab"):
-            pass
-    except OSError as e:
-        raise PlotError(f"cannot write {str(file)!r}: {e.strerror}") from e
-    if not existed:
-        file.unlink()
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as e:
-        raise PlotError(
-            'a picture needs matplotlib, which is not installed: pip install "mlx-turbo[plot]" '
-            "(or pip install matplotlib)"
-        ) from e
+def _plain(y: float) -> str:
+    """0.000033, not 3.3e-05."""
+    from numpy import format_float_positional
+
+    return format_float_positional(y, 2, fractional=False, trim="-")
 
 
-def quality_plot(file, points, title, subtitle, footer):
-    """KL divergence (log axis) against bits per value, a labelled point each.
+def quality_plot(file: str | Path, points: Sequence[Point], title: str, subtitle: str, footer: str) -> None:
+    """KL divergence (log axis) against bits per value, one labeled point each.
 
-    points: (label, group, bits, kld, standard error of kld or None); a group shares colour and marker. Points with a
+    points: (label, group, bits, kld, standard error of kld or None); a group shares its color and marker. Points with a
     KLD of 0 have no place on a log axis and are left out. title, subtitle and footer should say what was measured, on
     what and by whom. Raises PlotError if nothing is left to show or the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
-    from numpy import format_float_positional
-
-    def plain(y):  # 0.000033, not 3.3e-05
-        return format_float_positional(y, 2, fractional=False, trim="-")
 
     points = [p for p in points if p[3] > 0]
     if not points:
-        raise PlotError("no cache differs from the uncompressed one: nothing to show on a log axis")
-    figure = Figure(figsize=(8, 5.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    groups = list(dict.fromkeys(p[1] for p in points))
-    others = iter(("#c8641e", "#3c8c3c", "#7a3fa0"))
+        raise PlotError("no cache differs from the uncompressed one, so there is nothing to show on a log axis")
+    figure, axes = _new_figure((8, 5.6), dpi=150)
+    groups, others = list(dict.fromkeys(p[1] for p in points)), iter(GROUP_COLORS)
     for group, marker in zip(groups, "osD^"):
-        colour = "#0050c8" if group == "mlx_turbo" else next(others)  # as in bench_plots.py
-        label, _, bits, kld, error = zip(*sorted((p for p in points if p[1] == group), key=lambda p: p[2]))
-        axes.errorbar(
-            bits,
-            kld,
-            yerr=None if None in error else error,
-            color=colour,
-            marker=marker,
-            markersize=8,
-            linewidth=0,
-            elinewidth=1.4,
-            capsize=3,
-            label=group,
-        )
-        for name, x, y in zip(label, bits, kld):
-            axes.annotate(
-                f"{name}\n{x:.2f} bits, {plain(y)}",
-                (x, y),
-                xytext=(9, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                color=colour,
-            )
+        color = BLUE if group == "mlx_turbo" else next(others)
+        _draw_group(axes, [p for p in points if p[1] == group], group, marker, color)
     axes.set_yscale("log")
     low, high = min(p[3] for p in points), max(p[3] for p in points)
     axes.set_ylim(low / 2.5, high * 2.5)
     axes.set_xlim(0, max(p[2] for p in points) * 1.25)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: plain(y)))
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _plain(y)))
+    axes.grid(True, which="major", color=LIGHT_GRAY, linewidth=0.8)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    open_frame(axes)
     axes.set_xlabel("bits per number resident in a KV cache of 32,768 tokens (uncompressed: 16)")
     axes.set_ylabel("KL divergence from the uncompressed cache\nnats per token, lower is better")
     if len(groups) > 1:
         axes.legend(frameon=False, loc="best")
-    axes.set_title(f"{title}\n", loc="left", fontsize=13, fontweight="bold")
-    axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9, color="#444444")
-    footer = "\n".join(textwrap.wrap(footer, 140, break_on_hyphens=False))
-    figure.supxlabel(footer, x=0.01, ha="left", fontsize=7, color="#666666")
-    _save(figure, file)
+    add_titles(figure, axes, title, subtitle, footer)
+    save_png(figure, file)
 
 
-def bar_plot(file, rows, title, subtitle, footer):
-    """KL divergence (log axis) of each row, from top to bottom. rows: (label, kld, standard error or None, note)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _draw_group(axes: Any, points: list[Point], group: str, marker: str, color: str) -> None:
+    labels, _, bits, kld, errors = zip(*sorted(points, key=lambda p: p[2]))
+    axes.errorbar(
+        bits,
+        kld,
+        yerr=None if None in errors else errors,
+        color=color,
+        marker=marker,
+        markersize=8,
+        linewidth=0,
+        elinewidth=1.4,
+        capsize=3,
+        label=group,
+    )
+    for label, x, y in zip(labels, bits, kld):
+        axes.annotate(
+            f"{label}\n{x:.2f} bits, {_plain(y)}",
+            (x, y),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=color,
+        )
 
+
+def bar_plot(file: str | Path, rows: Sequence[Bar], title: str, subtitle: str, footer: str) -> None:
+    """KL divergence (log axis) of each row, from top to bottom.
+
+    rows: (label, kld, standard error or None, note). Raises PlotError for a KLD of 0, or if the file cannot be written.
+    """
     if not rows or min(row[1] for row in rows) <= 0:
         raise PlotError("every row needs a KL divergence above 0 on a log axis")
-    figure = Figure(figsize=(9, 1.5 + 0.27 * len(rows)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    labels, kld, error, notes = zip(*rows)
-    axes.barh(
-        range(len(rows)), kld, xerr=None if None in error else error, color="#0050c8", ecolor="#444444", height=0.65
-    )
-    for y, (x, bar, note) in enumerate(zip(kld, error, notes)):
-        axes.text((x + (bar or 0)) * 1.15, y, f"{x:.2g}, {note}", va="center", fontsize=8, color="#444444")
+    figure, axes = _new_figure((9, 1.5 + 0.27 * len(rows)), dpi=130)
+    labels, kld, errors, notes = zip(*rows)
+    axes.barh(range(len(rows)), kld, xerr=None if None in errors else errors, color=BLUE, ecolor=DARK_GRAY, height=0.65)
+    for y, (x, error, note) in enumerate(zip(kld, errors, notes)):
+        axes.text((x + (error or 0)) * 1.15, y, f"{x:.2g}, {note}", va="center", fontsize=8, color=DARK_GRAY)
     axes.set_yticks(range(len(rows)), labels, fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(min(kld) / 2, max(kld) * 8)
-    axes.set_xlabel("KL divergence from the uncompressed cache, nats per token: shorter is better")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.set_title(f"{title}\n", loc="left", fontsize=13, fontweight="bold")
-    axes.text(0, 1.01, subtitle, transform=axes.transAxes, fontsize=9, color="#444444")
-    figure.supxlabel(
-        "\n".join(textwrap.wrap(footer, 140, break_on_hyphens=False)), x=0.01, ha="left", fontsize=7, color="#666666"
-    )
-    _save(figure, file)
-
-
-def _save(figure, file):
-    try:
-        figure.savefig(file, format="png")
-    except OSError as e:
-        raise PlotError(f"cannot write {str(file)!r}: {e}") from e
+    axes.set_xlabel("KL divergence from the uncompressed cache, nats per token (shorter is better)")
+    open_frame(axes)
+    add_titles(figure, axes, title, subtitle, footer)
+    save_png(figure, file)

@@ -3,10 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from attend_cases import expected, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from conftest import BACKENDS, to_numpy
+from support.arrays import to_numpy
+from support.attend_cases import expected, make_case
+from support.backends import BACKENDS
 
 from mlx_turbo.backends import attend, select
 from mlx_turbo.backends.attend import attend_sides
@@ -76,14 +77,14 @@ def test_a_prompt_chunk_agrees_with_the_oracle_restored_and_in_tiles(data):
             assert np.abs(attended(case, mask, sinks) - want).max() <= ROUNDING[dtype] * np.abs(want).max()
 
 
-def test_dead_tokens_are_left_out_and_the_mask_knows_nothing_of_them(backend):
+def test_evicted_tokens_are_left_out_and_the_mask_knows_nothing_of_them(backend):
     case = make_case((4, 4), (64, 64), (4, 150, 40), G=2, L=30)
     keep = np.r_[:4, 13:194]
     mask = np.random.default_rng(0).random((1, 1, 30, 185)) < 0.8
     for given_mask in (None, "causal", mx.array(mask)):
         shorter = case._replace(counts=(4, 141, 40), restored=tuple(x[:, :, keep] for x in case.restored))
         want = expected(shorter, given_mask)
-        assert np.abs(attended(case, given_mask, n_dead=9) - want).max() <= 2e-5 * np.abs(want).max()
+        assert np.abs(attended(case, given_mask, n_evicted=9) - want).max() <= 2e-5 * np.abs(want).max()
 
 
 def test_a_past_beyond_the_limit_goes_tile_by_tile(backend, monkeypatch):

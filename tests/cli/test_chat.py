@@ -106,7 +106,7 @@ def test_beyond_the_context_it_warns(run, monkeypatch):
     [
         (["--kv", "turbo9"], "--kv: got 'turbo9'"),
         (["--kv-recent", "-1"], "--kv-recent: got -1"),
-        (["--model", "/no/such"], "--model: there is no folder"),
+        (["--model", "/no/such"], "is neither an existing folder"),
         (["--nothing"], "mlx-turbo chat --help"),
     ],
 )

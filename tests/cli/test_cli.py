@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from no_kernels import DoesNotBuild
+from support.no_kernels import DoesNotBuild
 
 import mlx_turbo
 from mlx_turbo.cli import common, main
@@ -199,7 +199,7 @@ def test_a_draft_model_s_cache_is_compressed_and_reported_too(run):
 def test_a_short_max_kv_size_leaves_rotating_caches_and_the_report_says_they_are_not_compressed(run):
     code, out, err = run("generate", "-m", 5, "--max-kv-size", 64)
     assert code == 0
-    assert "auto was asked for, but 0 of 4 layers compressed" in out and "RotatingKVCache (4)" in out
+    assert "auto requested, but 0 of 4 layers compressed" in out and "RotatingKVCache (4)" in out
     assert "warning: nothing is compressed" in err
 
 
@@ -260,7 +260,7 @@ BAD = {
     "no tokens": (["--max-tokens", "0"], ["--max-tokens: got 0"]),
     "less than no tokens": (["--max-tokens", "-5"], ["--max-tokens: got -5", "-1 for no limit"]),
     "unknown flag": (["--kv-sinks", "4"], ["--kv-sinks", "--help"]),
-    "path that does not exist": (["--model", "/no/such"], ["--model: there is no folder '/no/such'"]),
+    "path that does not exist": (["--model", "/no/such"], ["--model: '/no/such' is neither an existing folder"]),
     "prompt cache file that does not exist": (["--prompt-cache-file", "/no/such"], ["--prompt-cache-file"]),
 }
 
@@ -276,9 +276,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, argv, words):
 
 def test_an_empty_prompt_and_a_missing_draft_model_are_named(run, tmp_path):
     code, _, err = run("generate", "--prompt", "")
-    assert code == 2 and err.endswith("error: --prompt: is empty\n")
+    assert code == 2 and err.endswith("error: --prompt: the prompt is empty\n")
     code, _, err = run("generate", "--draft-model", tmp_path / "none")
-    assert code == 2 and "--draft-model: there is no folder" in err
+    assert code == 2 and "--draft-model: " in err and "neither an existing folder" in err
 
 
 def test_a_folder_without_a_model_is_named(run, tmp_path):
@@ -300,7 +300,7 @@ def test_a_hub_id_that_does_not_exist_gets_one_line():
     def load(path):
         raise RepositoryNotFoundError.__new__(RepositoryNotFoundError, "404 Client Error\n(Request ID: 1)")
 
-    with pytest.raises(CliError, match="'nobody/nothing' is neither a folder here nor on the Hugging Face"):
+    with pytest.raises(CliError, match="'nobody/nothing' is neither a local folder nor a model on the Hugging Face"):
         common.load_model(load, "nobody/nothing", "--model")
 
 

@@ -24,7 +24,7 @@ from mlx_turbo import TurboConfig, TurboKVCache, make_prompt_cache
 from mlx_turbo.cli import common, main
 from mlx_turbo.cli import eval as evaluate
 from mlx_turbo.cli.common import DEMO_MODEL, CliError
-from mlx_turbo.quality import metrics, needles, plots
+from mlx_turbo.quality import baselines, metrics, needles, style
 
 ROOT = Path(__file__).resolve().parents[2]
 STORIES = (DEMO_MODEL / "stories.txt").read_text()
@@ -125,8 +125,8 @@ def test_mlx4_is_what_mlx_lm_s_quantized_cache_gives(demo):
         x = np.array(mx.concatenate(logits), np.float64)
         log_p[name] = x - np.log(np.exp(x).sum(-1, keepdims=True))
     p, q = log_p["none"], log_p["mlx4"]
-    args = evaluate._parser().parse_args(["--kv", "mlx4"])
-    result, cache = metrics.compare(model, [tokens], evaluate._make_caches(model, args), chunk)["mlx4"]
+    args = evaluate.build_parser().parse_args(["--kv", "mlx4"])
+    result, cache = metrics.compare(model, [tokens], evaluate.make_caches(model, args), chunk)["mlx4"]
     assert [type(c) for c in cache] == [QuantizedKVCache] * 4 and cache[0].offset == 96
     assert result["kld"] == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-3)
     assert result["top1"] == (p.argmax(-1) == q.argmax(-1)).mean()
@@ -136,7 +136,7 @@ def test_mlx4_is_what_mlx_lm_s_quantized_cache_gives(demo):
 def test_windows_are_read_independently(demo):
     model, tokenizer = demo
     tokens = tokenizer.encode(STORIES)
-    windows = evaluate._windows(tokenizer, STORIES, 40, 2)
+    windows = evaluate.first_windows(tokenizer, STORIES, 40, 2)
     assert windows == [tokens[:40], tokens[40:80]]
     make = {
         "none": lambda: make_plain_cache(model),
@@ -152,8 +152,8 @@ def test_a_short_text_is_one_short_window_and_a_long_one_is_not_encoded_whole(de
     _, tokenizer = demo
     seen = []
     spy = types.SimpleNamespace(encode=lambda text: seen.append(len(text)) or tokenizer.encode(text))
-    assert evaluate._windows(tokenizer, STORIES[:100], 2048, 3) == [tokenizer.encode(STORIES[:100])]
-    assert evaluate._windows(spy, STORIES, 50, 2) == [tokenizer.encode(STORIES)[i : i + 50] for i in (0, 50)]
+    assert evaluate.first_windows(tokenizer, STORIES[:100], 2048, 3) == [tokenizer.encode(STORIES[:100])]
+    assert evaluate.first_windows(spy, STORIES, 50, 2) == [tokenizer.encode(STORIES)[i : i + 50] for i in (0, 50)]
     assert max(seen) < len(STORIES) / 2
 
 
@@ -298,7 +298,7 @@ def test_needles_by_length_and_depth_stand_in_json_and_table(run, capsys):
     for row in (none, turbo4):
         assert row["recalled"] == sum(row["by_depth"]) == 5 * row["accuracy"] and len(row["by_depth"]) == 5
         assert row["recalled"] >= 4
-    evaluate._print_tables(report)
+    evaluate.print_tables(report)
     assert re.search(r"^turbo4 +256 +\d+\.\d( +\d+){5}$", capsys.readouterr().out, re.MULTILINE)
 
 
@@ -354,11 +354,11 @@ def test_progress_is_for_terminals_that_want_it(run, monkeypatch):
 
 
 def test_default_caches_that_a_model_does_not_allow_are_left_out_with_a_warning(run, monkeypatch):
-    monkeypatch.setattr(evaluate, "_why_not_quantized", lambda model: "of its head_dim")
+    monkeypatch.setattr(evaluate, "why_not_quantized", lambda model: "of its head_dim")
     monkeypatch.setattr(evaluate, "DEFAULT_KV", ("mlx4", "turbo0"))
     code, out, err = run("eval", "--tokens", 20, "--json")
     assert code == 0 and [row["kv"] for row in json.loads(out)["results"]] == ["none", "turbo0"]
-    assert "warning: left out mlx4: of its head_dim" in err
+    assert "warning: skipping mlx4: of its head_dim" in err
     code, out, err = run("eval", "--tokens", 20, "--kv", "mlx4")
     assert (code, out) == (2, "") and "--kv: mlx4: of its head_dim" in err
 
@@ -376,9 +376,9 @@ class TinyModel:
 
 
 def test_mlx_lm_quantizes_plain_caches_with_whole_groups_only():
-    assert evaluate._why_not_quantized(TinyModel(KVCache, 128)) is None
-    assert "head_dim 80 is not a multiple" in evaluate._why_not_quantized(TinyModel(KVCache, 80))
-    assert "this one has RotatingKVCache" in evaluate._why_not_quantized(TinyModel(lambda: RotatingKVCache(8), 128))
+    assert baselines.why_not_quantized(TinyModel(KVCache, 128)) is None
+    assert "head_dim 80 is not a multiple" in baselines.why_not_quantized(TinyModel(KVCache, 80))
+    assert "this one has RotatingKVCache" in baselines.why_not_quantized(TinyModel(lambda: RotatingKVCache(8), 128))
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def test_mlx_lm_quantizes_plain_caches_with_whole_groups_only():
         (["--kv", "mlx5"], ["--kv: got 'mlx5'", "mlx8 or mlx4"]),
         (["--kv-block", "0"], ["--kv-block: got 0"]),
         (["--kv-recent", "-1"], ["--kv-recent: got -1"]),
-        (["--tokens", "1"], ["--tokens: got 1", "from 2"]),
+        (["--tokens", "1"], ["--tokens: got 1", "at least 2"]),
         (["--windows", "0"], ["--windows: got 0"]),
         (["--chunk", "0"], ["--chunk: got 0"]),
         (["--needle-facts", "0"], ["--needle-facts: got 0"]),
@@ -411,7 +411,7 @@ def test_bad_input_gets_one_line_before_the_model_is_loaded(run, loads_nothing, 
 def test_bad_input_that_the_model_shows(run, tmp_path):
     (tmp_path / "a.txt").write_text("a")
     for argv, words in (
-        (["--model", "/no/such"], "--model: there is no folder"),
+        (["--model", "/no/such"], "is neither an existing folder"),
         (["--text", tmp_path / "a.txt"], "at least 2 are needed"),
         (["--needles", "--needle-lengths", 512, 90], "--needle-lengths: got 90, too short for 10"),
         (["--needles", "--needle-facts", 201], "--needle-facts: got 201, at most 200"),
@@ -441,12 +441,12 @@ def test_a_picture_without_matplotlib_is_refused_with_the_command_that_installs_
 def test_checking_the_place_of_a_picture_leaves_it_as_it_was(tmp_path):
     there, new = tmp_path / "there.png", tmp_path / "new.png"
     there.write_bytes(b"mine")
-    plots.check_plot(there)
-    plots.check_plot(new)
+    style.check_plot(there)
+    style.check_plot(new)
     assert there.read_bytes() == b"mine" and not new.exists()
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(plots.PlotError, match="folder.png"):
-        plots.check_plot(tmp_path / "folder.png")
+    with pytest.raises(style.PlotError, match="folder.png"):
+        style.check_plot(tmp_path / "folder.png")
 
 
 def test_a_picture_of_nothing_is_a_warning_and_the_figures_are_printed(run, tmp_path):
@@ -501,9 +501,9 @@ def test_a_dataset_s_test_split_is_taken_or_the_file_that_is_named(hub):
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("no/body", "'no/body' is neither a file here nor a dataset on the Hugging Face Hub"),
+        ("no/body", "'no/body' is neither a local file nor a dataset on the Hugging Face Hub"),
         ("owner/name/b.txt", "the dataset 'owner/name' on the Hugging Face Hub has no 'b.txt'"),
-        ("owner/name", r"no test or validation split .* owner/name/FILE: it has train.txt"),
+        ("owner/name", r"no test or validation split .* owner/name/FILE; it has train.txt"),
         ("owner/odd/test.jsonl", "'owner/odd/test.jsonl' has no field 'text'"),
         ("owner/odd/bad-test.jsonl", "cannot read"),
         ("/no/such/file", "cannot read '/no/such/file'"),

@@ -7,19 +7,19 @@ import subprocess
 import sys
 import threading
 
-import families
 import mlx.core as mx
 import mlx_lm
 import mlx_lm.models.cache as lm_cache
 import pytest
 from mlx.utils import tree_flatten
-from test_families import compressed
+from support import families
+from support.families import compressed
 
 from mlx_turbo import TurboConfig, TurboKVCache, use_backend
 from mlx_turbo.cli import plan
 from mlx_turbo.cli.common import DEMO_MODEL, CliError
 from mlx_turbo.cli.main import main
-from mlx_turbo.integration.prompt_cache import members
+from mlx_turbo.integration.prompt_cache import flatten_caches
 
 CONFIG = json.loads((DEMO_MODEL / "config.json").read_text())
 LLAMA_70B = dict(
@@ -65,7 +65,7 @@ def filled(model, cache, n):
     """The members of a prompt cache after n tokens, the last two one by one."""
     for length in (n - 2, 1, 1):
         mx.eval(model(mx.zeros((1, length), mx.int32), cache=cache), [c.state for c in cache])
-    return members(cache)
+    return flatten_caches(cache)
 
 
 # ---- shapes without memory -----------------------------------------------------------------------------------
@@ -224,10 +224,10 @@ def test_a_model_without_growing_caches(run, folder):
 
 def test_without_memory_it_is_this_machine_s(run, monkeypatch):
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 12 * 10**9}, raising=False)
-    assert "12.00 GB (what Metal recommends to use at most on this Mac)" in run()[1]
+    assert "12.00 GB (the working set that Metal recommends on this Mac)" in run()[1]
     monkeypatch.setattr(mx, "device_info", lambda: {}, raising=False)
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert f"{pages / 1e9:.2f} GB (this machine's memory, which has no Metal GPU)" in run()[1]
+    assert f"{pages / 1e9:.2f} GB (all memory of this machine, which has no Metal GPU)" in run()[1]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_without_memory_it_is_this_machine_s(run, monkeypatch):
         (["--memory", "x"], "--memory: got 'x'"),
         (["--kv", "turbo5"], "--kv: got 'turbo5'"),
         (["--memory", "1MB"], "--memory: the weights alone are 4.54 MB"),
-        (["--model", "no such folder"], "there is no folder 'no such folder'"),
+        (["--model", "no such folder"], "'no such folder' is neither an existing folder"),
         (["--kv-recent", "-1"], "--kv-recent: got -1"),
     ],
 )
@@ -253,7 +253,7 @@ def test_wrong_input_is_one_line(run, argv, says):
         ({"model_type": "gpt99"}, "mlx-lm cannot build a 'gpt99' model"),
         ({"model_type": None}, "mlx-lm cannot build a None model"),
         ({"num_hidden_layers": "four"}, "cannot build a 'qwen3' model"),
-        ({"head_dim": 30}, "turbo8v4 does not go with"),
+        ({"head_dim": 30}, "turbo8v4 cannot be used with"),
     ],
 )
 def test_configurations_that_do_not_work(run, folder, change, says):
@@ -370,6 +370,9 @@ def test_a_hub_that_is_gone(hub):
 
 def test_models_the_hub_does_not_have(hub):
     done = hub("tiny/absent")
-    assert done.returncode == 2 and "'tiny/absent' is neither a folder here nor on the Hugging Face Hub" in done.stderr
+    assert (
+        done.returncode == 2
+        and "'tiny/absent' is neither a local folder nor a model on the Hugging Face Hub" in done.stderr
+    )
     done = hub("tiny/unknown", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "the Hub cannot be reached" in done.stderr and done.stderr.count("\n") == 1

@@ -4,37 +4,34 @@ decode, verification of draft tokens, trimming and files. Batches are in test_ba
 import copy
 import functools
 import sys
-import warnings
 from pathlib import Path
 
-import families
 import mlx.core as mx
 import mlx_lm
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS
-from conftest import BACKENDS, to_numpy
+from support import families
+from support.arrays import to_numpy
+from support.backends import BACKENDS
+from support.caches import FAST_BACKENDS
+from support.families import WRITES_EMPTY_ARRAYS, compressed
 
 from mlx_turbo import (
     RotatingTurboKVCache,
-    TurboConfig,
     TurboKVCache,
     describe,
-    make_prompt_cache,
     save_prompt_cache,
     use_backend,
 )
-from mlx_turbo.integration.prompt_cache import members
+from mlx_turbo.integration.prompt_cache import flatten_caches
 
 TOKENS = mx.array(np.random.default_rng(0).integers(0, families.VOCABULARY, (1, 340)))
-WINDOW = dict(sink=2, recent=4, block=4)  # so small that each chunk of the prompt is packed, and windows of 16 tokens
 TRIM = 9  # reaches into the packed tokens
 PACKED = ("turbo8", "turbo4", "turbo3", "turbo2")
 OTHERS = ("auto", "turbo8v4", "turbo0v4")  # the default; keys of other bits than values
 NAMES = families.all_names()
 OLD = tuple(map(int, mlx_lm.__version__.split(".")[:2])) < (0, 32)  # it does not have all families, nor the same
-WRITES_EMPTY_ARRAYS = tuple(map(int, mx.__version__.split(".")[:2])) > (0, 30)
 IN_LISTS = (
     "baichuan_m1",
     "deepseek_v32",
@@ -87,16 +84,6 @@ def walk(model, make_cache, n_prompt=24):
     return phases
 
 
-def compressed(model, config):
-    """Our prompt cache for a model; a warning that nothing is compressed has to be true."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        cache = make_prompt_cache(model, TurboConfig.of(config, **WINDOW))
-    nothing = not any(isinstance(c, TurboKVCache) for c in members(cache))
-    assert [str(w.message)[:21] for w in caught] == ["nothing is compressed"] * nothing
-    return cache
-
-
 def error(got, want):
     """Relative error of the logits of a token, the median over those that attend to packed tokens: an expert or a
     top-k that flips at one token does not decide."""
@@ -113,7 +100,7 @@ def test_a_lossless_scheme_gives_mlx_lm_s_logits(backend, name):
     assert list(got) == list(want)  # trimmed where mlx-lm can trim
     if not OLD:
         assert families.cell(name, "trim") == (
-            "yes" if "short prompt" not in want else families.UNTIL_FULL if "trim" in want else families.FORGOTTEN
+            "yes" if "short prompt" not in want else families.UNTIL_FULL if "trim" in want else families.CANNOT_TRIM
         )
     for phase in want:
         np.testing.assert_allclose(got[phase], want[phase], rtol=1e-5, atol=1e-5, err_msg=phase)
@@ -129,9 +116,11 @@ def test_packed_schemes_stay_as_close_as_their_bits_allow(backend, name):
         assert list(got) == list(want)
         assert not any(np.isnan(logits).any() for logits in got.values())
         errors[scheme] = error(got, want)
-        packed = [c.report()["packed"] for c in members(caches[0]) if isinstance(c, TurboKVCache)]
+        packed = [c.report()["packed"] for c in flatten_caches(caches[0]) if isinstance(c, TurboKVCache)]
         least = [
-            8 if isinstance(c, RotatingTurboKVCache) else 30 for c in members(caches[0]) if isinstance(c, TurboKVCache)
+            8 if isinstance(c, RotatingTurboKVCache) else 30
+            for c in flatten_caches(caches[0])
+            if isinstance(c, TurboKVCache)
         ]
         assert all(n >= few for n, few in zip(packed, least)), packed
     if not packed:
@@ -151,7 +140,7 @@ def test_auto_and_keys_of_other_bits_than_values_pack_too(backend, name):
         got = walk(model, lambda: caches.append(compressed(model, scheme)) or caches[-1], n_prompt=280)
         assert list(got) == list(want)
         assert not any(np.isnan(logits).any() for logits in got.values())
-        ours = [c for c in members(caches[0]) if isinstance(c, TurboKVCache)]
+        ours = [c for c in flatten_caches(caches[0]) if isinstance(c, TurboKVCache)]
         assert all(c.report()["packed"] >= 200 for c in ours if not isinstance(c, RotatingTurboKVCache))
 
 
@@ -159,24 +148,24 @@ def test_auto_and_keys_of_other_bits_than_values_pack_too(backend, name):
 def test_every_plain_cache_and_window_is_compressed_and_the_others_are_named(backend, name):
     model, _ = mlx_lm_s(name)
     theirs, ours = lm_cache.make_prompt_cache(model), compressed(model, "turbo4")
-    kept = [c for c in ours if not any(isinstance(m, TurboKVCache) for m in members([c]))]
+    kept = [c for c in ours if not any(isinstance(m, TurboKVCache) for m in flatten_caches([c]))]
     assert len(ours) == len(theirs)
     if not hasattr(lm_cache.KVCache, "keys_and_values") and name in ("afm7", "gemma3n"):
         assert kept == ours  # mlx-lm 0.31 unpacks the state of these
         return
     taken = {lm_cache.KVCache: TurboKVCache, lm_cache.RotatingKVCache: RotatingTurboKVCache}
     for layer, own in zip(theirs, ours):
-        want = [taken.get(type(c), type(c)) for c in members([layer])]
+        want = [taken.get(type(c), type(c)) for c in flatten_caches([layer])]
         if type(own) is not type(layer) and not isinstance(own, TurboKVCache):
             assert type(own) is lm_cache.IndexedCacheList
             want[-1] = lm_cache.KVCache  # the indexer's
-        assert [type(c) for c in members([own])] == want
+        assert [type(c) for c in flatten_caches([own])] == want
     text = describe(ours)
     assert text.startswith(f"{len(ours) - len(kept)} of {len(ours)} layers compressed")
-    left = [type(c).__name__ for c in members(ours) if not isinstance(c, TurboKVCache)]
-    assert bool(left) == (" stays: " in text) and "not known" not in text
+    left = [type(c).__name__ for c in flatten_caches(ours) if not isinstance(c, TurboKVCache)]
+    assert bool(left) == (" stays uncompressed: " in text) and "does not know" not in text
     for kind in left:
-        assert f"{kind} ({left.count(kind)}) stays: " in text  # the reason follows
+        assert f"{kind} ({left.count(kind)}) stays uncompressed: " in text  # the reason follows
 
 
 @pytest.mark.parametrize("name", [n for n in IN_LISTS if n in NAMES])

@@ -11,13 +11,14 @@ import mlx.core as mx
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS, filled, random_tokens, same, snapshot, stored
-from conftest import BACKENDS, to_numpy
+from support.arrays import to_numpy
+from support.backends import BACKENDS
+from support.caches import FAST_BACKENDS, filled, random_tokens, same, snapshot, stored
 
 import mlx_turbo
 from mlx_turbo import RotatingTurboKVCache, TurboKVCache, load_prompt_cache, save_prompt_cache, use_backend
 from mlx_turbo.cache.state import FORMAT_VERSION
-from mlx_turbo.integration.prompt_cache import members
+from mlx_turbo.integration.prompt_cache import flatten_caches
 from mlx_turbo.integration.sparse_indexer import IndexedCacheList
 
 pytestmark = [pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True), pytest.mark.usefixtures("door")]
@@ -75,7 +76,7 @@ def test_what_is_loaded_is_what_was_saved(backend, file):
     loaded, metadata = load_prompt_cache(str(file), return_metadata=True)
     assert metadata == {"model": "demo", "quotes": '"0.mlx_turbo":"version=1 crc32=00000000"'}
     assert [type(c) for c in loaded] == [type(c) for c in prompt_cache()]
-    for got, want in zip(members(loaded), members(prompt_cache()), strict=True):
+    for got, want in zip(flatten_caches(loaded), flatten_caches(prompt_cache()), strict=True):
         assert type(got) is type(want)
         if isinstance(want, TurboKVCache):
             assert got.config == want.config and got.undecided == want.undecided
@@ -310,7 +311,11 @@ def test_another_version_of_the_file_or_of_a_state_is_refused(backend, tmp_path)
     file = tmp_path / "a.safetensors"
     save_prompt_cache(file, [filled()])
     data = file.read_bytes()
-    refused(file, data.replace(b"version=1", b"version=2"), "version 2 of the file format, this mlx_turbo reads 1")
+    refused(
+        file,
+        data.replace(b"version=1", b"version=2"),
+        "version 2 of the file format, but this mlx_turbo reads version 1",
+    )
 
     def newer(header, body):
         at = header["0.0"]["data_offsets"][0]
@@ -323,7 +328,7 @@ def test_another_version_of_the_file_or_of_a_state_is_refused(backend, tmp_path)
 @pytest.mark.parametrize(
     "name, match",
     [
-        ("Foo", "class 'Foo', which this mlx-lm does not have"),
+        ("Foo", "class 'Foo', which the installed mlx-lm does not have"),
         ("deque", "class 'deque'"),
         ("nn", "class 'nn'"),
         ("KVCache", "not the state of a KVCache"),

@@ -3,15 +3,15 @@
 import copy
 import importlib
 
-import families
 import mlx.core as mx
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS, random_tokens, same
-from conftest import to_numpy
-from test_batch import Walk, merged
-from test_families import WRITES_EMPTY_ARRAYS
+from support import families
+from support.arrays import to_numpy
+from support.caches import FAST_BACKENDS, random_tokens, same
+from support.families import WRITES_EMPTY_ARRAYS
+from support.walk import Walk, merged
 
 from mlx_turbo import (
     TurboConfig,
@@ -24,7 +24,7 @@ from mlx_turbo import (
 )
 from mlx_turbo.cli.common import summarize
 from mlx_turbo.integration import prompt_cache
-from mlx_turbo.integration.sparse_indexer import IndexedCacheList, of_model, of_tokens
+from mlx_turbo.integration.sparse_indexer import IndexedCacheList, indexers_of_model, indexers_of_tokens
 from mlx_turbo.quality import metrics
 
 pytestmark = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
@@ -34,7 +34,7 @@ OTHERS = [n for n in ("minimax_m3_vl", "longcat_flash", "falcon_h1") if n in fam
 
 @pytest.fixture(autouse=True)
 def door():
-    prompt_cache.register()
+    prompt_cache.patch_mlx_lm()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,10 +116,10 @@ def test_both_caches_give_a_row_s_tokens_in_the_same_columns(backend, first):
 def test_the_caches_of_an_indexer_are_the_same_by_a_call_and_by_what_they_hold(backend, name):
     model = families.build(name)
     plain = lm_cache.make_prompt_cache(model)
-    found = of_model(model, plain)
+    found = indexers_of_model(model, plain)
     assert all(c.empty() for c in plain)  # the call was another cache's
     model(mx.array([[1, 2, 3]]), cache=plain)
-    assert found == of_tokens(plain)
+    assert found == indexers_of_tokens(plain)
     assert len(found) == {"deepseek_v32": 4, "glm_moe_dsa": 4, "minimax_m3_vl": 2}.get(name, 0)
 
 
@@ -145,8 +145,12 @@ def test_bytes_and_tokens_inside_lists_are_counted(backend, name):
     for cache in plain, ours:
         mx.eval(model(mx.array(np.random.default_rng(0).integers(0, 96, (1, 300))), cache=cache))
     summary = summarize(ours)
-    assert summary["nbytes"] == sum(c.nbytes for c in prompt_cache.members(ours)) < 0.5 * summary["uncompressed_nbytes"]
-    assert summary["uncompressed_nbytes"] == sum(c.nbytes for c in prompt_cache.members(plain))
+    assert (
+        summary["nbytes"]
+        == sum(c.nbytes for c in prompt_cache.flatten_caches(ours))
+        < 0.5 * summary["uncompressed_nbytes"]
+    )
+    assert summary["uncompressed_nbytes"] == sum(c.nbytes for c in prompt_cache.flatten_caches(plain))
     assert summary["tokens"] == 300 and summary["scheme"] == "turbo4" and 4 < summary["packed_bits_per_value"] < 5
     assert metrics.resident_bits(ours) < metrics.resident_bits(plain) == 32 * 512 / 300
 

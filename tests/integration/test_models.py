@@ -1,7 +1,6 @@
 """The door into mlx-lm: the embedded model and small random ones, run by mlx-lm's own functions."""
 
 import copy
-import importlib
 import math
 import warnings
 from pathlib import Path
@@ -11,31 +10,19 @@ import mlx_lm
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS, same
-from conftest import to_numpy
-from mlx.utils import tree_map
 from mlx_lm.generate import generate_step, maybe_quantize_kv_cache, speculative_generate_step
-from mlx_lm.utils import dequantize_model
+from support.arrays import to_numpy
+from support.caches import FAST_BACKENDS, same
+from support.models import DEMO_MODEL, family, gemma3, llama, tokens_of
 
 import mlx_turbo
 from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache
 from mlx_turbo.integration.prompt_cache import describe, disable, enable, make_prompt_cache, reports
 
-DEMO_MODEL = Path(mlx_turbo.__file__).parent / "demo_model"
 STORIES = (DEMO_MODEL / "stories.txt").read_text()
 PROMPT = "Once upon a time, a little girl named Lily found a shiny stone in the garden. She"
 SMALL = TurboConfig("turbo4", sink=4, recent=8, block=8)  # packs early, so that short texts are packed
 pytestmark = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
-
-
-@pytest.fixture(scope="module")
-def demo():
-    """(model, tokenizer) of the embedded model in float32: what MLX's CPU is fastest in."""
-    model, tokenizer = mlx_lm.load(str(DEMO_MODEL))
-    model = dequantize_model(model)
-    model.set_dtype(mx.float32)
-    mx.eval(model.parameters())
-    return model, tokenizer
 
 
 @pytest.fixture
@@ -49,57 +36,6 @@ def model(demo):
 @pytest.fixture
 def tokenizer(demo):
     return demo[1]
-
-
-def family(name, **args):
-    """A small model of an mlx-lm family with random weights."""
-    mx.random.seed(0)
-    module = importlib.import_module(f"mlx_lm.models.{name}")
-    model = module.Model(module.ModelArgs(model_type=name, **args))
-    # RMSNorm weights and the like as they are, matrices large enough for attention to differ from token to token
-    model.update(tree_map(lambda x: mx.random.normal(x.shape) * 0.1 if x.ndim > 1 else x, model.parameters()))
-    mx.eval(model.parameters())
-    return model
-
-
-def llama(head_dim=64, **args):
-    return family(
-        "llama",
-        **{
-            **dict(
-                hidden_size=64,
-                num_hidden_layers=2,
-                intermediate_size=96,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=head_dim,
-                rms_norm_eps=1e-5,
-                vocab_size=100,
-            ),
-            **args,
-        },
-    )
-
-
-def gemma3(**args):
-    return family(
-        "gemma3_text",
-        **{
-            **dict(
-                hidden_size=64,
-                num_hidden_layers=6,
-                intermediate_size=96,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=64,
-                query_pre_attn_scalar=64,
-                vocab_size=100,
-                sliding_window=16,
-                sliding_window_pattern=3,
-            ),
-            **args,
-        },
-    )
 
 
 def lfm2():
@@ -127,10 +63,6 @@ def afm7():
     return family(
         "afm7", vocab_size=100, hidden_dim=128, num_layers=4, num_kv_reuse_layers=2, num_heads=2, num_kv_heads=1
     )
-
-
-def tokens_of(n, vocabulary=100):
-    return mx.array(np.random.default_rng(0).integers(0, vocabulary, (1, n)))
 
 
 def logits_in_chunks(model, tokens, cache, chunk=7):
@@ -201,7 +133,8 @@ def test_sliding_window_layers_are_windows_or_stay_and_are_reported(backend, con
     assert describe(cache) == (
         "6 of 6 layers compressed (4 of them windows of 16 tokens)"
         if windows
-        else "2 of 6 layers compressed; RotatingKVCache (4) stays: of so short a window most would stay exact"
+        else "2 of 6 layers compressed; RotatingKVCache (4) stays uncompressed: its window is so short that most of it "
+        "would stay exact"
     )
     batch = [c.merge([c, c]) for c in make_prompt_cache(model, config)]
     assert describe(batch) == describe(cache).replace("RotatingKVCache", "BatchRotatingKVCache")
@@ -218,7 +151,7 @@ def test_state_space_layers_stay_and_are_reported(backend):
     cache = make_prompt_cache(model, TurboConfig("turbo0", 4, 8, 8))
     assert [type(c).__name__ for c in cache] == ["ArraysCache", "TurboKVCache", "ArraysCache"]
     assert describe(cache) == (
-        "1 of 3 layers compressed; ArraysCache (2) stays: states, which do not grow with the text"
+        "1 of 3 layers compressed; ArraysCache (2) stays uncompressed: states, which do not grow with the text"
     )
     assert same(logits_in_chunks(model, tokens, cache), logits_in_chunks(model, tokens, model.make_cache()))
 
@@ -252,7 +185,8 @@ def test_a_short_rotating_cache_of_max_kv_size_stays_and_a_warning_says_so(backe
     assert [(type(c), c.max_size, c.keep) for c in cache] == 4 * [(lm_cache.RotatingKVCache, 32, 4)]
     assert caught[0].filename == __file__
     assert describe(cache) == (
-        "0 of 4 layers compressed; RotatingKVCache (4) stays: of so short a window most would stay exact"
+        "0 of 4 layers compressed; RotatingKVCache (4) stays uncompressed: its window is so short that most of it "
+        "would stay exact"
     )
 
 
@@ -409,7 +343,10 @@ def test_kv_bits_is_honoured_beside_ours_and_one_warning_names_both(backend, mod
     assert {type(c) for c in cache} == {lm_cache.QuantizedKVCache} and {c.bits for c in cache} == {8}
     (message,) = [str(w.message) for w in caught]
     assert config.name in message and "QuantizedKVCache (8 bits" in message
-    assert describe(cache) == "0 of 4 layers compressed; QuantizedKVCache (4) stays: kv_bits asked mlx-lm for it"
+    assert (
+        describe(cache)
+        == "0 of 4 layers compressed; QuantizedKVCache (4) stays uncompressed: kv_bits made mlx-lm quantize it"
+    )
 
 
 def test_kv_bits_is_refused_for_windows_as_mlx_lm_refuses_it(backend):

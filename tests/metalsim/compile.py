@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -121,9 +122,19 @@ def cache_directory():
 def _run(command, what):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = done.stderr.splitlines()
-        messages = [line for line in lines if "error:" in line or "note:" in line] or lines
-        raise MSLError(f"{what} failed:\n" + "\n".join(messages[:20]))
+        raise MSLError(f"{what} failed:\n" + "\n".join(_messages(done.stderr)[:20]))
+
+
+def _messages(stderr):
+    """clang's errors and notes. An error inside msl.h becomes one of the line of the kernel that calls it."""
+    messages = []
+    for error in re.split(r"^(?=.*error:)", stderr, flags=re.M):
+        lines = [line for line in error.splitlines() if "error:" in line or "note:" in line]
+        callers = [line.partition(": note:")[0] for line in lines if line.startswith("kernel:")]
+        if callers and not lines[0].startswith("kernel:"):
+            lines = [f"{callers[0]}: {lines[0][lines[0].index('error:') :]}"]
+        messages += lines
+    return messages or stderr.splitlines()
 
 
 def _key(*texts):

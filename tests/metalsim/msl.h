@@ -326,8 +326,11 @@ METAL_FUNC void threadgroup_barrier(mem_flags flags, MSL_LINE) { msl_barrier(0, 
 METAL_FUNC void simdgroup_barrier(mem_flags flags, MSL_LINE) { msl_barrier(1, flags, line); }
 }
 namespace msl {
+template <class T> METAL_FUNC void check_operand() {
+  static_assert(sizeof(typename Vector<T>::element) < 8, "simdgroup functions take no types of 64 bits");
+}
 template <class T> METAL_FUNC Exchange *exchange(T &x, uint line, bool may_diverge = false) {
-  static_assert(sizeof(T) <= 16, "operand of a simdgroup function is larger than 16 bytes");
+  check_operand<T>();
   return msl_exchange(&x, sizeof(T), may_diverge, line);
 }
 template <class T> METAL_FUNC T from_lane(Exchange *e, uint lane) {
@@ -337,12 +340,16 @@ template <class T> METAL_FUNC T from_lane(Exchange *e, uint lane) {
 }
 METAL_FUNC uint lowest_lane(uint mask) { return __builtin_ctz(mask); }
 #ifdef MSL_CODE_SIZE  // nothing runs: a simdgroup function is one call
-template <class T> __attribute__((convergent, const)) T on_gpu(T x, uint n = 0);
+template <class T> __attribute__((convergent, const)) T code_of(T x, uint n);
+template <class T> METAL_FUNC T on_gpu(T x, uint n = 0) {
+  check_operand<T>();
+  return code_of(x, n);
+}
 template <class T, class F> METAL_FUNC T reduce(T x, uint line, F f) { return on_gpu(x); }
 template <class T, class F> METAL_FUNC T reduce_quad(T x, uint line, F f) { return on_gpu(x); }
 template <class T, class F> METAL_FUNC T scan(T x, T, bool, uint line, F f) { return on_gpu(x); }
 template <class T> METAL_FUNC T from_first(T x, uint line) { return on_gpu(x); }
-METAL_FUNC ulong2 ballot(bool p, uint line) { return {on_gpu((ulong)p), ~0ul}; }
+METAL_FUNC ulong2 ballot(bool p, uint line) { return {(ulong)on_gpu((uint)p), ~0u}; }
 METAL_FUNC bool is_first(uint line) { return on_gpu(true); }
 METAL_FUNC float2 multiply(float4 ab, float2 c, uint line) { return on_gpu(ab).xy + c; }
 #else
@@ -571,6 +578,14 @@ template <class U> struct Limits<U, true> {
   static constexpr U max = numeric_limits<U>::infinity(), min = -numeric_limits<U>::infinity();
   static constexpr U finite_max = numeric_limits<U>::max(), finite_min = -numeric_limits<U>::max();
 };
+#define MLX_WIDE_SHUFFLE(name)                                                                          \
+  METAL_FUNC uint64_t name(uint64_t x, ushort n, MSL_LINE) {                                            \
+    return as_type<uint64_t>(metal::name(as_type<uint2>(x), n, line));                                  \
+  }                                                                                                     \
+  METAL_FUNC int64_t name(int64_t x, ushort n, MSL_LINE) {                                              \
+    return as_type<int64_t>(metal::name(as_type<uint2>(x), n, line));                                   \
+  }
+MLX_WIDE_SHUFFLE(simd_shuffle) MLX_WIDE_SHUFFLE(simd_shuffle_down) MLX_WIDE_SHUFFLE(simd_shuffle_up)
 template <class I = int64_t>
 METAL_FUNC I elem_to_loc(I element, constant int *shape, constant int64_t *strides, int ndim) {
   I location = 0;

@@ -1,4 +1,4 @@
-"""MSL text -> C++ text that clang compiles for the host, plus the rules of MSL that clang would not enforce.
+"""MSL text -> C++ text that clang compiles for the host, with the help of rules.py for what clang would not refuse.
 
 Every line stays where it is, so diagnostics point at the MSL line. The translation only
   * drops [[attributes]] (remembering those of kernel parameters) and #include <metal_*>;
@@ -12,6 +12,8 @@ way kernels are written, and clang has the last word on types.
 """
 
 import re
+
+from .rules import scopes_of, violations
 
 TOKEN = re.compile(
     r"""
@@ -84,6 +86,7 @@ class Source:
         self._rewrite_literals()
         self._collect_types()
         self._strip_attributes()
+        self._check_rules()
         self._make_threadgroup_variables_static()
         self._rewrite_vector_conversions()
         self._check_pointers_have_address_spaces()
@@ -231,6 +234,8 @@ class Source:
             j = _after_angles(tokens, j + 1) if tokens[j + 1].text == "<" else j + 1
             if tokens[j].kind != "name":
                 continue  # threadgroup T* p
+            if id(t) not in self.in_kernel:
+                self._error(t, "only a kernel function has threadgroup variables")
             t.out, depth = THREADGROUP_VARIABLE, 0
             while depth or tokens[j].text != ";":
                 if not depth and tokens[j + 1].text in (",", ";"):
@@ -271,13 +276,20 @@ class Source:
 
     # ---- rules clang would not enforce -----------------------------------------------------------
 
+    def _check_rules(self):
+        directives = [t.text for t in self.all_tokens if t.kind == "directive"]
+        scopes, declarations = scopes_of(self.tokens, self.kernels)
+        for token, text in violations(self.tokens, scopes, declarations, directives, SCALARS | VECTORS):
+            self._error(token, text)
+        self.in_kernel = {id(t) for t, scope in zip(self.tokens, scopes) if scope.in_kernel}
+
     def _check_pointers_have_address_spaces(self):
         tokens = self.tokens
-        pointees = self.types | ATOMICS | {"const"}
+        pointees = self.types | ATOMICS | {"const", "auto"}
         for i, t in enumerate(tokens):
-            if t.text not in ("*", "&") or i == 0:
+            pointee = tokens[i - 1].text if i else ""
+            if t.text not in ("*", "&") and not (t.text == "&&" and pointee == "auto"):
                 continue
-            pointee = tokens[i - 1].text
             if pointee == ">":
                 is_declarator = i + 2 < len(tokens) and tokens[i + 1].kind == "name" and tokens[i + 2].text in ",);=["
                 if not (is_declarator and self._closes_template_type(i - 1)):

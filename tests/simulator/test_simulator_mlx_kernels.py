@@ -12,6 +12,7 @@ import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
+from metalsim.translate import Source
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="metalsim runs on Linux")
 
@@ -307,6 +308,23 @@ def test_affine_quantize_matches_mlx(bits):
     np.testing.assert_allclose(out["biases"], biases, rtol=1e-6)
     # a value that lies between two codes may round either way: seen once in 2,048 values at 6 bits
     assert np.mean(out["out"] != words.view(np.uint8)) < 0.002
+
+
+# ---- the rules of MSL -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.h")), ids=lambda p: str(p.relative_to(KERNELS)))
+def test_texts_that_apple_accepts_break_no_rule(path):
+    """Of the simulator's own: nothing is compiled. Texts with `nax` in their name are for Metal 4 only."""
+    macro = "#define STEEL_CONST static constant constexpr const\n"
+    text = macro + re.sub(r"#\s*include .*", "", path.read_text())
+    constants = dict.fromkeys(range(400), 0)
+    if "nax" in path.name and re.search(r"\[&[^]]*\] *[({]", text):
+        with pytest.raises(metalsim.MSLError) as error:
+            Source(text, constants)
+        assert all("MSL has no lambda" in line for line in str(error.value).splitlines())
+    else:
+        Source(text, constants)
 
 
 # ---- deleted barriers ----------------------------------------------------------------------------

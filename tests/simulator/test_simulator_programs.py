@@ -79,6 +79,101 @@ BAD_PROGRAMS = {
     "undeclared identifier": ("undeclared", "out[i] = y;", "", {}),
     "as_type between sizes": ("sizes differ", "out[i] = as_type<half>(x[i]);", "", {}),
     "uninitialised local": ("uninitialized", "float a; out[i] = a;", "", {}),
+    # what Apple's front end refuses and a C++ compiler does not
+    "static variable in a kernel": ("line 7: 'static'", "static float a[2] = {1, 2}; out[i] = a[l & 1];", "", {}),
+    "static constant in a function": (
+        "line 1: 'static'",
+        "out[i] = f();",
+        "float f() { for (;;) { static constexpr float a = 1; return a; } }",
+        {},
+    ),
+    "lambda expression": ("line 7: MSL has no lambda", "auto f = [](float v) { return v; }; out[i] = f(x[i]);", "", {}),
+    "lambda expression as an argument": (
+        "line 7: MSL has no lambda",
+        "out[i] = f([&] { return x[i]; });",
+        "template <class F> float f(F g) { return g(); }",
+        {},
+    ),
+    "threadgroup variable in a function that is no kernel": (
+        "line 1: only a kernel function has threadgroup variables",
+        "out[i] = f(l);",
+        "float f(uint l) { threadgroup float s[64]; s[l] = l; return s[l]; }",
+        {},
+    ),
+    "threadgroup variable at program scope": (
+        "line 1: only a kernel function has threadgroup variables",
+        "s[l] = l; out[i] = s[l];",
+        "threadgroup float s[64];",
+        {},
+    ),
+    **{
+        f"no constant address space: {declaration}": (
+            f"line 2: '{name}', {where}, must be in the constant address space",
+            "out[i] = 0;",
+            "\n" + declaration,
+            {},
+        )
+        for name, where, declaration in [
+            ("N", "at program scope", "constexpr int N = 3;"),
+            ("a", "at program scope", "const float a[2] = {1, 2};"),
+            ("b", "at program scope", "static const float2 b = float2(1, 2), c = float2(3);"),
+            ("v", "at program scope", "template <typename T> constexpr bool v = sizeof(T) == 4;"),
+            ("n", "at program scope", "namespace mine { constexpr uint n = 1; }"),
+            ("x", "at program scope", "struct P { int k; }; device float *x;"),
+            ("K", "a static member", "template <int N> struct S { int k; static constexpr int K = N; };"),
+            ("M", "a static member", "struct S { void f() {} static const int M; };"),
+        ]
+    },
+    "simd_sum of ulong": (
+        "kernel:7:23: error: static assertion failed due to requirement 'sizeof(unsigned long) < 8': "
+        "simdgroup functions take no types of 64 bits",
+        "ulong v = l; out[i] = simd_sum(v);",
+        "",
+        {},
+    ),
+    **{
+        f"{call}: 64 bits": ("simdgroup functions take no types of 64 bits", f"out[i] = {call}.x;", "", {})
+        for call in (
+            "simd_shuffle(long2(l), 1)",
+            "simd_shuffle_xor(long2(l), 1)",
+            "quad_max(long2(l))",
+            "simd_broadcast_first(ulong3(l))",
+            "simd_prefix_inclusive_sum(long4(l))",
+        )
+    },
+    **{
+        f"function named like one of the library: {declaration}": (
+            f"line 2: '{name}': the Metal standard library has a function of this name",
+            "out[i] = 0;",
+            f"\n{declaration} {{ return a; }}",
+            {},
+        )
+        for name, declaration in [
+            ("min", "float min(float a, float b)"),
+            ("clamp", "METAL_FUNC half4 clamp(half4 a, half4 b, half4 c)"),
+            ("select", "template <typename T> static T select(T a, T b, bool c)"),
+            ("fma", "inline bfloat fma(const bfloat a, bfloat b, bfloat c)"),
+            ("dot", "template <typename T, int N> vec<T, N> dot(vec<T, N> a, vec<T, N> b)"),
+            ("abs", "constexpr long abs(long a)"),
+            ("simd_shuffle_xor", "uint2 simd_shuffle_xor(uint2 a, ushort n)"),
+        ]
+    },
+    **{
+        f"{declaration} without an address space": (
+            "needs an explicit address space",
+            declaration + " out[i] = 0;",
+            "",
+            {},
+        )
+        for declaration in (
+            "auto *p = out;",
+            "auto &p = out[i];",
+            "const auto &p = x[i];",
+            "auto const *p = x;",
+            "auto &&p = out[i];",
+            "for (auto *p = x; p != x; p++) {}",
+        )
+    },
     # limits
     "threadgroup memory over 32 KB": (
         "limit is 32768",
@@ -434,6 +529,53 @@ GOOD_PROGRAMS = {
         "",
         {"n": (4, 4, 4), "group": (4, 4, 4)},
         THREADS + 100 * (THREADS // 32),
+    ),
+    # what looks like something that is refused
+    "constants in the constant address space": (
+        "int n[] = {N, M[1], S<4>::K, mine::n, COUNT, TWO, three, v<int>}; out[i] = n[l % 8] + S<1>::f();",
+        "constant constexpr const int N = 1; constant int M[2] = {3, 2}, L = 5;\n"
+        "#define CONSTANT static constant \\\n  constexpr const\nCONSTANT int COUNT = 5;\n"
+        "namespace mine { constant uint n = 4; float f(float a = 0) { return a; } }\n"
+        "template <int N> struct S { int k; static constant constexpr const int K = N - 1; "
+        "static METAL_FUNC int f() { return 0; } static constexpr int g() { return 1; } };\n"
+        "enum { ONE, TWO = 6, }; constexpr int seven() { return 7; } "
+        "static constexpr constant int three = seven();\n"
+        "template <typename T> constant constexpr int v = sizeof(T) + 4; struct P; typedef int Int;\n"
+        "using I = int; static inline float g(float a) { return a; } "
+        'static_assert(int{3} == N + 2, ""); float h(float a, float b);',
+        {},
+        1 + THREADS % 8,
+    ),
+    "a threadgroup variable in a block of a kernel": (
+        f"float v = 0; if (threads_per_grid.x == 64) {{ threadgroup float s[64]; s[l] = x[i]; {BARRIER} "
+        "v = s[63 - l]; } out[i] = v;",
+        "",
+        {},
+        THREADS[::-1],
+    ),
+    "functions named like some of the library that take other types, or elsewhere": (
+        "P p = {x[i], 2}; ulong w = (ulong)l << 40; "
+        "out[i] = min(p, p).a + mine::clamp(1) + p.max(2) + float(simd_shuffle_xor(w, 1) >> 40) "
+        "+ float(simd_shuffle_down((long)l << 40, 1) >> 40);",
+        "struct P { float a, b; float max(float c) const { return c; } }; P min(P a, P b) { return a; } "
+        "namespace mine { float clamp(float a) { return a; } } ulong simd_shuffle_xor(ulong v, ushort n) "
+        "{ return as_type<ulong>(metal::simd_shuffle_xor(as_type<uint2>(v), n)); }",
+        ONE_SIMDGROUP,
+        LANES + 3 + (LANES ^ 1) + np.minimum(LANES + 1, 31),
+    ),
+    "auto by value, and pointers and references to it with an address space": (
+        "auto v = x[i]; device auto *p = out; thread auto &q = v; const device auto &r = x[i]; q += r; "
+        "p[i] = v + (true && v > 0) + (p == out);",
+        "",
+        {},
+        2 * THREADS + (THREADS > 0) + 1,
+    ),
+    "brackets that begin no lambda expression": (
+        "int n[3] = {1, 2, 3}; float2 f[2] = {}; int at[] = {0}; "
+        "out[i] = (n)[at[0]] + n[1] + float2(1, 2)[1] + sizeof(int[2]) + f[0][1] + last(n)[n[0]];",
+        "thread int *last(thread int *n) { return n + 1; }",
+        {},
+        np.full(64, 1 + 2 + 2 + 8 + 3),
     ),
     "small inputs are constant": (
         "constant float* p = x; out[i] = p[l];",

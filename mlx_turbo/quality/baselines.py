@@ -1,0 +1,36 @@
+"""The caches that ours are compared with: mlx-lm's plain cache, and its QuantizedKVCache as mlx8 and mlx4."""
+
+from typing import Any
+
+import mlx.core as mx
+
+MLX_LM_BITS = {"mlx8": 8, "mlx4": 4}
+MLX_LM_GROUP_SIZE = 64  # numbers that share a scale in mlx-lm's QuantizedKVCache, its default
+
+
+def make_plain_cache(model: Any) -> list[Any]:
+    """mlx-lm's own prompt cache for `model`, uncompressed."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    return make_prompt_cache(model)
+
+
+def make_quantized_cache(model: Any, name: str) -> list[Any]:
+    """A prompt cache of QuantizedKVCache for `model`. name: a key of MLX_LM_BITS."""
+    from mlx_lm.models.cache import QuantizedKVCache
+
+    return [QuantizedKVCache(MLX_LM_GROUP_SIZE, MLX_LM_BITS[name]) for _ in model.layers]
+
+
+def why_not_quantized(model: Any) -> str | None:
+    """Why mlx-lm's QuantizedKVCache cannot serve this model, or None. Reads one token."""
+    from mlx_lm.models.cache import KVCache
+
+    caches = make_plain_cache(model)
+    if others := sorted({type(c).__name__ for c in caches} - {KVCache.__name__}):
+        return f"mlx-lm quantizes only models whose caches are all plain KVCaches, and this one has {', '.join(others)}"
+    mx.eval(model(mx.array([[0]]), cache=caches))
+    dims = sorted({a.shape[-1] for c in caches for a in (c.keys, c.values)})
+    if wrong := [d for d in dims if d % MLX_LM_GROUP_SIZE]:
+        return f"mlx-lm quantizes in groups of {MLX_LM_GROUP_SIZE}, and head_dim {wrong[0]} is not a multiple of that"
+    return None
