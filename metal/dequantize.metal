@@ -1,56 +1,67 @@
-// dequantize.metal: packed rows back to vectors; the keys and values of a layer in one launch.
+// dequantize.metal: packed rows back to vectors, with the exact tokens around them; keys and values in one launch.
 // Compiled behind shared.metal, which describes the packed row. The text above the line "// ==== body" is the end of
-// the header of mx.fast.metal_kernel, the rest its source.
+// the header of mx.fast.metal_kernel, the rest is its source.
 //
-// MATHEMATICS, per packed row: y = scale * levels of the codes;  x = inverse rotation of y, plus the mean. Rotation and
-//   levels are those of quantize.metal; the inverse runs the rounds backwards, transform first, diagonal second.
+// MATHEMATICS, per packed row: y = scale * levels of the codes (+ the rotated mean of its segment);
+//   x = inverse rotation of y (+ the mean). Rotation and levels are those of quantize.metal; the inverse runs the
+//   rounds backwards, transform first, diagonal second. Exact tokens are copied.
 //
 // MAPPING. A lane owns DIMS_PER_LANE = 16 consecutive dims (32 if D > 512), whole words of every packing. LANES lanes
 //   (a power of two) share a row, a simdgroup works on 32 / LANES rows. Butterflies over less than DIMS_PER_LANE dims
-//   happen in registers, the rest by shuffles. No threadgroup memory, no barrier.
+//   happen in registers, the rest by shuffles. No threadgroup memory, no barrier. A lane writes 4 dims at a time, so
+//   that neighbouring lanes fill whole sectors of memory.
 //
 // INPUTS  (side 0 = keys, side 1 = values; with one side the arguments of side 1 are never read)
 //   codes0/1      uint32 [B, H, CAPACITY, WORDS], rows contiguous, other strides free: the cache's whole buffer
 //   scale0/1      float16 [B, H, CAPACITY, 1], any strides
-//   mean0/1       float [B, H, 1, D], row-contiguous. Read only if MEAN0/1.
+//   mean0/1       MEAN = 1: float [B, H, 1, D], row-contiguous. MEAN = 2: float16 [B, H, CAPACITY, D], rotated, rows
+//                 contiguous: row i belongs to the packed tokens i * segment .. (i + 1) * segment - 1. Else not read.
+//   sink0/1, recent0/1   T [B, H, CAPACITY, D], rows contiguous. Read only if EXACT.
 //   diag0/1       float [ROUNDS, D], row-contiguous: the diagonals of the rotation. Read only if ROTATE0/1.
-//   span          int32 [2]: first token, number of tokens L
-// OUTPUTS
-//   x0, x1        T [B, H, L, D]
+//   span          int32 [8]: first packed token, number of packed tokens, n_sink, n_recent, segment of the keys, of the
+//                 values, 0, 0
+// OUTPUT
+//   x0, x1        T [B, H, L, D], L = n_sink + packed tokens + n_recent, in that order
 // TEMPLATE  T float type of the output; B0, B1 bits in {2, 3, 4, 8}; D0, D1 head_dim, multiple of 4, 32 to 576;
 //   ROTATE0/1: un-rotate here (the windows must start and end where a lane's dims do: D a multiple of 16 up to 512, of
-//   32 above), else x stays rotated; MEAN0/1: add a mean (needs ROTATE).
+//   32 above), else x stays rotated; MEAN0/1 in {0, 1, 2} (needs ROTATE); EXACT: there may be exact tokens.
 // LAUNCH  grid (32, S0 + S1, 1) with S = ceil(B * H * L / VECTORS) simdgroups per side, VECTORS = 32 / LANES;
 //   threadgroup (32, n, 1), any n. Lengths are data: nothing is compiled again when L changes.
 //
 // REGISTERS (estimate, 32 bits each): DIMS_PER_LANE values, up to 4 words, 8 pairs of levels, a few indices: 38;
 //   54 for D > 512.
 
-// Restores the 32 / LANES rows of a simdgroup. CODES, SCALE: pointers (constant if the array is tiny, else device).
-template <int BITS, int D, bool ROTATE, bool MEAN, class CODES, class SCALE, class SHAPE, class STRIDES, class T>
+// Restores the 32 / LANES rows of a simdgroup. CODES, SCALE, MEANS, ROWS: pointers (constant if the array is
+// tiny, else device).
+template <int BITS, int D, bool ROTATE, int MEAN, bool EXACT, class CODES, class SCALE, class MEANS, class ROWS,
+          class SHAPE, class STRIDES, class SPAN, class T>
 METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_strides, SCALE scale, STRIDES scale_strides,
-                              const device float *mean, const device float *diag, int first, int L, device T *x,
+                              MEANS mean, STRIDES mean_strides, ROWS sink, STRIDES sink_strides, ROWS recent,
+                              STRIDES recent_strides, const device float *diag, SPAN span, int segment, device T *x,
                               int simdgroup, int lane) {
   typedef Row<BITS, D> R;
   constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, UNITS = DIMS_PER_LANE / 16,
                 P = tq_power_of_two_from(D / 2 + 1);
   constexpr int PER_UNIT = BITS == 3 ? 1 : BITS / 2, ROW_UNITS = R::UNITS;
   constexpr int CODE_WORDS = BITS == 3 ? ROW_UNITS : R::WORDS;  // without plane B
-  int H = codes_shape[1], n_vectors = codes_shape[0] * H * L;
+  int first = span[0], n_packed = span[1], n_sink = EXACT ? span[2] : 0, n_recent = EXACT ? span[3] : 0;
+  int L = n_sink + n_packed + n_recent, n_heads = codes_shape[1], n_vectors = codes_shape[0] * n_heads * L;
   int t = uint(lane) % LANES, vector = simdgroup * (32 / LANES) + uint(lane) / LANES;  // unsigned: no division
   bool live = vector < n_vectors;
   vector = min(vector, n_vectors - 1);  // lanes past the end shuffle along
-  int head = vector / L, token = first + vector - head * L, b = head / H, h = head - b * H;
+  int head = vector / L, l = vector - head * L, b = head / n_heads, h = head - b * n_heads;
+  bool packed = live && l >= n_sink && l < n_sink + n_packed;
+  int token = packed ? first + l - n_sink : 0;
   CODES row = codes + b * codes_strides[0] + h * codes_strides[1] + token * codes_strides[2];
   float gamma =
-      live ? float(scale[b * scale_strides[0] + h * scale_strides[1] + token * scale_strides[2]]) * Levels<BITS>::UNIT
-           : 0.0f;
+      packed ? float(scale[b * scale_strides[0] + h * scale_strides[1] + token * scale_strides[2]]) * Levels<BITS>::UNIT
+             : 0.0f;
 
   // ---- levels of the codes, times the scale
   float y[DIMS_PER_LANE];
   uint plane_b = 0;  // bytes of two units
   if (BITS == 3) {
-    if (live && (UNITS == 2 || t % 2 == 0) && t * UNITS < ROW_UNITS) plane_b = row[ROW_UNITS + t * UNITS / 2];
+    if (packed && (UNITS == 2 || t % 2 == 0) && t * UNITS < ROW_UNITS) plane_b = row[ROW_UNITS + t * UNITS / 2];
     if (UNITS == 1) {
       uint neighbour = simd_shuffle_xor(plane_b, ushort(1));
       if (t % 2 == 1) plane_b = neighbour >> 8;
@@ -60,12 +71,18 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
     uint w[PER_UNIT];
     TQ_UNROLL for (int k = 0; k < PER_UNIT; k++) {
       int word = (t * UNITS + u) * PER_UNIT + k;
-      w[k] = live && word < CODE_WORDS ? row[word] : 0;
+      w[k] = packed && word < CODE_WORDS ? row[word] : 0;
     }
     half2 level[8];
     tq_unit_levels<BITS>(w, (plane_b >> (8 * u)) & 0x00ff00ffu, level);
     TQ_UNROLL for (int i = 0; i < 16; i++) {
       y[16 * u + i] = R::has(t, 16 * u + i) ? gamma * float(level[i / 2][i % 2]) : 0.0f;
+    }
+  }
+  if (MEAN == 2 && packed) {
+    MEANS from = mean + b * mean_strides[0] + h * mean_strides[1] + token / segment * mean_strides[2];
+    TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
+      if (R::has(t, i)) y[i] += float(from[t * DIMS_PER_LANE + i]);
     }
   }
 
@@ -79,26 +96,33 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
     }
     tq_hadamard<D, DIMS_PER_LANE, LANES, 0, P>(y, lane, t);
   }
-  TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i += 4) {  // four at a time: neighbouring lanes write whole sectors
+  ROWS exact = sink;
+  if (EXACT && live && l < n_sink)
+    exact += b * sink_strides[0] + h * sink_strides[1] + l * sink_strides[2];
+  else if (EXACT && live && !packed)
+    exact = recent + b * recent_strides[0] + h * recent_strides[1] + (l - n_sink - n_packed) * recent_strides[2];
+  TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i += 4) {
     int d = t * DIMS_PER_LANE + i;
     if (live && R::has(t, i)) {
-      float4 v = float4(y[i], y[i + 1], y[i + 2], y[i + 3]);
-      if (ROTATE) {
-        float4 a = *(const device float4 *)(diag + d);
-        float4 c = MEAN ? *(const device float4 *)(mean + head * D + d) : float4(0, 0, 0, 0);
-        v = float4(fma(a.x, v.x, c.x), fma(a.y, v.y, c.y), fma(a.z, v.z, c.z), fma(a.w, v.w, c.w));
+      TQ_UNROLL for (int k = 0; k < 4; k++) {
+        if (ROTATE)
+          y[i + k] = MEAN == 1 ? fma(diag[d + k], y[i + k], float(mean[head * D + d + k])) : diag[d + k] * y[i + k];
+        if (EXACT && !packed) y[i + k] = float(exact[d + k]);
       }
-      *(device vec<T, 4> *)(x + (long)vector * D + d) = vec<T, 4>(T(v.x), T(v.y), T(v.z), T(v.w));
+      *(device vec<T, 4> *)(x + (long)vector * D + d) = vec<T, 4>(T(y[i]), T(y[i + 1]), T(y[i + 2]), T(y[i + 3]));
     }
   }
 }
 // ==== body
 constexpr int V0 = Row<B0, D0>::VECTORS;
-int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_grid.y, first = span[0], L = span[1];
+int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_grid.y;
+int L = span[1] + (EXACT ? span[2] + span[3] : 0);
 int S0 = uint(codes0_shape[0] * codes0_shape[1] * L + V0 - 1) / V0;
 if (simdgroup < S0)
-  tq_dequantize<B0, D0, ROTATE0, MEAN0>(codes0, codes0_shape, codes0_strides, scale0, scale0_strides, mean0, diag0,
-                                        first, L, x0, simdgroup, lane);
+  tq_dequantize<B0, D0, ROTATE0, MEAN0, EXACT>(codes0, codes0_shape, codes0_strides, scale0, scale0_strides, mean0,
+                                               mean0_strides, sink0, sink0_strides, recent0, recent0_strides, diag0,
+                                               span, span[4], x0, simdgroup, lane);
 else
-  tq_dequantize<B1, D1, ROTATE1, MEAN1>(codes1, codes1_shape, codes1_strides, scale1, scale1_strides, mean1, diag1,
-                                        first, L, x1, simdgroup - S0, lane);
+  tq_dequantize<B1, D1, ROTATE1, MEAN1, EXACT>(codes1, codes1_shape, codes1_strides, scale1, scale1_strides, mean1,
+                                               mean1_strides, sink1, sink1_strides, recent1, recent1_strides, diag1,
+                                               span, span[5], x1, simdgroup - S0, lane);

@@ -45,9 +45,11 @@ QUANTIZE_ARGUMENTS = (
     ["codes0", "codes1", "scale0", "scale1"],
 )
 DEQUANTIZE_ARGUMENTS = (
-    ["codes0", "codes1", "scale0", "scale1", "mean0", "mean1", "diag0", "diag1", "span"],
+    [f"{name}{i}" for name in ("codes", "scale", "mean", "sink", "recent", "diag") for i in (0, 1)] + ["span"],
     ["x0", "x1"],
 )
+OF_SEGMENTS = 2  # MEAN of dequantize.metal: rotated means, one for each segment
+WITH_EXACT = "between exact tokens"
 ATTEND_ARGUMENTS = (
     ["queries"]
     + [f"{side}_{part}" for side in "kv" for part in ("sink", "codes", "scale", "recent")]
@@ -132,6 +134,26 @@ class KernelBackend:
             if not in_kernel[i]:
                 outs[i] = unrotate(outs[i], seed) if side.mean is None else unrotate(outs[i], seed) + side.mean
         return [x.astype(dtype) for x in outs]
+
+    def restore(
+        self, keys: CachedSide, values: CachedSide, counts: Counts, seed: int = 0, first: int = 0
+    ) -> Optional[list[mx.array]]:
+        """All tokens of two sides in one launch, [B, Hkv, N, D] each in the dtype of the exact ones: sinks, packed
+        tokens from number `first` on, recent ones.
+
+        None where one launch cannot: a side that is not packed, exact tokens of two dtypes, or a head_dim whose
+        rotation the kernel does not do.
+        """
+        sides = keys, values
+        dtypes = {a.dtype for side in sides for a in (side.sink, side.recent) if a is not None}
+        packed = [side for side in sides if side.bits and side.codes is not None and rotates_in_kernel(side.head_dim)]
+        if len(packed) < 2 or len(dtypes) != 1 or counts[1] <= first:
+            return None
+        (dtype,) = dtypes
+        kernels = tuple(VectorsKernel(s.head_dim, s.bits, True, OF_SEGMENTS * s.has_means) for s in sides)
+        self._test_vectors("dequantize", kernels, dtype, WITH_EXACT)
+        prepared = [(side.packed(), True) for side in sides]
+        return self.launch_dequantize(prepared, first, counts[1] - first, dtype, seed, sides, counts)
 
     def read_rows(self, side: CachedSide, first: int, n: int) -> tuple[mx.array, None, None]:
         """For `tiled_attention`: n packed rows of a side from token `first` on, scaled but still rotated, float32
@@ -230,22 +252,39 @@ class KernelBackend:
         return [(outs[i], outs[2 + i]) for i in range(n)]
 
     def launch_dequantize(
-        self, prepared: Sequence[tuple[PackedSide, bool]], first: int, length: int, dtype: mx.Dtype, seed: int
+        self,
+        prepared: Sequence[tuple[PackedSide, bool]],
+        first: int,
+        length: int,
+        dtype: mx.Dtype,
+        seed: int,
+        cached: Sequence[CachedSide] = (),
+        counts: Counts = (0, 0, 0),
     ) -> list[mx.array]:
-        """`dequantize` untested. prepared: sides, and whether the kernel turns them back."""
-        n, template = len(prepared), [("T", dtype)]
-        codes, scales, means, diags, shapes = [], [], [], [], []
+        """`dequantize` untested. prepared: sides, and whether the kernel turns them back. cached: the sides they belong
+        to, of which the exact tokens (counts) and the means of segments come too."""
+        n, template = len(prepared), [("T", dtype), ("EXACT", bool(cached))]
+        codes, scales, means, diags, shapes, exact, segments = [], [], [], [], [], [], []
         for i in (0, 1):
             side, rotates = prepared[min(i, n - 1)]
             diag = diagonals(side.head_dim, seed)
             codes.append(side.codes)
             scales.append(side.scale)
             diags.append(diag)
-            means.append(diag if side.mean is None else side.mean)
-            template += _vectors_template(i, VectorsKernel(side.head_dim, side.bits, rotates, side.mean is not None))
-            shapes.append((*side.codes.shape[:2], length, side.head_dim) if i < n else (1,))
+            mean, has_mean, segment = side.mean, int(side.mean is not None), 0
+            if cached and cached[i].has_means:
+                mean, has_mean, segment = cached[i].means, OF_SEGMENTS, cached[i].segment
+            means.append(diag[None, None] if mean is None else mean)
+            segments.append(segment)
+            here = [a for a in (cached[i].sink, cached[i].recent) if a is not None] if cached else []
+            exact.append((here[0], here[-1]) if here else (_nothing(dtype), _nothing(dtype)))
+            template += _vectors_template(i, VectorsKernel(side.head_dim, side.bits, rotates, has_mean))
+            n_tokens = counts[0] + length + counts[2]
+            shapes.append((*side.codes.shape[:2], n_tokens, side.head_dim) if i < n else (1,))
+        sinks, recents = zip(*exact)
+        span = _span(first, length, counts[0], counts[2], *segments)
         outs = self.kernel("dequantize", *DEQUANTIZE_ARGUMENTS)(
-            inputs=codes + scales + means + diags + [mx.array([first, length], mx.int32)],
+            inputs=[*codes, *scales, *means, *sinks, *recents, *diags, span],
             template=template,
             output_shapes=shapes,
             output_dtypes=[dtype] * 2,
@@ -354,6 +393,12 @@ class KernelBackend:
 
 
 # ---- what a launch is given ------------------------------------------------------------------------------------
+@functools.lru_cache(maxsize=64)  # the layers of a step have the same
+def _span(first: int, length: int, n_sink: int, n_recent: int, *segments: int) -> mx.array:
+    """dequantize.metal's `span`."""
+    return mx.array([first, length, n_sink, n_recent, *segments, 0, 0], mx.int32)
+
+
 def _vectors_template(i: int, kernel: VectorsKernel) -> Template:
     """Template values of side i of quantize.metal and dequantize.metal."""
     return [

@@ -181,6 +181,11 @@ class CpuBackend:
             outs.append((x if side.mean is None else x + side.mean).astype(dtype))
         return outs
 
+    def restore(
+        self, keys: CachedSide, values: CachedSide, counts: tuple[int, int, int], seed: int = 0, first: int = 0
+    ) -> None:
+        """No launch does both sides at once: restore.py restores them one by one."""
+
     def read_rows(self, side: Union[PackedSide, CachedSide], first: int, n: int) -> tuple[mx.array, mx.array, int]:
         """For `tiled_attention`: levels as they lie in memory, and the scales, which go to logits and weights."""
         assert side.codes is not None and side.scale is not None

@@ -181,7 +181,7 @@ class VectorsKernel(NamedTuple):
     head_dim: int
     bits: int
     rotates: bool
-    has_mean: bool
+    has_mean: int  # False or True; of dequantize.metal also 2: means of segments
 
     def __str__(self) -> str:
         return f"head_dim {self.head_dim}, {self.bits} bits{', mean' if self.has_mean else ''}"
@@ -229,9 +229,12 @@ def check_quantize(
 
 
 def check_dequantize(
-    launch: Callable[..., list[mx.array]], sides: Sequence[VectorsKernel], dtype: mx.Dtype
+    launch: Callable[..., list[mx.array]], sides: Sequence[VectorsKernel], dtype: mx.Dtype, exact: str = ""
 ) -> Optional[str]:
-    """dequantize.metal for 21 random rows that are not the first of their buffer, restored to `dtype`."""
+    """dequantize.metal for 21 random rows that are not the first of their buffer, restored to `dtype`; with `exact`,
+    between exact tokens and relative to the means of two segments."""
+    if exact:
+        return _check_restore(launch, sides, dtype)
     rng, prepared, wants = np.random.default_rng(0), [], []
     for kernel in sides:
         mean = rng.standard_normal((1, 3, 1, kernel.head_dim)).astype(np.float32) if kernel.has_mean else None
@@ -241,6 +244,21 @@ def check_dequantize(
         side = packed_side(rows)._replace(mean=None if mean is None else mx.array(mean))
         prepared.append((side, kernel.rotates))
     for got, want in zip(launch(prepared, 2, 7, dtype, 0), wants):
+        if problem := compare_vectors(to_float64(got), want, dtype):
+            return problem
+    return None
+
+
+def _check_restore(
+    launch: Callable[..., list[mx.array]], sides: Sequence[VectorsKernel], dtype: mx.Dtype
+) -> Optional[str]:
+    rng, counts, first, cached, wants = np.random.default_rng(0), (2, SEGMENT_STEP + 9, 5), 3, [], []
+    for kernel, segment in zip(sides, (SEGMENT_STEP, ONE_SEGMENT)):
+        segment = segment if kernel.has_mean else 0
+        cached.append(random_cached_side(rng, (1, 2, kernel.head_dim), counts, kernel.bits, dtype, segment))
+        wants.append(np.delete(restored_tokens(cached[-1], counts), np.s_[counts[0] : counts[0] + first], axis=2))
+    prepared = [(side.packed(), True) for side in cached]
+    for got, want in zip(launch(prepared, first, counts[1] - first, dtype, 0, cached, counts), wants):
         if problem := compare_vectors(to_float64(got), want, dtype):
             return problem
     return None

@@ -8,11 +8,8 @@ calls attention in its own way stays correct: it reads the lazy arrays and is me
 
 import sys
 
-import mlx.core as mx
-
+from ..backends.attend import attend_sides
 from ..backends.attend_launch import MAX_QUERY_TOKENS
-from ..backends.select import get_backend
-from ..backends.tiled_attention import tiled_attention
 from ..cache.view import LazyKV
 
 _original = None  # mlx_lm's function, while ours is installed
@@ -29,51 +26,17 @@ def view_of(keys, values):
 
 
 def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
-    """softmax(scale * q k^T + mask) v over all tokens of a `KVView`, from its packed rows: by the fused kernel where
-    the backend has one that covers it (decode), else tile by tile (prompt chunks over a packed past).
+    """softmax(scale * q k^T + mask) v over all tokens of a `KVView`, by `attend_sides` of backends/attend.py.
 
     queries: [B, n_heads, L, Dk]. mask: None, "causal" (the queries are the last L tokens), boolean or additive,
     broadcast to [B, n_heads, L, N]. sinks: [n_heads], logits without a value (gpt-oss).
 
     Returns [B, n_heads, L, Dv] in the queries' dtype. Raises ValueError for shapes that do not belong together.
     """
-    H, head_dim = view.keys.recent.shape[1], view.keys.head_dim
-    if (
-        queries.ndim != 4
-        or queries.shape[0] != view.keys.recent.shape[0]
-        or queries.shape[1] % H
-        or queries.shape[3] != head_dim
-    ):
-        raise ValueError(
-            f"queries: got {tuple(queries.shape)}, expected [{view.keys.recent.shape[0]}, a multiple of "
-            f"{H} heads, tokens, {head_dim}]"
-        )
     if view.cache is not None:
         view.cache.attended_version = view.version
-    if view.n_evicted:
-        mask = _mask_dead(mask, view, queries.shape[2])
-    backend, keys, values = get_backend(backend), view.keys, view.values
-    options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed)
-    if backend.why_not_fused((keys.bits, head_dim), (values.bits, values.head_dim), queries.shape[2]):
-        return tiled_attention(
-            queries, keys, values, view.counts, backend.read_rows, ahead=backend.tiles_ahead, **options
-        )
-    return backend.attend(queries, keys, values, view.counts, **options)
-
-
-def _mask_dead(mask, view, n_queries):
-    """`mask` over all tokens of a view's buffers, those that are dead masked."""
-    n_sink, n_tokens = view.counts[0], sum(view.counts)
-    columns = mx.arange(n_tokens)
-    alive = (columns < n_sink) | (columns >= n_sink + view.n_evicted)
-    if mask is None:
-        return alive
-    if isinstance(mask, str):
-        return alive & (columns <= mx.arange(n_tokens - n_queries, n_tokens)[:, None])
-    mask = mx.broadcast_to(mask, (*mask.shape[:-1], n_tokens - view.n_evicted))
-    dead = False if mask.dtype == mx.bool_ else -float("inf")
-    dead = mx.full((*mask.shape[:-1], view.n_evicted), dead, mask.dtype)
-    return mx.concatenate([mask[..., :n_sink], dead, mask[..., n_sink:]], axis=-1)
+    options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed, n_evicted=view.n_evicted, backend=backend)
+    return attend_sides(queries, view.keys, view.values, view.counts, **options)
 
 
 def scaled_dot_product_attention(queries, keys, values, cache, scale, mask=None, sinks=None, **options):

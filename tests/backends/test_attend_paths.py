@@ -1,0 +1,134 @@
+"""The three ways to attend: which one serves a call, that all agree with the oracle, and what they hold in memory."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.arrays import to_numpy
+from support.attend_cases import expected, make_case
+from support.backends import BACKENDS
+
+from mlx_turbo.backends import attend, select
+from mlx_turbo.backends.attend import attend_sides
+from mlx_turbo.backends.restore import restore
+
+BITS = [(4, 4), (3, 2), (8, 0), (0, 4)]
+ROUNDING = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}  # of restored keys and values to their type
+
+
+@pytest.fixture(params=["cpu", "simulated", "metal"])
+def backend(request):
+    if request.param not in BACKENDS:
+        pytest.skip(f"no {request.param} backend here")
+    with select.use_backend(BACKENDS[request.param]) as chosen:
+        yield chosen
+
+
+def attended(case, mask=None, sinks=None, **options):
+    out = attend_sides(
+        case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask, sinks=sinks, **options
+    )
+    assert out.dtype == case.queries.dtype
+    return to_numpy(out)
+
+
+@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("bits", BITS, ids=str)
+def test_restored_tokens_are_those_of_the_oracle(backend, bits, means):
+    for dims, counts, first in (((64, 96), (4, 150, 33), 0), ((128, 128), (0, 257, 0), 0), ((72, 64), (3, 140, 5), 9)):
+        case = make_case(bits, dims, counts, G=1, Hkv=2, B=2, means=means)
+        restored = restore(case.keys, case.values, counts, backend, first=first)
+        for got, want in zip(restored, case.restored):
+            want = np.delete(want, np.s_[counts[0] : counts[0] + first], axis=2)
+            assert np.abs(to_numpy(got) - want).max() <= 2e-5 * np.abs(want).max()
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_a_prompt_chunk_agrees_with_the_oracle_restored_and_in_tiles(data):
+    pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+    dtype, L = pick(*ROUNDING), pick(17, 40)
+    counts = pick(0, 4), pick(60, 150, 300), pick(40, 64)
+    case = make_case(
+        pick(*BITS),
+        pick((64, 64), (96, 64)),
+        counts,
+        G=pick(1, 3),
+        Hkv=2,
+        B=pick(1, 2),
+        L=L,
+        dtype=dtype,
+        means=pick(True, False),
+    )
+    B, heads, n = case.queries.shape[0], case.queries.shape[1], sum(counts)
+    rng = np.random.default_rng(0)
+    some = rng.random((B, 1, L, n)) < 0.7
+    some[..., 0] = True
+    added = mx.array(rng.standard_normal((1, heads, L, n)).astype(np.float32)).astype(dtype)
+    mask = {"none": None, "causal": "causal", "boolean": mx.array(some), "additive": added}[
+        pick("none", "causal", "boolean", "additive")
+    ]
+    sinks = mx.array(rng.standard_normal(heads).astype(np.float32)) if pick(True, False) else None
+    want = expected(case, mask, sinks)
+    for most in (1 << 30, 0):
+        with pytest.MonkeyPatch.context() as patch, select.use_backend("cpu"):
+            patch.setattr(attend, "MAX_RESTORED_BYTES", most)
+            assert np.abs(attended(case, mask, sinks) - want).max() <= ROUNDING[dtype] * np.abs(want).max()
+
+
+def test_evicted_tokens_are_left_out_and_the_mask_knows_nothing_of_them(backend):
+    case = make_case((4, 4), (64, 64), (4, 150, 40), G=2, L=30)
+    keep = np.r_[:4, 13:194]
+    mask = np.random.default_rng(0).random((1, 1, 30, 185)) < 0.8
+    for given_mask in (None, "causal", mx.array(mask)):
+        shorter = case._replace(counts=(4, 141, 40), restored=tuple(x[:, :, keep] for x in case.restored))
+        want = expected(shorter, given_mask)
+        assert np.abs(attended(case, given_mask, n_evicted=9) - want).max() <= 2e-5 * np.abs(want).max()
+
+
+def test_a_past_beyond_the_limit_goes_tile_by_tile(backend, monkeypatch):
+    case = make_case((4, 4), (64, 64), (4, 150, 40), G=2, L=30)  # 194 tokens * 2 sides * 64 dims * 4 bytes = 99,328
+    called = []
+    monkeypatch.setattr(attend, "tiled_attention", lambda *args, **options: called.append(1) or case.queries)
+    for most, tiles in ((99_328, 0), (99_327, 1)):
+        monkeypatch.setenv("MLX_TURBO_MAX_RESTORED_BYTES", str(most))
+        attended(case)
+        assert len(called) == tiles
+    monkeypatch.setenv("MLX_TURBO_MAX_RESTORED_BYTES", "1GB")
+    with pytest.raises(ValueError, match="MLX_TURBO_MAX_RESTORED_BYTES: got '1GB', expected a number of bytes"):
+        attended(case)
+
+
+def test_few_query_tokens_are_fused_where_there_is_a_kernel(monkeypatch):
+    if "simulated" not in BACKENDS:
+        pytest.skip("the simulator runs on Linux")
+    monkeypatch.setattr(attend, "restore", None)
+    monkeypatch.setattr(attend, "tiled_attention", None)
+    with select.use_backend(BACKENDS["simulated"]):
+        for L in (1, 16):
+            attended(make_case((4, 4), (64, 64), (4, 70, 40), G=2, L=L))
+        with pytest.raises(TypeError):
+            attended(make_case((4, 4), (64, 64), (4, 70, 40), G=2, L=17))
+
+
+def test_a_layers_past_is_restored_when_its_own_queries_are_there(monkeypatch):
+    """Several layers in one evaluation: what six hold is what two hold, one being restored while the other is read."""
+    with select.use_backend("cpu"):
+        cases = [make_case((4, 4), (64, 64), (4, 4096, 40), G=1, L=32, rng_seed=i) for i in range(6)]
+        mx.eval([a for c in cases for side in (c.keys, c.values) for a in side if isinstance(a, mx.array)])
+
+        def peak(n_layers):
+            mx.synchronize()
+            held = mx.get_active_memory()
+            mx.reset_peak_memory()
+            x = cases[0].queries
+            for case in cases[:n_layers]:
+                x = attend_sides(x + 0 * case.queries, case.keys, case.values, case.counts, scale=case.scale)
+            mx.eval(x)
+            return mx.get_peak_memory() - held
+
+        past = 2 * 4140 * 64 * 4
+        assert peak(6) <= peak(2) + past / 2
+        monkeypatch.setattr(attend, "_behind", lambda queries, side: side)
+        assert peak(6) > peak(2) + past / 2
