@@ -4,10 +4,10 @@
     python scripts/ablation.py [--tokens 2048] [--windows 2] [--chunk 32] [--json] [--png FILE]
     python scripts/ablation.py --auto-cost
 
-A row is a configuration; windows of held-out stories are read through its cache and an uncompressed one, in chunks of
-32, in float32. Bits are resident bits per value: 8 * bytes of the cache / numbers it stands for, at the end of the
-window in float32, and projected to 32,768 tokens of a 16-bit model. Exact tokens are many of 768 and few of 32,768. --auto-cost: how much longer the first prompt
-chunk takes with `auto` than with turbo4.
+A row is a configuration. Windows of held-out stories are read through its cache and through an uncompressed one, in
+chunks of 32, in float32. Bits are resident bits per value, 8 * bytes of the cache / numbers it stands for: at the end
+of the window in float32, and projected to 32,768 tokens of a 16-bit model, of which the exact tokens are a smaller
+part. --auto-cost: how much longer the first prompt chunk takes with `auto` than with turbo4.
 """
 
 import argparse
@@ -123,7 +123,10 @@ def main():
         }
         for name, (measured, cache) in results.items()
     ][1:]
-    what = f"{args.windows} x {args.tokens:,} tokens of held-out stories in chunks of {args.chunk}, embedded model, float32"
+    what = (
+        f"{args.windows} x {args.tokens:,} tokens of held-out stories in chunks of {args.chunk}, "
+        "embedded model, float32"
+    )
     if args.png:
         plots.bar_plot(
             args.png,
@@ -136,7 +139,8 @@ def main():
         print(json.dumps({"where": where, "tokens": args.tokens, "chunk": args.chunk, "rows": rows}, indent=1))
         return
     print(
-        f"| Configuration | KLD (nats) | bits per value, {args.tokens:,} tokens of float32 | 32,768 of float16 |\n|---|---|---|---|"
+        f"| Configuration | KLD (nats) | bits per value, {args.tokens:,} tokens of float32 | 32,768 of float16 |\n"
+        "|---|---|---|---|"
     )
     for row in rows:
         print(f"| {row['configuration']} | {row['kld']:.6f} | {row['bits_here']:.2f} | {row['bits_32k']:.3f} |")

@@ -29,7 +29,7 @@ import mlx.core as mx  # noqa: E402
 import mlx_lm.models.base as base  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx_lm.models.cache import KVCache, QuantizedKVCache  # noqa: E402
-from no_kernels import NoKernels  # noqa: E402
+from support.no_kernels import NoKernels
 
 from mlx_turbo.backends import select
 from mlx_turbo.backends.device import device_name  # noqa: E402

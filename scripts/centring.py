@@ -4,9 +4,9 @@ multiple of the same keys without bias, for no mean, one mean of the first token
 
     python scripts/centring.py [--tokens 8192 32768] [--bits 4] [--json]
 
-Keys: head_dim 128, a Gaussian signal of norm 22 (the median of Qwen2.5-7B's key biases is about that) plus a bias of norm
-600 that RoPE turns with the position, in some of its frequencies. Queries: 32 Gaussian ones, scaled so that logits have a
-standard deviation of 4. NumPy, with mlx_turbo.quant.reference.
+Keys: head_dim 128, a Gaussian signal of norm 22 (about the median of the biases of the keys of Qwen2.5-7B) plus a bias
+of norm 600 that RoPE turns with the position, in some of its frequencies. Queries: 32 Gaussian ones, scaled so that
+logits have a standard deviation of 4. NumPy, with mlx_turbo.quant.reference.
 """
 
 import argparse

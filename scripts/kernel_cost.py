@@ -29,10 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import metalsim  # noqa: E402
 
-from mlx_turbo.backends.attend_launch import AttendTuning
+from mlx_turbo.backends.attend_launch import AttendTuning  # noqa: E402
 from mlx_turbo.backends.metal import MetalBackend  # noqa: E402
-from mlx_turbo.backends.mlx_ops import CpuBackend  # noqa: E402
-from mlx_turbo.backends.sides import CachedSide, QuantizeSide
+from mlx_turbo.backends.self_test import random_cached_side, restored_tokens  # noqa: E402
 from mlx_turbo.quant.scheme import TurboConfig  # noqa: E402
 
 HEAD_DIMS, GROUPS, SCHEMES = (64, 128, 256), (1, 4, 8), ("turbo4", "turbo3", "turbo2", "turbo8v4")
@@ -65,24 +64,14 @@ class CountingBackend(MetalBackend):
 
 
 # ---- counting --------------------------------------------------------------------------------------------------
-def random_side(rng, bits, head_dim, counts, cpu):
-    """`CachedSide` of one kv head with random tokens, and its keys or values float32 [1, 1, tokens, head_dim]."""
-    n_sink, n_packed, n_recent = counts
-    x = mx.array(rng.standard_normal((1, 1, sum(counts), head_dim)).astype(np.float16))
-    sink, packed, recent = mx.split(x, [n_sink, n_sink + n_packed], axis=2)
-    ((codes, scale),) = cpu.quantize([QuantizeSide(packed, bits)])
-    room = mx.zeros((1, 1, 8, head_dim), mx.float16)  # never empty: buffers have room for more
-    side = CachedSide(mx.concatenate([sink, room], 2), codes, scale, mx.concatenate([recent, room], 2), bits, head_dim)
-    (restored,) = cpu.dequantize([side.packed()], 0, n_packed, mx.float32)
-    return side, mx.concatenate([sink.astype(mx.float32), restored, recent.astype(mx.float32)], axis=2)
-
-
 def count_ours(backend, scheme, head_dim, gqa, counts):
     """{launch: Stats} of one step, and the bytes of the cache's tokens. Raises if the result is wrong."""
-    rng, cpu = np.random.default_rng(0), CpuBackend()
-    (keys, k), (values, v) = (
-        random_side(rng, bits, head_dim, counts, cpu) for bits in (scheme.key_bits, scheme.value_bits)
+    rng = np.random.default_rng(0)
+    keys, values = (
+        random_cached_side(rng, (1, 1, head_dim), counts, bits, mx.float16)
+        for bits in (scheme.key_bits, scheme.value_bits)
     )
+    k, v = (mx.array(restored_tokens(side, counts).astype(np.float32)) for side in (keys, values))
     queries = mx.array(rng.standard_normal((1, gqa, 1, head_dim)).astype(np.float16))
     scale = head_dim**-0.5
     backend.attend(queries, keys, values, counts, scale=scale)  # the first call also tests the kernels

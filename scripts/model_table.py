@@ -3,9 +3,8 @@
 
     python scripts/model_table.py [--write]
 
-Needs the extra `test`. Builds each family small and random (tests/families.py) and looks at the caches it gets; the
-other cells are tests/families.py's, to which the tests hold every family. --write: into docs/models.md, in the place of
-the table there.
+Needs the extra `test`. Builds each family small and random (tests/support/families.py) and looks at the caches it gets;
+the other cells are that file's, and the tests hold every family to them. --write: replace the table in docs/models.md.
 """
 
 import argparse
@@ -24,8 +23,8 @@ PAGE = ROOT / "docs" / "models.md"
 def rows():
     """[[kinds of caches that are compressed, kinds that stay, a cell for each phase, families]], what compresses most
     and has the fewest exceptions first."""
-    import families
     from mlx_lm.models.cache import make_prompt_cache
+    from support import families
 
     from mlx_turbo import TurboConfig
     from mlx_turbo import make_prompt_cache as ours
@@ -49,7 +48,7 @@ def rows():
 
 def table():
     """The table in Markdown."""
-    import families
+    from support import families
 
     lines = ["| " + " | ".join(["Compressed", "Left as it is", *families.PHASES, "Families"]) + " |"]
     lines += ["|" + "---|" * (3 + len(families.PHASES))]

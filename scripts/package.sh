@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
 # The package as a user gets it: an sdist, the wheel built from it, installed alone and run from outside the checkout.
+#
+#   bash scripts/package.sh [FOLDER]    puts both into FOLDER, once they have passed
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 ensure_venv "."
+folder=
+if [ $# -gt 0 ]; then
+    mkdir -p "$1"
+    folder=$(cd "$1" && pwd -P)
+fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 pip="-m pip --disable-pip-version-check -qq"
@@ -21,7 +28,7 @@ root, wheel = map(Path, sys.argv[1:])
 packed = set(zipfile.ZipFile(wheel).namelist())
 wanted = {f"mlx_turbo/metal/{p.name}" for p in root.glob("metal/*.metal")}
 wanted |= {f"mlx_turbo/demo_model/{p.name}" for p in root.glob("mlx_turbo/demo_model/*")}
-wanted |= {p.relative_to(root).as_posix() for p in root.glob("mlx_turbo/**/*.py")}
+wanted |= {p.relative_to(root).as_posix() for p in root.glob("mlx_turbo/**/*.py")} | {"mlx_turbo/py.typed"}
 if missing := sorted(wanted - packed):
     sys.exit(f"{wheel.name} lacks {missing}")
 if not any(name.endswith(".metal") for name in wanted):
@@ -36,3 +43,4 @@ PY
 cd "$work"
 "$work/install/bin/mlx-turbo" doctor
 "$work/install/bin/mlx-turbo" generate --prompt "Once upon a time" --max-tokens 40
+if [ -n "$folder" ]; then cp "$work"/dist/* "$folder"; fi

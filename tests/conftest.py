@@ -1,122 +1,23 @@
 """One suite over all backends: the NumPy oracle, the MLX fallback, the Metal kernels in the simulator (metalsim),
 and, where there is one, a real Metal GPU. With MLX_TURBO_REQUIRE_METAL=1 a missing GPU is an error."""
 
-import os
-import re
-import sys
-
 import metalsim
 import mlx.core as mx
-import numpy as np
+import mlx_lm
 import pytest
+from mlx_lm.utils import dequantize_model
+from support.backends import BACKENDS, SIMULATED
+from support.models import DEMO_MODEL
+from support.parts import part_of
 
 from mlx_turbo.backends import select
-from mlx_turbo.backends.metal import MetalBackend
-from mlx_turbo.backends.mlx_ops import CpuBackend
+from mlx_turbo.cache import centering
 from mlx_turbo.cli import main
 from mlx_turbo.integration import attention, prompt_cache
-from mlx_turbo.quant import reference, rotation
-from mlx_turbo.quant.scheme import SCALES
-
-
-def to_numpy(x):
-    """An mx.array as float32 NumPy (bfloat16 has no NumPy type)."""
-    return np.array(x.astype(mx.float32))
-
-
-class OracleBackend:
-    """The NumPy reference in the shape of a backend."""
-
-    name = "oracle"
-
-    def describe(self):
-        return "oracle (NumPy, float64)"
-
-    def quantize(self, sides, seed=0, scale=SCALES[0]):
-        outs = []
-        for side in sides:
-            mean = None if side.mean is None else np.array(side.mean)
-            x = to_numpy(side.x).astype(np.float64)
-            finite = np.isfinite(x).all(-1, keepdims=True)
-            with np.errstate(over="ignore"):
-                q = reference.quantize(
-                    np.where(finite, x, 0), side.bits, rotation=seed, mean=mean, scale=scale, scale_dtype=np.float64
-                )
-                scales = np.where(finite, q.scale[..., None], np.nan).astype(np.float16)
-            scales = np.where(np.isfinite(scales), scales, np.float16(np.nan))
-            outs.append((mx.array(q.packed()), mx.array(scales)))
-        return outs
-
-    def dequantize(self, sides, first, length, dtype, seed=0):
-        outs = []
-        for side in sides:
-            codes, scale = (np.array(a[:, :, first : first + length]) for a in (side.codes, side.scale))
-            codes = reference.unpack(codes, side.bits, side.head_dim)
-            q = reference.Quantized(
-                codes,
-                scale[..., 0].astype(np.float64),
-                None,
-                side.bits,
-                seed,
-                None,
-                None if side.mean is None else np.array(side.mean),
-            )
-            with np.errstate(invalid="ignore"):  # of vectors that are not finite
-                outs.append(mx.array(reference.dequantize(q).astype(np.float32)).astype(dtype))
-        return outs
-
-    def why_not_fused(self, keys, values, n_query_tokens):
-        return None
-
-    def attend(self, queries, keys, values, counts, *, scale, mask=None, sinks=None, seed=0):
-        n_sink, n_packed, n_recent = counts
-        restored = []
-        for side in (keys, values):
-            middle = None
-            if n_packed and side.bits:
-                (middle,) = self.dequantize([side.packed()], 0, n_packed, mx.float32, seed)
-                if side.means is not None:
-                    rows = to_numpy(side.means)[:, :, np.arange(n_packed) // side.segment].astype(np.float64)
-                    middle = to_numpy(middle) + rotation.unrotate(rows, seed)
-            elif n_packed:
-                middle = side.codes[:, :, :n_packed]
-            parts = [(side.sink, n_sink), (middle, n_packed), (side.recent, n_recent)]
-            restored.append(
-                np.concatenate(
-                    [a if isinstance(a, np.ndarray) else to_numpy(a[:, :, :n]) for a, n in parts if n], axis=2
-                )
-            )
-        if mask is not None and not isinstance(mask, str):
-            mask = np.array(mask) if mask.dtype == mx.bool_ else to_numpy(mask)
-        with np.errstate(invalid="ignore"):
-            out = reference.attention(
-                to_numpy(queries), *restored, scale=scale, mask=mask, sinks=None if sinks is None else to_numpy(sinks)
-            )
-        return mx.array(out.astype(np.float32)).astype(queries.dtype)
-
-
-SIMULATED = MetalBackend(metalsim.metal_kernel)
-SIMULATED.describe = lambda: "simulated metal (metalsim)"
-BACKENDS = {"oracle": OracleBackend(), "cpu": CpuBackend()}
-if sys.platform != "darwin":  # the simulator's code generation is for Linux; a Mac runs the kernels themselves
-    BACKENDS["simulated"] = SIMULATED
-if not select.metal_unavailable():
-    BACKENDS["metal"] = MetalBackend()
-elif os.environ.get("MLX_TURBO_REQUIRE_METAL") == "1":
-    raise pytest.UsageError(f"MLX_TURBO_REQUIRE_METAL=1, but {select.metal_unavailable()}")
 
 
 def pytest_addoption(parser):
     parser.addoption("--part", metavar="K/N", help="every N-th test from the K-th on: of a suite run in N shares")
-
-
-def part_of(items, part):
-    """The items of a part "K/N", with those of the other N - 1 parts all of them, each once."""
-    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
-    k, n = map(int, found.groups()) if found else (1, 0)
-    if k > n:
-        raise pytest.UsageError(f"--part: got {part!r}, allowed are 1/N to N/N")
-    return items[k - 1 :: n]
 
 
 @pytest.hookimpl(trylast=True)  # of what -m and -k leave
@@ -178,3 +79,20 @@ def run(capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Segments of 8 tokens, so that few tokens meet several. The attention kernel does not run with these."""
+    monkeypatch.setattr(centering, "SEGMENT", 8)
+    monkeypatch.setattr(centering, "FEWEST", 4)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """(model, tokenizer) of the embedded model in float32: what MLX's CPU is fastest in."""
+    model, tokenizer = mlx_lm.load(str(DEMO_MODEL))
+    model = dequantize_model(model)
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    return model, tokenizer

@@ -1,12 +1,16 @@
-"""What a launch of the attention kernel looks like: a pure function of the shapes and the tuning."""
+"""How the attention kernel is launched: tuning, template values, blocks and limits, as pure functions of the shapes.
+
+`plan_attend` is what a backend asks for, once per call; the layers of a step share its result. A threadgroup works on
+the rows (query heads * query tokens) of one kv head. A partition of a launch is a block: the tokens of one simdgroup,
+which it works through tile by tile, or of a threadgroup whose simdgroups share decoded tiles.
+"""
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from ..quant import rotation
 
-# ---- attention: what a launch looks like ---------------------------------------------------------------------
 MAX_QUERY_TOKENS = 16
 SEGMENT_STEP = 128  # tokens of the largest tile, which meets two segments at most
 THREADGROUP_BYTES = 32768 - 1024  # what the kernel may declare, less its small arrays
@@ -14,26 +18,27 @@ MERGE_SIMDGROUPS = 4
 
 
 class AttendTuning(NamedTuple):
-    """Numbers that do not change the result of `attend`, only its speed. `bench --tune` turns them."""
+    """Numbers that change the speed of `attend` and not its result. `bench kernels --tune` searches for the best."""
 
     accumulators: int = 64  # per lane: rows of a simdgroup * dims per lane
     tokens_per_lane: int = 2
-    tokens_per_lane_few_rows: int = 4  # of at most 2 rows
+    tokens_per_lane_few_rows: int = 4  # with at most 2 rows
     simdgroups: int = 4  # per threadgroup
     simdgroups_one_launch: int = 8
-    tokens_per_block: int = 128  # at least, a block being the tokens of a simdgroup: it works one tile after the other
-    simdgroups_per_launch: int = 1024  # so many keep the largest chip busy: no more blocks than that
-    one_launch_tokens: int = 1024  # up to so many a threadgroup does a kv head alone and no merge is needed
-    rows_per_decode: int = 256  # about so many query heads * query tokens of a kv head at most share decoded tiles
+    tokens_per_block: int = 128  # at least
+    simdgroups_per_launch: int = 1024  # enough to keep the largest chip busy: no more blocks than that
+    one_launch_tokens: int = 1024  # up to here one threadgroup does a whole kv head, and nothing is merged
+    rows_per_decode: int = 256  # about this many rows of a kv head at most share decoded tiles
 
 
-QUERY_TOKENS = (1, 4, 8, MAX_QUERY_TOKENS)  # kernels are built for so many; one for more than there are leaves rows out
+# Kernels are built for these numbers of query tokens. One that is built for more than there are leaves rows out.
+QUERY_TOKENS = (1, 4, 8, MAX_QUERY_TOKENS)
 # Operations per (key, value) pair as counted at head_dim 128: for a row of queries, for a simdgroup that reads a tile,
 # and for decoding a tile. A simdgroup that decodes for itself takes 8.0.
 ROW, READ_TILE, DECODE_TILE = 2.1, 3.2, 7.4
-FAR_ROW = 0.05  # more for a row whose query is not in threadgroup memory: a guess at the price of reading it elsewhere
+ROW_IN_DEVICE_MEMORY = 0.05  # added for a row whose query is not in threadgroup memory: a guess at the price of reading
 MOST_ROWS = 12  # of a simdgroup that shares tiles
-FEW_ROWS, MANY_ROWS = 8, 1.4  # times the operations of a simdgroup with more than 8: a guess at what spills cost
+FEW_ROWS, MANY_ROWS = 8, 1.4  # a simdgroup with more than 8 rows takes 1.4 times the operations: a guess at spills
 MOST_SIMDGROUPS = 12  # of a threadgroup: an Apple core has registers for 384 threads of 128 registers
 
 
@@ -49,14 +54,107 @@ class AttendShape(NamedTuple):
     QUERIES_IN_DEVICE_MEMORY: bool = False
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         """Rows that a threadgroup works on, for which packed words are decoded once."""
         return self.ROWS * (self.SIMDGROUPS if self.SHARED_TILES else 1)
 
 
+class AttendPlan(NamedTuple):
+    """One call of `attend`: one launch, or two where the results of blocks are merged."""
+
+    shape: AttendShape
+    single_launch: bool
+    row_groups: int  # threadgroups beside each other that share a kv head's rows
+    n_groups: int  # batch rows * kv heads * row_groups
+    exact_blocks: int  # of the blocks of each group, those of exact tokens; they come first
+    blocks: int
+    partial_rows: int  # rows of a block's partial results: those there are, or those a launch has room for
+    partial_dim: int  # numbers of such a row
+    n_partials: int  # float32 numbers between two launches
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Threads of the launch of attend.metal."""
+        return 32, self.blocks * (self.shape.SIMDGROUPS if self.shape.SHARED_TILES else 1), self.n_groups
+
+    @property
+    def threadgroup(self) -> tuple[int, int, int]:
+        """Threads of a threadgroup of attend.metal."""
+        return 32, self.shape.SIMDGROUPS, 1
+
+
+@functools.lru_cache(maxsize=64)  # all layers of a step ask for the same
+def plan_attend(
+    tuning: AttendTuning,
+    keys: tuple[int, int],
+    values: tuple[int, int],
+    batch: int,
+    n_heads: int,
+    n_kv_heads: int,
+    n_query_tokens: int,
+    counts: tuple[int, int, int],
+    always_two_launches: bool = False,
+) -> AttendPlan:
+    """The launches of `attend`. keys, values: (bits, head_dim). counts: sink, packed and recent tokens.
+
+    Raises ValueError for what `attend_unsupported` names.
+    """
+    (key_bits, key_dim), (value_bits, value_dim) = keys, values
+    if reason := attend_unsupported(key_bits, value_bits, key_dim, value_dim, n_query_tokens):
+        raise ValueError(reason)
+    gqa = n_heads // n_kv_heads
+    shape_of = functools.partial(attend_shape, tuning, key_bits, value_bits, key_dim, value_dim, gqa, n_query_tokens)
+    single_launch = not always_two_launches and n_query_tokens == 1 and sum(counts) <= tuning.one_launch_tokens
+    if single_launch:
+        shape = shape_of(True)
+        # packed words are decoded once, or twice for 8 or more heads
+        single_launch = -(-gqa // shape.rows) <= 1 + (gqa >= 8)
+    if not single_launch:
+        shape = shape_of(False)
+    return plan_launches(
+        tuning, shape, single_launch, key_dim, value_dim, batch, n_heads, n_kv_heads, n_query_tokens, counts
+    )
+
+
+def plan_launches(
+    tuning: AttendTuning,
+    shape: AttendShape,
+    single_launch: bool,
+    key_dim: int,
+    value_dim: int,
+    batch: int,
+    n_heads: int,
+    n_kv_heads: int,
+    n_query_tokens: int,
+    counts: tuple[int, int, int],
+) -> AttendPlan:
+    """The launches of kernels whose shape is chosen."""
+    n_sink, n_packed, n_recent = counts
+    n_rows = n_heads // n_kv_heads * n_query_tokens
+    row_groups = -(-n_rows // shape.rows)
+    n_groups = batch * n_kv_heads * row_groups
+    exact_blocks, blocks = attend_blocks(tuning, shape, n_sink + n_recent, n_packed, n_groups, single_launch)
+    partial_rows, partial_dim = n_rows, value_dim
+    if shape.QUERIES_IN_DEVICE_MEMORY:  # the rotated queries lie where the results will
+        partial_rows, partial_dim = row_groups * shape.rows, max(key_dim, value_dim)
+    n_partials = batch * n_kv_heads * blocks * (partial_rows * partial_dim + 2 * n_rows)
+    return AttendPlan(
+        shape, single_launch, row_groups, n_groups, exact_blocks, blocks, partial_rows, partial_dim, n_partials
+    )
+
+
 @functools.lru_cache(maxsize=None)
-def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, gqa, n_query_tokens, one):
-    """The `AttendShape` for gqa query heads per kv head; one: the variant with one launch.
+def attend_shape(
+    tuning: AttendTuning,
+    key_bits: int,
+    value_bits: int,
+    key_dim: int,
+    value_dim: int,
+    gqa: int,
+    n_query_tokens: int,
+    single_launch: bool,
+) -> AttendShape:
+    """The `AttendShape` for gqa query heads per kv head, of the variant with one launch or of that with two.
 
     Numbers of query tokens are rounded up to those of QUERY_TOKENS, so that few kernels serve a conversation.
     """
@@ -69,20 +167,20 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, gqa, n_query_
     dims_per_lane = dims[0]
     if value_bits in (2, 3) and n_rows <= 4 and 16 in dims:
         dims_per_lane = 16  # whole words, whole units
-    query_bytes = (2 if one and key_bits else 1) * 4 * key_dim  # of a row
+    query_bytes = (2 if single_launch and key_bits else 1) * 4 * key_dim  # of a row
     most = min(8, max(1, tuning.accumulators // dims_per_lane), THREADGROUP_BYTES * 3 // 4 // query_bytes)
     n_simdgroups = -(-n_rows // most)
     rows = -(-n_rows // n_simdgroups)
     # simdgroups side by side on the same tokens, which are decoded once for all
-    if not one and n_simdgroups > 1 and tuning.rows_per_decode > most:
+    if not single_launch and n_simdgroups > 1 and tuning.rows_per_decode > most:
         costs = _shared_shapes(tuning, key_dim, value_dim, n_rows)
         if costs:
-            return min(costs, key=costs.get)  # decoded as rarely as can be
+            return min(costs, key=lambda shape: costs[shape])  # decoded as rarely as can be
     tokens = tuning.tokens_per_lane_few_rows if rows <= 2 else tuning.tokens_per_lane
-    simdgroups = tuning.simdgroups_one_launch if one else tuning.simdgroups
-    results = 8 * rows if one else 0  # bytes of a simdgroup's maxima and sums
+    simdgroups = tuning.simdgroups_one_launch if single_launch else tuning.simdgroups
+    results = 8 * rows if single_launch else 0  # bytes of a simdgroup's maxima and sums
     while rows * query_bytes + simdgroups * (128 * tokens * _padded(rows) + results) > THREADGROUP_BYTES or (
-        one and simdgroups * 4 * value_dim > THREADGROUP_BYTES
+        single_launch and simdgroups * 4 * value_dim > THREADGROUP_BYTES
     ):
         if tokens > 1:
             tokens //= 2
@@ -91,39 +189,43 @@ def attend_shape(tuning, key_bits, value_bits, key_dim, value_dim, gqa, n_query_
     return AttendShape(rows, tokens, dims_per_lane, simdgroups)
 
 
-def _shared_shapes(tuning, key_dim, value_dim, n_rows):
+def _shared_shapes(
+    tuning: AttendTuning, key_dim: int, value_dim: int, n_rows: int
+) -> dict[AttendShape, tuple[int, float]]:
     """{shape: (how often a packed word is decoded, operations)} where simdgroups share decoded tiles."""
     dims_per_lane = next(e for e in range(4, 65, 4) if value_dim % e == 0 and value_dim // e <= 32)
     most, costs = max(1, min(MOST_ROWS, tuning.accumulators // dims_per_lane)), {}
     for side_by_side in range(2, MOST_SIMDGROUPS + 1):
         groups = -(-n_rows // min(side_by_side * most, tuning.rows_per_decode))
         rows = -(-n_rows // (side_by_side * groups))
-        for far, chunks in itertools.product((False, True), (1, 2) if key_dim % 64 == 0 else (1,)):
+        for in_device_memory, chunks in itertools.product((False, True), (1, 2) if key_dim % 64 == 0 else (1,)):
             tile = 2 * 32 * max(key_dim // chunks + 8, (value_dim + 8) // chunks)
-            queries = 0 if far else rows * 4 * key_dim
+            queries = 0 if in_device_memory else rows * 4 * key_dim
             if side_by_side * (queries + 128 * _padded(rows)) + tile <= THREADGROUP_BYTES:
-                shape = AttendShape(rows, 1, dims_per_lane, side_by_side, True, chunks, far)
-                per_simdgroup = (rows * (ROW + far * FAR_ROW) + READ_TILE) * (MANY_ROWS if rows > FEW_ROWS else 1)
+                shape = AttendShape(rows, 1, dims_per_lane, side_by_side, True, chunks, in_device_memory)
+                per_row = ROW + in_device_memory * ROW_IN_DEVICE_MEMORY
+                per_simdgroup = (rows * per_row + READ_TILE) * (MANY_ROWS if rows > FEW_ROWS else 1)
                 costs[shape] = groups, groups * (side_by_side * per_simdgroup + DECODE_TILE)
                 break
     return costs
 
 
-def _padded(rows):
+def _padded(rows: int) -> int:
+    """Rows as the kernel's arrays have them: whole vectors of 4 from 3 on."""
     return rows if rows <= 2 else -(-rows // 4) * 4
 
 
-def attend_blocks(tuning, shape, n_exact, n_packed, n_groups, one):
+def attend_blocks(
+    tuning: AttendTuning, shape: AttendShape, n_exact: int, n_packed: int, n_groups: int, single_launch: bool
+) -> tuple[int, int]:
     """(blocks of exact tokens, blocks): how the tokens are divided over simdgroups. n_groups: kv heads * batch rows *
     row groups, each of which gets these blocks."""
     tile = 32 * shape.TOKENS_PER_LANE
-    if one:
-        exact, packed = -(-n_exact // tile), -(-n_packed // tile)
+    if single_launch:
+        exact, packed, n = -(-n_exact // tile), -(-n_packed // tile), shape.SIMDGROUPS
         if exact and packed:
-            return min(
-                max(round(shape.SIMDGROUPS * exact / (exact + packed)), 1), shape.SIMDGROUPS - 1
-            ), shape.SIMDGROUPS
-        return (shape.SIMDGROUPS if exact else 0), shape.SIMDGROUPS
+            return min(max(round(n * exact / (exact + packed)), 1), n - 1), n
+        return (n if exact else 0), n
     most = max(tuning.simdgroups_per_launch // n_groups, 1)
     tokens = max(tuning.tokens_per_block, -(-(n_exact + n_packed) // most))
     step = 1 if shape.SHARED_TILES else shape.SIMDGROUPS
@@ -132,7 +234,9 @@ def attend_blocks(tuning, shape, n_exact, n_packed, n_groups, one):
 
 
 @functools.lru_cache(maxsize=None)
-def attend_unsupported(key_bits, value_bits, key_dim, value_dim, n_query_tokens):
+def attend_unsupported(
+    key_bits: int, value_bits: int, key_dim: int, value_dim: int, n_query_tokens: int
+) -> Optional[str]:
     """Why the attention kernel does not cover this, or None if it does."""
     for name, bits, dim in (("keys", key_bits, key_dim), ("values", value_bits, value_dim)):
         if not 32 <= dim <= 576 or dim % 16 or not rotates_in_kernel(dim):
@@ -145,13 +249,13 @@ def attend_unsupported(key_bits, value_bits, key_dim, value_dim, n_query_tokens)
 
 
 @functools.lru_cache(maxsize=None)
-def rotates_in_kernel(head_dim):
+def rotates_in_kernel(head_dim: int) -> bool:
     """Whether the transform's windows start where a lane's dims start (see tq_hadamard in metal/)."""
     dims_per_lane = 32 if head_dim > 512 else 16
     return all(n % dims_per_lane == 0 for window in rotation.windows(head_dim) for n in (*window, head_dim))
 
 
-def vectors_per_simdgroup(head_dim):
-    """32 / LANES of the kernels."""
+def vectors_per_simdgroup(head_dim: int) -> int:
+    """How many vectors a simdgroup of quantize.metal and dequantize.metal takes: 32 / LANES there."""
     lanes = -(-head_dim // (32 if head_dim > 512 else 16))
     return 32 >> (lanes - 1).bit_length()

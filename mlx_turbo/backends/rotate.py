@@ -1,11 +1,7 @@
-"""The Metal backend: loads metal/*.metal, registers them with mx.fast.metal_kernel, tests and launches them.
-
-Each combination of template values is a Metal library of its own. Before one is used for real it is built and
-compared with the NumPy reference on a few vectors, once per process; a kernel that does not build or disagrees
-raises `BackendError`. Nothing here ever falls back to another backend.
-"""
+"""The rotation of quant/rotation.py in MLX operations, and constants on the device."""
 
 import functools
+from typing import Any, Callable
 
 import mlx.core as mx
 import numpy as np
@@ -14,25 +10,23 @@ from ..quant import rotation
 
 
 @functools.lru_cache(maxsize=None)
-def diagonals(head_dim, seed):
+def diagonals(head_dim: int, seed: int) -> mx.array:
     """The rotation's diagonals as an evaluated float32 array [rounds, head_dim]."""
     array = mx.array(rotation.diagonals(head_dim, seed).astype(np.float32))
     mx.eval(array)  # a constant that is lazy cannot be used from another thread
     return array
 
 
-pass
-
-
 @functools.lru_cache(maxsize=None)
-def _constant(make, *args):
+def constant(make: Callable[..., np.ndarray], *args: Any) -> mx.array:
+    """make(*args) as an evaluated array, made once."""
     array = mx.array(make(*args))
     mx.eval(array)
     return array
 
 
 # ---- rotation ------------------------------------------------------------------------------------------------
-def _transform_window(x, start, size):
+def _transform_window(x: mx.array, start: int, size: int) -> mx.array:
     # mx.hadamard_transform is right for powers of two only, and on the CPU fast in float32 only
     y = mx.hadamard_transform(x[..., start : start + size], scale=1.0)
     if size == x.shape[-1]:
@@ -40,7 +34,7 @@ def _transform_window(x, start, size):
     return mx.concatenate([x[..., :start], y, x[..., start + size :]], axis=-1)
 
 
-def rotate(x, seed=0):
+def rotate(x: mx.array, seed: int = 0) -> mx.array:
     """rotation.rotate of x [..., head_dim], float32."""
     x = x.astype(mx.float32)
     for i, window in enumerate(rotation.windows(x.shape[-1])):
@@ -48,7 +42,7 @@ def rotate(x, seed=0):
     return x
 
 
-def unrotate(y, seed=0):
+def unrotate(y: mx.array, seed: int = 0) -> mx.array:
     """rotation.unrotate of y [..., head_dim], float32."""
     y = y.astype(mx.float32)
     for i, window in reversed(list(enumerate(rotation.windows(y.shape[-1])))):

@@ -1,29 +1,32 @@
-"""Quantize and dequantize: checks the arguments and picks the backend. The only place that chooses one.
+"""The choice of a backend, and the public `quantize` and `dequantize`, which check their arguments.
 
-Backends: "metal" (kernels.py) and "cpu" (fallback.py). Metal is used where there is Metal and MLX's default device
-is the GPU; the CPU fallback where there is none, or where the user says so: `MLX_TURBO_BACKEND=cpu`,
-`backend="cpu"`, or `mx.set_default_device(mx.cpu)`. A Metal kernel that does not build or computes something wrong
-is an error, never a reason to use the other backend.
+Backends: "metal" (metal.py) and "cpu" (mlx_ops.py). Metal is used where there is Metal and MLX's default device is
+the GPU; MLX operations where there is none, or where the user says so: `MLX_TURBO_BACKEND=cpu`, `backend="cpu"`, or
+`mx.set_default_device(mx.cpu)`. A kernel that does not build or computes something wrong is an error, never a reason
+to use the other backend.
 """
 
 import contextlib
 import os
+from typing import Any, Iterator, Optional, Sequence
 
 import mlx.core as mx
 
 from ..quant.rotation import check_head_dim
 from ..quant.scheme import SCALES, words_per_row
+from . import tuning
 from .metal import MetalBackend
 from .mlx_ops import CpuBackend
 from .sides import BackendError, PackedSide, QuantizeSide
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
-EXACT_DTYPES = (*DTYPES, mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64)  # unpacked
-_backends = {}
-_override = None
+# of tokens that stay exact
+EXACT_DTYPES = (*DTYPES, mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64)
+_backends: dict[str, Any] = {}  # one of each name
+_override: Any = None  # the backend of `use_backend`
 
 
-def metal_unavailable():
+def metal_unavailable() -> Optional[str]:
     """Why Metal kernels cannot run here, or None if they can."""
     if not mx.metal.is_available():
         return "this build of MLX has no Metal, or the machine has no Metal GPU"
@@ -32,8 +35,8 @@ def metal_unavailable():
     return None
 
 
-def get_backend(choice=None):
-    """The backend to use: an object with `name`, `describe()`, `quantize` and `dequantize`.
+def get_backend(choice: Any = None) -> Any:
+    """The backend to use: an object with `name`, `describe()`, `quantize`, `dequantize`, `attend` and more.
 
     choice: "metal", "cpu", a backend object, or None for the environment variable MLX_TURBO_BACKEND, and if that is
     not set, Metal where there is Metal.
@@ -54,13 +57,16 @@ def get_backend(choice=None):
     if choice == "metal" and metal_unavailable():
         raise BackendError(f"{source}: 'metal' was asked for, but {metal_unavailable()}")
     if choice not in _backends:
-        _backends[choice] = MetalBackend() if choice == "metal" else CpuBackend()
+        _backends[choice] = MetalBackend(tuned=tuning.load()) if choice == "metal" else CpuBackend()
     return _backends[choice]
 
 
 @contextlib.contextmanager
-def use_backend(choice):
-    """`with use_backend("cpu"):` - the backend of everything in the block, whatever the environment says."""
+def use_backend(choice: Any) -> Iterator[Any]:
+    """`with use_backend("cpu"):` - the backend of everything in the block, whatever the environment says.
+
+    choice: as `get_backend`, which raises what this raises.
+    """
     global _override
     before, _override = _override, get_backend(choice)
     try:
@@ -69,8 +75,9 @@ def use_backend(choice):
         _override = before
 
 
-def check_vectors(x, name, any_head_dim=False, dtypes=DTYPES):
-    """Raise TypeError or ValueError unless x is an array [B, H, L, head_dim] of these dtypes and a head_dim we have."""
+def check_vectors(x: Any, name: str, any_head_dim: bool = False, dtypes: Sequence[mx.Dtype] = DTYPES) -> None:
+    """Raise TypeError or ValueError unless x is an array [B, H, L, head_dim] of one of `dtypes` and a supported
+    head_dim (any_head_dim: or another one). name: of x in messages."""
     if not isinstance(x, mx.array):
         raise TypeError(f"{name}: got {type(x).__name__}, expected an mx.array")
     if x.ndim != 4:
@@ -81,21 +88,27 @@ def check_vectors(x, name, any_head_dim=False, dtypes=DTYPES):
         check_head_dim(x.shape[-1], f"head_dim of {name}")
 
 
-def _check_bits(bits, name="bits"):
+def _check_bits(bits: Any) -> None:
     if isinstance(bits, bool) or bits not in (2, 3, 4, 8):
-        raise ValueError(f"{name}: got {bits!r}, allowed are 2, 3, 4 and 8")
+        raise ValueError(f"bits: got {bits!r}, allowed are 2, 3, 4 and 8")
 
 
-def _check_mean(mean, batch, head_dim):
-    want, name = (*batch, 1, head_dim), "mean"
+def _check_mean(mean: Any, batch: Sequence[int], head_dim: int) -> None:
+    want = (*batch, 1, head_dim)
     if mean is not None and (not isinstance(mean, mx.array) or tuple(mean.shape) != want or mean.dtype != mx.float32):
         got = f"{mean.dtype} {tuple(mean.shape)}" if isinstance(mean, mx.array) else type(mean).__name__
-        raise ValueError(f"{name}: got {got}, expected float32 {want}")
+        raise ValueError(f"mean: got {got}, expected float32 {want}")
 
 
-def quantize_sides(sides, seed=0, backend=None, scale=SCALES[0]):
-    """Quantize one or two `QuantizeSide` of equal [B, H, L] and dtype in one launch, lazily; only the scale's rule is
-    checked. A vector that is not finite, or too large for a float16 scale, gets a scale of NaN."""
+def quantize_sides(
+    sides: Sequence[QuantizeSide], seed: int = 0, backend: Any = None, scale: str = SCALES[0]
+) -> list[tuple[mx.array, mx.array]]:
+    """Quantize one or two `QuantizeSide` of equal [B, H, L] and dtype in one launch, lazily.
+
+    Returns per side (codes uint32 [B, H, L, words], scale float16 [B, H, L, 1]). A vector that is not finite, or too
+    large for a float16 scale, gets a scale of NaN. Raises ValueError for an unknown rule of the scale; nothing else is
+    checked.
+    """
     if scale not in SCALES:
         raise ValueError(f"scale: got {scale!r}, allowed are {SCALES}")
     if 0 in sides[0].x.shape[:3]:
@@ -109,14 +122,27 @@ def quantize_sides(sides, seed=0, backend=None, scale=SCALES[0]):
     return get_backend(backend).quantize(sides, seed, scale)
 
 
-def dequantize_sides(sides, first, length, dtype, seed=0, backend=None):
-    """Restore tokens first .. first + length - 1 of one or two `PackedSide` in one launch, lazily and unchecked."""
+def dequantize_sides(
+    sides: Sequence[PackedSide], first: int, length: int, dtype: mx.Dtype, seed: int = 0, backend: Any = None
+) -> list[mx.array]:
+    """Restore tokens first .. first + length - 1 of one or two `PackedSide` in one launch, lazily and unchecked.
+
+    Returns per side x [B, H, length, head_dim] of `dtype`.
+    """
     if length == 0 or 0 in sides[0].codes.shape[:2]:
         return [mx.zeros((*s.codes.shape[:2], length, s.head_dim), dtype) for s in sides]
     return get_backend(backend).dequantize(sides, first, length, dtype, seed)
 
 
-def quantize(x, bits=4, *, mean=None, seed=0, backend=None, scale=SCALES[0]):
+def quantize(
+    x: mx.array,
+    bits: int = 4,
+    *,
+    mean: Optional[mx.array] = None,
+    seed: int = 0,
+    backend: Any = None,
+    scale: str = SCALES[0],
+) -> tuple[mx.array, mx.array]:
     """Quantize vectors x [B, H, L, head_dim] (float16, bfloat16 or float32) to `bits` (2, 3, 4 or 8) per number.
 
     mean: float32 [B, H, 1, head_dim], subtracted first. seed: of the rotation's signs. backend: see `get_backend`.
@@ -138,7 +164,17 @@ def quantize(x, bits=4, *, mean=None, seed=0, backend=None, scale=SCALES[0]):
     return codes, scales
 
 
-def dequantize(codes, scale, bits=4, *, head_dim, mean=None, seed=0, dtype=mx.float32, backend=None):
+def dequantize(
+    codes: mx.array,
+    scale: mx.array,
+    bits: int = 4,
+    *,
+    head_dim: int,
+    mean: Optional[mx.array] = None,
+    seed: int = 0,
+    dtype: mx.Dtype = mx.float32,
+    backend: Any = None,
+) -> mx.array:
     """Vectors [B, H, L, head_dim] of `dtype` from what `quantize` returned (same bits, mean and seed).
 
     Raises ValueError, naming the argument, for shapes or dtypes that do not belong together.

@@ -1,9 +1,4 @@
-"""The Metal backend: loads metal/*.metal, registers them with mx.fast.metal_kernel, tests and launches them.
-
-Each combination of template values is a Metal library of its own. Before one is used for real it is built and
-compared with the NumPy reference on a few vectors, once per process; a kernel that does not build or disagrees
-raises `BackendError`. Nothing here ever falls back to another backend.
-"""
+"""What a backend is given, the keys or the values of one call, and the errors it raises."""
 
 from typing import NamedTuple, Optional
 
@@ -58,18 +53,25 @@ class CachedSide(NamedTuple):
     means: Optional[mx.array] = None
     segment: int = 0
 
-    def packed(self):
-        """Its packed rows without the means, as the dequantize kernel takes them."""
+    def packed(self) -> PackedSide:
+        """Its packed rows without the means, as the dequantize kernel takes them. There must be some."""
+        assert self.codes is not None and self.scale is not None
         return PackedSide(self.codes, self.scale, self.bits, self.head_dim)
 
     @property
-    def has_means(self):
+    def has_means(self) -> bool:
+        """Whether packed tokens are relative to means."""
         return bool(self.bits) and self.means is not None
 
+    @property
+    def n_kv_heads(self) -> int:
+        """Of the first array that is there."""
+        for array in (self.recent, self.codes, self.sink):
+            if array is not None:
+                return array.shape[1]
+        raise ValueError("the side of a cache: it has no tokens")
 
-def _n_kv_heads(side):
-    return next(a for a in (side.recent, side.codes, side.sink) if a is not None).shape[1]
-
-
-def _exact_dtype(side, otherwise):
-    return next((a.dtype for a in (side.recent, side.sink) if a is not None), otherwise)
+    def exact_dtype(self, otherwise: mx.Dtype) -> mx.Dtype:
+        """The dtype of exact tokens; `otherwise` if there are none."""
+        array = self.sink if self.recent is None else self.recent
+        return otherwise if array is None else array.dtype

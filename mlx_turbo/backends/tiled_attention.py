@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..quant import rotation
-from .mlx_ops import _without_nan, slot_dims
+from .mlx_ops import slot_dims, without_nan
 
 # ---- attention -----------------------------------------------------------------------------------------------
 DEAD = -1e30  # a masked logit: finite, so that a tile in which everything is masked gives no NaN
@@ -46,8 +46,8 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
     [B, H, n, S], scale [B, H, n, 1] or None, the bits of `slot_dims` if the S numbers are in that order or None if they
     are the dims). Rows are never un-rotated, and only a tile of them is restored at a time, merged by log-sum-exp
     with what came before: no more memory is taken than 5 * LOGIT_BYTES and 6 times a float32 tile of both sides. That
-    is with ahead = 0, which waits for each tile; with ahead = 1 a tile is computed while the next is prepared, so that a
-    GPU never runs dry, in twice the memory.
+    is with ahead = 0, which waits for each tile; with ahead = 1 a tile is computed while the next is prepared, so that
+    a GPU never runs dry, in twice the memory.
 
     Raises ValueError for values with more than one mean: that would need the weight of every segment.
     """
@@ -108,7 +108,7 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
             else:
                 v, gamma = _exact(values, part, first, n), None
             if mask is not None and column + n > n_seen:
-                v, gamma, spoiled = _without_nan(v, gamma, w)
+                v, gamma, spoiled = without_nan(v, gamma, w)
                 sums[0] = sums[0] + spoiled
             if not packed:
                 sums[2] = _plus(sums[2], w @ v)

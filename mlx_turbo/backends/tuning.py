@@ -1,7 +1,7 @@
-"""`bench --tune`: the launch parameters of the attention kernel that are fastest on this chip, and where they are kept.
+"""The launch parameters of attention that are fastest on a chip: the search of `bench kernels --tune`, and their file.
 
 One JSON file in the user's cache folder. An entry holds for one chip, one text of the kernels, one scheme and one pair
-of head dims; entries of another text are ignored, and dropped with the next tuning. A tuned kernel is checked against
+of head dims; entries for another text are ignored, and dropped with the next tuning. A tuned kernel is checked against
 the reference before its first use like any other.
 """
 
@@ -12,10 +12,13 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 from .attend_launch import AttendTuning
 from .device import device_name
 from .sources import metal_source
+
+Tuned = Mapping[tuple[int, int, int, int], AttendTuning]  # by (key bits, value bits, key dim, value dim)
 
 # What is tried, one parameter after the other, the others at the best so far.
 CANDIDATES = {
@@ -33,7 +36,7 @@ CANDIDATES = {
 GAIN = 0.03
 
 
-def path():
+def path() -> Path:
     """The file, whether it exists or not. MLX_TURBO_CACHE_DIR names another folder."""
     if folder := os.environ.get("MLX_TURBO_CACHE_DIR"):
         return Path(folder) / "tuning.json"
@@ -42,19 +45,19 @@ def path():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-turbo/tuning.json"
 
 
-def check_path():
-    """Raises OSError where `save` could not write: to be called before what takes minutes."""
+def check_path() -> None:
+    """Raises OSError where `save` could not write. To be called before what takes minutes."""
     path().parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path().parent).close()
 
 
-def kernel_hash():
-    """Of the text of the attention kernels."""
+def kernel_hash() -> str:
+    """Tells texts of the attention kernels apart."""
     text = "".join(part for name in ("attend", "merge") for part in metal_source(name))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _read():
+def _read() -> list[dict[str, Any]]:
     try:
         entries = json.loads(path().read_text())["entries"]
         return [e for e in entries if isinstance(e, dict)]
@@ -65,20 +68,20 @@ def _read():
         return []
 
 
-def _key(entry):
-    return tuple(entry[name] for name in ("key_bits", "value_bits", "key_dim", "value_dim"))
+def _key(entry: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    return entry["key_bits"], entry["value_bits"], entry["key_dim"], entry["value_dim"]
 
 
-def _allowed(values):
-    """Whether an entry's values are some that could have been tried: the file may have been edited."""
+def _allowed(values: Mapping[str, Any]) -> bool:
+    """Whether `search` could have tried an entry's values: the file may have been edited."""
     default = AttendTuning()._asdict()
     return set(values) == set(default) and all(
         type(x) is int and (x in CANDIDATES[name] or x == default[name]) for name, x in values.items()
     )
 
 
-def load(chip=None):
-    """{(key bits, value bits, key dim, value dim): AttendTuning} of this chip and these kernels."""
+def load(chip: Optional[str] = None) -> dict[tuple[int, int, int, int], AttendTuning]:
+    """The tunings saved for a chip (default: this one) and these kernels. What cannot be read is ignored."""
     chip, found = chip or device_name(), {}
     for entry in _read():
         try:
@@ -89,14 +92,14 @@ def load(chip=None):
     return found
 
 
-def save(tuned, chip=None):
+def save(tuned: Tuned, chip: Optional[str] = None) -> Path:
     """Add `tuned`, as `load` returns it, to the file; this chip's entries for other kernels go. Returns the path."""
     chip, kernels = chip or device_name(), kernel_hash()
     kept = [e for e in _read() if e.get("chip") != chip]
     names = "key_bits", "value_bits", "key_dim", "value_dim"
     new = [
         {"chip": chip, "kernels": kernels, **dict(zip(names, key)), "values": values._asdict()}
-        for key, values in (load(chip) | tuned).items()
+        for key, values in {**load(chip), **tuned}.items()
     ]
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +109,7 @@ def save(tuned, chip=None):
     return file
 
 
-def changes(values):
+def changes(values: AttendTuning) -> str:
     """What differs from the defaults, for people: "simdgroups 8 (default 4)"."""
     return (
         ", ".join(
@@ -116,7 +119,7 @@ def changes(values):
     )
 
 
-def describe():
+def describe() -> str:
     """One line for `doctor` and `bench`."""
     found = load()
     if not found:
@@ -127,9 +130,14 @@ def describe():
     )
 
 
-def search(time_all, default=AttendTuning(), progress=None):
+def search(
+    time_all: Callable[[Sequence[AttendTuning]], Sequence[Optional[float]]],
+    default: AttendTuning = AttendTuning(),
+    progress: Optional[Callable[[str], Any]] = None,
+) -> tuple[AttendTuning, float]:
     """The fastest tuning, one parameter after the other. time_all(tunings) -> [seconds, or None where one is wrong or
-    does not run], measured together. Returns (tuning, its time over the default's).
+    does not run], measured together. progress(name): called after each parameter. Returns (tuning, its time over the
+    default's).
 
     Raises ValueError if the default does not run."""
     best, ratio = default, 1.0

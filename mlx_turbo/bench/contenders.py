@@ -13,11 +13,21 @@ import numpy as np
 
 from ..backends import mlx_ops
 from ..backends.attend_launch import SEGMENT_STEP
-from ..backends.self_test import ATTEND_TOLERANCE, TOLERANCE, compare_quantized, compare_vectors
+from ..backends.self_test import (
+    ATTEND_TOLERANCE,
+    TOLERANCE,
+    attend_tolerance,
+    compare_quantized,
+    compare_vectors,
+    relative_error,
+    restored_tokens,
+    to_float64,
+    too_large,
+)
 from ..backends.sides import ONE_SEGMENT, CachedSide, PackedSide, QuantizeSide, WrongResultError
 from ..cache.view import KVView
 from ..integration import attention
-from ..quant import reference, rotation
+from ..quant import reference
 from . import timing
 
 N_KV_HEADS = 8
@@ -152,10 +162,6 @@ def _normal(key, shape, dtype):
     return x
 
 
-def _float64(x):
-    return np.array(x.astype(mx.float32)).astype(np.float64)
-
-
 def _checked(x, n_tokens):
     """The kv heads of x [B, n_kv_heads, *] that are compared with the oracle where there are n_tokens: a view of it."""
     return x if n_tokens <= ORACLE_TOKENS else x[:, :: max(x.shape[1] - 1, 1)]
@@ -167,50 +173,27 @@ def _checked_queries(x, n_kv_heads, n_tokens):
     return _checked(x.reshape(B, n_kv_heads, n_heads // n_kv_heads, L, D), n_tokens).reshape(B, -1, L, D)
 
 
-def _quantized(codes, scale, bits, head_dim):
-    """The oracle's `Quantized` of packed rows of the kv heads that are compared."""
-    n_tokens = codes.shape[2]
-    return _oracle_rows(*(np.array(_checked(a, n_tokens)) for a in (codes, scale)), bits, head_dim)
-
-
-def _oracle_rows(codes, scale, bits, head_dim, seed=0):
-    """`Quantized` of packed rows: codes uint32 [B, H, L, words], scale [B, H, L, 1]."""
-    codes = reference.unpack(codes, bits, head_dim)
-    return reference.Quantized(codes, scale[..., 0].astype(np.float64), None, bits, seed, None, None)
-
-
-def _oracle_tokens(side, counts, seed):
-    """What the oracle makes of a `CachedSide`, float64 [1, the compared kv heads, tokens, head_dim]."""
-    n_sink, n_packed, n_recent = counts
-
-    def exact(a, n):
-        return _float64(_checked(a[:1], sum(counts))[:, :, :n])
-
-    parts = [exact(side.sink, n_sink)] if n_sink else []
-    if n_packed and side.bits:
-        codes, scale = (np.array(_checked(a[:1], sum(counts))[:, :, :n_packed]) for a in (side.codes, side.scale))
-        parts.append(reference.dequantize(_oracle_rows(codes, scale, side.bits, side.head_dim, seed)))
-        if side.means is not None:
-            rows = exact(side.means, side.means.shape[2])[:, :, np.arange(n_packed) // side.segment]
-            parts[-1] += rotation.unrotate(rows, seed)
-    elif n_packed:
-        parts.append(exact(side.codes, n_packed))
-    return np.concatenate(parts + ([exact(side.recent, n_recent)] if n_recent else []), axis=2)
+def _compared(side, counts):
+    """The kv heads of a `CachedSide` that are compared with the oracle, of the first batch row."""
+    arrays = {
+        name: _checked(array[:1], sum(counts)) for name, array in side._asdict().items() if isinstance(array, mx.array)
+    }
+    return side._replace(**arrays)
 
 
 def check_cache(cache, backend=None):
     """(error, allowed, problem or None) of attention over what a TurboKVCache holds, against the oracle. The logits are
     small, so that every token has weight."""
     view = cache.keys_and_values()[0].view
-    k, v = (_oracle_tokens(side, view.counts, view.seed) for side in (view.keys, view.values))
+    k, v = (restored_tokens(_compared(side, view.counts), view.counts, view.seed) for side in (view.keys, view.values))
     head_dim, dtype = view.keys.head_dim, view.keys.recent.dtype
     shape = (view.keys.recent.shape[0], view.keys.recent.shape[1], 1, head_dim)
     scale = 1.0 / np.linalg.norm(k, axis=-1).mean()
     queries = _normal(6, shape, dtype)
     got = attention.attend(queries, view, scale=float(scale), backend=backend)
-    got, asked = (_float64(_checked(a[:1], sum(view.counts))) for a in (got, queries))
+    got, asked = (to_float64(_checked(a[:1], sum(view.counts))) for a in (got, queries))
     want = reference.attention(asked, k, v, scale=scale)
-    return _verdict(_relative(got, want), 10 * (ATTEND_TOLERANCE[view.keys.bits] + TOLERANCE[dtype]))
+    return _verdict(relative_error(got, want), 10 * (ATTEND_TOLERANCE[view.keys.bits] + TOLERANCE[dtype]))
 
 
 def _copies(arrays, device):
@@ -222,14 +205,8 @@ def _copies(arrays, device):
     return copies
 
 
-def _relative(got, want):
-    """Largest error relative to the largest number."""
-    return float(np.abs(got - want).max() / np.abs(want).max())
-
-
 def _verdict(error, allowed):
-    ok = error <= allowed  # not for NaN
-    return error, allowed, None if ok else f"relative error {error:.1e}, allowed is {allowed:.0e}"
+    return error, allowed, too_large(error, allowed)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------
@@ -249,21 +226,22 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
     """{(gqa, query tokens): contenders} of one decode step over caches of n_tokens, the queries being the last."""
     scale, steps = head_dim**-0.5, [(g, n) for g in grid.gqa for n in grid.query_tokens]
     n_packed = n_tokens - N_SINK - N_RECENT
+    counts = N_SINK, n_packed, N_RECENT
     queries = {(g, n): 2 * _normal(5, (1, N_KV_HEADS * g, n, head_dim), grid.dtype) for g, n in steps}
     out, wants = {step: [] for step in steps}, {}
 
     def oracle(what, step, k, v):
         if (what, step) not in wants:
             asked = _checked_queries(queries[step], N_KV_HEADS, n_tokens)
-            wants[what, step] = reference.attention(_float64(asked), k(), v(), scale=scale, mask=_mask(step[1]))
+            wants[what, step] = reference.attention(to_float64(asked), k(), v(), scale=scale, mask=_mask(step[1]))
         return wants[what, step]
 
     def check(call, cache, what, step, k, v, allowed):
         got = call(queries[step], cache)
         if got.shape != queries[step].shape:
             return np.inf, allowed, f"output of shape {got.shape}, expected {queries[step].shape}"
-        got = _float64(_checked_queries(got, N_KV_HEADS, n_tokens))
-        return _verdict(_relative(got, oracle(what, step, k, v)), allowed)
+        got = to_float64(_checked_queries(got, N_KV_HEADS, n_tokens))
+        return _verdict(relative_error(got, oracle(what, step, k, v)), allowed)
 
     def add(name, column, call, caches, k, v, allowed, nbytes, on_cpu=False, lazy=True):
         for step, contenders in out.items():
@@ -283,7 +261,7 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
     # MLX's own
     dense = [_normal(i, (1, N_KV_HEADS, n_tokens, head_dim), grid.dtype) for i in (0, 1)]
     caches = _copies(dense, device)
-    k, v = (functools.cache(lambda x=x: _float64(_checked(x, n_tokens))) for x in dense)
+    k, v = (functools.cache(lambda x=x: to_float64(_checked(x, n_tokens))) for x in dense)
     add(
         "uncompressed",
         f"MLX {dtype_name(grid.dtype)}",
@@ -317,14 +295,13 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
 
     # ours
     for scheme in grid.schemes:
-        sides, arrays, restored = [], [], []
+        arrays = []
         for i, bits in enumerate((scheme.key_bits, scheme.value_bits)):
             arrays += [
                 dense[i][:, :, :N_SINK] + 0,
                 *_random_rows(10 + 2 * i, n_packed, bits, head_dim),
                 dense[i][:, :, -N_RECENT:] + 0,
             ]
-            restored.append(functools.cache(functools.partial(_restored, arrays[-4:], bits, head_dim, n_tokens)))
         mx.eval(arrays)
         nbytes = sum(a.nbytes for a in arrays)
         sides = (scheme.key_bits, scheme.value_bits)
@@ -334,14 +311,18 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
                     CachedSide(*a[4 * i : 4 * i + 4], sides[i], head_dim, None, (SEGMENT_STEP, ONE_SEGMENT)[i])
                     for i in (0, 1)
                 ),
-                (N_SINK, n_packed, N_RECENT),
+                counts,
                 0,
                 None,
                 0,
             )
             for a in _copies(arrays, device)
         ]
-        allowed = ATTEND_TOLERANCE[scheme.key_bits] + TOLERANCE[grid.dtype] * (grid.dtype != mx.float32)
+        restored = [
+            functools.cache(lambda side=side: restored_tokens(_compared(side, counts), counts))
+            for side in (views[0].keys, views[0].values)
+        ]
+        allowed = attend_tolerance(scheme.key_bits, grid.dtype)
         for backend in backends:
             if device == "gpu" and backend.name == "cpu" and n_tokens > FALLBACK_TOKENS:
                 continue
@@ -365,14 +346,6 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
 def _mask(n_query_tokens):
     """As models give it."""
     return "causal" if n_query_tokens > 1 else None
-
-
-def _restored(arrays, bits, head_dim, n_tokens):
-    """What the oracle makes of (sink, codes, scale, recent), float64 [1, heads, tokens, head_dim] of the kv heads that
-    are compared."""
-    sink, codes, scale, recent = (_checked(a, n_tokens) for a in arrays)
-    rows = _oracle_rows(np.array(codes), np.array(scale), bits, head_dim)
-    return np.concatenate([_float64(sink), reference.dequantize(rows), _float64(recent)], axis=2)
 
 
 def _attend(backend, scale, queries, view):
@@ -400,13 +373,14 @@ def _numpy_attention(name, arrays, bits, head_dim, queries, scale, nbytes):
             np.array(a.astype(mx.float32) if a.dtype == mx.bfloat16 else a) for a in arrays[4 * i : 4 * i + 4]
         )
         sides.append((sink, codes, scales, recent))
-    q = _float64(queries)
+    q = to_float64(queries)
 
     def run(calls):
         for _ in range(calls):
             k, v = (
                 np.concatenate(
-                    [sink, reference.dequantize(_oracle_rows(codes, scales, bits[i], head_dim)), recent], axis=2
+                    [sink, reference.dequantize(reference.from_packed(codes, scales, bits[i], head_dim)), recent],
+                    axis=2,
                 )
                 for i, (sink, codes, scales, recent) in enumerate(sides)
             )
@@ -424,14 +398,21 @@ def _independent(call, inputs):
 def packing_contenders(grid, backends, n_tokens, head_dim, device):
     """[(operation, scheme's name, contenders)]: keys and values of n_tokens in one call."""
     dense = _copies([_normal(i, (1, N_KV_HEADS, n_tokens, head_dim), grid.dtype) for i in (0, 1)], device)
-    exact = [_float64(_checked(x, n_tokens)) for x in dense[0]]
+    exact = [to_float64(_checked(x, n_tokens)) for x in dense[0]]
     dense_bytes, group_size = sum(a.nbytes for a in dense[0]), mlx_group_size(head_dim)
     out = []
     for scheme in grid.schemes:
         bits = scheme.key_bits, scheme.value_bits
         wants = [reference.quantize(x, b) for x, b in zip(exact, bits)]
         rows = _copies([a for i in (0, 1) for a in _random_rows(10 + 2 * i, n_tokens, bits[i], head_dim)], device)
-        restored = [reference.dequantize(_quantized(*rows[0][2 * i : 2 * i + 2], bits[i], head_dim)) for i in (0, 1)]
+        restored = [
+            reference.dequantize(
+                reference.from_packed(
+                    *(np.array(_checked(a, n_tokens)) for a in rows[0][2 * i : 2 * i + 2]), bits[i], head_dim
+                )
+            )
+            for i in (0, 1)
+        ]
         packed_bytes = sum(a.nbytes for a in rows[0])
         affine = group_size and [
             [a for x, b in zip(copy, bits) for a in mx.quantize(x, group_size=group_size, bits=b)] for copy in dense
@@ -520,14 +501,14 @@ def _check_quantize(call, xs, wants):
 def _check_dequantize(call, rows, wants, dtype):
     worst, problems = 0.0, []
     for got, want in zip(call(rows), wants, strict=True):
-        got = _float64(_checked(got, got.shape[2]))
+        got = to_float64(_checked(got, got.shape[2]))
         problems.append(compare_vectors(got, want, dtype))
-        worst = max(worst, _relative(got, want))
+        worst = max(worst, relative_error(got, want))
     return worst, TOLERANCE[dtype], next(filter(None, problems), None)
 
 
 def _numpy_quantize(name, xs, bits, nbytes):
-    xs = [_float64(x) for x in xs]
+    xs = [to_float64(x) for x in xs]
 
     def run(calls):
         for _ in range(calls):
@@ -543,7 +524,7 @@ def _numpy_dequantize(name, rows, bits, head_dim, nbytes):
     def run(calls):
         for _ in range(calls):
             for i in (0, 1):
-                reference.dequantize(_oracle_rows(*rows[2 * i : 2 * i + 2], bits[i], head_dim))
+                reference.dequantize(reference.from_packed(*rows[2 * i : 2 * i + 2], bits[i], head_dim))
 
     return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes, lazy=False)
 
@@ -558,7 +539,7 @@ def affine_values(words, scales, biases, bits):
     """float64 numbers of what mx.quantize returned: codes are a stream of bits, the lowest first."""
     stream = np.unpackbits(np.ascontiguousarray(np.array(words)).view(np.uint8), axis=-1, bitorder="little")
     codes = stream.reshape(*words.shape[:-1], -1, bits) @ (1 << np.arange(bits))
-    scales, biases = (_float64(a)[..., None] for a in (scales, biases))
+    scales, biases = (to_float64(a)[..., None] for a in (scales, biases))
     groups = codes.reshape(*scales.shape[:-1], -1)
     return (groups * scales + biases).reshape(codes.shape)
 
@@ -577,7 +558,7 @@ def _check_affine_quantize(call, xs, exact, bits, dtype):
     worst, allowed = 0.0, 1.1 + 2 ** max(bits) * {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}[dtype]
     for arrays, want, b in zip(call(xs), exact, bits, strict=True):
         words, scales, biases = (_checked(a, a.shape[2]) for a in arrays)
-        step = np.abs(_float64(scales))[..., None]
+        step = np.abs(to_float64(scales))[..., None]
         error = np.abs(affine_values(words, scales, biases, b) - want).reshape(*step.shape[:-1], -1)
         worst = max(worst, float((error / step).max()))
     return worst, allowed, None if worst <= allowed else f"off by {worst:.1f} steps, allowed are {allowed:.1f}"
@@ -587,7 +568,7 @@ def _check_affine_dequantize(call, arrays, bits, dtype):
     worst = 0.0
     for i, got in enumerate(call(arrays)):
         want = affine_values(*(_checked(a, a.shape[2]) for a in arrays[3 * i : 3 * i + 3]), bits[i])
-        worst = max(worst, _relative(_float64(_checked(got, got.shape[2])), want))
+        worst = max(worst, relative_error(to_float64(_checked(got, got.shape[2])), want))
     return _verdict(worst, 2 * TOLERANCE[dtype])
 
 

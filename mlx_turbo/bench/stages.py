@@ -112,17 +112,17 @@ class AblatedBackend(MetalBackend):
 
     def __init__(self, stage, like=None):
         """like: the MetalBackend whose kernels and tuning to use."""
-        super().__init__(None if like is None or like.is_real else like._metal_kernel)
+        super().__init__(None if like is None or like.is_real else like.metal_kernel)
         self.stage = stage
         if like is not None:
             self.tuning, self.tuned = like.tuning, like.tuned
 
-    def _kernel(self, name, inputs, outputs):
+    def kernel(self, name, inputs, outputs):
         if name != "attend" or self.stage == "full":
-            return super()._kernel(name, inputs, outputs)
+            return super().kernel(name, inputs, outputs)
         if name not in self._kernels:
             header, body = variant(self.stage)
-            self._kernels[name] = self._metal_kernel(  # a name of its own, or MLX would build it anew for every call
+            self._kernels[name] = self.metal_kernel(  # a name of its own, or MLX would build it anew for every call
                 f"turbo_attend_{self.stage.replace(' ', '_')}",
                 inputs,
                 outputs,
@@ -132,7 +132,7 @@ class AblatedBackend(MetalBackend):
             )
         return self._kernels[name]
 
-    def _run_check(self, what, check):
+    def run_check(self, what, check):
         pass
 
 

@@ -59,7 +59,7 @@ def time_tunings(grid, metal, scheme, head_dim, device, effort, tunings):
     wrong or does not run], {tuning: {"status", "problem"}} of those)."""
     backends, problems = [], {}
     for values in tunings:
-        backend = MetalBackend(None if metal.is_real else metal._metal_kernel)
+        backend = MetalBackend(None if metal.is_real else metal.metal_kernel)
         backend.tuning, backend.tuned = values, {}
         backends.append(backend)
     logs = np.zeros(len(tunings))

@@ -1,52 +1,62 @@
 """`auto`: how many bits the keys of a layer need, measured on the first prompt chunk with its own queries.
 
-For a sample of queries and keys the attention weights p with exact keys are compared with those p' with packed keys,
-centred and scaled as in the cache: error = KL(p || p') in nats, the mean over the sampled queries of a kv head's query
-heads, the worst kv head counting. Bits are raised along LADDER until error <= TARGET.
+For a sample of queries and keys, the attention weights p with exact keys are compared with the weights p' with packed
+keys, centered and scaled as in the cache: error = KL(p || p') in nats, averaged over the sampled queries of a kv head's
+query heads; the worst kv head counts. Bits are raised along LADDER until error <= TARGET.
 
 TARGET is calibrated on the embedded model and on copies of it with hostile keys (tests/constructed_models.py): a layer
 at 0.02 costs the model's output a KL divergence of 0.003; healthy layers have 0.0001 to 0.008.
 """
 
+from typing import Optional
+
 import mlx.core as mx
 
 from ..backends import select
 from ..backends.sides import PackedSide, QuantizeSide
-from .centering import SEGMENT, plain, stored, summarize, without_bad, worth_it
+from ..quant.scheme import TurboConfig
+from .centering import SEGMENT, plain, should_center, stored, summarize, without_bad
 
-LADDER = (4, 8, 0)  # bits of keys; 0 = exact
+LADDER = (4, 8, 0)  # bits of keys; the last resort is 0 = exact
 TARGET = 0.02  # nats
-FEWEST = 256  # tokens to decide on: biases that turn show little on fewer
+FEWEST = 256  # tokens needed to decide: on fewer, biases that turn with the position hardly show
 N_QUERIES, N_SEGMENTS = 16, 4  # sampled query tokens; sampled runs of SEGMENT keys
 
 
-def sample_queries(n):
-    """The at most N_QUERIES of n query tokens that are looked at: evenly spread over the second half."""
+def sample_queries(n: int) -> list[int]:
+    """The at most N_QUERIES of n query tokens that are sampled: evenly spread over the second half."""
     few = min(N_QUERIES, n)
     return [n - 1 - i * max(n // 2, few) // few for i in reversed(range(few))]
 
 
-def sample_keys(n):
+def sample_keys(n: int) -> tuple[list[int], int]:
     """First tokens of at most N_SEGMENTS runs, evenly spread over n tokens, and their length."""
     length = min(SEGMENT, n)
     runs = min(N_SEGMENTS, n // length)
     return [i * (n - length) // max(runs - 1, 1) for i in range(runs)], length
 
 
-def attention_error(queries, positions, keys, bits, config, scale, sinks=None):
+def attention_error(
+    queries: mx.array,
+    positions: list[int],
+    keys: mx.array,
+    bits: int,
+    config: TurboConfig,
+    scale: float,
+    sinks: Optional[mx.array] = None,
+) -> mx.array:
     """The error of the attention weights, in nats, if `keys` were packed at `bits`: a lazy float32 scalar.
 
     queries: [B, n_heads, n, D], of the tokens at `positions`. keys: [B, n_kv_heads, N, D], exact, of tokens 0 .. N - 1.
-    sinks: [n_heads] or None. Keys that cannot be packed count as zeros, queries that are not finite do not count; a kv
-    head that has no others is judged as by `key_error`.
+    scale: the softmax scale. sinks: [n_heads] sink logits, or None. Keys that cannot be packed count as zeros. Queries
+    that are not finite do not count; a kv head that has no others is judged as by `key_error`.
     """
     B, H, N, D = keys.shape
     first, starts, x = _sample(keys, config)
     length = x.shape[2] // len(starts)
     at = list(range(first)) + [first + at + i for at in starts for i in range(length)]
-    weight = mx.log(
-        mx.array([1.0] * first + [(N - first) / x.shape[2]] * x.shape[2])
-    )  # of the tokens that it stands for
+    n_represented = [1.0] * first + [(N - first) / x.shape[2]] * x.shape[2]  # tokens that a sampled one stands for
+    weight = mx.log(mx.array(n_represented))
     visible = mx.array(at) <= mx.array(positions)[:, None]
     n_rows = queries.shape[1] // H
     visible = mx.concatenate([visible] * n_rows, axis=0)
@@ -67,9 +77,9 @@ def attention_error(queries, positions, keys, bits, config, scale, sinks=None):
     return mx.where(n_good > 0, (kl * good).sum(-1) / n_good, _key_error(error)).max()
 
 
-def key_error(keys, bits, config):
+def key_error(keys: mx.array, bits: int, config: TurboConfig) -> mx.array:
     """A stand-in for `attention_error` without queries: ||error||^2 / (2 D), the KL divergence for queries of norm
-    sqrt(D) that point anywhere; the mean over tokens, the worst kv head. keys: [B, n_kv_heads, N, D]."""
+    sqrt(D) in a random direction; averaged over tokens, of the worst kv head. keys: [B, n_kv_heads, N, D]."""
     _, starts, x = _sample(keys, config)
     return _key_error(_error(x, len(starts), bits, config)).max()
 
@@ -79,8 +89,8 @@ def _key_error(error):
 
 
 def _sample(keys, config):
-    """(first tokens that stay exact, first tokens of the runs of `sample_keys` after these, the keys of all runs float32
-    [B, H, n, D], 0 where they cannot be packed)."""
+    """(first tokens that stay exact, first tokens of the runs of `sample_keys` after these, the keys of all runs
+    float32 [B, H, n, D], 0 where they cannot be packed)."""
     first = min(config.sink, keys.shape[2] - 1)
     starts, length = sample_keys(keys.shape[2] - first)
     x = mx.concatenate([keys[:, :, first + at : first + at + length] for at in starts], axis=2)
@@ -93,23 +103,23 @@ def _error(x, n_segments, bits, config):
     T, mean = n // n_segments, None
     if config.centre:
         summary = summarize(x, 0, T)
-        mean = plain(stored(summary[0], worth_it(*summary), config.seed), config.seed).reshape(B, -1, 1, D)
+        mean = plain(stored(summary[0], should_center(*summary), config.seed), config.seed).reshape(B, -1, 1, D)
     by_segment = x.reshape(B, H * n_segments, T, D)
     ((codes, gamma),) = select.quantize_sides([QuantizeSide(by_segment, bits, mean)], config.seed, scale=config.scale)
     (restored,) = select.dequantize_sides([PackedSide(codes, gamma, bits, D, mean)], 0, T, mx.float32, config.seed)
     return without_bad(restored.reshape(x.shape) - x)[0]
 
 
-def choose_key_bits(keys, config, observed=None):
-    """(bits, {bits tried: error in nats}) for the keys [B, n_kv_heads, N, D] of a layer. Waits for each error: once in
-    the life of a cache.
+def choose_key_bits(
+    keys: mx.array, config: TurboConfig, observed: Optional[tuple] = None
+) -> tuple[int, dict[int, float]]:
+    """(bits, {bits tried: error in nats}) for the keys [B, n_kv_heads, N, D] of a layer. Waits for each error, which
+    happens once in the life of a cache.
 
     observed: (queries, positions, scale, sinks) for `attention_error`, or None: then `key_error` decides.
     """
-    errors = {}
-    for bits in LADDER:
-        if bits == 0:
-            return 0, errors
+    errors: dict[int, float] = {}
+    for bits in LADDER[:-1]:
         if bits < config.scheme.key_bits:
             continue
         if observed is None:
@@ -117,21 +127,22 @@ def choose_key_bits(keys, config, observed=None):
         else:
             queries, positions, scale, sinks = observed
             error = attention_error(queries, positions, keys, bits, config, scale, sinks)
-        errors[bits] = error.item()
+        errors[bits] = error.item()  # type: ignore[assignment]  # a float32 scalar
         if errors[bits] <= TARGET:
             return bits, errors
+    return LADDER[-1], errors
 
 
-def newest(seen):
-    """Of [(queries, ..., positions)] without the oldest, as long as N_QUERIES query tokens remain."""
+def newest(seen: list[tuple]) -> list[tuple]:
+    """[(queries, ..., positions)] without the oldest ones that are not needed for N_QUERIES query tokens."""
     while sum(len(positions) for *_, positions in seen[1:]) >= N_QUERIES:
         seen = seen[1:]
     return seen
 
 
-def choose_by(keys, config, observed):
-    """What `choose_key_bits` returns, and a text by what it chose. observed: what a cache's `observe` has collected,
-    ([(queries, positions)], scale, sinks), or None."""
+def choose_by(keys: mx.array, config: TurboConfig, observed: Optional[tuple]) -> tuple[int, dict[int, float], str]:
+    """What `choose_key_bits` returns, and a text that says what the choice is based on. observed: what a cache's
+    `observe` has collected, ([(queries, positions)], scale, sinks), or None."""
     if not observed:
         return *choose_key_bits(keys, config), "the keys alone"
     seen, scale, sinks = observed

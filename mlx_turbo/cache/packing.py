@@ -1,40 +1,77 @@
-"""The sides of a cache and how tokens are written into them: what single caches and batches share."""
+"""What single caches and batches share, as functions on plain data: the buffers of a side, writing into them, and
+packing tokens, which is deciding where to center, computing the means, and quantizing."""
+
+from typing import Any, NamedTuple, Optional, Sequence
 
 import mlx.core as mx
 
 from ..backends import select
-from ..quant.scheme import Scheme
+from ..backends.select import QuantizeSide
+from ..backends.sides import ONE_SEGMENT
+from ..quant.scheme import Scheme, TurboConfig
 from . import centering
 
+Buffer = Any  # an mx.array, or None: which it is follows from the token counts
+Centered = dict[int, list[bool]]  # by side: whether any head of a row is centered, for each row
 
-class _Side:
-    """The keys or the values of a cache: three buffers, each with room for more tokens than it holds.
+
+class Side:
+    """The keys or the values of a cache: buffers, each with room for more tokens than it holds.
 
     sink, recent: model dtype [B, H, capacity, D]. codes: uint32 [B, H, capacity, words], or with 0 bits the exact
-    vectors [B, H, capacity, D]. scale: float16 [B, H, capacity, 1], or None with 0 bits. means: float16 [B, H, segments,
-    D], rotated (centring.py), or None.
+    vectors [B, H, capacity, D]. scale: float16 [B, H, capacity, 1], or None with 0 bits. means: float16 [B, H,
+    segments, D], rotated (centering.py), or None.
     """
 
-    def __init__(self, bits, segment):
+    def __init__(self, bits: int, segment: int) -> None:
         self.bits, self.segment = bits, segment
-        self.sink = self.codes = self.scale = self.recent = self.means = None
+        self.sink: Buffer = None
+        self.codes: Buffer = None
+        self.scale: Buffer = None
+        self.recent: Buffer = None
+        self.means: Buffer = None
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         return self.recent.shape[-1]
 
-    def buffers(self):
+    def buffers(self) -> list[mx.array]:
         return [a for a in (self.sink, self.codes, self.scale, self.recent, self.means) if a is not None]
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return sum(a.nbytes for a in self.buffers())
 
+    def to_pack(self, means: Optional[mx.array]) -> "SideToPack":
+        """How rows with these means are packed."""
+        return SideToPack(self.bits, self.segment, means)
 
-def _write(buffer, at, new, step):
+
+def make_sides(config: TurboConfig, key_bits: Optional[int] = None) -> list[Side]:
+    """Empty keys and values. key_bits: what auto chose, if it has."""
+    bits = config.scheme.key_bits if key_bits is None else key_bits, config.scheme.value_bits
+    return [Side(b, centering.segment_of(i)) for i, b in enumerate(bits)]
+
+
+def may_choose_bits(config: TurboConfig) -> bool:
+    """Whether auto chooses the bits of the keys."""
+    return config.auto and config.scheme.key_bits > 0
+
+
+def allowed_dtypes(config: TurboConfig) -> Sequence[mx.Dtype]:
+    """What can be stored: integers too where nothing is ever rounded, as in mlx-lm's KVCache."""
+    return select.EXACT_DTYPES if config.scheme == Scheme(0, 0) else select.DTYPES
+
+
+def n_segments(n_tokens: int, segment: int) -> int:
+    """How many segments n_tokens packed tokens lie in; the last one may be incomplete."""
+    return -(-n_tokens // segment)
+
+
+# ---- buffers ---------------------------------------------------------------------------------------------------------
+def write(buffer: Buffer, at: int, new: mx.array, step: int) -> mx.array:
     """`buffer` [B, H, capacity, *] with `new` [B, H, n, *] written from token `at` on: in place if it fits, else in
-    a copy with room for a multiple of `step` tokens. The tokens of a head lie one behind the other, as the kernels
-    read them."""
+    a copy with room for a multiple of `step` tokens. The tokens of a head are contiguous, as the kernels read them."""
     end = at + new.shape[2]
     fits = buffer is not None and end <= buffer.shape[2]
     capacity = buffer.shape[2] if fits else max(-(-end // step), 1) * step
@@ -48,20 +85,177 @@ def _write(buffer, at, new, step):
     return buffer
 
 
-def _make_sides(config, key_bits=None):
-    bits = config.scheme.key_bits if key_bits is None else key_bits, config.scheme.value_bits
-    return [_Side(b, centering.segment_of(i)) for i, b in enumerate(bits)]
+def write_rows(buffer: Buffer, n_rows: int, rows: list[int], at: int, new: mx.array, step: int) -> mx.array:
+    """`buffer` [n_rows, H, capacity, *] with new [len(rows), H, n, *] written to `rows` from token `at` on; it grows as
+    in `write`."""
+    if rows == list(range(n_rows)):
+        return write(buffer, at, new, step)
+    end = at + new.shape[2]
+    if buffer is None or end > buffer.shape[2]:
+        buffer = grow(buffer, (n_rows, new.shape[1], -(-end // step) * step, new.shape[3]), new.dtype)
+    for i, b in enumerate(rows):
+        buffer[b : b + 1, :, at:end] = new[i : i + 1]
+    return buffer
 
 
-def _may_choose(config):
-    return config.auto and config.scheme.key_bits > 0
+def grow(buffer: Buffer, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """`buffer`, or nothing, padded with zero tokens to `shape`."""
+    if buffer is None:
+        return mx.zeros(shape, dtype)
+    return mx.pad(buffer, [(0, 0), (0, 0), (0, shape[2] - buffer.shape[2]), (0, 0)])
 
 
-def _dtypes(config):
-    """What can be stored: whole numbers too where nothing is ever rounded, as mlx-lm's KVCache stores them."""
-    return select.EXACT_DTYPES if config.scheme == Scheme(0, 0) else select.DTYPES
-
-
-def _first(buffer, n):
-    """The first n tokens of a buffer; one that is full is not sliced, which takes a microsecond."""
+def first_tokens(buffer: mx.array, n: int) -> mx.array:
+    """The first n tokens of a buffer; a full one is not sliced, which would take a microsecond."""
     return buffer if n == buffer.shape[2] else buffer[:, :, :n]
+
+
+def take_rows(array: mx.array, rows: list[int]) -> mx.array:
+    """The given rows of an array; not a copy if they are one row or all rows."""
+    if len(rows) == 1:
+        return array[rows[0] : rows[0] + 1]
+    return array if rows == list(range(array.shape[0])) else array[mx.array(rows)]
+
+
+def take_ending_at(array: mx.array, ends: list[int], n: int) -> mx.array:
+    """The n tokens of array [B, H, N, D] before token ends[b] of row b; whatever would lie outside of the array has no
+    meaning."""
+    if n == 0 or len(set(ends)) == 1 and n <= ends[0] <= array.shape[2]:
+        return array[:, :, ends[0] - n : ends[0]]
+    index = mx.clip(mx.array(ends)[:, None] + mx.arange(-n, 0), 0, array.shape[2] - 1)
+    return mx.take_along_axis(array, index[:, None, :, None], axis=2)
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+class SideToPack(NamedTuple):
+    """How keys or values are packed. means: float16 [B, H, segments, D], rotated, of the tokens that are packed
+    already; None if nothing is packed yet or no head is centered."""
+
+    bits: int
+    segment: int
+    means: Optional[mx.array]
+
+
+class PackJob(NamedTuple):
+    """Tokens of rows that pack as many at the same moment.
+
+    tails: keys and values [B, H, n, D], exact, that follow the packed ones; the first n_pack become packed tokens
+    n_packed, n_packed + 1, ...
+    """
+
+    sides: list[SideToPack]
+    tails: list[mx.array]
+    n_packed: int
+    n_pack: int
+
+
+class PackedTokens(NamedTuple):
+    """What one side of a `PackJob` becomes. codes: uint32 [B, H, n_pack, words] and scale: float16 [B, H, n_pack, 1],
+    or the exact vectors and None with 0 bits. means: of all packed tokens, with room for more. centered: whether any
+    head of a row is, for each row; None where this job does not decide it."""
+
+    codes: mx.array
+    scale: Optional[mx.array]
+    means: Optional[mx.array]
+    centered: Optional[list[bool]]
+
+
+def pack(jobs: Sequence[PackJob], config: TurboConfig, step: int) -> list[list[PackedTokens]]:
+    """Quantizes the tokens of each job: for each, keys and values. step: packed tokens by which buffers grow.
+
+    Waits at most once, and only for rows that pack for the first time.
+    """
+    begun = [_begun_segments(job, config) for job in jobs]
+    done = []
+    for job, new, centered in zip(jobs, begun, _decide_centering(jobs, begun)):
+        means = _extend_means(job, new, centered, config, step)
+        quantized = quantize_tokens([x[:, :, : job.n_pack] for x in job.tails], job.sides, means, job.n_packed, config)
+        done.append(
+            [
+                PackedTokens(*q, mean, None if job.n_packed else centered.get(i))
+                for i, (q, mean) in enumerate(zip(quantized, means))
+            ]
+        )
+    return done
+
+
+def _begun_segments(job, config):
+    """{side: (means [B, H, S, D] of the segments that a job begins, which rows and heads are centered [B, H, 1, 1])},
+    lazily.
+
+    Whether a row and head is centered is decided when its first tokens are packed, from all that are at hand; a
+    segment's mean when its first token is packed.
+    """
+    new = {}
+    for i, (side, tail) in enumerate(zip(job.sides, job.tails)):
+        n_before, n = (n_segments(tokens, side.segment) for tokens in (job.n_packed, job.n_packed + job.n_pack))
+        if not config.centre or not side.bits or n == n_before or job.n_packed and side.means is None:
+            continue
+        summary = centering.summarize(tail, job.n_packed, side.segment)
+        in_begun_segment = 1 if job.n_packed % side.segment else 0
+        if job.n_packed:
+            centered = (side.means[:, :, :1] != 0).any(-1, keepdims=True)
+        else:
+            centered = centering.should_center(*summary)
+        new[i] = summary[0][:, :, in_begun_segment:][:, :, : n - n_before], centered
+    return new
+
+
+def _decide_centering(jobs, begun):
+    """For each job {side: whether any head of a row is centered, for each row}. Rows that have not packed before decide
+    it here, all at once: the only time, apart from auto's choice, that a sequence waits for its tokens."""
+    undecided = [new for job, new in zip(jobs, begun) if not job.n_packed]
+    decided = iter(centering.rows_to_center([centered for new in undecided for _, centered in new.values()]))
+    return [{i: [True] if job.n_packed else next(decided) for i in new} for job, new in zip(jobs, begun)]
+
+
+def _extend_means(job, new, centered, config, step):
+    """The means of each side (None: not centered) with those of the segments that a job begins."""
+    means = [side.means for side in job.sides]
+    for i, (segments, heads) in new.items():
+        if any(centered[i]):
+            segment = job.sides[i].segment
+            rotated = centering.stored(segments, heads, config.seed)
+            means[i] = write(means[i], n_segments(job.n_packed, segment), rotated, max(step // segment, 1))
+    return means
+
+
+def quantize_tokens(
+    tails: Sequence[mx.array],
+    sides: Sequence[SideToPack],
+    means: Sequence[Optional[mx.array]],
+    first: int,
+    config: TurboConfig,
+) -> list[tuple[mx.array, Optional[mx.array]]]:
+    """Codes and scale of each side's tokens [B, H, n, D], which become packed tokens first, first + 1, ...; the exact
+    vectors and None with 0 bits. One launch for both sides, unless keys have means. means: float16, rotated, of all
+    segments; those of `sides` are not read."""
+    out: list[tuple[mx.array, Optional[mx.array]]] = [(tail, None) for tail in tails]
+    seed, together = config.seed, []
+    for i, (tail, side, mean) in enumerate(zip(tails, sides, means)):
+        if mean is not None and side.segment != ONE_SEGMENT:
+            out[i] = _quantize_by_segment(tail, side, mean, first, config)
+        elif side.bits:
+            together.append(i)
+    if together:
+        exact = [(i, None if (mean := means[i]) is None else centering.plain(mean, seed)) for i in together]
+        launched = [QuantizeSide(tails[i], sides[i].bits, mean) for i, mean in exact]
+        for i, result in zip(together, select.quantize_sides(launched, seed, scale=config.scale)):
+            out[i] = result
+    return out
+
+
+def _quantize_by_segment(x, side, means, first, config):
+    """Codes and scale of x [B, H, n, D], packed tokens first, ...: segments are launched as if they were heads."""
+    B, H, n, D = x.shape
+    begun, whole, rest = centering.spans(first, n, side.segment)
+    at, s, parts = 0, first // side.segment, []
+    for n_tokens, count in (begun, 1), (whole * side.segment, whole), (rest, 1):
+        if n_tokens:
+            mean = centering.plain(means[:, :, s : s + count], config.seed).reshape(B, H * count, 1, D)
+            piece = x[:, :, at : at + n_tokens].reshape(B, H * count, -1, D)
+            launched = [QuantizeSide(piece, side.bits, mean)]
+            (quantized,) = select.quantize_sides(launched, config.seed, scale=config.scale)
+            parts.append([a.reshape(B, H, n_tokens, -1) for a in quantized])
+            at, s = at + n_tokens, s + count
+    return tuple(mx.concatenate(a, axis=2) for a in zip(*parts))

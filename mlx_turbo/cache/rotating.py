@@ -1,75 +1,76 @@
 """RotatingTurboKVCache: a window of the newest tokens, packed; for sliding-window layers and --max-kv-size.
 
-    [ kept: exact ] [ packed: dead | live ] [ recent: exact ]
+    [ kept: exact ] [ packed: out of the window | seen ] [ recent: exact ]
 
-Tokens stay in the order they came. One that no query sees any more is dead: it is left out of what `update_and_fetch`
-returns, and once a quarter of a window is dead, the packed buffers are copied without it. So a layer holds at most 1.25
-windows of packed tokens (where keys may be centred, the quarter is rounded up to whole segments of 128), and what the
-newest prompt chunk has beyond that; a token is copied about four times.
+Tokens stay in the order they came. One that has left the window, which no query sees any more, is left out of what
+`update_and_fetch` returns. Once a quarter of a window of packed tokens has left it, they are evicted: the packed
+buffers are copied without them. So a layer holds at most 1.25 windows of packed tokens (if keys may be centered, the
+quarter is rounded up to whole segments of 128), and what the newest prompt chunk has beyond that; a token is copied
+about four times.
 """
 
 from dataclasses import replace
+from typing import Any, Optional, Union
 
 import mlx.core as mx
 
-from ..quant.scheme import TurboConfig
-from .packing import _write
+from ..quant.scheme import Scheme, TurboConfig
+from .masks import causal_mask
+from .packing import n_segments, write
 from .single import TurboKVCache
-from .state import _HEADER
+from .state import WINDOW_MAGIC
 
 
-class Window:
-    """What a window is, of one sequence (below) and of a batch (batch_rotating.py).
+class Window(TurboKVCache):
+    """What the sliding windows of one sequence (below) and of a batch (batch_rotating.py) share.
 
-    Which tokens are forgotten, and when, follows from their numbers and the configuration alone: all layers of a model
-    do it at once, so that one mask is right for all.
+    Which tokens are evicted, and when, follows from their number and the configuration alone: all layers of a model
+    do it at the same update, so that one mask is right for all.
     """
 
     never_quantized = "window"
-    header_names = (*_HEADER, "max_size")
+    header_names = (*TurboKVCache.header_names, "max_size")
+    max_size: int
 
     def _set_window(self, max_size, keep, config, options):
         """Sets max_size and returns the configuration. Raises ValueError unless 0 <= keep < max_size."""
         for name, value, allowed in (("max_size", max_size, range(1, 2**31)), ("keep", keep, range(max_size))):
             if value not in allowed:
                 raise ValueError(f"{name}: got {value!r}, allowed are whole numbers from {allowed[0]} to {allowed[-1]}")
-        self.max_size = max_size
+        self.max_size, self.step = max_size, _step_of(max_size - keep)
         return replace(TurboConfig.of(config, **options), sink=keep)
 
     @property
-    def keep(self):
+    def keep(self) -> int:
+        """Number of leading tokens that are always seen."""
         return self.config.sink
 
     @property
-    def window(self):
-        """Tokens that are seen besides the first `keep`."""
+    def window(self) -> int:
+        """Number of newest tokens that are seen, besides the first `keep`."""
         return self.max_size - self.keep
 
     @property
-    def step(self):
-        return min(TurboKVCache.step, max(self.window // 4, 1))
-
-    @property
-    def _unit(self):
-        """Packed tokens are forgotten in multiples of this: whole segments where keys can have means (centring.py)."""
+    def _eviction_unit(self):
+        """Packed tokens are evicted in multiples of this: whole segments where keys can have means (centering.py)."""
         config = self.config
         return self._sides[0].segment if config.centre and config.scheme.key_bits else 1
 
     @property
-    def _most_dead(self):
-        """With so many dead packed tokens it is time to forget them."""
-        return -(-max(self.window // 4, 1) // self._unit) * self._unit
+    def _evict_from(self):
+        """Number of packed tokens out of the window at which they are evicted."""
+        return n_segments(max(self.window // 4, 1), self._eviction_unit) * self._eviction_unit
 
     @property
-    def room(self):
-        """Packed tokens that the buffers have room for once tokens were forgotten."""
-        return self.window + self._most_dead
+    def room(self) -> int:
+        """Packed tokens for which the buffers have room after an eviction."""
+        return self.window + self._evict_from
 
-    def _forgettable(self, n_packed, n_recent):
-        """How many of its oldest packed tokens a row with these counts forgets when the next one comes. One remains, so
+    def _n_evictable(self, n_packed, n_recent):
+        """How many of its oldest packed tokens a row with these counts evicts when the next one comes. One remains, so
         that a row that has packed has packed tokens."""
-        dead = min(n_packed + n_recent - self.window, n_packed - 1)
-        return dead - dead % self._unit if dead >= self._most_dead else 0
+        outside = min(n_packed + n_recent - self.window, n_packed - 1)
+        return outside - outside % self._eviction_unit if outside >= self._evict_from else 0
 
     def _seen_counts(self):
         return [
@@ -77,11 +78,11 @@ class Window:
             for n_sink, n_packed, n_recent in self._counts()
         ]
 
-    def trim(self, n):
-        """As without a window while everything is still held; later 0, as nothing can be trimmed."""
+    def trim(self, n: int) -> int:
+        """As without a window as long as all tokens are held; later 0, as nothing can be trimmed."""
         return super().trim(n) if self.is_trimmable() else 0
 
-    def report(self):
+    def report(self) -> dict[str, Any]:
         """As TurboKVCache.report, of the tokens that the newest query saw; window: max_size."""
         return super().report() | {"window": self.max_size}
 
@@ -91,42 +92,49 @@ class Window:
     def _header(self, counts):
         return [*super()._header(counts), self.max_size]
 
-    def _own_state(self, header, config):
-        if header["max_size"] <= config.sink:
-            raise ValueError(f"state: the header names a window of {header['max_size']} tokens, with {config}")
-        return {"max_size": header["max_size"]}
+    def own_state(self, header: dict[str, int], config: TurboConfig) -> dict[str, Any]:
+        """max_size, and the step that follows from it."""
+        max_size = header["max_size"]
+        if max_size <= config.sink:
+            raise ValueError(f"state: the header names a window of {max_size} tokens, with {config}")
+        return {"max_size": max_size, "step": _step_of(max_size - config.sink)}
 
 
-class RotatingTurboKVCache(Window, TurboKVCache):
-    """A KV cache of one layer, in the place of mlx_lm.models.cache.RotatingKVCache: attention sees the first `keep`
-    tokens and the newest ones, `max_size` in all; in a prompt chunk each of its tokens sees so many.
+class RotatingTurboKVCache(Window):
+    """A KV cache of one layer, in place of mlx_lm.models.cache.RotatingKVCache: attention sees the first `keep` tokens
+    and the newest ones, `max_size` in all; in a prompt chunk each token sees as many.
 
-    config, options: as of TurboKVCache; its sink is `keep`. With recent >= max_size - keep no packed token is ever seen.
+    config, options: as of TurboKVCache; its sink is `keep`. With recent >= max_size - keep no packed token is ever
+    seen.
 
     Raises ValueError unless 0 <= keep < max_size, and as TurboKVCache does.
     """
 
-    magic, header_names = 0x54554B57, (*Window.header_names, "n_forgotten")
+    magic = WINDOW_MAGIC
+    header_names = (*Window.header_names, "n_forgotten")  # n_evicted
+    batch_class: Any = None  # batch_rotating.py sets it
 
-    def __init__(self, max_size, keep=0, config="turbo4", **options):
+    def __init__(
+        self, max_size: int, keep: int = 0, config: Union[str, Scheme, TurboConfig] = "turbo4", **options: Any
+    ) -> None:
         super().__init__(self._set_window(max_size, keep, config, options))
 
-    def _clear(self):
-        super()._clear()
-        self.n_forgotten = 0  # tokens that are not in the buffers any more
+    def _clear_counts(self):
+        super()._clear_counts()
+        self.n_evicted = 0  # tokens that are not in the buffers any more
         self._limit = self.window  # tokens besides the kept ones that the newest update returned, at most
 
     @property
-    def offset(self):
-        """Tokens that came so far: RoPE's position."""
-        return super().offset + self.n_forgotten
+    def offset(self) -> int:
+        """Number of tokens so far, evicted ones included: the position for RoPE."""
+        return super().offset + self.n_evicted
 
     # ---- update ----------------------------------------------------------------------------------------------
-    def update_and_fetch(self, keys, values):
-        """As TurboKVCache.update_and_fetch; returns what mlx-lm's RotatingKVCache does, in the order of the tokens: for
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """As TurboKVCache.update_and_fetch; returns the tokens that mlx-lm's RotatingKVCache does, in their order: for
         one token [B, n_kv_heads, min(offset, max_size), D], for n min(offset before, max_size - 1) + n."""
         self._check(keys, values)
-        self._forget()
+        self._evict()
         before, n_new = self._limit, keys.shape[2]
         if n_new:
             self._limit = self.window - 1 + n_new
@@ -136,112 +144,102 @@ class RotatingTurboKVCache(Window, TurboKVCache):
             self._limit = before
             raise
 
-    def _forget(self):
-        """Copy the packed buffers without their dead tokens, once there are many."""
-        drop = self._forgettable(self.n_packed, self.n_recent)
-        if not drop:
+    def _evict(self):
+        """Copy the packed buffers without the tokens that have left the window, once these are many."""
+        n = self._n_evictable(self.n_packed, self.n_recent)
+        if not n:
             return
-        self._unread.forget()
-        n_left = self.n_packed - drop
+        self._unread.clear()
+        n_left = self.n_packed - n
         room = max(self.room, n_left)
         for side in self._sides:
             for name, per_row in ("codes", 1), ("scale", 1), ("means", side.segment):
                 buffer = getattr(side, name)
                 if buffer is not None:
-                    rows = buffer[:, :, drop // per_row : -(-self.n_packed // per_row)]
-                    setattr(side, name, _write(None, 0, rows, -(-room // per_row)))
-        self.n_packed, self.n_forgotten = n_left, self.n_forgotten + drop
+                    kept = buffer[:, :, n // per_row : n_segments(self.n_packed, per_row)]
+                    setattr(side, name, write(None, 0, kept, n_segments(room, per_row)))
+        self.n_packed, self.n_evicted = n_left, self.n_evicted + n
         self._evaluate()
 
-    def _view(self, sides, counts):
-        """Without the dead tokens, but for those of a segment that also has live ones: they are the view's `dead`."""
-        view, (n_sink, n_packed, n_recent) = super()._view(sides, counts), counts
+    def _view(self, counts, tails=None):
+        """Without the tokens out of the window, except those of a segment that also has seen ones: they are the view's
+        `n_evicted`."""
+        view, (n_sink, n_packed, n_recent) = super()._view(counts, tails), counts
         excess = n_packed + n_recent - self._limit
         if excess <= 0:
             return view
-        dead, dead_recent = min(excess, n_packed), max(excess - n_packed, 0)
-        within = dead % view.keys.segment if view.keys.has_means and dead < n_packed else 0
-        cut = dead - within
-        of_codes = cut if cut < n_packed else 0  # never all: an array without elements has no buffer on the GPU
-        keys, values = (_without(side, of_codes, dead_recent) for side in (view.keys, view.values))
-        return view._replace(
-            keys=keys, values=values, counts=(n_sink, n_packed - cut, n_recent - dead_recent), dead=within
-        )
+        from_packed, from_recent = min(excess, n_packed), max(excess - n_packed, 0)
+        in_segment = from_packed % view.keys.segment if view.keys.has_means and from_packed < n_packed else 0
+        cut = from_packed - in_segment
+        cut_of_buffers = cut if cut < n_packed else 0  # never all: an array without elements has no buffer on the GPU
+        keys, values = (_without(side, cut_of_buffers, from_recent) for side in (view.keys, view.values))
+        counts = n_sink, n_packed - cut, n_recent - from_recent
+        return view._replace(keys=keys, values=values, counts=counts, n_evicted=in_segment)
 
     @classmethod
-    def of(cls, cache, config):
-        """A window with the tokens of an mlx_lm RotatingKVCache."""
-        own = cls(cache.max_size, cache.keep, config)
-        if not cache.empty():
-            keys, values = (cache._temporal_order(x) for x in (cache.keys, cache.values))
-            own.update_and_fetch(keys, values)
-            own.n_forgotten = cache.offset - keys.shape[2]
-        return own
+    def from_newest(
+        cls,
+        max_size: int,
+        keep: int,
+        config: Union[str, Scheme, TurboConfig],
+        keys: mx.array,
+        values: mx.array,
+        offset: int,
+    ) -> "RotatingTurboKVCache":
+        """A window that holds the first `keep` and the newest tokens [B, n_kv_heads, n, D], in their order, of `offset`
+        tokens so far."""
+        cache = cls(max_size, keep, config)
+        cache.update_and_fetch(keys, values)
+        cache.n_evicted = offset - keys.shape[2]
+        return cache
 
     # ---- the rest of mlx-lm's contract -----------------------------------------------------------------------
-    def make_mask(self, N, window_size=None, return_array=False):
+    def make_mask(
+        self, N: int, window_size: Optional[int] = None, return_array: bool = False
+    ) -> Union[mx.array, str, None]:
         """The mask for the next N tokens, over what `update_and_fetch` will return; as of mlx-lm's RotatingKVCache, but
         in the order of the tokens."""
-        from mlx_lm.models.cache import create_causal_mask
-
         offset, window_size = min(self.max_size - 1, self.offset), window_size or (self.max_size if N > 1 else None)
         if N > 1:
+            assert window_size is not None
             if offset + N > window_size or return_array:
-                return create_causal_mask(N, offset, window_size=window_size)
+                return causal_mask(N, offset, window_size)
             return "causal"
         if window_size is not None and window_size <= offset:
             return mx.arange(offset + 1) > offset - window_size
         return None
 
-    def is_trimmable(self):
+    def is_trimmable(self) -> bool:
         return self.offset < self.max_size
 
-    def size(self):
+    def size(self) -> int:
         return min(self.offset, self.max_size)
-
-    @classmethod
-    def merge(cls, caches):
-        """A BatchRotatingTurboKVCache whose rows are `caches`."""
-        from .batch_rotating import BatchRotatingTurboKVCache
-
-        return BatchRotatingTurboKVCache.merge(caches)
-
-    def to_kv_cache(self):
-        """A plain mlx_lm RotatingKVCache with the same tokens, packed ones restored in the model's dtype."""
-        from mlx_lm.models.cache import RotatingKVCache
-
-        cache = RotatingKVCache(self.max_size, self.keep)
-        if self.offset:
-            cache.keys, cache.values = (mx.array(x) for x in self.keys_and_values())
-            cache.offset, cache._idx = self.offset, cache.keys.shape[2]
-        return cache
 
     # ---- state -----------------------------------------------------------------------------------------------
     def _header(self, counts):
-        return [*super()._header(counts), self.n_forgotten]
+        return [*super()._header(counts), self.n_evicted]
 
-    def _own_state(self, header, config):
-        own, n_forgotten = super()._own_state(header, config), header["n_forgotten"]
+    def own_state(self, header: dict[str, int], config: TurboConfig) -> dict[str, Any]:
+        """max_size, its step, and n_evicted."""
+        own, n_evicted = super().own_state(header, config), header["n_forgotten"]
         max_size, held = own["max_size"], header["n_packed"] + header["n_recent"]
-        if n_forgotten < 0 or n_forgotten and (held < max_size - config.sink - 1 or header["n_sink"] < config.sink):
+        if n_evicted < 0 or n_evicted and (held < max_size - config.sink - 1 or header["n_sink"] < config.sink):
             raise ValueError(
-                f"state: the header names a window of {max_size} tokens, {n_forgotten} forgotten, with "
+                f"state: the header names a window of {max_size} tokens, {n_evicted} forgotten, with "
                 f"{held} after the sink and {config}"
             )
-        return own | {"n_forgotten": n_forgotten, "_limit": max_size - config.sink}
+        return own | {"n_evicted": n_evicted, "_limit": max_size - config.sink}
+
+
+def _step_of(window):
+    """Tokens by which the packed buffers of a window grow."""
+    return min(TurboKVCache.step, max(window // 4, 1))
 
 
 def _without(side, n_packed, n_recent):
-    """A `CachedSide` without the first n_packed packed and n_recent recent tokens."""
+    """A `CachedSide` without its first n_packed packed and n_recent recent tokens."""
     if n_packed:
-        side = side._replace(
-            **{
-                name: a if a is None else a[:, :, n_packed // per_row :]
-                for name, a, per_row in (
-                    ("codes", side.codes, 1),
-                    ("scale", side.scale, 1),
-                    ("means", side.means, side.segment),
-                )
-            }
-        )
+        cut = {"codes": n_packed, "scale": n_packed, "means": n_packed // side.segment}
+        arrays = {name: getattr(side, name) for name in cut}
+        side = side._replace(**{name: a if a is None else a[:, :, cut[name] :] for name, a in arrays.items()})
     return side._replace(recent=side.recent[:, :, n_recent:]) if n_recent else side

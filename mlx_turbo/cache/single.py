@@ -2,76 +2,79 @@
 
     [ sink: exact ] [ packed ] [ recent: exact ]
 
-The first `sink` tokens and at least the newest `recent` ones stay as they came, in the model's dtype; what leaves
-the recent window is quantized from those exact values, once, so the stored codes do not depend on how the prompt was
-cut into chunks. Every array is [B, n_kv_heads, tokens, *]: one token's bits never leave its row.
+The first `sink` tokens and at least the newest `recent` ones stay exact, in the model's dtype. Older ones are quantized
+from those exact values, once, so the stored codes do not depend on how the prompt was cut into chunks. Every array is
+[B, n_kv_heads, tokens, *]: the bits of a token never leave its row.
 """
 
-import warnings
+from typing import Any, Optional, Sequence, Union
 
 import mlx.core as mx
 import numpy as np
 
 from ..backends import select
-from ..backends.select import QuantizeSide, check_vectors, get_backend
+from ..backends.select import check_vectors, get_backend
 from ..backends.sides import CachedSide
 from ..quant.scheme import SCALES, Scheme, TurboConfig
-from . import auto_bits, centering
-from .packing import _dtypes, _make_sides, _may_choose, _write
-from .state import _HEADER, FORMAT_VERSION, MAGIC, _read_config, _read_header, _restore
-from .view import KVView, LazyKV, _Unread
-
-
-def which_are_centred(caches):
-    """Of [(cache, its `_new_means`)], for each {side: whether any head of a row is centred, by row}. Those that have not
-    packed yet decide it here, all at once: the only time, but for auto's, that a sequence waits for its tokens."""
-    fresh = [new for cache, new in caches if not cache.n_packed]
-    decided = iter(centering.rows_worth_it([use for new in fresh for _, use in new.values()]))
-    return [{i: [True] if cache.n_packed else next(decided) for i in new} for cache, new in caches]
+from . import auto_bits
+from .conversion import converter
+from .masks import attention_mask
+from .packing import PackJob, allowed_dtypes, make_sides, may_choose_bits, n_segments, pack, write
+from .state import FORMAT_VERSION, HEADER_NAMES, MAGIC, read_state
+from .view import KVView, LazyKV, Unread
 
 
 class TurboKVCache:
-    """A KV cache of one layer, in the place of mlx_lm.models.cache.KVCache.
+    """A KV cache of one layer, in place of mlx_lm.models.cache.KVCache.
 
     config: a scheme's name ("turbo4", "turbo8v4", ...), a Scheme or a TurboConfig. Options (sink, recent, block,
-    seed) replace what the configuration says.
+    seed, ...) replace what the configuration says.
 
     Raises ValueError for an unknown scheme or option.
     """
 
-    step = 256  # tokens by which the packed buffers grow
+    step: int = 256  # tokens by which the packed buffers grow
+    magic = MAGIC  # of its state
+    header_names: tuple[str, ...] = HEADER_NAMES
+    row_names: tuple[str, ...] = ()  # of the counts of rows in the state
+    never_quantized: Optional[str] = None  # what this is, if mlx-lm has no quantized cache of that kind
+    batch_class: Any = None  # what `merge` makes; batch.py sets it
 
-    def __init__(self, config="turbo4", **options):
+    def __init__(self, config: Union[str, Scheme, TurboConfig] = "turbo4", **options: Any) -> None:
         self.config = TurboConfig.of(config, **options)
         self.version = 0  # changes with every update: a view of an older version must not be read
-        self.attended_version = None  # set by attention.attend
-        self._unread = _Unread()
+        self.attended_version: Optional[int] = None  # set by attention.attend
+        self._unread = Unread()
         self._clear()
 
     def _clear(self):
-        self._sides = _make_sides(self.config)
+        self._sides = make_sides(self.config)
+        self.undecided = may_choose_bits(self.config)  # auto has not chosen the bits of the keys; nothing is packed
+        self._errors, self._by = {}, None  # of auto's choice: error by bits, what it was based on
+        self._clear_counts()
+
+    def _clear_counts(self):
         self.n_sink = self.n_packed = self.n_recent = 0
-        self.undecided = _may_choose(self.config)  # auto has not chosen the bits of the keys yet; nothing is packed
-        self._observed, self._errors, self._by = None, {}, None
+        self._observed = None
 
     @property
-    def offset(self):
-        """Tokens in the cache."""
+    def offset(self) -> int:
+        """Number of tokens in the cache."""
         return self.n_sink + self.n_packed + self.n_recent
 
     # ---- update ----------------------------------------------------------------------------------------------
-    def update_and_fetch(self, keys, values):
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys [B, n_kv_heads, L, Dk] and values [B, n_kv_heads, L, Dv] (post-RoPE; float16, bfloat16 or
-        float32, with turbo0 whole numbers too) and return all tokens, the new ones exactly as given.
+        float32, with turbo0 integers too) and return all tokens, the new ones exactly as given.
 
         The older tokens come as lazy arrays: dequantizing costs nothing unless they are read.
 
-        A token that is not finite, or too large for a float16 scale once it is packed, does what it does in mlx-lm's
-        cache: queries that see it get nothing finite, other rows and heads do not notice. `report` tells of it; nothing
-        is waited for to find it.
+        A token that is not finite, or too large for a float16 scale once it is packed, has the same effect as in
+        mlx-lm's cache: queries that see it get nothing finite, other rows and heads are unaffected. `report` counts
+        such tokens; updates do not wait to find them.
 
-        Raises TypeError or ValueError, with the cache unchanged, for wrong shapes, dtypes or head dims, and for a batch,
-        number of heads, head_dim or dtype other than before.
+        Raises TypeError or ValueError, with the cache unchanged, for wrong shapes, dtypes or head dims, and for a
+        batch, number of heads, head_dim or dtype other than before.
         """
         self._check(keys, values)
         new, n_new = (keys, values), keys.shape[2]
@@ -84,7 +87,7 @@ class TurboKVCache:
             self.n_recent > self._capacity()
             or (self.n_recent + n_to_recent > self._capacity() and n_to_recent <= self.config.block)
         ):
-            self._decide()  # nobody showed us the queries of the chunk, or it is a decode step that must pack
+            self._decide()  # nothing showed us the queries of the chunk, or a decode step has to pack
         capacity = self.config.recent + self.config.block
         if self.n_recent + n_to_recent <= capacity or self.undecided:
             view = None
@@ -102,40 +105,42 @@ class TurboKVCache:
             self._pack(tails)
         for side, x in zip(self._sides, new):
             if n_to_sink:
-                side.sink = _write(side.sink, self.n_sink, x[:, :, :n_to_sink], self.config.sink)
+                side.sink = write(side.sink, self.n_sink, x[:, :, :n_to_sink], self.config.sink)
             if view is None:
                 x = x[:, :, n_to_sink:] if n_to_sink else x
-                side.recent = _write(side.recent, self.n_recent, x, capacity)
+                side.recent = write(side.recent, self.n_recent, x, capacity)
         self.n_sink += n_to_sink
         if view is None:
             self.n_recent += n_to_recent
         self.version += 1
         if first or view:
             self._evaluate()
-        if first:
-            return self._fetch(new=new) if self.undecided else new
-        return self._fetch(*view or ())
+        if first and not self.undecided:
+            return new
+        if view is None:
+            return self._fetch((self.n_sink, self.n_packed, self.n_recent), new=new if first else None)
+        n_packed, tails = view
+        return self._fetch((self.n_sink, n_packed, tails[0].shape[2]), tails, new if first else None)
 
     def _pack(self, tails):
         """Quantize all but the newest `recent` tokens of `tails` (exact tokens after the packed ones, per side) and
         keep those in new recent buffers. Raises before anything is changed."""
-        self._unread.forget()
+        self._unread.clear()
         n_pack = tails[0].shape[2] - self.config.recent
-        new = self._new_means(tails, n_pack)
-        means = self._means(new, *which_are_centred([(self, new)]))
-        packed = self._quantize([tail[:, :, :n_pack] for tail in tails], means)
-        for side, tail, mean, (codes, scale) in zip(self._sides, tails, means, packed):
-            side.means = mean
-            side.codes = _write(side.codes, self.n_packed, codes, self.step)
-            if scale is not None:
-                side.scale = _write(side.scale, self.n_packed, scale, self.step)
-            side.recent = _write(None, 0, tail[:, :, n_pack:], self.config.recent + self.config.block)
+        sides = [side.to_pack(side.means if self.n_packed else None) for side in self._sides]
+        (packed,) = pack([PackJob(sides, tails, self.n_packed, n_pack)], self.config, self.step)
+        for side, tail, new in zip(self._sides, tails, packed):
+            side.means = new.means
+            side.codes = write(side.codes, self.n_packed, new.codes, self.step)
+            if new.scale is not None:
+                side.scale = write(side.scale, self.n_packed, new.scale, self.step)
+            side.recent = write(None, 0, tail[:, :, n_pack:], self.config.recent + self.config.block)
         self.n_packed += n_pack
         self.n_recent = self.config.recent
 
     def _evaluate(self):
-        """Start computing new buffers that the arrays we return do not read: another thread cannot evaluate them,
-        and until then they would hold what they are computed from."""
+        """Start computing new buffers that the returned arrays do not read: another thread cannot evaluate them, and
+        until they are evaluated they keep their inputs alive."""
         mx.async_eval([side.buffers() for side in self._sides], self._observed_queries())
 
     def _check(self, keys, values):
@@ -150,7 +155,7 @@ class TurboKVCache:
                 and x.shape[3] == had.shape[3]
             ):
                 continue  # a decode step
-            check_vectors(x, name, any_head_dim=side.bits == 0, dtypes=_dtypes(self.config))
+            check_vectors(x, name, any_head_dim=side.bits == 0, dtypes=allowed_dtypes(self.config))
             if had is not None:
                 for what, was, now in (
                     ("batch size", had.shape[0], x.shape[0]),
@@ -165,72 +170,10 @@ class TurboKVCache:
                 f"values: got {tuple(values.shape)}, expected [batch, n_kv_heads, tokens] as keys {tuple(keys.shape)}"
             )
 
-    def _new_means(self, tails, n_pack):
-        """{side: (means of the segments that the first n_pack of `tails` begin [B, H, S, D], which rows and heads are
-        centred [B, H, 1, 1])}, lazily.
-
-        Whether a row and head is centred is decided when its first tokens are packed, from all that are at hand; a
-        segment's mean when its first token is packed.
-        """
-        new = {}
-        for i, side in enumerate(self._sides):
-            n_had, n = (-(-n_tokens // side.segment) for n_tokens in (self.n_packed, self.n_packed + n_pack))
-            if not self.config.centre or not side.bits or n == n_had or self.n_packed and side.means is None:
-                continue
-            summary = centering.summarize(tails[i], self.n_packed, side.segment)
-            begun = 1 if self.n_packed % side.segment else 0
-            use = (side.means[:, :, :1] != 0).any(-1, keepdims=True) if self.n_packed else centering.worth_it(*summary)
-            new[i] = summary[0][:, :, begun:][:, :, : n - n_had], use
-        return new
-
-    def _means(self, new, centred):
-        """The means of each side (None: not centred) with those of `_new_means` and `which_are_centred`."""
-        means = [side.means if self.n_packed else None for side in self._sides]
-        for i, (segments, use) in new.items():
-            if any(centred[i]):
-                segment = self._sides[i].segment
-                segments = centering.stored(segments, use, self.config.seed)
-                means[i] = _write(means[i], -(-self.n_packed // segment), segments, max(self.step // segment, 1))
-        return means
-
-    def _quantize(self, tails, means):
-        """Codes and scale of each side, [] and None for one that stays exact. One launch for both sides, unless keys
-        have means."""
-        out, seed = [(tail, None) for tail in tails], self.config.seed
-        by_segment = means[0] is not None
-        together = [i for i, side in enumerate(self._sides) if side.bits and not (i == 0 and by_segment)]
-        if by_segment:
-            out[0] = self._quantize_by_segment(tails[0], self._sides[0], means[0])
-        if together:
-            sides = [
-                QuantizeSide(
-                    tails[i], self._sides[i].bits, None if means[i] is None else centering.plain(means[i], seed)
-                )
-                for i in together
-            ]
-            for i, result in zip(together, select.quantize_sides(sides, seed, scale=self.config.scale)):
-                out[i] = result
-        return out
-
-    def _quantize_by_segment(self, x, side, means):
-        """Codes and scale of x [B, H, n, D], which become packed tokens n_packed ...: segments as if they were heads."""
-        (B, H, n, D), seed, segment = x.shape, self.config.seed, side.segment
-        begun, whole, rest = centering.spans(self.n_packed, n, segment)
-        at, s, parts = 0, self.n_packed // segment, []
-        for n_tokens, n_segments in (begun, 1), (whole * segment, whole), (rest, 1):
-            if n_tokens:
-                mean = centering.plain(means[:, :, s : s + n_segments], seed).reshape(B, H * n_segments, 1, D)
-                piece = x[:, :, at : at + n_tokens].reshape(B, H * n_segments, -1, D)
-                (quantized,) = select.quantize_sides(
-                    [QuantizeSide(piece, side.bits, mean)], seed, scale=self.config.scale
-                )
-                parts.append([a.reshape(B, H, n_tokens, -1) for a in quantized])
-                at, s = at + n_tokens, s + n_segments
-        return tuple(mx.concatenate(a, axis=2) for a in zip(*parts))
-
     # ---- auto ------------------------------------------------------------------------------------------------
-    def observe(self, queries, scale, sinks=None):
-        """See the queries [B, n_heads, L, Dk] of the newest L tokens: `auto` chooses by them. From attention.py."""
+    def observe(self, queries: mx.array, scale: float, sinks: Optional[mx.array] = None) -> None:
+        """Take note of the queries [B, n_heads, L, Dk] of the newest L tokens, by which `auto` chooses bits. Attention
+        calls it. scale: the softmax scale. sinks: [n_heads] sink logits."""
         if not self.undecided:
             return
         n, (counts,) = queries.shape[2], self._counts()
@@ -247,22 +190,22 @@ class TurboKVCache:
             self._decide()
 
     def _observed_queries(self):
-        """What `observe` holds on to, arrays; none once auto has chosen. (The attention sinks are the model's.)"""
+        """The arrays that `observe` holds on to; none once auto has chosen. (The sink logits are the model's.)"""
         return [queries for queries, _ in self._observed[0]] if self._observed else []
 
     def _capacity(self):
-        """Tokens from which on recent ones are packed."""
+        """Number of tokens after the sink that can all be exact; one more, and the oldest are packed."""
         capacity = self.config.recent + self.config.block
         return max(capacity, auto_bits.FEWEST) if self.undecided else capacity
 
     @property
-    def packs_beyond(self):
-        """As long as the cache holds no more tokens than this, all are exact."""
+    def packs_beyond(self) -> int:
+        """As long as the cache holds no more tokens than this, all of them are exact."""
         return self.config.sink + self._capacity()
 
     def _decide(self):
-        """Choose the bits of the keys, and pack what has waited for that. Without queries (nobody called `observe`) by
-        the keys alone."""
+        """Choose the bits of the keys, and pack the tokens that waited for it. Without queries (nothing called
+        `observe`) the keys alone decide."""
         parts = [(side.sink, side.recent[:, :, : self.n_recent]) for side in self._sides]
         keys = mx.concatenate([parts[0][0][:, :, : self.n_sink], parts[0][1]], axis=2) if self.n_sink else parts[0][1]
         bits, self._errors, self._by = auto_bits.choose_by(keys, self.config, self._observed)
@@ -271,59 +214,61 @@ class TurboKVCache:
             self._pack([recent for _, recent in parts])
 
     # ---- fetch -----------------------------------------------------------------------------------------------
-    def _fetch(self, n_packed=None, tails=None, new=None):
-        """All tokens of both sides as `LazyKV`: sink, the first n_packed packed ones, and the exact `tails`
-        (the recent ones, if not given). new: the same as arrays, if there are any."""
-        sides, n_recent = [], self.n_recent if tails is None else tails[0].shape[2]
+    def _fetch(self, counts, tails=None, new=None):
+        """All tokens of both sides as `LazyKV`: (n_sink, n_packed, n_recent) of sink, packed and exact `tails` (the
+        recent tokens, if not given). new: the same tokens as arrays, if they are at hand."""
+        view = self._view(counts, tails)
+        if not any(side.bits for side in self._sides):
+            return tuple(view.restore())  # nothing is packed: exactly what mlx-lm's own attention gets
+        packed = self._unread.get(view) if view.counts[1] else None
+        return tuple(LazyKV(x, view, i) for i, x in enumerate(new or view.restore(packed)))
+
+    def _view(self, counts, tails=None):
+        sides = []
         for i, side in enumerate(self._sides):
             tail = side.recent if tails is None else mx.contiguous(tails[i])
             sides.append(
                 CachedSide(side.sink, side.codes, side.scale, tail, side.bits, side.head_dim, side.means, side.segment)
             )
-        counts = self.n_sink, self.n_packed if n_packed is None else n_packed, n_recent
-        view = self._view(sides, counts)
-        if not any(side.bits for side in sides):
-            return tuple(view.restore())  # nothing is packed: mlx-lm's own attention, to the bit
-        packed = self._unread.get(view) if view.counts[1] else None
-        return tuple(LazyKV(x, view, i) for i, x in enumerate(new or view.restore(packed)))
-
-    def _view(self, sides, counts):
         return KVView(*sides, counts, self.config.seed, self, self.version)
 
-    def keys_and_values(self):
-        """All tokens, [B, n_kv_heads, offset, D] of keys and of values, packed ones dequantized lazily."""
-        if self.offset == 0:
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """All tokens, [B, n_kv_heads, offset, D] of keys and of values, packed ones dequantized lazily.
+
+        Raises ValueError while the cache is empty.
+        """
+        if self._sides[0].recent is None:
             raise ValueError("the cache is empty: it does not know the shape of its keys and values yet")
-        return self._fetch()
+        return self._fetch((self.n_sink, self.n_packed, self.n_recent))
 
     # ---- the rest of mlx-lm's contract -----------------------------------------------------------------------
     @property
-    def keys(self):
-        """The exact recent keys' buffer (None while empty). mlx-lm's pipeline models read and set it to tie the
-        cache's update to another computation; it is not the history: that is `keys_and_values`."""
+    def keys(self) -> Optional[mx.array]:
+        """The buffer of exact recent keys (None while empty). mlx-lm's pipeline models read and set it to tie the
+        cache's update to another computation; it does not hold all tokens: `keys_and_values` does."""
         return self._sides[0].recent
 
     @keys.setter
-    def keys(self, buffer):
+    def keys(self, buffer: mx.array) -> None:
         self._sides[0].recent = buffer
 
     @property
-    def values(self):
+    def values(self) -> Optional[mx.array]:
         """As `keys`."""
         return self._sides[1].recent
 
     @values.setter
-    def values(self, buffer):
+    def values(self, buffer: mx.array) -> None:
         self._sides[1].recent = buffer
 
-    def is_trimmable(self):
+    def is_trimmable(self) -> bool:
         return True
 
-    def trim(self, n):
-        """Forget the newest n tokens, or all if there are fewer; returns how many were forgotten."""
+    def trim(self, n: int) -> int:
+        """Remove the newest n tokens, or all if there are fewer. Returns how many were removed."""
         trimmed = n = min(max(int(n), 0), self.offset)
         self.version += 1
-        self._unread.forget()
+        self._unread.clear()
         if n == self.offset:
             self._clear()
             return trimmed
@@ -333,28 +278,28 @@ class TurboKVCache:
             n -= take
         return trimmed
 
-    def make_mask(self, *args, **kwargs):
-        """The mask for the next N tokens: as mlx_lm.models.cache.KVCache."""
-        from mlx_lm.models.cache import create_attention_mask
-
-        return create_attention_mask(*args, offset=self.offset, **kwargs)
+    def make_mask(
+        self, N: int, *, return_array: bool = False, window_size: Optional[int] = None
+    ) -> Union[mx.array, str, None]:
+        """The mask for the next N tokens, as of mlx_lm.models.cache.KVCache: None for a single token, "causal", or,
+        with return_array or window_size, bool [N, offset + N]."""
+        return attention_mask(N, self.offset, return_array, window_size)
 
     @classmethod
-    def merge(cls, caches):
-        """A BatchTurboKVCache whose rows are `caches`: mlx-lm batches caches that have this."""
-        from .batch import BatchTurboKVCache
+    def merge(cls, caches: Sequence[Any]) -> Any:
+        """A batch cache whose rows are `caches` (BatchTurboKVCache; BatchRotatingTurboKVCache for windows): mlx-lm
+        batches caches that have this method. Raises ValueError as BatchTurboKVCache.merge."""
+        return cls.batch_class.merge(caches)
 
-        return BatchTurboKVCache.merge(caches)
-
-    def size(self):
+    def size(self) -> int:
         return self.offset
 
-    def empty(self):
+    def empty(self) -> bool:
         return self.offset == 0
 
     @property
-    def nbytes(self):
-        """Bytes of all buffers, unused room included, and of the queries that auto has observed, until it chooses."""
+    def nbytes(self) -> int:
+        """Bytes of all buffers, unused room included, and of the queries that auto holds until it has chosen."""
         return sum(side.nbytes for side in self._sides) + sum(queries.nbytes for queries in self._observed_queries())
 
     def _counts(self):
@@ -366,33 +311,34 @@ class TurboKVCache:
         return self._counts()
 
     def _columns_of_rows(self):
-        """(n_sink, n_packed, n_recent) columns of the buffers, and of each row the columns with its tokens, in order."""
+        """(n_sink, n_packed, n_recent) columns of the buffers, and for each row the columns of its tokens, in order."""
         counts = self.n_sink, self.n_packed, self.n_recent
         n_rows = 1 if self.empty() else self._sides[0].recent.shape[0]
         return counts, [np.arange(sum(counts))] * n_rows
 
-    def not_finite(self):
-        """{"keys": [tokens of row 0, ...], "values": [...]}: how many tokens a query sees that are not finite, or were
-        too large for a float16 scale when they were packed, in some head. Looked up in what is stored, and so it costs
-        nothing until somebody asks; this waits for the tokens to be computed."""
+    def not_finite(self) -> dict[str, list[int]]:
+        """{"keys": [tokens of row 0, ...], "values": [...]}: how many tokens that a query sees are not finite in some
+        head, or were too large for a float16 scale when they were packed. Found in the stored arrays: it costs nothing
+        until it is called, and then waits for the tokens to be computed."""
         columns, rows = self._columns_of_rows()
-        seen, found = self._seen_counts(), {}
+        seen = self._seen_counts()
+        found: dict[str, list[int]] = {}
         for name, side in zip(("keys", "values"), self._sides):
             buffers = side.sink, side.codes if side.scale is None else side.scale, side.recent
-            bad = [(~mx.isfinite(a[:, :, :n])).any((1, 3)) for a, n in zip(buffers, columns) if n]
-            bad = np.array(mx.concatenate(bad, axis=1)) if bad else np.zeros((len(rows), 0), bool)
+            parts = [(~mx.isfinite(a[:, :, :n])).any((1, 3)) for a, n in zip(buffers, columns) if n]
+            bad = np.array(mx.concatenate(parts, axis=1)) if parts else np.zeros((len(rows), 0), bool)
             found[name] = []
             for b, row in enumerate(rows):
                 n_sink, *others = seen[b % len(seen)]
                 found[name].append(int(bad[b, row[:n_sink]].sum() + bad[b, row[len(row) - sum(others) :]].sum()))
         return found
 
-    def report(self):
-        """What the cache holds, as a dict of plain values: scheme (as it is, auto's choice included); tokens, of which
-        sink, packed and recent; nbytes; uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would
-        hold); packed_bits_per_value (of keys and values, from the arrays themselves); centred (sides with means);
-        not_finite (tokens, by side and row, see there: this waits for them to be computed); auto (None, or how the bits
-        were chosen); backend; attention ("fused", or why a decode step is not)."""
+    def report(self) -> dict[str, Any]:
+        """What the cache holds, as a dict of plain values: scheme (auto's choice included); tokens, of which sink,
+        packed and recent; nbytes; uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would hold);
+        packed_bits_per_value (of keys and values, from the arrays themselves); centred (sides with means); not_finite
+        (see that method: this waits for the tokens to be computed); auto (None, or how the bits were chosen);
+        backend; attention ("fused", or why a decode step is not)."""
         values = packed_bits = uncompressed = 0
         n_tokens = [sum(counts) for counts in self._seen_counts()]
         n_sink, n_packed, n_recent = map(sum, zip(*self._seen_counts()))
@@ -422,11 +368,11 @@ class TurboKVCache:
         }
 
     def _uncompressed_capacity(self, n_tokens):
-        """Tokens for which the cache in whose place this one is has room, once it holds n_tokens."""
+        """Tokens for which mlx-lm's cache of this kind has room, once it holds n_tokens."""
         return -(-n_tokens // 256) * 256
 
     def _auto_report(self):
-        if not _may_choose(self.config):
+        if not may_choose_bits(self.config):
             return None
         return {"undecided": self.undecided, "target": auto_bits.TARGET, "error": dict(self._errors), "by": self._by}
 
@@ -435,52 +381,31 @@ class TurboKVCache:
             return "mlx-lm's own: nothing is packed"
         return get_backend().why_not_fused(*((side.bits, side.head_dim) for side in self._sides), 1) or "fused"
 
-    def to_kv_cache(self):
-        """A plain mlx_lm KVCache with the same tokens, packed ones restored in the model's dtype."""
-        from mlx_lm.models.cache import KVCache
+    def to_kv_cache(self) -> Any:
+        """The mlx-lm cache that this one takes the place of (KVCache, RotatingKVCache, BatchKVCache,
+        BatchRotatingKVCache) with the same tokens, packed ones restored in the model's dtype.
 
-        cache = KVCache()
-        if self.offset:
-            cache.keys, cache.values = (mx.array(x) for x in self.keys_and_values())
-            cache.offset = self.offset
-        return cache
-
-    never_quantized = None  # or what mlx-lm has no quantized cache of
-
-    def to_quantized(self, group_size=64, bits=4):
-        """An mlx_lm QuantizedKVCache made of the restored tokens, as KVCache.to_quantized: mlx-lm's `kv_bits` calls it,
-        whoever asks for both is warned. This cache stays as it is.
-
-        Raises ValueError for bits that MLX has not and a head_dim that is no multiple of group_size, and
-        NotImplementedError for windows and batches, of which mlx-lm has no quantized ones.
+        Raises ValueError in the middle of a padded prompt, and for a batch of windows with keep > 0, which mlx-lm
+        does not support.
         """
-        if self.never_quantized:
-            raise NotImplementedError(
-                f"to_quantized: mlx-lm has no quantized cache of a {self.never_quantized}, which "
-                f"kv_bits asks for; without kv_bits this one stays {self.config.name}"
-            )
-        from mlx_lm.models.cache import QuantizedKVCache
+        return converter("to_kv_cache")(self)
 
-        cache = QuantizedKVCache(group_size, bits)
-        if self.offset:
-            cache.keys, cache.values = (mx.quantize(x, group_size, bits) for x in self.keys_and_values())
-            cache.offset = self.offset
-        warnings.warn(
-            f"a TurboKVCache ({self.config.name}) becomes mlx-lm's QuantizedKVCache ({bits} bits, groups of "
-            f"{group_size}), made of its restored tokens: without kv_bits it stays {self.config.name}",
-            stacklevel=2,
-        )
-        return cache
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> Any:
+        """An mlx_lm QuantizedKVCache made of the restored tokens, as KVCache.to_quantized: mlx-lm's `kv_bits` calls it,
+        and asking for both gives a warning. This cache stays as it is.
+
+        Raises ValueError for bit widths MLX does not support and a head_dim that is no multiple of group_size, and
+        NotImplementedError for windows and batches, which mlx-lm cannot quantize.
+        """
+        return converter("to_quantized")(self, group_size, bits)
 
     # ---- state -----------------------------------------------------------------------------------------------
-    magic, header_names = MAGIC, _HEADER
-
     def _header(self, counts):
         scheme, config = self.config.scheme, self.config
         filled = sum(counts) > 0
         dims = [side.head_dim if filled else 0 for side in self._sides]
         dtypes = [select.EXACT_DTYPES.index(side.recent.dtype) if filled else 0 for side in self._sides]
-        n_means = [0 if side.means is None else -(-counts[1] // side.segment) for side in self._sides]
+        n_means = [0 if side.means is None else n_segments(counts[1], side.segment) for side in self._sides]
         return [
             self.magic,
             FORMAT_VERSION,
@@ -507,60 +432,45 @@ class TurboKVCache:
                 (side.sink, n_sink),
                 (side.codes, n_packed),
                 (side.scale, n_packed),
-                (side.means, -(-n_packed // side.segment)),
+                (side.means, n_segments(n_packed, side.segment)),
                 (side.recent, n_recent),
             )
             arrays += [a[:, :, :n] for a, n in parts if a is not None and n]  # never the object we write into
         return arrays
 
     @property
-    def state(self):
+    def state(self) -> list[mx.array]:
         """Everything as a list of arrays: an int32 header, then per side sink, codes, scale, means and recent, cut to
-        the tokens they hold; parts without tokens are left out."""
+        the tokens they hold; parts without tokens are left out. Setting it raises ValueError for arrays that are not
+        the state of such a cache."""
         counts = self.n_sink, self.n_packed, self.n_recent
         return [mx.array(self._header(counts), mx.int32), *self._arrays(counts)]
 
     @state.setter
-    def state(self, arrays):
-        header = _read_header(arrays[0] if arrays else None, self)
-        config, key_bits = _read_config(header)
-        own = self._own_state(header, config)
-        rest = iter(arrays[1:])
-        sides = _make_sides(config, None if key_bits < 0 else key_bits)
-        counts = header["n_sink"], header["n_packed"], header["n_recent"]
-        full = counts[2] > config.recent + config.block and not _may_choose(config)  # auto's wait until the next update
-        if min(counts) < 0 or counts[0] > config.sink or full or (key_bits < 0 and counts[1]):
-            raise ValueError(f"state: the header names {counts} sink, packed and recent tokens, with {config}")
-        try:
-            for side, name in zip(sides, ("key", "value")):
-                _restore(side, rest, counts, header, name, config)
-        except StopIteration:
-            raise ValueError("state: arrays are missing") from None
-        if next(rest, None) is not None:
-            raise ValueError("state: more arrays than the header says")
-        if sum(counts) and sides[0].recent.shape[:2] != sides[1].recent.shape[:2]:
-            raise ValueError("state: keys and values have different batch sizes or numbers of kv heads")
-        self.config, self._sides, self.undecided = config, sides, key_bits < 0
-        self.n_sink, self.n_packed, self.n_recent = counts
-        self.version, self.attended_version, self._unread = 0, None, _Unread()
+    def state(self, arrays: list[mx.array]) -> None:
+        state = read_state(arrays, self)
+        self.config, self._sides, self.undecided = state.config, state.sides, state.undecided
+        self.n_sink, self.n_packed, self.n_recent = state.counts
+        self.version, self.attended_version, self._unread = 0, None, Unread()
         self._observed, self._errors, self._by = None, {}, None
-        vars(self).update(own)
+        vars(self).update(state.own)
         self._evaluate()
 
-    def _own_state(self, header, config):
-        """Attributes that the header of a subclass has besides; raises ValueError for what does not fit."""
+    def own_state(self, header: dict[str, int], config: TurboConfig) -> dict[str, Any]:
+        """The attributes that a subclass keeps in the header, for `read_state`. Raises ValueError for values that do
+        not fit."""
         return {}
 
     @property
-    def meta_state(self):  # mlx-lm 0.31 saves it; the header is in `state`
+    def meta_state(self) -> str:  # mlx-lm 0.31 saves it; the header is in `state`
         return ""
 
     @meta_state.setter
-    def meta_state(self, value):
+    def meta_state(self, value: str) -> None:
         pass
 
     @classmethod
-    def from_state(cls, state, meta_state=None):
+    def from_state(cls, state: list[mx.array], meta_state: Optional[str] = None) -> "TurboKVCache":
         """A cache from the `state` of another. Raises ValueError for arrays that are not one."""
         cache = cls.__new__(cls)
         cache.state = state

@@ -14,11 +14,23 @@ from tqdm import tqdm
 from ..backends import select
 from ..backends.attend_launch import SEGMENT_STEP
 from ..backends.select import get_backend
-from ..backends.self_test import ATTEND_TOLERANCE, TOLERANCE, compare_quantized, compare_vectors
-from ..backends.sides import ONE_SEGMENT, BackendError, CachedSide, PackedSide, QuantizeSide
+from ..backends.self_test import (
+    attend_tolerance,
+    compare_quantized,
+    compare_vectors,
+    packed_side,
+    random_array,
+    random_cached_side,
+    reference_rows,
+    relative_error,
+    restored_tokens,
+    to_float64,
+    too_large,
+)
+from ..backends.sides import ONE_SEGMENT, BackendError, QuantizeSide
 from ..cache.view import KVView
 from ..integration import attention
-from ..quant import reference, rotation
+from ..quant import reference
 from .common import Parser, print_message
 from .provenance import machine
 
@@ -228,34 +240,14 @@ def _mean(rng: np.random.Generator, head_dim: int, has_mean: bool) -> np.ndarray
     return rng.standard_normal((BATCH, N_KV_HEADS, 1, head_dim)).astype(np.float32) if has_mean else None
 
 
-def _to_mlx(x: np.ndarray | None) -> mx.array | None:
-    return None if x is None else mx.array(x)
-
-
-def _cached_side(
-    rng: np.random.Generator, bits: int, head_dim: int, n_tokens: int, dtype: mx.Dtype, segment: int
-) -> tuple[CachedSide, np.ndarray]:
-    """A `CachedSide` of random tokens, and what it restores to, float64. segment: 0 for no means."""
-    x = mx.array(rng.standard_normal((1, 2, n_tokens, head_dim)).astype(np.float32)).astype(dtype)
-    restored = np.array(x.astype(mx.float32)).astype(np.float64)
-    codes, scale, means, n_packed = x[:, :, 4:-20], None, None, n_tokens - 24
-    if bits:
-        packed = reference.quantize(restored[:, :, 4:-20], bits)
-        restored[:, :, 4:-20] = reference.dequantize(packed)
-        if segment:
-            means = rng.standard_normal((1, 2, -(-n_packed // segment), head_dim)).astype(np.float16)
-            restored[:, :, 4:-20] += rotation.unrotate(means[:, :, np.arange(n_packed) // segment])
-        codes, scale = mx.array(packed.packed()), mx.array(packed.scale[..., None].astype(np.float16))
-    sink, codes, recent = (mx.contiguous(a) for a in (x[:, :, :4], codes, x[:, :, -20:]))
-    return CachedSide(sink, codes, scale, recent, bits, head_dim, _to_mlx(means), segment), restored
-
-
 def _run_attend_check(check: AttendCheck, backend: Any) -> tuple[str | None, float]:
-    rng = np.random.default_rng(0)
-    keys, k = _cached_side(rng, *check.keys, check.n_tokens, check.dtype, check.means * SEGMENT_STEP)
-    values, v = _cached_side(rng, *check.values, check.n_tokens, check.dtype, check.means * ONE_SEGMENT)
+    rng, counts = np.random.default_rng(0), (4, check.n_tokens - 24, 20)
+    keys, values = (
+        random_cached_side(rng, (1, 2, head_dim), counts, bits, check.dtype, check.means * segment)
+        for (bits, head_dim), segment in ((check.keys, SEGMENT_STEP), (check.values, ONE_SEGMENT))
+    )
     shape = (1, 2 * check.heads_per_kv_head, check.n_queries)
-    queries = mx.array(rng.standard_normal((*shape, check.keys[1])).astype(np.float32)).astype(check.dtype)
+    queries = random_array(rng, (*shape, check.keys[1]), check.dtype)
     mask: str | np.ndarray | None = check.mask
     if mask == "boolean":
         mask = rng.random((1, 1, check.n_queries, check.n_tokens)) < 0.7
@@ -265,7 +257,6 @@ def _run_attend_check(check: AttendCheck, backend: Any) -> tuple[str | None, flo
     if check.sinks:
         sinks = np.array(mx.array(rng.standard_normal(shape[1])).astype(check.dtype).astype(mx.float32))
     options = dict(scale=check.keys[1] ** -0.5)
-    counts = 4, check.n_tokens - 24, 20
     got = attention.attend(
         queries,
         KVView(keys, values, counts, 0, None, 0),
@@ -274,11 +265,10 @@ def _run_attend_check(check: AttendCheck, backend: Any) -> tuple[str | None, flo
         mask=mask if mask is None or isinstance(mask, str) else mx.array(mask),
         sinks=None if sinks is None else mx.array(sinks).astype(check.dtype),
     )
-    got = np.array(got.astype(mx.float32))
-    want = reference.attention(np.array(queries.astype(mx.float32)), k, v, mask=mask, sinks=sinks, **options)
-    error = float(np.abs(got - want).max() / np.abs(want).max())
-    allowed = ATTEND_TOLERANCE[check.keys[0]] + (check.dtype != mx.float32) * TOLERANCE[check.dtype]
-    return None if error <= allowed else f"relative error {error:.1e}, allowed {allowed:.0e}", error
+    restored = (restored_tokens(side, counts) for side in (keys, values))
+    want = reference.attention(to_float64(queries), *restored, mask=mask, sinks=sinks, **options)
+    error = relative_error(to_float64(got), want)
+    return too_large(error, attend_tolerance(check.keys[0], check.dtype)), error
 
 
 def run_check(check: AnyCheck, backend: Any) -> tuple[str | None, float]:
@@ -302,8 +292,8 @@ def _run_quantize_check(check: Check, backend: Any) -> tuple[Sequence[str | None
         x = mx.array(_vectors(rng, check.n_tokens, head_dim).swapaxes(1, 2))
         x = x.astype(check.dtype).swapaxes(1, 2)
         mean = _mean(rng, head_dim, has_mean)
-        sides.append(QuantizeSide(x, bits, _to_mlx(mean)))
-        wants.append(reference.quantize(np.array(x.astype(mx.float32)), bits, rotation=seed, mean=mean))
+        sides.append(QuantizeSide(x, bits, None if mean is None else mx.array(mean)))
+        wants.append(reference_rows(sides[-1], seed))
     for (codes, scale), want in zip(backend.quantize(sides, seed), wants, strict=True):
         codes, scale = np.array(codes), np.array(scale)
         problems.append(compare_quantized(codes, scale, want))
@@ -314,14 +304,14 @@ def _run_quantize_check(check: Check, backend: Any) -> tuple[Sequence[str | None
 
 def _run_dequantize_check(check: Check, backend: Any) -> tuple[Sequence[str | None], float]:
     rng, seed = np.random.default_rng(0), len(check.sides) - 1
-    sides, wants, problems, worst = [], [], [], 0.0
+    sides, wants, worst = [], [], 0.0
+    problems: list[str | None] = []
     first = 3  # row of a buffer with spare room, as in a cache
     for head_dim, bits, has_mean in check.sides:
         x = _vectors(rng, check.n_tokens + first + 2, head_dim)
-        want = reference.quantize(x, bits, rotation=seed, mean=_mean(rng, head_dim, has_mean))
-        wants.append(reference.dequantize(want)[:, :, first : first + check.n_tokens])
-        scale = mx.array(want.scale[..., None].astype(np.float16))
-        sides.append(PackedSide(mx.array(want.packed()), scale, bits, head_dim, _to_mlx(want.mean)))
+        rows = reference.quantize(x, bits, rotation=seed, mean=_mean(rng, head_dim, has_mean))
+        wants.append(reference.dequantize(rows)[:, :, first : first + check.n_tokens])
+        sides.append(packed_side(rows))
     outs = backend.dequantize(sides, first, check.n_tokens, check.dtype, seed)
     for got, want in zip(outs, wants, strict=True):
         if got.dtype != check.dtype:

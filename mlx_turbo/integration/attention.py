@@ -1,9 +1,9 @@
 """Attention straight from a compressed cache, and the door by which mlx-lm's models reach it.
 
-`update_and_fetch` returns `LazyKV` arrays. The replacement for mlx_lm's scaled_dot_product_attention looks at the arrays
-it is given, never at `cache`: when keys and values are the LazyKV of one cache as it is now, attention runs on the packed
-state; for anything else the original runs. So a model that transforms its keys, passes another layer's, or calls
-attention in its own way stays correct: it reads the lazy arrays and is merely slower.
+`update_and_fetch` returns `LazyKV` arrays. The replacement for mlx_lm's scaled_dot_product_attention looks at the
+arrays it is given, never at `cache`: when keys and values are the LazyKV of one cache as it is now, attention runs on
+the packed state; for anything else the original runs. So a model that transforms its keys, passes another layer's, or
+calls attention in its own way stays correct: it reads the lazy arrays and is merely slower.
 """
 
 import sys
@@ -50,7 +50,7 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
         )
     if view.cache is not None:
         view.cache.attended_version = view.version
-    if view.dead:
+    if view.n_evicted:
         mask = _mask_dead(mask, view, queries.shape[2])
     backend, keys, values = get_backend(backend), view.keys, view.values
     options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed)
@@ -65,14 +65,14 @@ def _mask_dead(mask, view, n_queries):
     """`mask` over all tokens of a view's buffers, those that are dead masked."""
     n_sink, n_tokens = view.counts[0], sum(view.counts)
     columns = mx.arange(n_tokens)
-    alive = (columns < n_sink) | (columns >= n_sink + view.dead)
+    alive = (columns < n_sink) | (columns >= n_sink + view.n_evicted)
     if mask is None:
         return alive
     if isinstance(mask, str):
         return alive & (columns <= mx.arange(n_tokens - n_queries, n_tokens)[:, None])
-    mask = mx.broadcast_to(mask, (*mask.shape[:-1], n_tokens - view.dead))
+    mask = mx.broadcast_to(mask, (*mask.shape[:-1], n_tokens - view.n_evicted))
     dead = False if mask.dtype == mx.bool_ else -float("inf")
-    dead = mx.full((*mask.shape[:-1], view.dead), dead, mask.dtype)
+    dead = mx.full((*mask.shape[:-1], view.n_evicted), dead, mask.dtype)
     return mx.concatenate([mask[..., :n_sink], dead, mask[..., n_sink:]], axis=-1)
 
 

@@ -12,6 +12,7 @@ from ..cache.rotating import RotatingTurboKVCache, Window
 from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig
 from . import attention
+from .conversion import compress_window
 
 logger = logging.getLogger("mlx_turbo")
 OLDEST_MLX_LM = (0, 31, 2)
@@ -72,7 +73,7 @@ def compress(prompt_cache: list[Any], config: TurboConfig, indexers: set[tuple[i
             if held:
                 cache.update_and_fetch(*held)
         elif is_long_window(cache, own):
-            cache = RotatingTurboKVCache.of(cache, own)
+            cache = compress_window(cache, own)
         return cache
 
     out = []

@@ -88,18 +88,18 @@ class BatchIndexerKVCache(BatchKVCache):
 
     @staticmethod
     def _tokens_of(first: Any) -> list[int]:
-        return [first._tokens(b) for b in range(first._n_rows)]
+        return [first.n_tokens(b) for b in range(first.n_rows)]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """As BatchKVCache.update_and_fetch. The first cache may already have these tokens (deepseek_v32), or be about
         to get them (minimax_m3_vl)."""
         first, had = self._first, self._tokens_of(self._first)
         if had == self._seen:
-            plan = first._plan(keys.shape[2])
+            plan = first.plan(keys.shape[2])
             self._seen = [n + new for n, (_, new) in zip(had, plan.spans)]
         else:
-            plan, self._seen = first._shown or first._plan(0), had
-        edges = zip(*(plan.edges(b) for b in range(first._n_rows)))
+            plan, self._seen = first.shown or first.plan(0), had
+        edges = zip(*(plan.edges(b) for b in range(first.n_rows)))
         front, back = (mx.array(columns, mx.int32)[:, None] for columns in edges)
         column = mx.arange(sum(plan.columns) + plan.n_new)
         token = mx.where(column < front, column, column - back + front)  # in an evicted column: any

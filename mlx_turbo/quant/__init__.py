@@ -1,1 +1,1 @@
-"""The mathematics in NumPy: schemes, levels, rotations, and the oracle of every test."""
+"""The mathematics in NumPy: schemes, levels, rotations, and the reference that every backend is tested against."""

@@ -10,12 +10,13 @@ the code with a few integer and half-precision operations, without a table.
 import functools
 import math
 import statistics
+from typing import Union
 
 import numpy as np
 
 # bits: (float16 bit pattern of f(0), shift p, scale). f(c) = float16 with the bits `base + (c << p)`.
 # The slope of f doubles with each octave, so f(c) - f(n - 1 - c) is odd in c and sinh-like: close to Lloyd-Max.
-# The scale minimises the mean squared error on N(0, 1); the tests hold it against that definition.
+# The scale minimizes the mean squared error on N(0, 1), which a test checks.
 PRODUCT = {
     2: (0x3BD5, 4, 0.4557776517220176 * 128),
     3: (0x3BD2, 3, 0.25908226062160244 * 256),
@@ -26,7 +27,7 @@ UNIFORM_STEP = 0.0315  # of the 8-bit levels, 0.0315 * (code - 128); mean square
 KINDS = ("product", "lloyd-max")
 
 
-def _cells(levels):
+def _cells(levels: np.ndarray) -> tuple[np.ndarray, ...]:
     """Per cell of the nearest-level quantizer of N(0, 1): edges, probability, first and second moment."""
     edges = np.concatenate([[-np.inf], (levels[1:] + levels[:-1]) / 2, [np.inf]])
     density = np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)
@@ -36,7 +37,7 @@ def _cells(levels):
     return edges, density, probability, -np.diff(density), probability - np.diff(edge_density)
 
 
-def gaussian_mse(levels):
+def gaussian_mse(levels: np.ndarray) -> float:
     """Mean squared error of quantizing N(0, 1) to the nearest of `levels` [n], computed in closed form."""
     levels = np.sort(np.asarray(levels, np.float64))
     _, _, probability, first, second = _cells(levels)
@@ -44,7 +45,7 @@ def gaussian_mse(levels):
 
 
 @functools.lru_cache(maxsize=None)
-def lloyd_max(bits):
+def lloyd_max(bits: int) -> np.ndarray:
     """Levels with the least mean squared error for N(0, 1), float64 [2**bits], ascending.
 
     A level must be the mean of its cell and a cell edge the midpoint of its levels (Lloyd 1982, Max 1960);
@@ -75,7 +76,7 @@ def lloyd_max(bits):
 
 
 @functools.lru_cache(maxsize=None)
-def product(bits):
+def product(bits: int) -> np.ndarray:
     """Levels of the Metal kernels, float64 [2**bits], ascending: exactly what the GPU computes.
 
     2, 3 and 4 bits: scale * (f(c) - f(n - 1 - c)) with f(c) = float16 bits `base + (c << p)`, the difference
@@ -95,7 +96,7 @@ def product(bits):
     return levels
 
 
-def levels(kind, bits):
+def levels(kind: Union[str, np.ndarray], bits: int) -> np.ndarray:
     """Levels by name ("product" or "lloyd-max") or as given: an ascending array [2**bits].
 
     Raises ValueError for an unknown name or an array that is not ascending or not of that size.
@@ -110,6 +111,6 @@ def levels(kind, bits):
     return table
 
 
-def thresholds(table):
-    """Midpoints of neighbouring levels, float64 [n - 1]: code c is chosen between thresholds c - 1 and c."""
+def thresholds(table: np.ndarray) -> np.ndarray:
+    """Midpoints of neighboring levels, float64 [n - 1]: code c is chosen between thresholds c - 1 and c."""
     return (table[1:] + table[:-1]) / 2

@@ -5,12 +5,16 @@ Every backend is tested against this file.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any, Optional, Union
 
 import numpy as np
 
 from . import codebook
 from . import rotation as rotations
 from .scheme import SCALES, bit_fields, words_per_row
+
+Rotation = Union[int, np.ndarray, None]  # a seed of rotation.py, an orthogonal matrix, or none
+Levels = Union[str, np.ndarray, None]
 
 
 @dataclass(frozen=True)
@@ -19,24 +23,25 @@ class Quantized:
 
     codes: uint8 [..., head_dim], index into the levels.
     scale: float64 [...], float16-representable unless quantize was told otherwise.
-    normalized: float64 [..., head_dim], the centred and rotated vectors scaled to norm sqrt(head_dim): what the
-        levels were chosen for (to tell a wrong code from a tie).
+    normalized: float64 [..., head_dim], the centered and rotated vectors scaled to norm sqrt(head_dim): what the
+        codes were chosen for (to tell a wrong code from a tie). None if only packed rows are known.
+    rotation, levels, mean: as given to `quantize`.
     """
 
     codes: np.ndarray
     scale: np.ndarray
-    normalized: np.ndarray
+    normalized: Optional[np.ndarray]
     bits: int
-    rotation: object
-    levels: object
-    mean: object
+    rotation: Rotation
+    levels: Levels
+    mean: Optional[np.ndarray]
 
-    def packed(self):
+    def packed(self) -> np.ndarray:
         """The codes as words, uint32 [..., words_per_row]: the layout of the cache (scheme.py)."""
         return pack(self.codes, self.bits)
 
 
-def _rotate(x, rotation, inverse=False):
+def _rotate(x: np.ndarray, rotation: Rotation, inverse: bool = False) -> np.ndarray:
     if rotation is None:
         return x
     if isinstance(rotation, (int, np.integer)):
@@ -47,7 +52,7 @@ def _rotate(x, rotation, inverse=False):
     return x @ (matrix if inverse else matrix.T)
 
 
-def _check_vectors(x):
+def _check_vectors(x: Any) -> np.ndarray:
     x = np.asarray(x, np.float64)
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x: got shape {x.shape}, expected [..., head_dim]")
@@ -56,14 +61,23 @@ def _check_vectors(x):
     return x
 
 
-def _default_levels(levels, bits):
+def _levels_of(levels: Levels, bits: int) -> np.ndarray:
     if levels is None:
         levels = "product" if bits in (2, 3, 4, 8) else "lloyd-max"
     return codebook.levels(levels, bits)
 
 
-def quantize(x, bits=4, *, rotation=0, levels=None, mean=None, scale=SCALES[0], scale_dtype=np.float16):
-    """Quantize vectors x [..., head_dim] to `bits` per number: centre, rotate, nearest level, scale.
+def quantize(
+    x: np.ndarray,
+    bits: int = 4,
+    *,
+    rotation: Rotation = 0,
+    levels: Levels = None,
+    mean: Optional[np.ndarray] = None,
+    scale: str = SCALES[0],
+    scale_dtype: Any = np.float16,
+) -> Quantized:
+    """Quantize vectors x [..., head_dim] to `bits` per number: center, rotate, nearest level, scale.
 
     bits: 1 to 8.
     rotation: seed of the product's rotation (rotation.py), an orthogonal matrix R [head_dim, head_dim] used as
@@ -71,7 +85,7 @@ def quantize(x, bits=4, *, rotation=0, levels=None, mean=None, scale=SCALES[0], 
     levels: "product" (the kernels' levels; default at 2, 3, 4 and 8 bits), "lloyd-max", or an array [2**bits].
     mean: subtracted before rotation, broadcast against x; None = 0.
     scale: "inner-product" <y, y> / <y, c> keeps the vector's inner product with itself, so that a large logit is not
-        systematically too small; "least-squares" <y, c> / <c, c> minimises the error; "norm" ||y|| / sqrt(head_dim) is
+        systematically too small; "least-squares" <y, c> / <c, c> minimizes the error; "norm" ||y|| / sqrt(head_dim) is
         the paper's; "matched-norm" ||y|| / ||c|| keeps the norm of the vector.
     scale_dtype: the scale is rounded to it; np.float64 to keep it.
 
@@ -83,7 +97,7 @@ def quantize(x, bits=4, *, rotation=0, levels=None, mean=None, scale=SCALES[0], 
         raise ValueError(f"bits: got {bits!r}, allowed are 1 to 8")
     if scale not in SCALES:
         raise ValueError(f"scale: got {scale!r}, allowed are {SCALES}")
-    table, head_dim = _default_levels(levels, bits), x.shape[-1]
+    table, head_dim = _levels_of(levels, bits), x.shape[-1]
     y = _rotate(x if mean is None else x - np.asarray(mean, np.float64), rotation)
     norm = np.linalg.norm(y, axis=-1, keepdims=True)
     u = np.divide(y * np.sqrt(head_dim), norm, out=np.zeros_like(y), where=norm > 0)
@@ -106,21 +120,23 @@ def quantize(x, bits=4, *, rotation=0, levels=None, mean=None, scale=SCALES[0], 
     return Quantized(codes, gamma, u, bits, rotation, table, mean)
 
 
-_SAME = object()
+_SAME: Any = object()
 
 
-def dequantize(quantized, *, rotation=_SAME, levels=_SAME, mean=_SAME):
+def dequantize(
+    quantized: Quantized, *, rotation: Rotation = _SAME, levels: Levels = _SAME, mean: Optional[np.ndarray] = _SAME
+) -> np.ndarray:
     """Vectors float64 [..., head_dim] from a `Quantized`. The options replace what it was quantized with;
-    rotation=None gives them still rotated, mean=None still centred."""
-    given = {"rotation": rotation, "levels": levels, "mean": mean}
+    rotation=None gives them still rotated, mean=None still centered."""
+    given: dict[str, Any] = {"rotation": rotation, "levels": levels, "mean": mean}
     q = replace(quantized, **{k: v for k, v in given.items() if v is not _SAME})
-    table = _default_levels(q.levels, q.bits)
+    table = _levels_of(q.levels, q.bits)
     x = _rotate(table[q.codes] * q.scale[..., None], q.rotation, inverse=True)
     return x if q.mean is None else x + np.asarray(q.mean, np.float64)
 
 
 # ---- the packed row (scheme.py) ------------------------------------------------------------------------------
-def pack(codes, bits):
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """codes [..., head_dim] -> words uint32 [..., words_per_row(bits, head_dim)]."""
     codes = np.asarray(codes).astype(np.uint32)
     words = np.zeros((*codes.shape[:-1], words_per_row(bits, codes.shape[-1])), np.uint32)
@@ -129,7 +145,24 @@ def pack(codes, bits):
     return words
 
 
-def unpack(words, bits, head_dim):
+def from_packed(
+    words: np.ndarray,
+    scale: np.ndarray,
+    bits: int,
+    head_dim: int,
+    *,
+    rotation: Rotation = 0,
+    mean: Optional[np.ndarray] = None,
+) -> Quantized:
+    """The `Quantized` (without `normalized`) of packed rows as a cache holds them.
+
+    words: uint32 [..., words_per_row]. scale: [..., 1]. rotation, mean: as `quantize` was given them.
+    """
+    scale = np.asarray(scale)[..., 0].astype(np.float64)
+    return Quantized(unpack(words, bits, head_dim), scale, None, bits, rotation, None, mean)
+
+
+def unpack(words: np.ndarray, bits: int, head_dim: int) -> np.ndarray:
     """words uint32 [..., words_per_row] -> codes uint8 [..., head_dim]."""
     words = np.asarray(words, np.uint32)
     codes = np.zeros((*words.shape[:-1], head_dim), np.uint8)
@@ -141,7 +174,15 @@ def unpack(words, bits, head_dim):
 
 
 # ---- attention -----------------------------------------------------------------------------------------------
-def attention(queries, keys, values, *, scale, mask=None, sinks=None):
+def attention(
+    queries: np.ndarray,
+    keys: Union[np.ndarray, Quantized],
+    values: Union[np.ndarray, Quantized],
+    *,
+    scale: float,
+    mask: Union[np.ndarray, str, None] = None,
+    sinks: Optional[np.ndarray] = None,
+) -> np.ndarray:
     """softmax(scale * q k^T + mask) v in float64.
 
     queries: [B, n_heads, L, D]. keys, values: [B, n_kv_heads, N, D] arrays or `Quantized`; n_heads is a multiple
@@ -150,7 +191,8 @@ def attention(queries, keys, values, *, scale, mask=None, sinks=None):
     logit per head that takes weight and gives no value (gpt-oss).
 
     Returns [B, n_heads, L, D of values]. A row that attends to nothing gives 0, one that attends to a token that is not
-    finite NaN; a token that a row does not see is nothing to it, finite or not.
+    finite gives NaN; a token that a row does not see does not matter to it, finite or not. Raises ValueError for a
+    number of heads that is no multiple of n_kv_heads and for an unknown mask.
     """
     keys, values = (dequantize(a) if isinstance(a, Quantized) else np.asarray(a, np.float64) for a in (keys, values))
     queries = np.asarray(queries, np.float64)
@@ -191,13 +233,13 @@ class QuantizedProduct:
     projection: Gaussian S [D, D].
     """
 
-    base: object
+    base: Optional[Quantized]
     signs: np.ndarray
     residual_norm: np.ndarray
     projection: np.ndarray
 
 
-def quantize_product(x, bits, *, rotation=0, projection):
+def quantize_product(x: np.ndarray, bits: int, *, rotation: Rotation = 0, projection: np.ndarray) -> QuantizedProduct:
     """The paper's unbiased inner-product quantizer (arXiv 2504.19874, algorithm 2) of x [..., D].
 
     QJL of the residual r = x - base: signs of S r with a Gaussian S [D, D], and ||r||. Only here, to reproduce
@@ -212,7 +254,7 @@ def quantize_product(x, bits, *, rotation=0, projection):
     return QuantizedProduct(base, signs, np.linalg.norm(residual, axis=-1), projection)
 
 
-def dequantize_product(quantized):
+def dequantize_product(quantized: QuantizedProduct) -> np.ndarray:
     """Vectors [..., D] whose dot product with any y is an unbiased estimate of <x, y>."""
     q = quantized
     head_dim = q.signs.shape[-1]

@@ -6,19 +6,20 @@ The product's rotation is one or two rounds of "multiply by a diagonal, transfor
 * otherwise two overlapping rounds of the largest power of two P < D: over the first P dims, then, with new
   signs, over the last P. No padding; energy mixes between the windows because they overlap in 2 P - D dims.
 
-The diagonal carries signs and normalisation together, so that a round costs one multiplication per value, which
-the kernels fuse with centring.
+The diagonal carries signs and normalization together, so that a round costs one multiplication per value, which
+the kernels fuse with centering.
 """
 
 import functools
+from typing import Any, Optional
 
 import numpy as np
 
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = 32, 576, 4
 
 
-def check_head_dim(head_dim, name="head_dim"):
-    """Raise ValueError unless a rotation and a packed row exist for `head_dim`."""
+def check_head_dim(head_dim: Any, name: str = "head_dim") -> None:
+    """Raise ValueError, naming `name`, unless a rotation and a packed row exist for `head_dim`."""
     ok = isinstance(head_dim, (int, np.integer)) and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM
     if not ok or head_dim % HEAD_DIM_MULTIPLE:
         raise ValueError(
@@ -27,13 +28,13 @@ def check_head_dim(head_dim, name="head_dim"):
         )
 
 
-def windows(head_dim):
+def windows(head_dim: int) -> tuple[tuple[int, int], ...]:
     """The Hadamard windows (start, size) of the rounds, in order."""
     size = 1 << (head_dim.bit_length() - 1)
     return ((0, size),) if size == head_dim else ((0, size), (head_dim - size, size))
 
 
-def signs(n, stream):
+def signs(n: int, stream: int) -> np.ndarray:
     """n signs, float64 [n], from splitmix64 of a counter: the same on every machine and in every version,
     because a saved cache can only be read with the signs it was written with."""
     with np.errstate(over="ignore"):
@@ -45,8 +46,11 @@ def signs(n, stream):
 
 
 @functools.lru_cache(maxsize=None)
-def diagonals(head_dim, seed=0):
-    """The diagonal of each round, float64 [rounds, head_dim]: +-1/sqrt(P) inside its window, 1 outside."""
+def diagonals(head_dim: int, seed: int = 0) -> np.ndarray:
+    """The diagonal of each round, float64 [rounds, head_dim]: +-1/sqrt(P) inside its window, 1 outside.
+
+    Raises ValueError for a head_dim that `check_head_dim` refuses.
+    """
     check_head_dim(head_dim)
     rows = np.ones((len(windows(head_dim)), head_dim))
     for i, (start, size) in enumerate(windows(head_dim)):
@@ -55,8 +59,8 @@ def diagonals(head_dim, seed=0):
     return rows
 
 
-def hadamard(x):
-    """Unnormalised Walsh-Hadamard transform of the last axis (a power of two), Sylvester order."""
+def hadamard(x: np.ndarray) -> np.ndarray:
+    """Unnormalized Walsh-Hadamard transform of the last axis (a power of two), Sylvester order."""
     shape, size = x.shape, x.shape[-1]
     half = 1
     while half < size:
@@ -66,11 +70,11 @@ def hadamard(x):
     return x.reshape(shape)
 
 
-def _transform_window(x, start, size):
+def _transform_window(x: np.ndarray, start: int, size: int) -> np.ndarray:
     return np.concatenate([x[..., :start], hadamard(x[..., start : start + size]), x[..., start + size :]], -1)
 
 
-def rotate(x, seed=0):
+def rotate(x: np.ndarray, seed: int = 0) -> np.ndarray:
     """Rotate vectors x [..., head_dim], float64. Orthogonal: norms and dot products are kept."""
     x = np.asarray(x, np.float64)
     for diagonal, window in zip(diagonals(x.shape[-1], seed), windows(x.shape[-1])):
@@ -78,7 +82,7 @@ def rotate(x, seed=0):
     return x
 
 
-def unrotate(y, seed=0):
+def unrotate(y: np.ndarray, seed: int = 0) -> np.ndarray:
     """Inverse (and transpose) of `rotate`, y [..., head_dim], float64."""
     y = np.asarray(y, np.float64)
     for diagonal, window in reversed(list(zip(diagonals(y.shape[-1], seed), windows(y.shape[-1])))):
@@ -86,12 +90,12 @@ def unrotate(y, seed=0):
     return y
 
 
-def matrix(head_dim, seed=0):
+def matrix(head_dim: int, seed: int = 0) -> np.ndarray:
     """`rotate` as a matrix R [head_dim, head_dim] with y = R x."""
     return rotate(np.eye(head_dim), seed).T
 
 
-def dense(head_dim, seed=0, out=None):
+def dense(head_dim: int, seed: int = 0, out: Optional[np.ndarray] = None) -> np.ndarray:
     """A Haar-distributed orthogonal matrix [head_dim, head_dim], float64: Q of the QR decomposition of a Gaussian
     matrix, with the sign of R's diagonal folded in (without it the distribution is not uniform; Mezzadri 2007).
 

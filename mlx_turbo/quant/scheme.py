@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, fields, replace
+from typing import Any, Union
 
 import numpy as np
 
@@ -19,13 +20,13 @@ class Scheme:
     key_bits: int
     value_bits: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
             if getattr(self, name) not in BITS:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed are {BITS}")
 
     @classmethod
-    def parse(cls, name):
+    def parse(cls, name: Union[str, "Scheme"]) -> "Scheme":
         """The scheme called `name`, or `name` itself if it is one. Raises ValueError for any other name."""
         if isinstance(name, Scheme):
             return name
@@ -39,11 +40,12 @@ class Scheme:
         return cls(*(int(b) for b in match.groups(default=match[1])))
 
     @property
-    def name(self):
+    def name(self) -> str:
+        """Its shortest name: "turbo4", "turbo8v4"."""
         keys, values = self.key_bits, self.value_bits
         return f"turbo{keys}" if keys == values else f"turbo{keys}v{values}"
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.name
 
 
@@ -51,16 +53,16 @@ class Scheme:
 class TurboConfig:
     """How a cache stores its tokens: [sink: exact][packed][recent: exact].
 
-    scheme: bits of packed tokens, a `Scheme` or its name.
-        "auto" is turbo4 with `auto`.
-    sink: so many first tokens stay exact.
-    recent: at least so many of the newest tokens stay exact.
-    block: decoding packs the oldest exact tokens in blocks of this many, once recent + block have gathered.
+    scheme: bits of packed tokens, a `Scheme` or its name. "auto" is turbo4 with `auto`.
+    sink: number of leading tokens kept exact.
+    recent: least number of the newest tokens kept exact.
+    block: number of tokens that decoding packs at a time, the oldest exact ones, once there are recent + block.
     seed: of the rotation's signs.
     scale: how the scale of a packed vector is chosen, one of SCALES (reference.quantize).
-    centre: subtract a mean from keys and values where it carries most of their energy (centring.py).
-    boundary: the first and the last so many layers get keys of at least 8 bits.
-    auto: a layer whose attention errs too much on the first prompt chunk gets more bits for its keys (auto.py).
+    centre: subtract a mean from keys and values where it carries most of their energy (cache/centering.py).
+    boundary: number of layers at either end of the model whose keys get at least 8 bits.
+    auto: more bits for the keys of a layer whose attention errs too much on the first prompt chunk
+        (cache/auto_bits.py).
 
     Raises ValueError for an unknown scheme, a negative size, a block below 1, or an unknown scale.
     """
@@ -75,7 +77,7 @@ class TurboConfig:
     boundary: int = 0
     auto: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.scheme == "auto":
             object.__setattr__(self, "scheme", "turbo4")
             object.__setattr__(self, "auto", True)
@@ -89,31 +91,36 @@ class TurboConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed are {allowed}")
 
     @property
-    def name(self):
-        """ "auto", "turbo8v4", ..."""
+    def name(self) -> str:
+        """For people: "auto", "turbo8v4", "auto from turbo3"."""
         if not self.auto:
             return self.scheme.name
         return "auto" if self.scheme == Scheme(4, 4) else f"auto from {self.scheme.name}"
 
-    def for_layer(self, layer, n_layers):
-        """The configuration of one of a model's layers: more bits for keys at the boundary."""
+    def for_layer(self, layer: int, n_layers: int) -> "TurboConfig":
+        """The configuration of layer 0 .. n_layers - 1 of a model: more bits for keys at the boundary."""
         keys = self.scheme.key_bits
         if not keys or self.boundary <= layer < n_layers - self.boundary:
             return self
         return replace(self, scheme=Scheme(max(keys, 8), self.scheme.value_bits))
 
     @classmethod
-    def of(cls, config, **options):
-        """A configuration from itself, a scheme or a scheme's name, with `options` replacing what it says."""
+    def of(cls, config: Union["TurboConfig", Scheme, str], **options: Any) -> "TurboConfig":
+        """A configuration from itself, a scheme or a scheme's name, with `options` replacing what it says.
+
+        Raises ValueError for an unknown option and for what `TurboConfig` refuses.
+        """
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(options) - set(known)):
             raise ValueError(f"{unknown[0]}: unknown option, allowed are {known}")
-        return replace(config if isinstance(config, cls) else cls(scheme=config), **options)
+        if not isinstance(config, TurboConfig):
+            config = cls(scheme=config)  # type: ignore[arg-type]  # a name is parsed
+        return replace(config, **options)
 
 
 # ---- the packed row ------------------------------------------------------------------------------------------
 # A row holds the codes of one vector in 32-bit words. "Half s" of a word is its bits 16s .. 16s + 15, s = 0 or 1.
-# Two neighbouring dims sit at the same place in both halves, so that one mask gives the pair (half2 on a GPU).
+# Two neighboring dims sit at the same place in both halves, so that one mask gives the pair (half2 on a GPU).
 #   4 bits  word w = dims 8w .. 8w+7.    dim 8w+2j+s at bits 16s+4j .. +3, j = 0..3
 #   2 bits  word w = dims 16w .. 16w+15. dim 16w+2j+s at bits 16s+2j .. +1, j = 0..7
 #   8 bits  word w = dims 4w .. 4w+3.    dim 4w+2j+s at bits 16s+8j .. +7, j = 0..1
@@ -123,7 +130,7 @@ class TurboConfig:
 # Words are 0 where head_dim does not fill them. The scale of a row is a float16 in an array of its own.
 
 
-def words_per_row(bits, head_dim):
+def words_per_row(bits: int, head_dim: int) -> int:
     """32-bit words of a packed row."""
     if bits == 3:
         units = -(-head_dim // 16)
@@ -131,12 +138,12 @@ def words_per_row(bits, head_dim):
     return -(-head_dim * bits // 32)
 
 
-def bits_per_value(bits, head_dim):
+def bits_per_value(bits: int, head_dim: int) -> float:
     """Stored bits per number of a packed vector, scale included. 4.125 for 4 bits at head_dim 128."""
     return (32 * words_per_row(bits, head_dim) + 16) / head_dim
 
 
-def bit_fields(bits, head_dim):
+def bit_fields(bits: int, head_dim: int) -> np.ndarray:
     """Where the bits of each dim's code are: int64 [n_fields, 5] of (dim, word, shift, code_shift, width).
 
     `width` bits of the code, from bit `code_shift` on, stand in `word` from bit `shift` on. One field per dim;

@@ -7,33 +7,30 @@ import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
-from attend_cases import check_spoiled, expected, make_case
-from conftest import SIMULATED, to_numpy
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from support.arrays import to_numpy
+from support.attend_cases import check_spoiled, expected, make_case
+from support.backends import SIMULATED
 
-from mlx_turbo.backends import attend_launch, self_test, sources, tuning
+from mlx_turbo.backends import attend_launch, sources, tuning
 from mlx_turbo.backends.attend_launch import AttendTuning, attend_shape, attend_unsupported
 from mlx_turbo.backends.metal import MetalBackend
+from mlx_turbo.backends.self_test import ATTEND_TOLERANCE, ROUNDING
 from mlx_turbo.backends.sides import BackendError
 
 pytestmark = pytest.mark.usefixtures("simulated")
 
 ONE, TWO = MetalBackend(metalsim.metal_kernel), MetalBackend(metalsim.metal_kernel)
 TWO.tuning = AttendTuning(one_launch_tokens=0, tokens_per_block=64)  # two launches, several blocks even of few tokens
-ONE._run_check = TWO._run_check = lambda what, check: None  # the self-test has tests of its own; it doubles the time
+ONE.run_check = TWO.run_check = lambda what, check: None  # the self-test has tests of its own; it doubles the time
 LAUNCHES = {"one launch": ONE, "two launches": TWO}
 ORDERS = ("natural", "reversed", "random")
-
-# Largest error relative to the largest output. Keys of 8 bits: 1152 * sum(q) is taken off a float32 dot product.
-TOLERANCE = self_test.ATTEND_TOLERANCE
-# Rounding of the output to its type: half a unit in the last place.
-ROUNDING = {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}
 
 
 def check(case, backends=LAUNCHES.values(), tolerance=1.0, mask=None, sinks=None):
     want = expected(case, mask, sinks)
-    allowed = tolerance * TOLERANCE[case.keys.bits] + ROUNDING[case.queries.dtype]
+    allowed = tolerance * ATTEND_TOLERANCE[case.keys.bits] + ROUNDING[case.queries.dtype]
     for backend in backends:
         out = backend.attend(
             case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask, sinks=sinks
@@ -346,9 +343,9 @@ class Recorder(MetalBackend):
 
     def run(self, case, mask=None):
         """The counts of each launch for `case`, and of no self-test."""
-        run_check, self._run_check = self._run_check, lambda what, check: None
+        run_check, self.run_check = self.run_check, lambda what, check: None
         self.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask)
-        self._run_check = run_check
+        self.run_check = run_check
         return self.stats
 
 
@@ -439,7 +436,7 @@ def test_few_tokens_are_decoded_once_and_at_most_twice_for_many_heads(G, L, bits
 def test_one_launch_does_a_token_of_up_to_16_heads(head_dim, bits):
     for G in range(1, 17):
         case = make_case(bits=(bits, bits), dims=(head_dim, head_dim), G=G, counts=(4, 20, 8))
-        assert ONE._one_launch(case.queries, case.keys, case.values, case.counts), G
+        assert ONE.plan(case.queries, case.keys, case.values, case.counts).single_launch, G
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256, 512])
@@ -457,27 +454,61 @@ def test_packed_words_are_decoded_once_for_all_rows_that_registers_hold(head_dim
             assert times <= (1 if G <= 8 else 2)
 
 
-@pytest.mark.parametrize("one", [False, True], ids=["two launches", "one launch"])
+@pytest.mark.parametrize("single_launch", [False, True], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("bits", [0, 2, 3, 4, 8])
-def test_every_shape_fits_into_threadgroup_memory_and_divides_the_values(one, bits):
+def test_every_shape_fits_into_threadgroup_memory_and_divides_the_values(single_launch, bits):
     for key_dim, value_dim, n_rows, at_once in itertools.product(
         (32, 80, 256, 512, 576), (32, 80, 256, 512, 576), range(1, 40), tuning.CANDIDATES["rows_per_decode"]
     ):
-        H, tokens, E, simdgroups, shared, chunks, far = attend_shape(
-            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, 1, one
+        rows, tokens, dims, simdgroups, shared, chunks, in_device_memory = attend_shape(
+            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, 1, single_launch
         )
-        padded = H if H <= 2 else -(-H // 4) * 4
-        queries = 0 if far else 4 * key_dim * H * (simdgroups if shared else 2 if one and bits else 1)
+        padded = rows if rows <= 2 else -(-rows // 4) * 4
+        copies = simdgroups if shared else 2 if single_launch and bits else 1
+        queries = 0 if in_device_memory else 4 * key_dim * rows * copies
         tile = 64 * tokens * max(key_dim // chunks + 8, (value_dim + 8) // chunks) if shared else 0
         assert queries + simdgroups * 128 * tokens * padded + tile <= 31 * 1024
-        assert not one or simdgroups * 4 * value_dim <= 31 * 1024
-        assert value_dim % E == 0 and value_dim // E <= 32 and E % (4 if shared else 8) == 0 and H * E <= max(64, E)
-        assert shared or bits != 3 or E == 8 or E % 16 == 0
+        assert not single_launch or simdgroups * 4 * value_dim <= 31 * 1024
+        assert value_dim % dims == 0 and value_dim // dims <= 32
+        assert dims % (4 if shared else 8) == 0 and rows * dims <= max(64, dims)
+        assert shared or bits != 3 or dims == 8 or dims % 16 == 0
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    st.tuples(st.integers(0, 40), st.integers(0, 70_000), st.integers(1, 300)),
+    st.sampled_from([1, 2, 4, 5, 8, 16]),
+    st.sampled_from([1, 2, 8]),
+    st.sampled_from([1, 2, 5, 16]),
+    st.sampled_from([(4, 64), (8, 128), (0, 256), (3, 576)]),
+    st.booleans(),
+)
+def test_a_plan_has_room_for_every_row_and_blocks_for_every_token(counts, gqa, n_kv_heads, L, side, two_launches):
+    batch, n_heads, (bits, head_dim) = 2, gqa * n_kv_heads, side
+    value = bits, min(head_dim, 512)
+    plan = attend_launch.plan_attend(AttendTuning(), side, value, batch, n_heads, n_kv_heads, L, counts, two_launches)
+    assert plan.row_groups * plan.shape.rows >= gqa * L > (plan.row_groups - 1) * plan.shape.rows
+    assert plan.n_groups == batch * n_kv_heads * plan.row_groups == plan.grid[2]
+    assert (plan.exact_blocks > 0) == (counts[0] + counts[2] > 0) and plan.grid[1] % plan.threadgroup[1] == 0
+    assert (plan.blocks > plan.exact_blocks) == (counts[1] > 0)
+    assert not (plan.single_launch and two_launches)
+    if plan.single_launch:  # one threadgroup does all tokens
+        assert L == 1 and plan.grid[1] == plan.threadgroup[1] and -(-gqa // plan.shape.rows) <= 2
+    assert plan.partial_rows >= gqa * L and plan.partial_dim >= value[1]
+    assert plan.n_partials == batch * n_kv_heads * plan.blocks * (plan.partial_rows * plan.partial_dim + 2 * gqa * L)
+
+
+def test_a_call_is_planned_once_for_all_layers_of_a_step():
+    case = make_case(dims=(64, 64), G=2)
+    attend_launch.plan_attend.cache_clear()
+    for _ in range(3):
+        TWO.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale)
+    assert attend_launch.plan_attend.cache_info().misses == 1
 
 
 def test_a_threadgroup_of_16_simdgroups_fits_with_the_last_dims_that_leave_room_for_it():
     backend = MetalBackend(metalsim.metal_kernel)
-    backend._run_check, backend.tuning = ONE._run_check, AttendTuning(simdgroups_one_launch=16)
+    backend.run_check, backend.tuning = ONE.run_check, AttendTuning(simdgroups_one_launch=16)
     check(make_case(dims=(240, 64), G=8, counts=(2, 60, 10)), [backend])
 
 
@@ -490,7 +521,7 @@ def test_lengths_are_data_the_text_of_the_kernels_stays_the_same(generated_texts
     assert len(generated_texts) == 3
 
 
-def test_a_broadcast_mask_is_not_materialised():
+def test_a_broadcast_mask_is_not_materialized():
     case = make_case(dims=(64, 64), G=4, L=2)
     n = sum(case.counts)
     stats = Recorder().run(case, mx.ones((1, 1, 1, n), mx.bool_))
@@ -511,7 +542,7 @@ def run_past_every_barrier(edit=None):
             Recorder(edit, one_launch_tokens=0).run(make_case(dims=(32, 32), G=16, counts=(0, 90, 0)))  # shared tiles
             Recorder(edit, one_launch_tokens=0).run(
                 make_case(dims=(512, 32), G=16, counts=(0, 40, 0))
-            )  # and far queries
+            )  # and queries in device memory
             Recorder(edit).run(case)
             Recorder(edit, one_launch_tokens=0, simdgroups=2, tokens_per_block=512).run(case)  # several tiles
 
@@ -551,8 +582,8 @@ def test_the_self_test_passes_once_for_each_specialization(options):
     case = make_case(**{"dims": (64, 64), "G": 1, **options})
     for one in (0, 1024):
         recorder, checks = Recorder(one_launch_tokens=one), []
-        run_check = recorder._run_check
-        recorder._run_check = lambda what, check: checks.append(run_check(what, check))
+        run_check = recorder.run_check
+        recorder.run_check = lambda what, check: checks.append(run_check(what, check))
         for _ in range(2):
             recorder.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale)
         assert len(checks) == 1
@@ -592,7 +623,8 @@ def test_means_of_keys_and_values_cost_less_than_two_percent(bits, head_dim, G):
     assert operations(*Recorder().run(case).values()) <= 1.02 * operations(*Recorder().run(without).values())
 
 
-# The same for many rows, G = 8 and more query tokens: shared tiles, in two chunks at (256, 16), with far queries at 64.
+# The same for many rows, G = 8 and more query tokens: shared tiles, in two chunks at (256, 16), with queries in
+# device memory at 64.
 ROWS_CEILING = {(128, 32): 89.0, (256, 16): 47.1, (128, 64): 167.8}
 
 

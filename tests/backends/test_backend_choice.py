@@ -3,9 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import BACKENDS
+from support.backends import BACKENDS
 
-from mlx_turbo.backends import select, sides
+from mlx_turbo.backends import select, self_test, sides
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.sides import BackendError
 from mlx_turbo.cache.single import TurboKVCache
@@ -55,10 +55,10 @@ def test_a_kernel_that_computes_something_wrong_is_an_error(name, fault):
                 return mx.where(keep, x, mx.zeros_like(x))
             return x * 1.02 if x.dtype != mx.uint32 else x
 
-        def _quantize(self, prepared, *options):
+        def launch_quantize(self, prepared, *options):
             return [tuple(map(self._spoil, out)) for out in oracle.quantize([s for s, _ in prepared], *options)]
 
-        def _dequantize(self, prepared, first, length, dtype, seed):
+        def launch_dequantize(self, prepared, first, length, dtype, seed):
             return [self._spoil(x) for x in oracle.dequantize([s for s, _ in prepared], first, length, dtype, seed)]
 
     with select.use_backend(Wrong()), pytest.raises(BackendError, match="disagrees with the NumPy reference"):
@@ -71,14 +71,14 @@ def test_a_kernel_that_computes_something_wrong_is_an_error(name, fault):
 
 def test_a_right_kernel_passes_its_self_test_once_per_specialization(simulated, monkeypatch):
     checks = []
-    for name in ("_check_quantize", "_check_dequantize"):
-        check = getattr(MetalBackend, name)
-        monkeypatch.setattr(MetalBackend, name, lambda self, *a, c=check, n=name: (checks.append(n), c(self, *a))[1])
-    with select.use_backend(MetalBackend(simulated._metal_kernel)):
+    for name in ("check_quantize", "check_dequantize"):
+        check = getattr(self_test, name)
+        monkeypatch.setattr(self_test, name, lambda *a, c=check, n=name: (checks.append(n), c(*a))[1])
+    with select.use_backend(MetalBackend(simulated.metal_kernel)):
         for _ in range(2):
             codes, scale = select.quantize(X, 4)
             select.dequantize(codes, scale, 4, head_dim=64)
-    assert checks == ["_check_quantize", "_check_dequantize"]
+    assert checks == ["check_quantize", "check_dequantize"]
 
 
 def test_metal_is_refused_where_there_is_none(monkeypatch):

@@ -8,8 +8,8 @@ import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
-from attend_cases import make_case
-from no_kernels import NoKernels
+from support.attend_cases import make_case
+from support.no_kernels import NoKernels
 
 from mlx_turbo.backends import metal
 from mlx_turbo.backends.sides import PackedSide, QuantizeSide
@@ -38,7 +38,7 @@ class OldMLX:
 def launch_in_many_ways(metal_kernel):
     """What one process may ask for: models of several dtypes, masks, sinks, one launch and two."""
     backend = NoKernels()
-    backend._metal_kernel = metal_kernel
+    backend.metal_kernel = metal_kernel
     for dtype in (mx.float16, mx.bfloat16, mx.float32):
         x = mx.zeros((1, 2, 8, 64), dtype)
         (packed,) = backend.quantize([QuantizeSide(x, 4)])
@@ -84,7 +84,7 @@ def test_results_are_the_same_with_names_of_ours(simulated):
 def test_no_mask_a_causal_and_a_boolean_one_need_one_library():
     """A window that fills up goes from none to a boolean one in the middle of an answer."""
     recorded, backend = OldMLX(), NoKernels()
-    backend._metal_kernel = recorded.metal_kernel
+    backend.metal_kernel = recorded.metal_kernel
     case = make_case(dims=(64, 64), G=4, Hkv=2, dtype=mx.bfloat16)
     for mask in (None, "causal", mx.zeros((187,), mx.bool_), mx.zeros((1, 8, 1, 187), mx.bool_)):
         backend.attend(case.queries, case.keys, case.values, case.counts, scale=1.0, mask=mask)

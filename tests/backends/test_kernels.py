@@ -4,7 +4,8 @@ import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_ops import check_round_trip, vectors
+from support.ceilings import DEQUANTIZE_CEILING, QUANTIZE_CEILING
+from support.round_trip import check_round_trip, vectors
 
 from mlx_turbo.backends import attend_launch, select
 from mlx_turbo.backends.sides import PackedSide, QuantizeSide
@@ -72,32 +73,6 @@ def test_lengths_are_data_the_text_of_the_kernel_stays_the_same(simulated, gener
     for first, n in ((0, 8), (3, 17), (1, 39)):
         select.dequantize_sides([quantized(128, 40)], first, n, mx.float16)
     assert len(generated_texts) == 2
-
-
-# Operations per value counted on 64 vectors, all classes together, and the ceiling a change must not break.
-# D = 128 needs 7 butterfly stages, 96 and 80 two rounds of 6 and idle lanes.
-QUANTIZE_CEILING = {
-    (128, 2): 26.9,
-    (128, 3): 31.8,
-    (128, 4): 37.4,
-    (128, 8): 29.4,
-    (64, 4): 36.2,
-    (256, 4): 38.7,
-    (96, 4): 46.8,
-    (80, 4): 50.5,
-    (576, 4): 59.6,
-}
-DEQUANTIZE_CEILING = {
-    (128, 2): 17.6,
-    (128, 3): 18.3,
-    (128, 4): 17.9,
-    (128, 8): 17.3,
-    (64, 4): 16.7,
-    (256, 4): 19,
-    (96, 4): 27,
-    (80, 4): 30.5,
-    (576, 4): 39.8,
-}
 
 
 def counted(run, n_values):

@@ -3,43 +3,16 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import to_numpy
+from support.arrays import to_numpy
+from support.round_trip import check_round_trip, vectors
 
 from mlx_turbo.backends import select
-from mlx_turbo.backends.self_test import compare_quantized, compare_vectors
 from mlx_turbo.backends.sides import PackedSide, QuantizeSide
 from mlx_turbo.quant import reference
 from mlx_turbo.quant.scheme import words_per_row
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 100, 112, 128, 160, 192, 256, 512, 576)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
-
-
-def vectors(*shape, dtype=mx.float32, seed=0, scale=1.0):
-    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * scale).astype(dtype)
-
-
-def check_round_trip(sides, dtype=mx.float32, seed=0, scale="least-squares"):
-    """Codes and scales equal the oracle's; what is restored from them equals what the oracle restores."""
-    packed = []
-    for side, (codes, scales) in zip(sides, select.quantize_sides(sides, seed, scale=scale)):
-        mean = None if side.mean is None else np.array(side.mean)
-        want = reference.quantize(to_numpy(side.x), side.bits, rotation=seed, mean=mean, scale=scale)
-        assert compare_quantized(np.array(codes), np.array(scales), want) is None
-        packed.append(PackedSide(codes, scales, side.bits, side.x.shape[-1], side.mean))
-    length = sides[0].x.shape[2]
-    for side, x in zip(packed, select.dequantize_sides(packed, 0, length, dtype, seed)):
-        q = reference.Quantized(
-            reference.unpack(np.array(side.codes), side.bits, side.head_dim),
-            np.array(side.scale)[..., 0].astype(np.float64),
-            None,
-            side.bits,
-            seed,
-            None,
-            None if side.mean is None else np.array(side.mean),
-        )
-        assert x.dtype == dtype and x.shape == (*side.codes.shape[:3], side.head_dim)
-        assert compare_vectors(to_numpy(x), reference.dequantize(q), dtype) is None
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -12,10 +12,10 @@ import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
-from attend_cases import make_case
-from no_kernels import NoKernels
+from support.attend_cases import make_case
+from support.no_kernels import NoKernels
 
-from mlx_turbo.backends import tuning
+from mlx_turbo.backends import select, tuning
 from mlx_turbo.backends.attend_launch import AttendTuning
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.mlx_ops import CpuBackend
@@ -43,7 +43,7 @@ def fast(monkeypatch, tmp_path):
     """Few samples, no warm-up, a small copy, a cache folder of our own."""
     monkeypatch.setattr(timing, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
-    monkeypatch.setattr(common, "QUICK", timing.Effort(3, 3, 0.01))
+    monkeypatch.setattr(bench_common, "QUICK", timing.Effort(3, 3, 0.01))
     monkeypatch.setitem(contending.COLD_BYTES, "cpu", 1 << 20)
     monkeypatch.setenv("MLX_TURBO_CACHE_DIR", str(tmp_path / "cache"))
     measure = timing.measure_machine
@@ -455,7 +455,9 @@ def test_a_metal_backend_uses_what_was_kept_for_its_chip(monkeypatch):
     tuning.save({(4, 4, 128, 128): AttendTuning(simdgroups=8)}, "M9")
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(tuning, "device_name", lambda: "M9")
-    assert MetalBackend().tuned == {(4, 4, 128, 128): AttendTuning(simdgroups=8)}
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(select, "_backends", {})
+    assert select.get_backend("metal").tuned == {(4, 4, 128, 128): AttendTuning(simdgroups=8)}
 
 
 @LINUX

@@ -2,15 +2,15 @@
 
 import copy
 
-import constructed_models as construct
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS, ListModel, held_nbytes, random_tokens, same, snapshot
-from conftest import to_numpy
 from mlx_lm.models.cache import KVCache
-from test_centering import biased_keys
+from support import constructed_models as construct
+from support.arrays import to_numpy
+from support.caches import FAST_BACKENDS, ListModel, held_nbytes, random_tokens, same, snapshot
+from support.keys import queries_for, turning
 
 from mlx_turbo import TurboConfig, TurboKVCache
 from mlx_turbo.backends import select
@@ -23,26 +23,12 @@ from mlx_turbo.quant import reference
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 
 
-def turning(n, norm=600, seed=0, D=64):
-    """Keys and values [1, 1, n, D] whose keys have a bias of half that norm, which no mean takes away."""
-    rng = np.random.default_rng(seed)
-    return tuple(
-        mx.array(x, mx.float32)
-        for x in (biased_keys(rng, n, D, norm, range(D // 2)) / 2, rng.standard_normal((1, 1, n, D)))
-    )
-
-
 def prompt(cache, keys, values, chunk, queries=None, scale=0.125):
     """Feed a prompt as a model does; queries as attention.py would show them, or None."""
     for at in range(0, keys.shape[2], chunk):
         cache.update_and_fetch(keys[:, :, at : at + chunk], values[:, :, at : at + chunk])
         if queries is not None:
             cache.observe(queries[:, :, at : at + chunk], scale)
-
-
-def queries_for(keys, seed=5):
-    shape = (1, 2, *keys.shape[2:])
-    return mx.array(np.random.default_rng(seed).standard_normal(shape), mx.float32)
 
 
 @pytest.fixture(scope="module")

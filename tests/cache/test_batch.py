@@ -9,24 +9,25 @@ import sys
 import threading
 import urllib.request
 
-import families
 import mlx.core as mx
 import mlx_lm
 import mlx_lm.models.cache as lm_cache
 import mlx_lm.server
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS, WAYS, copied, filled, held_nbytes, random_tokens, rule, same
-from conftest import to_numpy
 from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, run_state_machine_as_test
+from hypothesis.stateful import run_state_machine_as_test
 from mlx_lm.utils import dequantize_model
-from test_attention import TOLERANCE
-from test_auto_bits import queries_for, turning
-from test_cache import SHAPES, quick
-from test_centering import short_segments  # noqa: F401
-from test_models import DEMO_MODEL, demo, llama, tokens_of  # noqa: F401
+from support import families
+from support.arrays import to_numpy
+from support.caches import FAST_BACKENDS, WAYS, copied, filled, random_tokens, same
+from support.keys import queries_for, turning
+from support.machines import BatchMachine
+from support.models import DEMO_MODEL, llama, tokens_of
+from support.rows import Rows, check_that_twins_go_their_own_way, state_of
+from support.strategies import quick
+from support.tolerances import TOLERANCE
+from support.walk import Recorder, Walk, merged
 
 from mlx_turbo import (
     BatchTurboKVCache,
@@ -46,121 +47,11 @@ fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 SMALL = TurboConfig("turbo4", sink=2, recent=4, block=4)
 
 
-def state_of(cache):
-    """A cache's state in NumPy."""
-    return [np.array(a) if a.dtype in (mx.int32, mx.uint32) else to_numpy(a) for a in cache.state]
-
-
-def check_restored(cache, given):
-    """The tokens that a cache of one row restores are those of a list, keys and values [1, H, offset, D], as near as
-    packed ones can be: a token in another's place is at 1."""
-    assert given[0].shape[2] == cache.offset
-    for got, want, side in zip(cache.keys_and_values(), given, cache._sides):
-        got, n_kept = to_numpy(got), min(cache.config.sink, got.shape[2])
-        want = np.concatenate([want[:, :, :n_kept], want[:, :, want.shape[2] - (got.shape[2] - n_kept) :]], axis=2)
-        means = 0 if side.means is None else np.linalg.norm(to_numpy(side.means), axis=-1).max(-1, keepdims=True)
-        error = np.linalg.norm(got - want, axis=-1) / (np.linalg.norm(want, axis=-1) + means)
-        assert error.max() < 0.6 and (side.bits or error.max() == 0)
-
-
-class Rows:
-    """A batch cache and, beside it, each of its rows alone in a cache that `make` makes, and a list of its tokens;
-    compares them after every step."""
-
-    def __init__(self, make, n_rows, seed=0, **shape):
-        self.shape, self.rng = shape, np.random.default_rng(seed)
-        make = functools.partial(TurboKVCache, make) if isinstance(make, TurboConfig) else make
-        self.alone = [make() for _ in range(n_rows)]
-        self.batch, self.given = self.alone[0].merge(self.alone), [None] * n_rows
-        self.bias = [float(i % 3 == 1) * 20 for i in range(n_rows)]
-
-    def update(self, lengths, left=None, cut=0):
-        """Feed row b lengths[b] tokens, padded at the right, or at the left where `left` says how many; in two chunks
-        if cut > 0, of which the first has `cut` tokens."""
-        B, width = len(self.alone), max(n + pad for n, pad in zip(lengths, left or [0] * len(lengths)))
-        left = left or [0] * B
-        rows = [random_tokens(self.rng, width, **self.shape, bias=bias) for bias in self.bias]
-        new = [mx.concatenate(side) for side in zip(*rows)]
-        if any(left):
-            self.batch.prepare(left_padding=left)
-        right = [width - pad - n for n, pad in zip(lengths, left)]
-        if any(right):
-            self.batch.prepare(lengths=[width - n for n in right], right_padding=right)
-        edges = [0, cut, width] if 0 < cut < width else [0, width]
-        for at, end in zip(edges, edges[1:]):
-            pads = [min(max(pad - at, 0), end - at) for pad in left]
-            lives = [max(min(pad + n, end) - max(pad, at), 0) for n, pad in zip(lengths, left)]
-            self._chunk([x[:, :, at:end] for x in new], lives, pads, [max(pad - at, 0) for pad in left])
-        self.batch.finalize()
-        self.check()
-
-    def _chunk(self, new, lengths, left, to_come):
-        width = new[0].shape[2]
-        before, mask = [c.offset for c in self.alone], self.batch.make_mask(width)
-        assert self.batch.offset.tolist() == [n - pad for n, pad in zip(before, to_come)]
-        fetched = self.batch.update_and_fetch(*new)
-        assert [x.shape for x in fetched] == [x.shape for x in self.batch.keys_and_values()]
-        self.batch.attended_version = self.batch.version  # as if attention.attend had read them
-        assert mask.dtype == mx.bool_ and mask.shape == (len(self.alone), 1, width, fetched[0].shape[2])
-        for b, (n, pad, cache) in enumerate(zip(lengths, left, self.alone)):
-            if n == 0:
-                continue
-            given = [to_numpy(x[b : b + 1, :, pad : pad + n]) for x in new]
-            self.given[b] = given if not before[b] else [np.concatenate(p, axis=2) for p in zip(self.given[b], given)]
-            mine, seen = cache.make_mask(n, return_array=True, window_size=None), np.array(mask[b, 0])[pad : pad + n]
-            want = cache.update_and_fetch(*(x[b : b + 1, :, pad : pad + n] for x in new))
-            mine = np.ones((1, want[0].shape[2]), bool) if mine is None else np.array(mine)
-            for got, x in zip(fetched, want):
-                assert got.dtype == x.dtype
-                got, x = to_numpy(got)[b : b + 1], to_numpy(x)
-                assert all(same(got[:, :, ours], x[:, :, theirs]) for ours, theirs in zip(seen, mine, strict=True))
-
-    def check(self):
-        batch, alone = self.batch, self.alone
-        assert batch.offset.dtype == mx.int32 and batch.offset.tolist() == [c.offset for c in alone]
-        assert batch.size() == max(c.size() for c in alone) and batch.empty() == all(c.empty() for c in alone)
-        assert batch.nbytes == held_nbytes([batch._sides, batch._observed])
-        for b, (cache, given) in enumerate(zip(alone, self.given, strict=True)):
-            extracted = batch.extract(b)
-            assert same(state_of(extracted), state_of(cache)), b
-            if cache.offset:
-                check_restored(extracted, given)
-        if not batch.empty():
-            fetched = batch.keys_and_values()
-            for b, cache in enumerate(alone):
-                live = (batch._shown or batch._plan(0)).live(b)
-                if cache.offset:
-                    for got, want in zip(fetched, cache.keys_and_values()):
-                        got, want = to_numpy(got)[b : b + 1, :, live], to_numpy(want)
-                        n_sink = min(cache.config.sink, want.shape[2])  # a window of the batch has dead tokens besides
-                        newest = got[:, :, got.shape[2] - (want.shape[2] - n_sink) :]
-                        assert same(np.concatenate([got[:, :, :n_sink], newest], axis=2), want)
-
-    def extend(self, other):
-        before = state_of(other.batch)
-        self.batch.extend(other.batch)
-        assert same(state_of(other.batch), before)
-        self.alone += other.alone
-        self.given += other.given
-        self.bias += other.bias
-        self.check()
-
-    def filter(self, rows):
-        self.batch.filter(rows)
-        self.alone, self.given, self.bias = ([x[b] for b in rows] for x in (self.alone, self.given, self.bias))
-        self.check()
-
-    def trim(self, n):
-        assert self.batch.trim(n) == max(cache.trim(n) for cache in self.alone)
-        self.given = [given and [x[:, :, : max(x.shape[2] - n, 0)] for x in given] for given in self.given]
-        self.check()
-
-
 # ---- rows alone ----------------------------------------------------------------------------------------------
 @fast
 @pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3", "turbo0v2", "turbo3v0", "turbo0"])
 @pytest.mark.parametrize("centre", [True, False], ids=["centred", ""])
-def test_rows_of_different_lengths_are_what_they_are_alone(backend, short_segments, scheme, centre):  # noqa: F811
+def test_rows_of_different_lengths_are_what_they_are_alone(backend, short_segments, scheme, centre):
     rows = Rows(TurboConfig(scheme, 2, 4, 4, centre=centre), 4)
     rows.update([31, 7, 1, 18])
     assert [c.report()["packed"] for c in rows.alone] == [25, 0, 0, 12]
@@ -173,7 +64,7 @@ def test_rows_of_different_lengths_are_what_they_are_alone(backend, short_segmen
 
 
 @fast
-def test_a_row_that_is_no_longer_centred_has_no_means(backend, short_segments):  # noqa: F811
+def test_a_row_that_is_no_longer_centred_has_no_means(backend, short_segments):
     rows = Rows(SMALL, 3)
     rows.bias = [20, 20, 0]
     rows.update([30, 60, 20])
@@ -188,7 +79,7 @@ def test_a_row_that_is_no_longer_centred_has_no_means(backend, short_segments): 
 
 
 @fast
-def test_a_long_row_without_means_beside_a_short_one_with_them(backend, short_segments):  # noqa: F811
+def test_a_long_row_without_means_beside_a_short_one_with_them(backend, short_segments):
     rows = Rows(SMALL, 2)
     rows.update([700, 30])
     assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"]]
@@ -287,21 +178,8 @@ def test_merged_caches_stay_as_they_are(backend):
     assert all(same(state_of(c), want) for c, want in zip(caches, before))
 
 
-def check_that_twins_go_their_own_way(rows, twins):
-    """Copies of the batch of `rows`: what one does is not seen in another."""
-    before = state_of(rows.batch)
-    for twin in twins:
-        assert same(state_of(twin), before)
-        rng = np.random.default_rng(0)
-        for n in (1, 12, 1):
-            twin.update_and_fetch(*random_tokens(rng, n, batch=len(rows.alone)))
-        assert same(state_of(rows.batch), before)
-    assert same(*map(state_of, twins))
-    rows.check()
-
-
 @fast
-def test_a_copy_and_a_state_go_their_own_way(backend, short_segments):  # noqa: F811
+def test_a_copy_and_a_state_go_their_own_way(backend, short_segments):
     rows = Rows(SMALL, 3)
     rows.update([30, 2, 11])
     check_that_twins_go_their_own_way(rows, [copy.deepcopy(rows.batch), BatchTurboKVCache.from_state(rows.batch.state)])
@@ -349,7 +227,7 @@ def test_what_does_not_belong_together_is_refused(backend):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.int32], ids=str)
 @pytest.mark.parametrize("n", [1, 7])
 def test_rows_of_one_length_give_batchkvcache_s_arrays_to_the_bit(backend, n, dtype):
-    """turbo0 packs nothing away, and without dead tokens the columns are the same."""
+    """turbo0 packs nothing away, and without empty columns the tokens are the same."""
     ours, theirs, rng = (
         BatchTurboKVCache("turbo0", [0, 0, 0], sink=2, recent=4, block=4),
         lm_cache.BatchKVCache([0, 0, 0]),
@@ -365,74 +243,10 @@ def test_rows_of_one_length_give_batchkvcache_s_arrays_to_the_bit(backend, n, dt
 
 
 # ---- any history ---------------------------------------------------------------------------------------------
-class BatchMachine(RuleBasedStateMachine):
-    """Everything mlx-lm does to a batch of caches, in any order."""
-
-    @initialize(
-        keys=st.sampled_from([0, 2, 4, 8]),
-        values=st.sampled_from([0, 3, 4]),
-        sink=st.integers(0, 3),
-        recent=st.integers(0, 6),
-        block=st.integers(1, 6),
-        n=st.integers(1, 3),
-        centre=st.booleans(),
-        shape=SHAPES,
-    )
-    def start(self, keys, values, sink, recent, block, n, centre, shape):
-        self.make = TurboConfig(f"turbo{keys}v{values}", sink, recent, block, centre=centre)
-        self.begin(n, shape)
-
-    def begin(self, n, shape):
-        self.shape = {name: x for name, x in shape.items() if name != "batch"}
-        self.rows, self.n_made = Rows(self.make, n, **self.shape), 0
-
-    @rule(n=st.integers(1, 5))
-    def decode(self, n):
-        for _ in range(n):
-            self.rows.update([1] * len(self.rows.alone))
-
-    @rule(data=st.data())
-    def prompt(self, data):
-        B = len(self.rows.alone)
-        lengths = data.draw(st.lists(st.integers(0, 24), min_size=B, max_size=B).filter(any))
-        self.rows.update(lengths, cut=data.draw(st.integers(0, max(lengths))))
-
-    @precondition(lambda self: len(self.rows.alone) < 5)
-    @rule(data=st.data(), n=st.integers(1, 2), padded=st.booleans())
-    def extend(self, data, n, padded):
-        self.n_made += 1
-        other = Rows(self.make, n, seed=self.n_made, **self.shape)
-        lengths = data.draw(st.lists(st.integers(0, 24), min_size=n, max_size=n))
-        if any(lengths):
-            other.update(lengths, [max(lengths) - k for k in lengths] if padded else None)
-        if data.draw(st.booleans()):
-            other, self.rows = self.rows, other
-        self.rows.extend(other)
-
-    @rule(data=st.data())
-    def filter(self, data):
-        every = st.permutations(range(len(self.rows.alone)))
-        rows = data.draw(every)
-        self.rows.filter(rows[: data.draw(st.integers(1, len(rows)))])
-
-    @rule()
-    def merge_what_is_extracted(self):
-        extracted = [self.rows.batch.extract(b) for b in range(len(self.rows.alone))]
-        self.rows.batch = extracted[0].merge(extracted)
-        self.rows.check()
-
-    @rule(n=st.one_of(st.integers(0, 4), st.integers(0, 40)))
-    def trim(self, n):
-        self.rows.trim(n)
-
-    @rule(way=st.sampled_from(WAYS))
-    def go_on_with_a_copy(self, way):
-        self.rows.batch = copied(self.rows.batch, way)
-        self.rows.check()
 
 
 @fast
-def test_any_history_leaves_each_row_as_it_is_alone(backend, door, short_segments):  # noqa: F811
+def test_any_history_leaves_each_row_as_it_is_alone(backend, door, short_segments):
     run_state_machine_as_test(BatchMachine, settings=settings(quick, max_examples=20, stateful_step_count=12))
 
 
@@ -601,22 +415,10 @@ def test_tokens_stay_in_order_while_rows_decide(backend, monkeypatch, seed):
 
 
 # ---- attention -------------------------------------------------------------------------------------------------
-class Recorder:
-    """A backend that notes which rows its fused kernel was given."""
-
-    def __init__(self, backend):
-        self.backend, self.calls = backend, []
-
-    def __getattr__(self, name):
-        return getattr(self.backend, name)
-
-    def attend(self, queries, *args, **options):
-        self.calls.append((queries.shape, options["mask"].shape))
-        return self.backend.attend(queries, *args, **options)
 
 
 @pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3"])
-def test_a_decode_step_of_a_batch_runs_the_fused_kernel(simulated, short_segments, monkeypatch, scheme):  # noqa: F811
+def test_a_decode_step_of_a_batch_runs_the_fused_kernel(simulated, short_segments, monkeypatch, scheme):
     monkeypatch.setattr("mlx_turbo.cache.centering.SEGMENT", 128)  # the kernel's
     recorder = Recorder(simulated)
     lengths, rng = [150, 3, 41], np.random.default_rng(0)
@@ -644,59 +446,6 @@ def test_a_decode_step_of_a_batch_runs_the_fused_kernel(simulated, short_segment
 
 
 # ---- models ------------------------------------------------------------------------------------------------------
-def merged(caches):
-    return [layer[0].merge(list(layer)) for layer in zip(*caches)]
-
-
-class Walk:
-    """Random texts through a model, in batches and each alone; `worst` relative difference of their logits."""
-
-    def __init__(self, model, alone, chunk=16):
-        self.model, self.alone, self.chunk, self.worst = model, alone, chunk, 0.0
-        self.texts = [np.random.default_rng(b).integers(0, 96, 120) for b in range(len(alone))]
-        self.at = [0] * len(alone)
-
-    def step(self, cache, rows, lengths):
-        """The next lengths[i] tokens of text rows[i] through `cache`, right-padded as mlx-lm does it, in chunks."""
-        width, batched = max(lengths), hasattr(cache[0], "finalize")
-        tokens = np.zeros((len(rows), width), np.int64)
-        for i, (b, n) in enumerate(zip(rows, lengths)):
-            tokens[i, :n] = self.texts[b][self.at[b] : self.at[b] + n]
-            self.at[b] += n
-        if batched and min(lengths) < width:
-            for c in cache:
-                c.prepare(lengths=lengths, right_padding=[width - n for n in lengths])
-        got = self._logits(tokens, cache)
-        if batched and min(lengths) < width:
-            for c in cache:
-                c.finalize()
-        for i, (b, n) in enumerate(zip(rows, lengths)):
-            want = self._logits(tokens[i : i + 1, :n], self.alone[b])
-            held = np.isfinite(want)  # phi3small's special tokens have -inf
-            far = (
-                np.abs(got[i : i + 1, :n] - want, where=held, out=np.zeros_like(want)).max() / np.abs(want[held]).max()
-            )
-            self.worst = np.maximum(self.worst, far)  # keeps NaN
-
-    def joined(self, made):
-        """A batch of two rows after right-padded prompts in chunks and decode, which then a third one joins."""
-        batch, other = merged(made[:2]), merged(made[2:])
-        self.step(batch, [0, 1], [50, 21])
-        for _ in range(10):
-            self.step(batch, [0, 1], [1, 1])
-        self.step(other, [2], [37])
-        for mine, new in zip(batch, other):
-            mine.extend(new)
-        return batch
-
-    def _logits(self, tokens, cache):
-        return np.concatenate(
-            [
-                to_numpy(self.model(mx.array(tokens[:, i : i + self.chunk]), cache=cache))
-                for i in range(0, tokens.shape[1], self.chunk)
-            ],
-            axis=1,
-        )
 
 
 @fast
@@ -778,7 +527,7 @@ PROMPTS = [
 
 @fast
 @pytest.mark.parametrize("config", ["auto", TurboConfig("turbo4", 4, 16, 16), "turbo0"], ids=str)
-def test_batch_generate_writes_what_each_prompt_gets_alone(backend, demo, config):  # noqa: F811
+def test_batch_generate_writes_what_each_prompt_gets_alone(backend, demo, config):
     model, tokenizer = demo
     enable(model, config)
     try:
@@ -848,7 +597,7 @@ def complete(address, prompt, n):
 
 
 @fast
-def test_mlx_lm_s_server_batches_our_caches(backend, server, demo, monkeypatch):  # noqa: F811
+def test_mlx_lm_s_server_batches_our_caches(backend, server, demo, monkeypatch):
     """Three requests at once, then each again with more text, from the server's prompt cache."""
     n_rows, update = [], BatchTurboKVCache.update_and_fetch
 

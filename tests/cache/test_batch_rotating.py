@@ -3,23 +3,23 @@
 import copy
 import functools
 
-import families
 import mlx.core as mx
 import mlx_lm
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS, random_tokens, rule, same
-from conftest import to_numpy
 from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import initialize, invariant, precondition, run_state_machine_as_test
-from test_attention import TOLERANCE
-from test_auto_bits import queries_for, turning
-from test_batch import BatchMachine, Recorder, Rows, check_that_twins_go_their_own_way, state_of
-from test_cache import SHAPES, quick
-from test_centering import short_segments  # noqa: F401
-from test_models import demo, gemma3, tokens_of  # noqa: F401
+from hypothesis.stateful import run_state_machine_as_test
+from support import families
+from support.arrays import to_numpy
+from support.caches import FAST_BACKENDS, random_tokens, same
+from support.keys import queries_for, turning
+from support.machines import WindowsMachine
+from support.models import gemma3, tokens_of
+from support.rows import Rows, check_that_twins_go_their_own_way, state_of
+from support.strategies import quick
+from support.tolerances import TOLERANCE
+from support.walk import Recorder
 
 from mlx_turbo import (
     BatchRotatingTurboKVCache,
@@ -54,7 +54,7 @@ def settled(cache):
 @pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3", "turbo0v2", "turbo3v0", "turbo0"])
 @pytest.mark.parametrize("centre", [True, False], ids=["centred", ""])
 @pytest.mark.parametrize("max_size, keep", [(24, 2), (40, 0), (5, 2)])
-def test_windows_of_different_lengths_are_what_they_are_alone(backend, short_segments, scheme, centre, max_size, keep):  # noqa: F811
+def test_windows_of_different_lengths_are_what_they_are_alone(backend, short_segments, scheme, centre, max_size, keep):
     """Shorter and longer than the window, far past it, chunks longer than it, and a window that sees nothing packed."""
     rows = rows_of(4, max_size, keep, TurboConfig(scheme, 0, 4, 4, centre=centre))
     rows.update([31, 7, 1, 18])
@@ -65,7 +65,7 @@ def test_windows_of_different_lengths_are_what_they_are_alone(backend, short_seg
         rows.update([1] * 4)
     rows.update([3] * 4)
     batch = rows.batch
-    assert max(batch._n_forgotten) > 0 and batch.offset.tolist() == [93, 130, 57, 71]
+    assert max(batch._n_evicted) > 0 and batch.offset.tolist() == [93, 130, 57, 71]
     assert not batch.is_trimmable() and batch.trim(3) == 0 and batch.offset.tolist() == [93, 130, 57, 71]
     if centre and scheme in ("turbo4", "turbo8v3"):
         assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"], [], []]
@@ -127,7 +127,7 @@ def test_an_extracted_window_goes_on_alone_and_merged_ones_stay_as_they_are(back
 
 
 @fast
-def test_a_copy_and_a_state_of_a_batch_of_windows_go_their_own_way(backend, short_segments):  # noqa: F811
+def test_a_copy_and_a_state_of_a_batch_of_windows_go_their_own_way(backend, short_segments):
     rows = rows_of(3)
     rows.update([70, 2, 11])
     for _ in range(12):
@@ -156,7 +156,7 @@ def test_windows_that_do_not_belong_together_are_refused(backend):
     with pytest.raises(ValueError, match="keep: got 24, allowed are whole numbers from 0 to 23"):
         BatchRotatingTurboKVCache(24, 24, SMALL)
     batch = RotatingTurboKVCache.merge([one(), one(n=9)])
-    assert batch._n_forgotten[0] > 0
+    assert batch._n_evicted[0] > 0
     with pytest.raises(ValueError, match="batch size 3"):
         batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
     header, counts = batch.state[0].tolist(), batch.state[1]
@@ -181,18 +181,18 @@ def test_windows_that_do_not_belong_together_are_refused(backend):
 @fast
 @pytest.mark.parametrize("bias", [0, 20])
 def test_buffers_stay_at_a_quarter_more_than_the_window_and_copies_are_rare(backend, bias):
-    """Rows out of step, one with means: each forgets every 128 tokens."""
+    """Rows out of step, one with means: each evicts every 128 tokens."""
     rng, copies, largest = np.random.default_rng(0), 0, 0
     caches = [RotatingTurboKVCache(512, 0, "turbo4") for _ in range(3)]
     for b, (cache, n) in enumerate(zip(caches, (1000, 300, 640))):
         cache.update_and_fetch(*random_tokens(rng, n, bias=bias * (b == 0)))
     batch = RotatingTurboKVCache.merge(caches)
     for step in range(900):
-        before = batch._n_forgotten
+        before = batch._n_evicted
         batch.make_mask(1)
         fetched = batch.update_and_fetch(*random_tokens(rng, 1, batch=3))
         mx.eval(batch.state)
-        copies += batch._n_forgotten != before
+        copies += batch._n_evicted != before
         if copies:
             largest = max(largest, batch._sides[0].codes.shape[2])
             assert fetched[0].shape[2] <= 640 + 2
@@ -203,40 +203,10 @@ def test_buffers_stay_at_a_quarter_more_than_the_window_and_copies_are_rare(back
 
 
 # ---- any history ---------------------------------------------------------------------------------------------
-class WindowsMachine(BatchMachine):
-    """Everything mlx-lm does to a batch of windows, in any order."""
-
-    @initialize(
-        keys=st.sampled_from([0, 2, 4, 8]),
-        values=st.sampled_from([0, 3, 4]),
-        window=st.integers(1, 40),
-        keep=st.integers(0, 3),
-        recent=st.integers(0, 6),
-        block=st.integers(1, 6),
-        n=st.integers(1, 3),
-        centre=st.booleans(),
-        shape=SHAPES,
-    )
-    def start(self, keys, values, window, keep, recent, block, n, centre, shape):
-        config = TurboConfig(f"turbo{keys}v{values}", keep, recent, block, centre=centre)
-        self.make = functools.partial(RotatingTurboKVCache, window + keep, keep, config)
-        self.begin(n, shape)
-
-    @invariant()
-    def buffers_are_bounded(self):
-        batch = self.rows.batch
-        if batch._sides[0].codes is not None:
-            longest_chunk = 24
-            assert batch._sides[0].codes.shape[2] <= batch.room + max(longest_chunk, batch.step) + batch.step
-
-    @precondition(lambda self: self.rows.batch.is_trimmable())
-    @rule(n=st.one_of(st.integers(0, 4), st.integers(0, 40)))
-    def trim(self, n):
-        self.rows.trim(n)
 
 
 @fast
-def test_any_history_leaves_each_window_as_it_is_alone(backend, door, short_segments):  # noqa: F811
+def test_any_history_leaves_each_window_as_it_is_alone(backend, door, short_segments):
     run_state_machine_as_test(WindowsMachine, settings=settings(quick, max_examples=20, stateful_step_count=12))
 
 
@@ -384,7 +354,7 @@ def test_undecided_windows_decide_as_alone(backend, max_size):
         alone[0].observe(queries[:, :, row[0] : row[0] + 1], 0.125)
         assert same(state_of(batch.extract(0)), state_of(alone[0])), at
     assert not batch.undecided and batch.extract(0).n_packed > 0 and batch.extract(1).n_packed > 0
-    assert (batch._n_forgotten[0] > 0) == (max_size == 100)
+    assert (batch._n_evicted[0] > 0) == (max_size == 100)
 
 
 # ---- attention -----------------------------------------------------------------------------------------------
@@ -409,7 +379,7 @@ def test_a_decode_step_of_a_batch_of_windows_runs_the_fused_kernel(simulated, sc
                 mx.fast.scaled_dot_product_attention(queries[b : b + 1], keys, values, scale=0.1, mask=mask)
             )
             assert np.abs(got[b] - want[0]).max() < TOLERANCE[mx.float32] * np.abs(want).max()
-    assert batch._n_forgotten[0] > 0
+    assert batch._n_evicted[0] > 0
 
 
 # ---- models ------------------------------------------------------------------------------------------------------
@@ -417,8 +387,12 @@ def test_a_decode_step_of_a_batch_of_windows_runs_the_fused_kernel(simulated, sc
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "cohere2"])
 @pytest.mark.parametrize("config", [TurboConfig("turbo4", 2, 4, 4), TurboConfig("auto", 2, 4, 4), "turbo0"], ids=str)
 def test_batch_generate_far_past_the_windows_writes_what_each_prompt_gets_alone(
-    backend, demo, monkeypatch, name, config
-):  # noqa: F811
+    backend,
+    demo,  # noqa: F811
+    monkeypatch,
+    name,
+    config,
+):
     config = TurboConfig.of(config, recent=4, block=4)
     model, kinds, update = families.build(name), set(), BatchRotatingTurboKVCache.update_and_fetch
     monkeypatch.setattr(
@@ -442,8 +416,8 @@ def test_batch_generate_far_past_the_windows_writes_what_each_prompt_gets_alone(
 
 
 @fast
-def test_windows_that_keep_their_first_tokens_are_batched(backend, demo):  # noqa: F811
-    """max_kv_size: mlx-lm's batch would forget the first tokens."""
+def test_windows_that_keep_their_first_tokens_are_batched(backend, demo):
+    """max_kv_size: mlx-lm's batch would evict the first tokens."""
     model, tokenizer = demo
     texts = [
         "Once upon a time, there was a little girl named Lily. She loved to play in the park.",
@@ -456,7 +430,7 @@ def test_windows_that_keep_their_first_tokens_are_batched(backend, demo):  # noq
     got = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=60, prompt_caches=made[0])
     for prompt, cache, text in zip(prompts, made[1], got.texts):
         assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=60, prompt_cache=cache) == text.lstrip()
-        assert cache[0].keep == 4 and cache[0].n_forgotten > 0
+        assert cache[0].keep == 4 and cache[0].n_evicted > 0
 
 
 @fast
@@ -477,4 +451,4 @@ def test_a_batch_of_windows_is_saved_loaded_and_described(backend, tmp_path):
         assert describe(loaded) == "6 of 6 layers compressed (4 of them windows of 16 tokens)"
     report = loaded[0].report()
     assert (report["tokens"], report["packed"], report["recent"]) == (26, 16, 10)
-    assert loaded[0]._n_forgotten[0] > 0 and report["window"] == 16
+    assert loaded[0]._n_evicted[0] > 0 and report["window"] == 16

@@ -6,7 +6,12 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
-from cache_tools import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
+from mlx_lm.models.cache import KVCache
+from support.arrays import to_numpy
+from support.caches import (
     DTYPES,
     FAST_BACKENDS,
     WAYS,
@@ -17,55 +22,23 @@ from cache_tools import (
     held_nbytes,
     random_tokens,
     restore,
-    rule,
     same,
     snapshot,
     stored,
     vectors,
 )
-from conftest import to_numpy
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, run_state_machine_as_test
-from mlx_lm.models.cache import KVCache
+from support.machines import CacheMachine
+from support.strategies import CHUNKS, CONFIGS, SHAPES, quick
 
 from mlx_turbo import Scheme, TurboConfig, TurboKVCache
 from mlx_turbo.backends import select
 from mlx_turbo.backends.mlx_ops import CpuBackend
 from mlx_turbo.backends.self_test import compare_quantized, compare_vectors
-from mlx_turbo.cache.state import _HEADER, FORMAT_VERSION
+from mlx_turbo.cache.state import FORMAT_VERSION, HEADER_NAMES
 from mlx_turbo.quant.reference import dequantize, quantize
 from mlx_turbo.quant.scheme import SCALES
 
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
-# the backend is set for the whole test, not per example: that is what we want. Deterministic: CI must not flicker.
-quick = settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
-BITS = st.sampled_from([0, 2, 3, 4, 8])
-SCHEMES = st.builds(Scheme, BITS, BITS)
-CONFIGS = st.builds(
-    TurboConfig,
-    SCHEMES,
-    sink=st.integers(0, 5),
-    recent=st.integers(0, 6),
-    block=st.integers(1, 6),
-    seed=st.integers(0, 2),
-)
-CHUNKS = st.lists(st.one_of(st.just(1), st.integers(0, 9), st.integers(12, 30)), min_size=1, max_size=8)
-SHAPES = st.fixed_dictionaries(
-    dict(
-        batch=st.integers(1, 2),
-        heads=st.integers(1, 2),
-        key_dim=st.sampled_from([32, 64, 80]),
-        value_dim=st.sampled_from([32, 96]),
-        dtype=st.sampled_from(list(DTYPES.values())),
-    )
-)
 
 
 def split(keys, values, sizes):
@@ -167,56 +140,6 @@ def test_stored_codes_do_not_depend_on_how_the_prompt_was_cut(backend, config, s
         for name in ("codes", "scale"):
             if both and a[name] is not None:
                 np.testing.assert_array_equal(a[name][:, :, :both], b[name][:, :, :both])
-
-
-class CacheMachine(RuleBasedStateMachine):
-    """Everything mlx-lm does to a cache, in any order."""
-
-    @initialize(config=CONFIGS, shape=SHAPES)
-    def start(self, config, shape):
-        self.model, self.shape, self.rng = ListModel(TurboKVCache(config)), shape, np.random.default_rng(0)
-        self.others = []  # (cache, its snapshot): copies must never notice what happens to the original
-
-    def _replace(self, cache):
-        self.others = [*self.others[-2:], (self.model.cache, snapshot(self.model.cache))]
-        self.model.cache = cache
-        self.model.check()
-
-    @rule(n=st.one_of(st.just(1), st.integers(1, 20)))
-    def append(self, n):
-        self.model.append(*random_tokens(self.rng, n, **self.shape))
-
-    @precondition(lambda self: self.model.offset)
-    @rule()
-    def append_nothing(self):
-        self.model.append(*random_tokens(self.rng, 0, **self.shape))
-
-    @rule(n=st.one_of(st.integers(0, 4), st.integers(0, 60)))
-    def trim(self, n):
-        self.model.trim(n)
-
-    @rule(way=st.sampled_from(WAYS))
-    def go_on_with_a_copy(self, way):
-        self._replace(copied(self.model.cache, way))
-
-    @precondition(lambda self: self.shape["batch"] == 1)
-    @rule(n=st.integers(1, 30), first=st.booleans())
-    def go_on_from_a_batch(self, n, first):
-        """Merged with another, extracted again."""
-        other = TurboKVCache(self.model.config)
-        other.update_and_fetch(*random_tokens(self.rng, n, **self.shape))
-        caches = [self.model.cache, other] if first else [other, self.model.cache]
-        self._replace(TurboKVCache.merge(caches).extract(0 if first else 1))
-
-    @rule()
-    def look_at_an_earlier_copy(self):
-        if self.others:
-            cache, before = self.others[-1]
-            assert same(snapshot(cache), before)
-
-    def teardown(self):
-        for cache, before in getattr(self, "others", []):
-            assert same(snapshot(cache), before)
 
 
 @fast
@@ -349,7 +272,7 @@ def test_where_a_side_is_rounded_whole_numbers_are_refused(backend, scheme):
         cache.update_and_fetch(*[mx.zeros((1, 1, 5, 32), mx.int32)] * 2)
     assert cache.empty() and cache.keys is None
     state = filled(9, scheme).state  # nor are they in a state
-    state[0] = state[0] + mx.array([4 * (n == "key_dtype") for n in _HEADER], mx.int32)
+    state[0] = state[0] + mx.array([4 * (n == "key_dtype") for n in HEADER_NAMES], mx.int32)
     with pytest.raises(ValueError, match="dtype number 6, there are 3 for "):
         TurboKVCache.from_state(state)
 
@@ -729,7 +652,7 @@ def test_the_largest_and_smallest_numbers_survive(backend, dtype):
 
 def change(name, by):
     """Adds to a number of the header."""
-    return lambda s: [s[0] + mx.array([by * (n == name) for n in _HEADER], mx.int32), *s[1:]]
+    return lambda s: [s[0] + mx.array([by * (n == name) for n in HEADER_NAMES], mx.int32), *s[1:]]
 
 
 BAD_STATES = {

@@ -6,11 +6,12 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS, ListModel, header, random_tokens, same, stored
-from conftest import to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cache import CHUNKS, CONFIGS, SHAPES, quick
+from support.arrays import to_numpy
+from support.caches import FAST_BACKENDS, ListModel, header, random_tokens, same, stored
+from support.keys import biased_keys
+from support.strategies import CHUNKS, CONFIGS, SHAPES, quick
 
 from mlx_turbo import TurboConfig, TurboKVCache, make_prompt_cache
 from mlx_turbo.cache import centering
@@ -19,29 +20,6 @@ from mlx_turbo.integration import attention
 from mlx_turbo.quant import reference, rotation
 
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
-ROPE_BASE = 1e6
-
-
-@pytest.fixture
-def short_segments(monkeypatch):
-    """Segments of 8 tokens, so that few tokens meet several. The attention kernel does not run with these."""
-    monkeypatch.setattr(centering, "SEGMENT", 8)
-    monkeypatch.setattr(centering, "FEWEST", 4)
-
-
-def rope(x, base=ROPE_BASE):
-    """x [..., n, D] turned by its position, halves paired as in mlx-lm's models."""
-    n, D = x.shape[-2:]
-    angle = np.arange(n)[:, None] * base ** (-np.arange(D // 2) / (D // 2))
-    a, b = x[..., : D // 2], x[..., D // 2 :]
-    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], -1)
-
-
-def biased_keys(rng, n, D, norm, pairs, heads=1):
-    """Keys of norm about 22 as in Qwen2.5 that carry, before RoPE, a bias of `norm` in the given RoPE pairs."""
-    signal, bias = rng.standard_normal((1, heads, n, D)) * 22 / np.sqrt(D), np.zeros(D)
-    bias[[*pairs, *(p + D // 2 for p in pairs)]] = rng.standard_normal(2 * len(pairs))
-    return rope(signal + norm * bias / np.linalg.norm(bias))
 
 
 def centred(cache):
@@ -131,7 +109,7 @@ def test_attention_over_a_centred_cache_is_that_over_its_restored_tokens(backend
 @fast
 @quick
 @given(sizes=CHUNKS, shape=SHAPES, seed=st.integers(0, 99))
-def test_tokens_without_a_mean_are_stored_as_without_centring(backend, sizes, shape, seed):
+def test_tokens_without_a_mean_are_stored_as_without_centering(backend, sizes, shape, seed):
     states = []
     for centre in (True, False):
         rng, cache = np.random.default_rng(seed), TurboKVCache("turbo4", recent=4, block=4, sink=2, centre=centre)
@@ -276,7 +254,7 @@ def test_means_count_in_the_report(backend):
 
 
 @fast
-def test_centring_leaves_a_healthy_model_alone(backend):
+def test_centering_leaves_a_healthy_model_alone(backend):
     """The embedded model normalises its keys: no head's means carry half of the energy, whatever the windows."""
     model, tokenizer = common.load_model(mlx_lm.load, common.DEMO_MODEL, "--model")
     model.set_dtype(mx.float32)

@@ -1,14 +1,11 @@
-"""The long run of the state machines that do to a cache, in any order, what mlx-lm does to it; its steps are counted."""
+"""The long run of the state machines that do to a cache, in any order, what mlx-lm does to it; its steps count."""
 
 import pytest
-from cache_tools import FAST_BACKENDS, STEPS
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
-from test_batch import BatchMachine
-from test_batch_rotating import WindowsMachine
-from test_cache import CacheMachine, quick
-from test_centering import short_segments  # noqa: F401
-from test_rotating import WindowMachine
+from support.caches import FAST_BACKENDS, STEPS
+from support.machines import BatchMachine, CacheMachine, WindowMachine, WindowsMachine
+from support.strategies import quick
 
 EXAMPLES = {CacheMachine: 110, WindowMachine: 55, BatchMachine: 55, WindowsMachine: 55}  # of at most 50 steps
 MERGES = "go_on_from_a_batch", "merge_what_is_extracted", "extend"
@@ -16,7 +13,7 @@ MERGES = "go_on_from_a_batch", "merge_what_is_extracted", "extend"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
-def test_ten_thousand_steps_leave_every_cache_as_lists_of_tokens(backend, door, short_segments):  # noqa: F811
+def test_ten_thousand_steps_leave_every_cache_as_lists_of_tokens(backend, door, short_segments):
     STEPS.clear()
     for machine, examples in EXAMPLES.items():
         run_state_machine_as_test(machine, settings=settings(quick, max_examples=examples, stateful_step_count=50))

@@ -8,14 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import numpy as np
 import pytest
-from attend_cases import check_spoiled, make_case
-from cache_tools import FAST_BACKENDS, WAYS, copied, random_tokens, same
-from conftest import BACKENDS, to_numpy
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from no_kernels import DoesNotBuild
-from server_tools import STORIES, Reference, Server, save_model
-from test_auto_bits import queries_for, turning
+from support.arrays import to_numpy
+from support.attend_cases import check_spoiled, make_case
+from support.backends import BACKENDS
+from support.caches import FAST_BACKENDS, WAYS, copied, random_tokens, same
+from support.keys import queries_for, turning
+from support.no_kernels import DoesNotBuild
+from support.servers import STORIES, Reference, Server, save_model
 from transformers import AutoTokenizer
 
 from mlx_turbo import (
@@ -105,7 +106,7 @@ class Twins:
             expected = [int(want and i == side and b == row) for b in range(len(self.held))]
             assert bad[name] == expected or abs(value) < np.inf and bad[name] == [0] * len(self.held)
 
-    def forget(self, n):
+    def trim(self, n):
         for cache in self.caches:
             cache.trim(n)
         self.held = [max(held - n, 0) for held in self.held]
@@ -153,7 +154,7 @@ def faults(draw, schemes):
 
 
 def check_fault(kind, scheme, centre, bias, steps, fault):
-    n_rows, (row, _, token, _, value) = len(steps[0]), fault
+    n_rows, (row, _, token, _, _) = len(steps[0]), fault
     twins = Twins(lambda: MAKE[kind](config_of(scheme, centre), n_rows), n_rows, fault, bias)
     for lengths in steps:
         twins.step(lengths)
@@ -163,7 +164,7 @@ def check_fault(kind, scheme, centre, bias, steps, fault):
     if "window" not in kind and twins.held[row] - token < min(twins.held):  # the bad token goes, and all is well
         after = Twins.__new__(Twins)
         vars(after).update(vars(twins), caches=copy.deepcopy(twins.caches))
-        after.forget(twins.held[row] - token)
+        after.trim(twins.held[row] - token)
         after.fault = (row, fault[1], NEVER, fault[3], np.nan)
         for n in (1, 3, 1, 20, 1):
             after.step([n] * n_rows)
@@ -220,21 +221,21 @@ def test_attention_without_a_kernel_reads_over_what_a_query_does_not_see(monkeyp
 
 @fast
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_dead_token_that_is_not_finite_is_nothing_to_a_window_with_an_additive_mask(backend, side):
+def test_an_evicted_token_that_is_not_finite_is_nothing_to_a_window_with_an_additive_mask(backend, side):
     """Those of a segment that also has live ones are in the buffers, and masked."""
     rng, cache = np.random.default_rng(0), RotatingTurboKVCache(200, 0, "turbo4", recent=16, block=16)
     tokens = random_tokens(rng, 300, bias=30)
     tokens[side][0, :, 110] = float("nan")
     cache.update_and_fetch(*tokens)
     keys, values = cache.update_and_fetch(*random_tokens(rng, 1, bias=30))
-    assert keys.view.dead > 0 and sum(cache.report()["not_finite"].values(), []) == [side == 0, side == 1]
+    assert keys.view.n_evicted > 0 and sum(cache.report()["not_finite"].values(), []) == [side == 0, side == 1]
     for bad in (True, False):
         mask = mx.zeros((1, keys.shape[2]), mx.float16)
         out = attention.attend(mx.zeros((1, 2, 1, 32)), keys.view, scale=1.0, mask=mask)
         assert mx.isnan(out).all().item() == bad
         for _ in range(20):
             keys, values = cache.update_and_fetch(*random_tokens(rng, 1, bias=30))
-    assert keys.view.dead > 0
+    assert keys.view.n_evicted > 0
 
 
 # ---- what rows share ------------------------------------------------------------------------------------------------

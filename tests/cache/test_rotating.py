@@ -2,32 +2,30 @@
 
 import copy
 
-import families
 import mlx.core as mx
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import (
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from support import families
+from support.arrays import to_numpy
+from support.backends import BACKENDS
+from support.caches import (
     FAST_BACKENDS,
-    WAYS,
-    ListModel,
-    copied,
     held_nbytes,
     random_tokens,
-    rule,
     same,
     snapshot,
     stored,
     vectors,
 )
-from conftest import BACKENDS, to_numpy
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, run_state_machine_as_test
+from support.machines import WindowMachine
 
-from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache, make_prompt_cache
+from mlx_turbo import RotatingTurboKVCache, TurboConfig, TurboKVCache, make_prompt_cache
 from mlx_turbo.cache import centering
 from mlx_turbo.integration import attention
+from mlx_turbo.integration.conversion import compress_window
 
 SMALL = dict(recent=4, block=4)
 # a chunk, single tokens, chunks longer than the windows below, and decode far past them
@@ -37,7 +35,7 @@ KERNELS = pytest.mark.parametrize("backend", [n for n in BACKENDS if n != "oracl
 
 
 @pytest.fixture(autouse=True)
-def centring_is_decided_early(monkeypatch):
+def centering_is_decided_early(monkeypatch):
     """Short prompts with a bias are to have means."""
     monkeypatch.setattr(centering, "FEWEST", 4)
 
@@ -103,71 +101,8 @@ def test_the_tokens_are_the_kept_and_the_newest_in_order(backend, max_size, keep
             assert mx.array_equal(got, x)
 
 
-class WindowMachine(RuleBasedStateMachine):
-    """Everything mlx-lm does to a window, in any order: beside it a list of all tokens and a TurboKVCache that forgets
-    none."""
-
-    @initialize(
-        window=st.integers(1, 40),
-        keep=st.integers(0, 3),
-        recent=st.integers(0, 6),
-        block=st.integers(1, 6),
-        bits=st.sampled_from([(0, 0), (4, 4), (3, 8), (0, 2)]),
-        centre=st.booleans(),
-        bias=st.sampled_from([0, 20]),
-    )
-    def start(self, window, keep, recent, block, bits, centre, bias):
-        config, self.bias = TurboConfig(Scheme(*bits), keep, recent, block, centre=centre), bias
-        self.cache, self.all = RotatingTurboKVCache(window + keep, keep, config), ListModel(TurboKVCache(config))
-        self.rng = np.random.default_rng(0)
-
-    @rule(n=st.one_of(st.just(1), st.integers(1, 9), st.integers(10, 60)), times=st.integers(1, 3))
-    def append(self, n, times):
-        for _ in range(times):
-            tokens, cache, before = random_tokens(self.rng, n, bias=self.bias), self.cache, self.cache.offset
-            mask = cache.make_mask(n, return_array=True)
-            fetched, everything = cache.update_and_fetch(*tokens), self.all.append(*tokens)
-            n_seen = min(before + 1, cache.max_size) if n == 1 else min(before, cache.max_size - 1) + n
-            assert cache.offset == before + n and (mask is None or mask.shape[-1] == n_seen)
-            self.are_newest(fetched, everything, n_seen)
-
-    def are_newest(self, fetched, everything, n_seen):
-        for got, x in zip(fetched, everything):
-            n_kept = min(self.cache.keep, n_seen)
-            newest = x[:, :, x.shape[2] - (n_seen - n_kept) :]
-            assert mx.array_equal(got, mx.concatenate([x[:, :, :n_kept], newest], axis=2))
-
-    @invariant()
-    def what_it_holds_is_the_newest(self):
-        cache = self.cache
-        assert cache.offset == self.all.offset and cache.size() == min(cache.offset, cache.max_size)
-        assert cache.nbytes == held_nbytes(cache)
-        if cache.offset:
-            held = cache.keys_and_values()
-            assert held[0].shape[2] >= cache.size()
-            self.are_newest(held, self.all.cache.keys_and_values(), held[0].shape[2])
-
-    @rule(n=st.integers(0, 20))
-    def trim(self, n):
-        if self.cache.is_trimmable():
-            want = min(n, self.cache.offset)
-            self.all.trim(n)
-            assert self.cache.trim(n) == want
-
-    @rule(way=st.sampled_from(WAYS))
-    def go_on_with_a_copy(self, way):
-        self.cache = copied(self.cache, way)
-
-    @rule(n=st.integers(1, 60))
-    def go_on_from_a_batch(self, n):
-        """Merged with another, extracted again."""
-        other = RotatingTurboKVCache(self.cache.max_size, self.cache.keep, self.cache.config)
-        other.update_and_fetch(*random_tokens(self.rng, n))
-        self.cache = self.cache.merge([other, self.cache]).extract(1)
-
-
 @FAST
-def test_any_history_gives_the_newest_tokens_of_a_cache_that_forgets_nothing(backend):
+def test_any_history_gives_the_newest_tokens_of_a_cache_that_evicts_nothing(backend):
     run_state_machine_as_test(
         WindowMachine, settings=settings(max_examples=30, stateful_step_count=15, deadline=None, derandomize=True)
     )
@@ -186,17 +121,17 @@ def test_a_mask_for_less_than_the_window_is_mlx_lm_s_in_the_order_of_the_tokens(
 @pytest.mark.parametrize(
     "scheme, bias", [("turbo4", 5), ("turbo3", 5), ("turbo8v4", 5), ("turbo4", 0), ("turbo0v3", 0)]
 )
-def test_dead_tokens_are_not_seen_whatever_the_mask(backend, scheme, bias):
-    """Keys with means are cut by segments of 128, and what is dead of the first one is masked."""
-    cache, n_dead, worst = RotatingTurboKVCache(40, 2, scheme, **SMALL), set(), 0
+def test_evicted_tokens_are_not_seen_whatever_the_mask(backend, scheme, bias):
+    """Keys with means are cut by segments of 128, and what is evicted of the first one is masked."""
+    cache, n_evicted, worst = RotatingTurboKVCache(40, 2, scheme, **SMALL), set(), 0
     for tokens, queries in steps([60, 1, 1, 9, 3, *[1] * 12, 70, 2], bias=bias):
         n, mask = queries.shape[2], cache.make_mask(queries.shape[2])
         keys, values = cache.update_and_fetch(*tokens)
         if type(keys).__name__ != "LazyKV":
             continue
-        n_dead.add(keys.view.dead)
+        n_evicted.add(keys.view.n_evicted)
         n_tokens = keys.shape[2]
-        assert keys.view.counts[1] - keys.view.dead + keys.view.counts[0] + keys.view.counts[2] == n_tokens
+        assert keys.view.counts[1] - keys.view.n_evicted + keys.view.counts[0] + keys.view.counts[2] == n_tokens
         exact = mx.array(keys), mx.array(values)
         causal = mx.arange(n_tokens) <= mx.arange(n_tokens - n, n_tokens)[:, None]
         additive = mx.where(causal, mx.random.normal((1, 1, n, n_tokens), key=mx.random.key(1)), -1e9)
@@ -204,7 +139,7 @@ def test_dead_tokens_are_not_seen_whatever_the_mask(backend, scheme, bias):
             got = attention.attend(queries, keys.view, scale=0.2, mask=m)
             want = mx.fast.scaled_dot_product_attention(queries, *exact, scale=0.2, mask=m)
             worst = max(worst, error(got, want))
-    assert (len(n_dead) > 5 and max(n_dead) > 20) == bool(cache.report()["centred"]) == bool(bias)
+    assert (len(n_evicted) > 5 and max(n_evicted) > 20) == bool(cache.report()["centred"]) == bool(bias)
     assert worst < 1e-4
 
 
@@ -234,9 +169,9 @@ def test_models_decode_far_past_their_windows_as_with_mlx_lm_s_cache(backend, na
 def test_memory_is_bounded_and_copies_are_rare(backend, scheme, bias, windows):
     cache, copies, largest = RotatingTurboKVCache(512, 0, scheme), 0, 0
     for tokens, _ in steps([700, *[50] * 10, *[1] * 900], bias=bias):
-        before = cache.n_forgotten
+        before = cache.n_evicted
         cache.update_and_fetch(*tokens)
-        copies += cache.n_forgotten > before
+        copies += cache.n_evicted > before
         if cache.offset > 1200:
             largest = max(largest, cache._sides[0].codes.shape[2])
             assert cache.nbytes == held_nbytes(cache)
@@ -257,7 +192,7 @@ def lm_nbytes(max_size):
 
 # ---- trim, copies, state -----------------------------------------------------------------------------------------
 @FAST
-def test_trim_works_until_tokens_are_forgotten(backend):
+def test_trim_works_until_tokens_are_evicted(backend):
     cache, theirs = RotatingTurboKVCache(30, 3, "turbo0", **SMALL), lm_cache.RotatingKVCache(30, 3)
     for i, (tokens, queries) in enumerate(steps([20, 1, 1, 4, 2, 9, *[1] * 20, 12, 1])):
         got, want = (attend(c, tokens, queries)[1] for c in (cache, theirs))
@@ -333,7 +268,7 @@ def test_the_tokens_of_a_plain_rotating_cache_are_taken_over(backend, keep):
         theirs = lm_cache.RotatingKVCache(24, keep)
         for tokens, _ in steps(lengths):
             theirs.update_and_fetch(*tokens)
-        cache = RotatingTurboKVCache.of(theirs, TurboConfig("turbo0", **SMALL))
+        cache = compress_window(theirs, TurboConfig("turbo0", **SMALL))
         assert (cache.offset, cache.keep, cache.max_size, cache.empty()) == (theirs.offset, keep, 24, theirs.empty())
         for tokens, queries in steps([1, 1, 3, *[1] * 30, 40, 1], seed=1):
             got, want = (attend(c, tokens, queries)[1] for c in (cache, theirs))
@@ -345,7 +280,7 @@ def test_what_auto_observes_of_a_window_taken_over_is_where_its_keys_are(backend
     theirs = lm_cache.RotatingKVCache(60)
     for tokens, _ in steps([100, 1]):
         theirs.update_and_fetch(*tokens)
-    cache = RotatingTurboKVCache.of(theirs, TurboConfig("auto", **SMALL))
+    cache = compress_window(theirs, TurboConfig("auto", **SMALL))
     assert cache.undecided and cache.offset == 101
     for n, positions in (1, [60]), (3, [62, 63]):
         ((tokens, queries),) = steps([n])

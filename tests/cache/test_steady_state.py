@@ -8,12 +8,12 @@ import traceback
 import mlx.core as mx
 import numpy as np
 import pytest
-from cache_tools import random_tokens
-from no_kernels import NoKernels
+from support.caches import random_tokens
+from support.no_kernels import NoKernels
 
 from mlx_turbo import BatchTurboKVCache, RotatingTurboKVCache, TurboConfig, TurboKVCache
 from mlx_turbo.backends import select, tiled_attention
-from mlx_turbo.cache import auto_bits
+from mlx_turbo.cache import auto_bits, packing
 from mlx_turbo.integration import attention
 
 LOOKS = "tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__array__", "__dlpack__", "__repr__"
@@ -174,7 +174,7 @@ def test_a_sequence_waits_once_when_it_first_packs(monkeypatch, stub):
     decode(Layer(TurboKVCache(), bias=30), 140, contextlib.nullcontext())
     layer, waits = Layer(TurboKVCache(), bias=30).prompt(1), Waits(monkeypatch)
     decode(layer, 400, waits)
-    assert len(waits.places) == 1 and "centring.py" in waits.places[0]
+    assert len(waits.places) == 1 and "centering.py" in waits.places[0]
 
 
 def test_rows_that_come_and_go_make_the_others_wait_for_nothing(monkeypatch, stub):
@@ -203,13 +203,13 @@ def test_rows_that_come_and_go_make_the_others_wait_for_nothing(monkeypatch, stu
 )
 def test_looking_at_a_scale_when_it_is_made_would_be_seen(monkeypatch, stub, look):
     """The fault that these tests are for: each block that was packed was looked at."""
-    layer, quantize = LAYERS["turbo4"](), TurboKVCache._quantize
+    layer, quantize = LAYERS["turbo4"](), packing.quantize_tokens
 
-    def looking(self, *args):
-        out = quantize(self, *args)
+    def looking(*args):
+        out = quantize(*args)
         look(mx.isfinite(out[0][1]).reshape(-1))
         return out
 
-    monkeypatch.setattr(TurboKVCache, "_quantize", looking)
+    monkeypatch.setattr(packing, "quantize_tokens", looking)
     decode(layer, 200, waits := Waits(monkeypatch))
     assert len(waits.places) >= 3

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from no_kernels import DoesNotBuild
+from support.no_kernels import DoesNotBuild
 
 import mlx_turbo
 from mlx_turbo.cli import common, main

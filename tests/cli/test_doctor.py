@@ -4,8 +4,8 @@ import io
 import json
 
 import mlx.core as mx
-import pages
 import pytest
+from support import pages
 
 from mlx_turbo import BackendError, use_backend
 from mlx_turbo.backends import attend_launch, metal
@@ -205,7 +205,7 @@ def test_the_page_names_the_models_as_they_are_checked():
 
 
 def test_the_quick_checks_pass_in_the_simulator_and_build_few_libraries(simulated, generated_texts, capsys):
-    assert doctor.main([], backend=metal.MetalBackend(simulated._metal_kernel)) == 0
+    assert doctor.main([], backend=metal.MetalBackend(simulated.metal_kernel)) == 0
     assert len(generated_texts) <= 34  # 32 when this was written; --all: over 300
 
 

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import threading
 
-import families
 import mlx.core as mx
 import mlx_lm
 import mlx_lm.models.cache as lm_cache
 import pytest
 from mlx.utils import tree_flatten
-from test_families import compressed
+from support import families
+from support.families import compressed
 
 from mlx_turbo import TurboConfig, TurboKVCache, use_backend
 from mlx_turbo.cli import plan

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
-import pages
 import pytest
 from mlx_lm.models.cache import CacheList
-from no_kernels import DoesNotBuild
-from server_tools import (
+from support import pages
+from support.no_kernels import DoesNotBuild
+from support.servers import (
     STORIES,
     Conversation,
     Past,

@@ -5,7 +5,9 @@ import functools
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import BACKENDS, to_numpy
+from support.arrays import to_numpy
+from support.backends import BACKENDS
+from support.tolerances import TOLERANCE
 
 from mlx_turbo import TurboKVCache, enable
 from mlx_turbo.backends import select, tiled_attention
@@ -13,7 +15,6 @@ from mlx_turbo.backends.sides import ONE_SEGMENT, CachedSide
 from mlx_turbo.integration import attention
 from mlx_turbo.quant import reference, rotation
 
-TOLERANCE = {mx.float32: 5e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}  # of the output type, relative to the largest
 # (8-bit keys lose some float32 digits where a large offset is taken off a dot product)
 
 

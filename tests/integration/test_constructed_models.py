@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import constructed_models as made
 import mlx.core as mx
 import mlx_lm.models.base as base
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from mlx_lm import load
 from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import dequantize_model
+from support import constructed_models as made
 
 from mlx_turbo import TurboConfig, make_prompt_cache
 from mlx_turbo.integration import attention

@@ -4,37 +4,34 @@ decode, verification of draft tokens, trimming and files. Batches are in test_ba
 import copy
 import functools
 import sys
-import warnings
 from pathlib import Path
 
-import families
 import mlx.core as mx
 import mlx_lm
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS
-from conftest import BACKENDS, to_numpy
+from support import families
+from support.arrays import to_numpy
+from support.backends import BACKENDS
+from support.caches import FAST_BACKENDS
+from support.families import WRITES_EMPTY_ARRAYS, compressed
 
 from mlx_turbo import (
     RotatingTurboKVCache,
-    TurboConfig,
     TurboKVCache,
     describe,
-    make_prompt_cache,
     save_prompt_cache,
     use_backend,
 )
 from mlx_turbo.integration.prompt_cache import flatten_caches
 
 TOKENS = mx.array(np.random.default_rng(0).integers(0, families.VOCABULARY, (1, 340)))
-WINDOW = dict(sink=2, recent=4, block=4)  # so small that each chunk of the prompt is packed, and windows of 16 tokens
 TRIM = 9  # reaches into the packed tokens
 PACKED = ("turbo8", "turbo4", "turbo3", "turbo2")
 OTHERS = ("auto", "turbo8v4", "turbo0v4")  # the default; keys of other bits than values
 NAMES = families.all_names()
 OLD = tuple(map(int, mlx_lm.__version__.split(".")[:2])) < (0, 32)  # it does not have all families, nor the same
-WRITES_EMPTY_ARRAYS = tuple(map(int, mx.__version__.split(".")[:2])) > (0, 30)
 IN_LISTS = (
     "baichuan_m1",
     "deepseek_v32",
@@ -85,16 +82,6 @@ def walk(model, make_cache, n_prompt=24):
         at -= TRIM
         run("trim", 1, 1, 5, 1)
     return phases
-
-
-def compressed(model, config):
-    """Our prompt cache for a model; a warning that nothing is compressed has to be true."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        cache = make_prompt_cache(model, TurboConfig.of(config, **WINDOW))
-    nothing = not any(isinstance(c, TurboKVCache) for c in flatten_caches(cache))
-    assert [str(w.message)[:21] for w in caught] == ["nothing is compressed"] * nothing
-    return cache
 
 
 def error(got, want):

@@ -11,8 +11,9 @@ import mlx.core as mx
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS, filled, random_tokens, same, snapshot, stored
-from conftest import BACKENDS, to_numpy
+from support.arrays import to_numpy
+from support.backends import BACKENDS
+from support.caches import FAST_BACKENDS, filled, random_tokens, same, snapshot, stored
 
 import mlx_turbo
 from mlx_turbo import RotatingTurboKVCache, TurboKVCache, load_prompt_cache, save_prompt_cache, use_backend

@@ -3,15 +3,15 @@
 import copy
 import importlib
 
-import families
 import mlx.core as mx
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS, random_tokens, same
-from conftest import to_numpy
-from test_batch import Walk, merged
-from test_families import WRITES_EMPTY_ARRAYS
+from support import families
+from support.arrays import to_numpy
+from support.caches import FAST_BACKENDS, random_tokens, same
+from support.families import WRITES_EMPTY_ARRAYS
+from support.walk import Walk, merged
 
 from mlx_turbo import (
     TurboConfig,

@@ -1,7 +1,6 @@
 """The door into mlx-lm: the embedded model and small random ones, run by mlx-lm's own functions."""
 
 import copy
-import importlib
 import math
 import warnings
 from pathlib import Path
@@ -11,31 +10,19 @@ import mlx_lm
 import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from cache_tools import FAST_BACKENDS, same
-from conftest import to_numpy
-from mlx.utils import tree_map
 from mlx_lm.generate import generate_step, maybe_quantize_kv_cache, speculative_generate_step
-from mlx_lm.utils import dequantize_model
+from support.arrays import to_numpy
+from support.caches import FAST_BACKENDS, same
+from support.models import DEMO_MODEL, family, gemma3, llama, tokens_of
 
 import mlx_turbo
 from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache
 from mlx_turbo.integration.prompt_cache import describe, disable, enable, make_prompt_cache, reports
 
-DEMO_MODEL = Path(mlx_turbo.__file__).parent / "demo_model"
 STORIES = (DEMO_MODEL / "stories.txt").read_text()
 PROMPT = "Once upon a time, a little girl named Lily found a shiny stone in the garden. She"
 SMALL = TurboConfig("turbo4", sink=4, recent=8, block=8)  # packs early, so that short texts are packed
 pytestmark = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
-
-
-@pytest.fixture(scope="module")
-def demo():
-    """(model, tokenizer) of the embedded model in float32: what MLX's CPU is fastest in."""
-    model, tokenizer = mlx_lm.load(str(DEMO_MODEL))
-    model = dequantize_model(model)
-    model.set_dtype(mx.float32)
-    mx.eval(model.parameters())
-    return model, tokenizer
 
 
 @pytest.fixture
@@ -49,57 +36,6 @@ def model(demo):
 @pytest.fixture
 def tokenizer(demo):
     return demo[1]
-
-
-def family(name, **args):
-    """A small model of an mlx-lm family with random weights."""
-    mx.random.seed(0)
-    module = importlib.import_module(f"mlx_lm.models.{name}")
-    model = module.Model(module.ModelArgs(model_type=name, **args))
-    # RMSNorm weights and the like as they are, matrices large enough for attention to differ from token to token
-    model.update(tree_map(lambda x: mx.random.normal(x.shape) * 0.1 if x.ndim > 1 else x, model.parameters()))
-    mx.eval(model.parameters())
-    return model
-
-
-def llama(head_dim=64, **args):
-    return family(
-        "llama",
-        **{
-            **dict(
-                hidden_size=64,
-                num_hidden_layers=2,
-                intermediate_size=96,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=head_dim,
-                rms_norm_eps=1e-5,
-                vocab_size=100,
-            ),
-            **args,
-        },
-    )
-
-
-def gemma3(**args):
-    return family(
-        "gemma3_text",
-        **{
-            **dict(
-                hidden_size=64,
-                num_hidden_layers=6,
-                intermediate_size=96,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=64,
-                query_pre_attn_scalar=64,
-                vocab_size=100,
-                sliding_window=16,
-                sliding_window_pattern=3,
-            ),
-            **args,
-        },
-    )
 
 
 def lfm2():
@@ -127,10 +63,6 @@ def afm7():
     return family(
         "afm7", vocab_size=100, hidden_dim=128, num_layers=4, num_kv_reuse_layers=2, num_heads=2, num_kv_heads=1
     )
-
-
-def tokens_of(n, vocabulary=100):
-    return mx.array(np.random.default_rng(0).integers(0, vocabulary, (1, n)))
 
 
 def logits_in_chunks(model, tokens, cache, chunk=7):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 from mlx_lm.models import gemma3_text, gpt_oss, llama, qwen2
-from no_kernels import DoesNotBuild
+from support.no_kernels import DoesNotBuild
 
 import mlx_turbo
 from mlx_turbo.backends import metal, select
@@ -50,7 +50,7 @@ class Recorder(MetalBackend):
 
         return call
 
-    def _run_check(self, what, check):
+    def run_check(self, what, check):
         check()  # its launches count, its verdict on zeros does not
 
     def quantize(self, *args, **options):
@@ -221,9 +221,9 @@ def test_a_batch_needs_the_same_kernels(recorder, tokenizer):
 
 def test_warming_leaves_model_and_backend_as_they_were(recorder, tokenizer):
     model = prompt_cache.enable(MODELS["llama"](), "turbo8v4")
-    before = model.make_cache, recorder._one_launch
+    before = model.make_cache, recorder.always_two_launches
     mlx_turbo.warm(model, tokenizer, "auto")
-    assert (model.make_cache, recorder._one_launch) == before
+    assert (model.make_cache, recorder.always_two_launches) == before
     assert mlx_turbo.warm(model, tokenizer, "auto") == 0  # all is there
 
 
@@ -240,7 +240,7 @@ def test_where_nothing_is_to_be_built_nothing_runs(recorder, tokenizer):
 
 def test_a_wrong_kernel_is_named_before_anything_is_said(simulated, door, tokenizer, monkeypatch):
     """Real kernels, in the simulator, one of which is for many tokens only."""
-    backend = MetalBackend(simulated._metal_kernel)
+    backend = MetalBackend(simulated.metal_kernel)
     model = build(llama, num_hidden_layers=1)
     with select.use_backend(backend):
         assert mlx_turbo.warm(model, tokenizer, "turbo4") == backend.n_tested > 3
@@ -248,7 +248,7 @@ def test_a_wrong_kernel_is_named_before_anything_is_said(simulated, door, tokeni
     monkeypatch.setattr(
         metal, "metal_source", lambda name: (source(name)[0], "return;\n" * (name == "merge") + source(name)[1])
     )
-    with select.use_backend(MetalBackend(simulated._metal_kernel)):
+    with select.use_backend(MetalBackend(simulated.metal_kernel)):
         with pytest.raises(BackendError, match="attend.metal"):
             mlx_turbo.warm(model, tokenizer, "turbo4")
 

@@ -2,13 +2,15 @@
 place of one of the Hub. (docs/server.md: test_serve.py, with a server.)"""
 
 import re
+import runpy
 import shlex
 
 import mlx.core as mx
 import mlx_lm
-import pages
 import pytest
+from support import pages
 
+import mlx_turbo
 from mlx_turbo.backends import select
 from mlx_turbo.backends.mlx_ops import CpuBackend
 from mlx_turbo.backends.sides import BackendError
@@ -91,3 +93,10 @@ def test_an_application_can_go_on_without_compression_and_says_so(at_home, capsy
 
 def test_every_page_is_reached_from_the_readme():
     assert {f"docs/{name}" for name in re.findall(r"docs/([\w-]+\.md)", pages.text("README.md"))} == set(PAGES[1:])
+
+
+def test_the_api_page_has_every_public_name_as_its_docstring_says():
+    script = runpy.run_path(str(pages.ROOT / "scripts/api_page.py"))
+    page = pages.text("docs/api.md")
+    assert re.findall(r"^## (\w+)$", page, re.MULTILINE) == sorted(mlx_turbo.__all__)
+    assert page == script["page"](), "python scripts/api_page.py --write"

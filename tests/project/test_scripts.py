@@ -66,7 +66,7 @@ def test_attention_timing_names_the_backend_of_each_figure():
 
 @LINUX
 def test_packing_cost_counts_what_the_ceilings_of_the_kernel_tests_allow():
-    from test_kernels import DEQUANTIZE_CEILING, QUANTIZE_CEILING
+    from support.ceilings import DEQUANTIZE_CEILING, QUANTIZE_CEILING
 
     rows = json.loads(run("packing_cost.py", "--json").stdout)
     assert {(r["head_dim"], r["bits"]) for r in rows} == set(QUANTIZE_CEILING)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HUB_ID = "mlx-community/Qwen3-8B-4bit"  # what the pages name where any model may stand
 
 

@@ -7,10 +7,14 @@ shorter than the tests' texts, and each kind of layer a family has at least once
 
 import importlib
 import pkgutil
+import warnings
 
 import mlx.core as mx
 import mlx_lm.models
 from mlx.utils import tree_map_with_path
+
+from mlx_turbo import TurboConfig, TurboKVCache, make_prompt_cache
+from mlx_turbo.integration.prompt_cache import flatten_caches
 
 VOCABULARY = 96
 YARN = dict(
@@ -489,3 +493,19 @@ def build(name, seed=0):
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+WRITES_EMPTY_ARRAYS = tuple(map(int, mx.__version__.split(".")[:2])) > (0, 30)
+
+
+WINDOW = dict(sink=2, recent=4, block=4)  # so small that each chunk of the prompt is packed, and windows of 16 tokens
+
+
+def compressed(model, config):
+    """Our prompt cache for a model; a warning that nothing is compressed has to be true."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache = make_prompt_cache(model, TurboConfig.of(config, **WINDOW))
+    nothing = not any(isinstance(c, TurboKVCache) for c in flatten_caches(cache))
+    assert [str(w.message)[:21] for w in caught] == ["nothing is compressed"] * nothing
+    return cache

@@ -7,14 +7,14 @@ import tempfile
 
 import mlx.core as mx
 import numpy as np
-from conftest import to_numpy
 from hypothesis import stateful
+from support.arrays import to_numpy
 
 from mlx_turbo import TurboKVCache, load_prompt_cache, save_prompt_cache
 from mlx_turbo.backends import select
 from mlx_turbo.backends.self_test import compare_quantized, compare_vectors
 from mlx_turbo.cache import centering
-from mlx_turbo.cache.state import _HEADER
+from mlx_turbo.cache.state import HEADER_NAMES
 from mlx_turbo.quant import reference, rotation
 
 FAST_BACKENDS = ["cpu"] if select.metal_unavailable() else ["metal"]  # for tests with many small launches
@@ -65,7 +65,7 @@ def random_tokens(rng, n, *, batch=1, heads=2, key_dim=32, value_dim=32, dtype=m
 
 def header(cache):
     """The header of a cache's state as a dict."""
-    return dict(zip(_HEADER, cache.state[0].tolist()))
+    return dict(zip(HEADER_NAMES, cache.state[0].tolist()))
 
 
 def stored(cache):

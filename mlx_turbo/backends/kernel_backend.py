@@ -1,0 +1,472 @@
+"""A backend of GPU kernels: builds and checks each one once, plans its launches, and launches it.
+
+metal.py says how Metal's are reached; another kind of GPU is another callable (`KernelBackend`). Each combination of
+template values is a library of its own. Before one is used for real it is built and compared with the NumPy reference
+on a few vectors, once per process; a kernel that does not build or disagrees raises `BackendError`. Nothing here ever
+falls back to another backend.
+"""
+
+import contextlib
+import functools
+import math
+from typing import Any, Callable, Hashable, Iterator, Mapping, Optional, Sequence, Union
+
+import mlx.core as mx
+import numpy as np
+
+from ..quant import rotation
+from ..quant.scheme import SCALES, words_per_row
+from . import self_test
+from .attend_launch import (
+    MERGE_SIMDGROUPS,
+    SEGMENT_STEP,
+    AttendPlan,
+    AttendTuning,
+    attend_unsupported,
+    plan_attend,
+    rotates_in_kernel,
+    vectors_per_simdgroup,
+)
+from .device import device_name
+from .rotate import diagonals, rotate, unrotate
+from .self_test import AttendKernel, AttendSide, VectorsKernel
+from .sides import BackendError, CachedSide, PackedSide, QuantizeSide, WrongResultError
+from .sources import metal_source
+
+Counts = tuple[int, int, int]  # sink, packed and recent tokens
+Mask = Union[None, str, mx.array]
+Template = list[tuple[str, Any]]
+
+LOG2_E = float(np.log2(np.e))
+SIMDGROUPS_PER_THREADGROUP = 8  # of quantize.metal and dequantize.metal
+DIMS = 16  # numbers of `dims` before the diagonals
+QUANTIZE_ARGUMENTS = (
+    ["x0", "x1", "shift0", "shift1", "diag0", "diag1"],
+    ["codes0", "codes1", "scale0", "scale1"],
+)
+DEQUANTIZE_ARGUMENTS = (
+    ["codes0", "codes1", "scale0", "scale1", "mean0", "mean1", "diag0", "diag1", "span"],
+    ["x0", "x1"],
+)
+ATTEND_ARGUMENTS = (
+    ["queries"]
+    + [f"{side}_{part}" for side in "kv" for part in ("sink", "codes", "scale", "recent")]
+    + ["k_means", "v_means", "mask", "sinks", "dims"],
+    ["acc"],
+)
+MERGE_ARGUMENTS = ["acc", "means", "sinks", "dims"], ["out"]
+
+
+class KernelBackend:
+    """Quantize, restore and attend by the kernels in metal/.
+
+    metal_kernel: builds a kernel, with the arguments of mx.fast.metal_kernel; what it returns launches it.
+    name: of the backend, as in `use_backend(name)`. title: the same for people, in messages: "Metal".
+    is_real: whether the kernels run on a GPU, not in a simulator.
+    tuned: {(key bits, value bits, key dim, value dim): AttendTuning} instead of `tuning`, as tuning.load returns it.
+    """
+
+    tiles_ahead = 1  # of tiled_attention
+
+    def __init__(
+        self,
+        metal_kernel: Callable[..., Callable[..., list[mx.array]]],
+        name: str,
+        title: str,
+        *,
+        is_real: bool = True,
+        tuned: Optional[Mapping[tuple[int, int, int, int], AttendTuning]] = None,
+    ):
+        self.metal_kernel, self.name, self.title, self.is_real = metal_kernel, name, title, is_real
+        self.tuning = AttendTuning()
+        self.tuned = dict(tuned or {})
+        self._kernels: dict[str, Callable[..., list[mx.array]]] = {}
+        self._tested: set[Hashable] = set()
+        self.always_two_launches = False
+
+    def describe(self) -> str:
+        """What runs, for people: the backend and the chip."""
+        return f"{self.name} ({device_name()})"
+
+    def tuning_of(self, keys: CachedSide, values: CachedSide) -> AttendTuning:
+        """The tuning for two sides: what `bench kernels --tune` found for this chip, else the default."""
+        if not self.tuned:
+            return self.tuning
+        return self.tuned.get((keys.bits, values.bits, keys.head_dim, values.head_dim), self.tuning)
+
+    # ---- what a backend does -----------------------------------------------------------------------------------
+    def quantize(
+        self, sides: Sequence[QuantizeSide], seed: int = 0, scale: str = SCALES[0]
+    ) -> list[tuple[mx.array, mx.array]]:
+        """Quantize one or two `QuantizeSide` of equal [B, H, L] in one launch. scale: its rule, as reference.quantize.
+
+        Returns per side (codes uint32 [B, H, L, words], scale float16 [B, H, L, 1]).
+        """
+        prepared = []
+        for side in sides:
+            in_kernel = rotates_in_kernel(side.x.shape[-1])
+            if not in_kernel:
+                x = side.x.astype(mx.float32)
+                side = QuantizeSide(rotate(x if side.mean is None else x - side.mean, seed), side.bits)
+            prepared.append((side, in_kernel))
+        if len({side.x.dtype for side, _ in prepared}) > 1:  # one input rotated beforehand, the other not
+            prepared = [(side._replace(x=side.x.astype(mx.float32)), r) for side, r in prepared]
+        kernels = tuple(VectorsKernel(s.x.shape[-1], s.bits, r, s.mean is not None) for s, r in prepared)
+        self._test_vectors("quantize", kernels, prepared[0][0].x.dtype, scale)
+        return self.launch_quantize(prepared, seed, scale)
+
+    def dequantize(
+        self, sides: Sequence[PackedSide], first: int, length: int, dtype: mx.Dtype, seed: int = 0
+    ) -> list[mx.array]:
+        """Restore tokens first .. first + length - 1 of one or two `PackedSide` in one launch.
+
+        Returns per side x [B, H, length, head_dim] of `dtype`.
+        """
+        in_kernel = [rotates_in_kernel(side.head_dim) for side in sides]
+        out_dtype = dtype if all(in_kernel) else mx.float32
+        prepared = [(s if r else s._replace(mean=None), r) for s, r in zip(sides, in_kernel)]
+        kernels = tuple(VectorsKernel(s.head_dim, s.bits, r, s.mean is not None) for s, r in prepared)
+        self._test_vectors("dequantize", kernels, out_dtype)
+        outs = self.launch_dequantize(prepared, first, length, out_dtype, seed)
+        for i, side in enumerate(sides):
+            if not in_kernel[i]:
+                outs[i] = unrotate(outs[i], seed) if side.mean is None else unrotate(outs[i], seed) + side.mean
+        return [x.astype(dtype) for x in outs]
+
+    def read_rows(self, side: CachedSide, first: int, n: int) -> tuple[mx.array, None, None]:
+        """For `tiled_attention`: n packed rows of a side from token `first` on, scaled but still rotated, float32
+        [B, H, n, head_dim]; no scale and no other order of the dims."""
+        kernels = (VectorsKernel(side.head_dim, side.bits, False, False),)
+        self._test_vectors("dequantize", kernels, mx.float32)
+        return self.launch_dequantize([(side.packed(), False)], first, n, mx.float32, 0)[0], None, None
+
+    def why_not_fused(self, keys: tuple[int, int], values: tuple[int, int], n_query_tokens: int) -> Optional[str]:
+        """Why `attend` does not cover this, or None if it does. keys, values: (bits, head_dim)."""
+        return attend_unsupported(keys[0], values[0], keys[1], values[1], n_query_tokens)
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: CachedSide,
+        values: CachedSide,
+        counts: Counts,
+        *,
+        scale: float,
+        mask: Mask = None,
+        sinks: Optional[mx.array] = None,
+        seed: int = 0,
+    ) -> mx.array:
+        """softmax(scale * q k^T + mask) v over a cache's exact and packed tokens, in at most two launches.
+
+        queries: [B, Hq, L, key_dim], any strides, L <= 16, of the last L tokens.
+        counts: (n_sink, n_packed, n_recent), which is also the order of the tokens.
+        mask: None, "causal", or boolean (True = attend) or additive [.., L, n_tokens], broadcast.
+        sinks: [Hq], a logit per head that takes weight and gives no value.
+
+        Returns [B, Hq, L, value_dim] in the dtype of the queries. A row that attends to nothing gives 0. Raises
+        ValueError for what `why_not_fused` names and for a segment of the keys that is no multiple of 128.
+        """
+        if keys.has_means and (keys.segment < 1 or keys.segment % SEGMENT_STEP):
+            raise ValueError(f"keys.segment: got {keys.segment}, expected a multiple of {SEGMENT_STEP}")
+        plan = self.plan(queries, keys, values, counts)
+        kernel = _attend_kernel(plan, queries.dtype, keys, values)
+        if kernel not in self._tested:
+            tuning = self.tuning_of(keys, values)
+            self.run_check(
+                f"attend.metal with {kernel}", lambda: self_test.check_attend(self.launch_attend, kernel, tuning)
+            )
+            self._tested.add(kernel)
+        return self.launch_attend(plan, kernel, queries, keys, values, counts, scale, mask, sinks, seed)
+
+    def plan(self, queries: mx.array, keys: CachedSide, values: CachedSide, counts: Counts) -> AttendPlan:
+        """How `attend` would launch. Raises ValueError for what `why_not_fused` names."""
+        batch, n_heads, n_query_tokens, _ = queries.shape
+        return plan_attend(
+            self.tuning_of(keys, values),
+            (keys.bits, keys.head_dim),
+            (values.bits, values.head_dim),
+            batch,
+            n_heads,
+            keys.n_kv_heads,
+            n_query_tokens,
+            counts,
+            self.always_two_launches,
+        )
+
+    # ---- launches ----------------------------------------------------------------------------------------------
+    def kernel(self, name: str, inputs: list[str], outputs: list[str]) -> Callable[..., list[mx.array]]:
+        """The kernel of metal/<name>.metal, to be called with what it is launched for."""
+        if name not in self._kernels:
+            header, body = metal_source(name)
+            self._kernels[name] = self.metal_kernel(
+                f"turbo_{name}", inputs, outputs, body, header=header, ensure_row_contiguous=False
+            )
+        return self._kernels[name]
+
+    def launch_quantize(
+        self, prepared: Sequence[tuple[QuantizeSide, bool]], seed: int, scale: str
+    ) -> list[tuple[mx.array, mx.array]]:
+        """`quantize` untested. prepared: sides of one dtype, and whether the kernel rotates them."""
+        n = len(prepared)
+        xs, shifts, diags, code_shapes, scale_shapes = [], [], [], [], []
+        template: Template = [("RULE", SCALES.index(scale))]
+        for i in (0, 1):
+            (x, bits, mean), rotates = prepared[min(i, n - 1)]
+            *batch, head_dim = x.shape
+            diag = diagonals(head_dim, seed)
+            xs.append(x)
+            diags.append(diag)
+            shifts.append(diag if mean is None else mx.contiguous(-diag[0] * mean))
+            template += _vectors_template(i, VectorsKernel(head_dim, bits, rotates, mean is not None))
+            code_shapes.append((*batch, words_per_row(bits, head_dim)) if i < n else (1,))
+            scale_shapes.append((*batch, 1) if i < n else (1,))
+        outs = self.kernel("quantize", *QUANTIZE_ARGUMENTS)(
+            inputs=xs + shifts + diags,
+            template=template,
+            output_shapes=code_shapes + scale_shapes,
+            output_dtypes=[mx.uint32] * 2 + [mx.float16] * 2,
+            **_vectors_grid(math.prod(xs[0].shape[:3]), [x.shape[-1] for x in xs[:n]]),
+        )
+        return [(outs[i], outs[2 + i]) for i in range(n)]
+
+    def launch_dequantize(
+        self, prepared: Sequence[tuple[PackedSide, bool]], first: int, length: int, dtype: mx.Dtype, seed: int
+    ) -> list[mx.array]:
+        """`dequantize` untested. prepared: sides, and whether the kernel turns them back."""
+        n, template = len(prepared), [("T", dtype)]
+        codes, scales, means, diags, shapes = [], [], [], [], []
+        for i in (0, 1):
+            side, rotates = prepared[min(i, n - 1)]
+            diag = diagonals(side.head_dim, seed)
+            codes.append(side.codes)
+            scales.append(side.scale)
+            diags.append(diag)
+            means.append(diag if side.mean is None else side.mean)
+            template += _vectors_template(i, VectorsKernel(side.head_dim, side.bits, rotates, side.mean is not None))
+            shapes.append((*side.codes.shape[:2], length, side.head_dim) if i < n else (1,))
+        outs = self.kernel("dequantize", *DEQUANTIZE_ARGUMENTS)(
+            inputs=codes + scales + means + diags + [mx.array([first, length], mx.int32)],
+            template=template,
+            output_shapes=shapes,
+            output_dtypes=[dtype] * 2,
+            **_vectors_grid(math.prod(shapes[0][:3]), [side.head_dim for side, _ in prepared]),
+        )
+        return list(outs[:n])
+
+    def launch_attend(
+        self,
+        plan: AttendPlan,
+        kernel: AttendKernel,
+        queries: mx.array,
+        keys: CachedSide,
+        values: CachedSide,
+        counts: Counts,
+        scale: float,
+        mask: Mask = None,
+        sinks: Optional[mx.array] = None,
+        seed: int = 0,
+    ) -> mx.array:
+        """`attend` untested, as planned."""
+        batch, n_heads, n_query_tokens, key_dim = queries.shape
+        value_dim, dtype = values.head_dim, queries.dtype
+        flags, mask = _flags_and_mask(mask, sinks, (batch, n_heads, n_query_tokens, sum(counts)))
+        dims = _attend_dims(
+            (*counts, plan.exact_blocks, plan.blocks, plan.row_groups),
+            (flags, n_query_tokens, n_heads, keys.n_kv_heads),
+            scale,
+            (keys.segment, plan.partial_rows, batch),
+            (key_dim, value_dim, seed),
+        )
+        means = [side.means if side.has_means else _nothing(mx.float16) for side in (keys, values)]
+        sinks_or_any = queries if sinks is None else sinks
+        out_shape = batch, n_heads, n_query_tokens, value_dim
+        (acc,) = self.kernel("attend", *ATTEND_ARGUMENTS)(
+            inputs=[
+                queries,
+                *_side_inputs(keys, queries),
+                *_side_inputs(values, queries),
+                *means,
+                _nothing(mx.bool_) if mask is None else mask,
+                sinks_or_any,
+                dims,
+            ],
+            template=_attend_template(kernel),
+            grid=plan.grid,
+            threadgroup=plan.threadgroup,
+            output_shapes=[out_shape if plan.single_launch else (plan.n_partials,)],
+            output_dtypes=[dtype if plan.single_launch else mx.float32],
+        )
+        if plan.single_launch:
+            return acc
+        (out,) = self.kernel("merge", *MERGE_ARGUMENTS)(
+            inputs=[acc, means[1], sinks_or_any, dims],
+            template=_merge_template(kernel, plan.partial_dim),
+            grid=(32, MERGE_SIMDGROUPS, batch * n_heads * n_query_tokens),
+            threadgroup=(32, MERGE_SIMDGROUPS, 1),
+            output_shapes=[out_shape],
+            output_dtypes=[dtype],
+        )
+        return out
+
+    # ---- first use ---------------------------------------------------------------------------------------------
+    def _test_vectors(
+        self,
+        name: str,
+        kernels: tuple[VectorsKernel, ...],
+        dtype: mx.Dtype,
+        *rule: str,
+    ) -> None:
+        """Build and check a specialization of quantize.metal or dequantize.metal once."""
+        key = name, kernels, dtype, *rule
+        if key not in self._tested:
+            what = f"{name}.metal with {' and '.join(map(str, kernels))}" + "".join(f", {x}" for x in (dtype, *rule))
+            check, launch = getattr(self_test, f"check_{name}"), getattr(self, f"launch_{name}")
+            self.run_check(what, lambda: check(launch, kernels, dtype, *rule))
+            self._tested.add(key)
+
+    def run_check(self, what: str, check: Callable[[], Optional[str]]) -> None:
+        """Run the check of `what`. Raises BackendError where it raises, WrongResultError where it finds something."""
+        try:
+            problem = check()
+        except Exception as e:
+            raise BackendError(f"the {self.title} kernel does not build or run: {what} on {device_name()}\n{e}") from e
+        if problem:
+            raise WrongResultError(
+                f"the {self.title} kernel disagrees with the NumPy reference: {what} on {device_name()}: {problem}. "
+                "Nothing was computed on another backend; MLX_TURBO_BACKEND=cpu does that. Please report this."
+            )
+
+    # ---- building beforehand -----------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def two_launches(self) -> Iterator[None]:
+        """Inside this context attention takes two launches for any number of tokens, so that few tokens build
+        what many tokens need (warming.py)."""
+        self.always_two_launches = True
+        try:
+            yield
+        finally:
+            self.always_two_launches = False
+
+    @property
+    def n_tested(self) -> int:
+        """How many specializations have been built and checked so far."""
+        return len(self._tested)
+
+
+# ---- what a launch is given ------------------------------------------------------------------------------------
+def _vectors_template(i: int, kernel: VectorsKernel) -> Template:
+    """Template values of side i of quantize.metal and dequantize.metal."""
+    return [
+        (f"B{i}", kernel.bits),
+        (f"D{i}", kernel.head_dim),
+        (f"ROTATE{i}", kernel.rotates),
+        (f"MEAN{i}", kernel.has_mean),
+    ]
+
+
+def _vectors_grid(n_vectors: int, head_dims: Sequence[int]) -> dict[str, tuple[int, int, int]]:
+    """Threads for n_vectors of each side."""
+    simdgroups = sum(-(-n_vectors // vectors_per_simdgroup(d)) for d in head_dims)
+    return dict(grid=(32, simdgroups, 1), threadgroup=(32, min(simdgroups, SIMDGROUPS_PER_THREADGROUP), 1))
+
+
+def _attend_kernel(plan: AttendPlan, dtype: mx.Dtype, keys: CachedSide, values: CachedSide) -> AttendKernel:
+    """The specialization that a call needs. dtype: of the queries."""
+    key_side, value_side = (AttendSide(s.bits, s.head_dim, s.has_means, s.exact_dtype(dtype)) for s in (keys, values))
+    return AttendKernel(key_side, value_side, plan.shape, plan.single_launch, dtype)
+
+
+@functools.lru_cache(maxsize=None)
+def _attend_template(kernel: AttendKernel) -> Template:
+    keys, values, shape, single_launch, dtype = kernel
+    return [
+        ("T", dtype if single_launch else mx.float32),
+        ("EXACT_KEY", keys.exact_dtype),
+        ("EXACT_VALUE", values.exact_dtype),
+        ("KEY_BITS", keys.bits),
+        ("VALUE_BITS", values.bits),
+        ("KEY_DIM", keys.head_dim),
+        ("VALUE_DIM", values.head_dim),
+        ("KEY_MEANS", keys.has_means),
+        ("VALUE_MEANS", values.has_means),
+        *shape._asdict().items(),
+        ("SINGLE_LAUNCH", single_launch),
+    ]
+
+
+@functools.lru_cache(maxsize=None)
+def _merge_template(kernel: AttendKernel, partial_dim: int) -> Template:
+    keys, values, _, _, dtype = kernel
+    return [
+        ("T", dtype),
+        ("D", values.head_dim),
+        ("BITS", values.bits),
+        ("MEAN", values.has_means),
+        ("OFFSET", DIMS + len(rotation.windows(keys.head_dim)) * keys.head_dim),
+        ("ACC_ROW", partial_dim),
+        ("SIMDGROUPS", MERGE_SIMDGROUPS),
+    ]
+
+
+def _flags_and_mask(
+    mask: Mask, sinks: Optional[mx.array], shape: tuple[int, int, int, int]
+) -> tuple[int, Optional[mx.array]]:
+    """attend.metal's flags (1 causal, 2 a mask, 8 attention sinks), and the mask broadcast to its shape."""
+    flags = 8 * (sinks is not None)
+    if mask is None:
+        return flags, None
+    if isinstance(mask, str):
+        return flags + (shape[2] > 1), None  # one query token sees all
+    if mask.dtype not in (mx.bool_, mx.float16, mx.bfloat16, mx.float32):
+        mask = mask.astype(mx.bool_)
+    return flags + 2, mx.broadcast_to(mask, shape)
+
+
+def _side_inputs(side: CachedSide, queries: mx.array) -> tuple[mx.array, ...]:
+    """sink, codes, scale and recent of a side, with something in the place of what is not there."""
+    sink, codes, scale, recent = side[:4]
+    exact = sink if recent is None else recent
+    if exact is None:
+        exact = queries
+    if codes is None:
+        codes = _nothing(mx.uint32) if side.bits else exact
+    return (
+        exact if sink is None else sink,
+        _eight(codes),
+        _nothing(mx.float16) if scale is None else scale,
+        exact if recent is None else recent,
+    )
+
+
+@functools.lru_cache(maxsize=64)  # the same array for all layers of a step
+def _attend_dims(
+    partition: tuple[int, ...],
+    call: tuple[int, ...],
+    scale: float,
+    sizes: tuple[int, ...],
+    rotations: tuple[int, int, int],
+) -> mx.array:
+    """attend.metal's `dims`: its numbers in their order, and the diagonals of both rotations."""
+    dims = _dims_with_diagonals(*rotations).copy()
+    numbers = [*partition, *call, np.float32(scale * LOG2_E).view(np.int32), *sizes]
+    dims[: len(numbers)] = numbers
+    return mx.array(dims)
+
+
+@functools.lru_cache(maxsize=None)
+def _dims_with_diagonals(key_dim: int, value_dim: int, seed: int) -> np.ndarray:
+    diagonals = [rotation.diagonals(d, seed).astype(np.float32).ravel().view(np.int32) for d in (key_dim, value_dim)]
+    return np.concatenate([np.zeros(DIMS, np.int32), *diagonals])
+
+
+@functools.lru_cache(maxsize=None)
+def _nothing(dtype: mx.Dtype) -> mx.array:
+    """Stands for an array that is not there: never read."""
+    array = mx.zeros((1, 1, 8, 8), dtype)
+    mx.eval(array)
+    return array
+
+
+def _eight(array: mx.array) -> mx.array:
+    """MLX binds arrays of less than 8 elements in another address space; these are small enough to copy."""
+    return array if array.size >= 8 else mx.pad(array, [(0, 0), (0, 0), (0, 8), (0, 0)])

@@ -1,0 +1,81 @@
+"""The backends that the tests run: the oracle in the shape of one, the MLX operations, the kernels simulated and real.
+
+With MLX_TURBO_REQUIRE_METAL=1 a missing GPU is an error."""
+
+import os
+import sys
+
+import metalsim
+import mlx.core as mx
+import numpy as np
+import pytest
+from support.arrays import to_numpy
+
+from mlx_turbo.backends import select
+from mlx_turbo.backends.metal import MetalBackend
+from mlx_turbo.backends.mlx_ops import CpuBackend
+from mlx_turbo.backends.self_test import restored_tokens
+from mlx_turbo.quant import reference
+from mlx_turbo.quant.scheme import SCALES
+
+
+class OracleBackend:
+    """The NumPy reference in the shape of a backend."""
+
+    name = "oracle"
+
+    def describe(self):
+        return "oracle (NumPy, float64)"
+
+    def quantize(self, sides, seed=0, scale=SCALES[0]):
+        outs = []
+        for side in sides:
+            mean = None if side.mean is None else np.array(side.mean)
+            x = to_numpy(side.x).astype(np.float64)
+            finite = np.isfinite(x).all(-1, keepdims=True)
+            with np.errstate(over="ignore"):
+                q = reference.quantize(
+                    np.where(finite, x, 0), side.bits, rotation=seed, mean=mean, scale=scale, scale_dtype=np.float64
+                )
+                scales = np.where(finite, q.scale[..., None], np.nan).astype(np.float16)
+            scales = np.where(np.isfinite(scales), scales, np.float16(np.nan))
+            outs.append((mx.array(q.packed()), mx.array(scales)))
+        return outs
+
+    def dequantize(self, sides, first, length, dtype, seed=0):
+        outs = []
+        for side in sides:
+            codes, scale = (np.array(a[:, :, first : first + length]) for a in (side.codes, side.scale))
+            mean = None if side.mean is None else np.array(side.mean)
+            q = reference.from_packed(codes, scale, side.bits, side.head_dim, rotation=seed, mean=mean)
+            with np.errstate(invalid="ignore"):  # of vectors that are not finite
+                outs.append(mx.array(reference.dequantize(q).astype(np.float32)).astype(dtype))
+        return outs
+
+    def why_not_fused(self, keys, values, n_query_tokens):
+        return None
+
+    def attend(self, queries, keys, values, counts, *, scale, mask=None, sinks=None, seed=0):
+        if mask is not None and not isinstance(mask, str):
+            mask = np.array(mask) if mask.dtype == mx.bool_ else to_numpy(mask)
+        with np.errstate(invalid="ignore"):
+            restored = [restored_tokens(side, counts, seed) for side in (keys, values)]
+            out = reference.attention(
+                to_numpy(queries), *restored, scale=scale, mask=mask, sinks=None if sinks is None else to_numpy(sinks)
+            )
+        return mx.array(out.astype(np.float32)).astype(queries.dtype)
+
+
+SIMULATED = MetalBackend(metalsim.metal_kernel)
+
+SIMULATED.describe = lambda: "simulated metal (metalsim)"
+
+BACKENDS = {"oracle": OracleBackend(), "cpu": CpuBackend()}
+
+if sys.platform != "darwin":  # the simulator's code generation is for Linux; a Mac runs the kernels themselves
+    BACKENDS["simulated"] = SIMULATED
+
+if not select.metal_unavailable():
+    BACKENDS["metal"] = MetalBackend()
+elif os.environ.get("MLX_TURBO_REQUIRE_METAL") == "1":
+    raise pytest.UsageError(f"MLX_TURBO_REQUIRE_METAL=1, but {select.metal_unavailable()}")

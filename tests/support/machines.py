@@ -1,0 +1,224 @@
+"""State machines that do to a cache, in any order, what mlx-lm does to it, against lists of tokens."""
+
+import functools
+
+import mlx.core as mx
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition
+from support.caches import WAYS, ListModel, copied, held_nbytes, random_tokens, rule, same, snapshot
+from support.rows import Rows
+from support.strategies import CONFIGS, SHAPES
+
+from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Everything mlx-lm does to a cache, in any order."""
+
+    @initialize(config=CONFIGS, shape=SHAPES)
+    def start(self, config, shape):
+        self.model, self.shape, self.rng = ListModel(TurboKVCache(config)), shape, np.random.default_rng(0)
+        self.others = []  # (cache, its snapshot): copies must never notice what happens to the original
+
+    def _replace(self, cache):
+        self.others = [*self.others[-2:], (self.model.cache, snapshot(self.model.cache))]
+        self.model.cache = cache
+        self.model.check()
+
+    @rule(n=st.one_of(st.just(1), st.integers(1, 20)))
+    def append(self, n):
+        self.model.append(*random_tokens(self.rng, n, **self.shape))
+
+    @precondition(lambda self: self.model.offset)
+    @rule()
+    def append_nothing(self):
+        self.model.append(*random_tokens(self.rng, 0, **self.shape))
+
+    @rule(n=st.one_of(st.integers(0, 4), st.integers(0, 60)))
+    def trim(self, n):
+        self.model.trim(n)
+
+    @rule(way=st.sampled_from(WAYS))
+    def go_on_with_a_copy(self, way):
+        self._replace(copied(self.model.cache, way))
+
+    @precondition(lambda self: self.shape["batch"] == 1)
+    @rule(n=st.integers(1, 30), first=st.booleans())
+    def go_on_from_a_batch(self, n, first):
+        """Merged with another, extracted again."""
+        other = TurboKVCache(self.model.config)
+        other.update_and_fetch(*random_tokens(self.rng, n, **self.shape))
+        caches = [self.model.cache, other] if first else [other, self.model.cache]
+        self._replace(TurboKVCache.merge(caches).extract(0 if first else 1))
+
+    @rule()
+    def look_at_an_earlier_copy(self):
+        if self.others:
+            cache, before = self.others[-1]
+            assert same(snapshot(cache), before)
+
+    def teardown(self):
+        for cache, before in getattr(self, "others", []):
+            assert same(snapshot(cache), before)
+
+
+class WindowMachine(RuleBasedStateMachine):
+    """Everything mlx-lm does to a window, in any order: beside it a list of all tokens and a TurboKVCache that evicts
+    none."""
+
+    @initialize(
+        window=st.integers(1, 40),
+        keep=st.integers(0, 3),
+        recent=st.integers(0, 6),
+        block=st.integers(1, 6),
+        bits=st.sampled_from([(0, 0), (4, 4), (3, 8), (0, 2)]),
+        centre=st.booleans(),
+        bias=st.sampled_from([0, 20]),
+    )
+    def start(self, window, keep, recent, block, bits, centre, bias):
+        config, self.bias = TurboConfig(Scheme(*bits), keep, recent, block, centre=centre), bias
+        self.cache, self.all = RotatingTurboKVCache(window + keep, keep, config), ListModel(TurboKVCache(config))
+        self.rng = np.random.default_rng(0)
+
+    @rule(n=st.one_of(st.just(1), st.integers(1, 9), st.integers(10, 60)), times=st.integers(1, 3))
+    def append(self, n, times):
+        for _ in range(times):
+            tokens, cache, before = random_tokens(self.rng, n, bias=self.bias), self.cache, self.cache.offset
+            mask = cache.make_mask(n, return_array=True)
+            fetched, everything = cache.update_and_fetch(*tokens), self.all.append(*tokens)
+            n_seen = min(before + 1, cache.max_size) if n == 1 else min(before, cache.max_size - 1) + n
+            assert cache.offset == before + n and (mask is None or mask.shape[-1] == n_seen)
+            self.are_newest(fetched, everything, n_seen)
+
+    def are_newest(self, fetched, everything, n_seen):
+        for got, x in zip(fetched, everything):
+            n_kept = min(self.cache.keep, n_seen)
+            newest = x[:, :, x.shape[2] - (n_seen - n_kept) :]
+            assert mx.array_equal(got, mx.concatenate([x[:, :, :n_kept], newest], axis=2))
+
+    @invariant()
+    def what_it_holds_is_the_newest(self):
+        cache = self.cache
+        assert cache.offset == self.all.offset and cache.size() == min(cache.offset, cache.max_size)
+        assert cache.nbytes == held_nbytes(cache)
+        if cache.offset:
+            held = cache.keys_and_values()
+            assert held[0].shape[2] >= cache.size()
+            self.are_newest(held, self.all.cache.keys_and_values(), held[0].shape[2])
+
+    @rule(n=st.integers(0, 20))
+    def trim(self, n):
+        if self.cache.is_trimmable():
+            want = min(n, self.cache.offset)
+            self.all.trim(n)
+            assert self.cache.trim(n) == want
+
+    @rule(way=st.sampled_from(WAYS))
+    def go_on_with_a_copy(self, way):
+        self.cache = copied(self.cache, way)
+
+    @rule(n=st.integers(1, 60))
+    def go_on_from_a_batch(self, n):
+        """Merged with another, extracted again."""
+        other = RotatingTurboKVCache(self.cache.max_size, self.cache.keep, self.cache.config)
+        other.update_and_fetch(*random_tokens(self.rng, n))
+        self.cache = self.cache.merge([other, self.cache]).extract(1)
+
+
+class BatchMachine(RuleBasedStateMachine):
+    """Everything mlx-lm does to a batch of caches, in any order."""
+
+    @initialize(
+        keys=st.sampled_from([0, 2, 4, 8]),
+        values=st.sampled_from([0, 3, 4]),
+        sink=st.integers(0, 3),
+        recent=st.integers(0, 6),
+        block=st.integers(1, 6),
+        n=st.integers(1, 3),
+        centre=st.booleans(),
+        shape=SHAPES,
+    )
+    def start(self, keys, values, sink, recent, block, n, centre, shape):
+        self.make = TurboConfig(f"turbo{keys}v{values}", sink, recent, block, centre=centre)
+        self.begin(n, shape)
+
+    def begin(self, n, shape):
+        self.shape = {name: x for name, x in shape.items() if name != "batch"}
+        self.rows, self.n_made = Rows(self.make, n, **self.shape), 0
+
+    @rule(n=st.integers(1, 5))
+    def decode(self, n):
+        for _ in range(n):
+            self.rows.update([1] * len(self.rows.alone))
+
+    @rule(data=st.data())
+    def prompt(self, data):
+        B = len(self.rows.alone)
+        lengths = data.draw(st.lists(st.integers(0, 24), min_size=B, max_size=B).filter(any))
+        self.rows.update(lengths, cut=data.draw(st.integers(0, max(lengths))))
+
+    @precondition(lambda self: len(self.rows.alone) < 5)
+    @rule(data=st.data(), n=st.integers(1, 2), padded=st.booleans())
+    def extend(self, data, n, padded):
+        self.n_made += 1
+        other = Rows(self.make, n, seed=self.n_made, **self.shape)
+        lengths = data.draw(st.lists(st.integers(0, 24), min_size=n, max_size=n))
+        if any(lengths):
+            other.update(lengths, [max(lengths) - k for k in lengths] if padded else None)
+        if data.draw(st.booleans()):
+            other, self.rows = self.rows, other
+        self.rows.extend(other)
+
+    @rule(data=st.data())
+    def filter(self, data):
+        every = st.permutations(range(len(self.rows.alone)))
+        rows = data.draw(every)
+        self.rows.filter(rows[: data.draw(st.integers(1, len(rows)))])
+
+    @rule()
+    def merge_what_is_extracted(self):
+        extracted = [self.rows.batch.extract(b) for b in range(len(self.rows.alone))]
+        self.rows.batch = extracted[0].merge(extracted)
+        self.rows.check()
+
+    @rule(n=st.one_of(st.integers(0, 4), st.integers(0, 40)))
+    def trim(self, n):
+        self.rows.trim(n)
+
+    @rule(way=st.sampled_from(WAYS))
+    def go_on_with_a_copy(self, way):
+        self.rows.batch = copied(self.rows.batch, way)
+        self.rows.check()
+
+
+class WindowsMachine(BatchMachine):
+    """Everything mlx-lm does to a batch of windows, in any order."""
+
+    @initialize(
+        keys=st.sampled_from([0, 2, 4, 8]),
+        values=st.sampled_from([0, 3, 4]),
+        window=st.integers(1, 40),
+        keep=st.integers(0, 3),
+        recent=st.integers(0, 6),
+        block=st.integers(1, 6),
+        n=st.integers(1, 3),
+        centre=st.booleans(),
+        shape=SHAPES,
+    )
+    def start(self, keys, values, window, keep, recent, block, n, centre, shape):
+        config = TurboConfig(f"turbo{keys}v{values}", keep, recent, block, centre=centre)
+        self.make = functools.partial(RotatingTurboKVCache, window + keep, keep, config)
+        self.begin(n, shape)
+
+    @invariant()
+    def buffers_are_bounded(self):
+        batch = self.rows.batch
+        if batch._sides[0].codes is not None:
+            longest_chunk = 24
+            assert batch._sides[0].codes.shape[2] <= batch.room + max(longest_chunk, batch.step) + batch.step
+
+    @precondition(lambda self: self.rows.batch.is_trimmable())
+    @rule(n=st.one_of(st.integers(0, 4), st.integers(0, 40)))
+    def trim(self, n):
+        self.rows.trim(n)
