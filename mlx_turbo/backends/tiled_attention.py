@@ -46,8 +46,8 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
     [B, H, n, S], scale [B, H, n, 1] or None, the bits of `slot_dims` if the S numbers are in that order or None if they
     are the dims). Rows are never un-rotated, and only a tile of them is restored at a time, merged by log-sum-exp
     with what came before: no more memory is taken than 5 * LOGIT_BYTES and 6 times a float32 tile of both sides. That
-    is with ahead = 0, which waits for each tile; with ahead = 1 a tile is computed while the next is prepared, so that a
-    GPU never runs dry, in twice the memory.
+    is with ahead = 0, which waits for each tile; with ahead = 1 a tile is computed while the next is prepared, so that
+    a GPU never runs dry, in twice the memory.
 
     Raises ValueError for values with more than one mean: that would need the weight of every segment.
     """

@@ -27,7 +27,7 @@ from ..backends.self_test import (
     to_float64,
     too_large,
 )
-from ..backends.sides import ONE_SEGMENT, BackendError, QuantizeSide
+from ..backends.sides import ONE_SEGMENT, BackendError, PackedSide, QuantizeSide
 from ..cache.view import KVView
 from ..integration import attention
 from ..quant import reference
@@ -304,13 +304,15 @@ def _run_quantize_check(check: Check, backend: Any) -> tuple[Sequence[str | None
 
 def _run_dequantize_check(check: Check, backend: Any) -> tuple[Sequence[str | None], float]:
     rng, seed = np.random.default_rng(0), len(check.sides) - 1
-    sides, wants, problems, worst = [], [], [], 0.0
-    first = 3  # row of a buffer with spare room, as in a cache
+    sides: list[PackedSide] = []
+    wants: list[np.ndarray] = []
+    problems: list[str | None] = []
+    worst, first = 0.0, 3  # row of a buffer with spare room, as in a cache
     for head_dim, bits, has_mean in check.sides:
         x = _vectors(rng, check.n_tokens + first + 2, head_dim)
-        want = reference.quantize(x, bits, rotation=seed, mean=_mean(rng, head_dim, has_mean))
-        wants.append(reference.dequantize(want)[:, :, first : first + check.n_tokens])
-        sides.append(packed_side(want))
+        rows = reference.quantize(x, bits, rotation=seed, mean=_mean(rng, head_dim, has_mean))
+        wants.append(reference.dequantize(rows)[:, :, first : first + check.n_tokens])
+        sides.append(packed_side(rows))
     outs = backend.dequantize(sides, first, check.n_tokens, check.dtype, seed)
     for got, want in zip(outs, wants, strict=True):
         if got.dtype != check.dtype:

@@ -1,9 +1,9 @@
 """Attention straight from a compressed cache, and the door by which mlx-lm's models reach it.
 
-`update_and_fetch` returns `LazyKV` arrays. The replacement for mlx_lm's scaled_dot_product_attention looks at the arrays
-it is given, never at `cache`: when keys and values are the LazyKV of one cache as it is now, attention runs on the packed
-state; for anything else the original runs. So a model that transforms its keys, passes another layer's, or calls
-attention in its own way stays correct: it reads the lazy arrays and is merely slower.
+`update_and_fetch` returns `LazyKV` arrays. The replacement for mlx_lm's scaled_dot_product_attention looks at the
+arrays it is given, never at `cache`: when keys and values are the LazyKV of one cache as it is now, attention runs on
+the packed state; for anything else the original runs. So a model that transforms its keys, passes another layer's, or
+calls attention in its own way stays correct: it reads the lazy arrays and is merely slower.
 """
 
 import sys

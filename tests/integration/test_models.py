@@ -185,8 +185,8 @@ def test_a_short_rotating_cache_of_max_kv_size_stays_and_a_warning_says_so(backe
     assert [(type(c), c.max_size, c.keep) for c in cache] == 4 * [(lm_cache.RotatingKVCache, 32, 4)]
     assert caught[0].filename == __file__
     assert describe(cache) == (
-        "0 of 4 layers compressed; RotatingKVCache (4) stays uncompressed: its window is so short that most of it would "
-        "stay exact"
+        "0 of 4 layers compressed; RotatingKVCache (4) stays uncompressed: its window is so short that most of it "
+        "would stay exact"
     )
 
 
