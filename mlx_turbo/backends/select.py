@@ -14,7 +14,6 @@ import mlx.core as mx
 
 from ..quant.rotation import check_head_dim
 from ..quant.scheme import SCALES, words_per_row
-from . import tuning
 from .metal import MetalBackend
 from .mlx_ops import CpuBackend
 from .sides import BackendError, PackedSide, QuantizeSide
@@ -57,8 +56,15 @@ def get_backend(choice: Any = None) -> Any:
     if choice == "metal" and metal_unavailable():
         raise BackendError(f"{source}: 'metal' was asked for, but {metal_unavailable()}")
     if choice not in _backends:
-        _backends[choice] = MetalBackend(tuned=tuning.load()) if choice == "metal" else CpuBackend()
+        _backends[choice] = _metal() if choice == "metal" else CpuBackend()
     return _backends[choice]
+
+
+def _metal() -> MetalBackend:
+    """With the tunings saved for this chip."""
+    from . import tuning  # what it imports takes 15 ms, and only Metal needs it
+
+    return MetalBackend(tuned=tuning.load())
 
 
 @contextlib.contextmanager

@@ -34,18 +34,19 @@ def attend_tolerance(key_bits: int, dtype: mx.Dtype) -> float:
 
 
 # ---- random sides, and what they restore to --------------------------------------------------------------------
+# (Types in quotes: importing numpy.random takes 13 ms, which only a first use needs.)
 def to_float64(x: mx.array) -> np.ndarray:
     """An array of any float dtype (NumPy has no bfloat16) as float64."""
     return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
-def random_array(rng: np.random.Generator, shape: Sequence[int], dtype: mx.Dtype = mx.float32) -> mx.array:
+def random_array(rng: "np.random.Generator", shape: Sequence[int], dtype: mx.Dtype = mx.float32) -> mx.array:
     """Numbers from N(0, 1), rounded to `dtype`."""
     return mx.array(rng.standard_normal(tuple(shape)).astype(np.float32)).astype(dtype)
 
 
 def random_cached_side(
-    rng: np.random.Generator,
+    rng: "np.random.Generator",
     shape: tuple[int, int, int],
     counts: tuple[int, int, int],
     bits: int,

@@ -541,7 +541,7 @@ def mlx_group_size(head_dim: int) -> Optional[int]:
 
 
 def affine_values(quantized: Sequence[mx.array], bits: int) -> np.ndarray:
-    """float64 numbers of what mx.quantize returned (words, scales, biases): codes are a stream of bits, lowest first."""
+    """float64 numbers of what mx.quantize returned (words, scales, biases): codes as a stream of bits, lowest first."""
     words = np.array(quantized[0])
     stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
     codes = stream.reshape(*words.shape[:-1], -1, bits) @ (1 << np.arange(bits))

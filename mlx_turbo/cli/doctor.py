@@ -27,7 +27,7 @@ from ..backends.self_test import (
     to_float64,
     too_large,
 )
-from ..backends.sides import ONE_SEGMENT, BackendError, PackedSide, QuantizeSide
+from ..backends.sides import ONE_SEGMENT, BackendError, QuantizeSide
 from ..cache.view import KVView
 from ..integration import attention
 from ..quant import reference
@@ -304,10 +304,9 @@ def _run_quantize_check(check: Check, backend: Any) -> tuple[Sequence[str | None
 
 def _run_dequantize_check(check: Check, backend: Any) -> tuple[Sequence[str | None], float]:
     rng, seed = np.random.default_rng(0), len(check.sides) - 1
-    sides: list[PackedSide] = []
-    wants: list[np.ndarray] = []
+    sides, wants, worst = [], [], 0.0
     problems: list[str | None] = []
-    worst, first = 0.0, 3  # row of a buffer with spare room, as in a cache
+    first = 3  # row of a buffer with spare room, as in a cache
     for head_dim, bits, has_mean in check.sides:
         x = _vectors(rng, check.n_tokens + first + 2, head_dim)
         rows = reference.quantize(x, bits, rotation=seed, mean=_mean(rng, head_dim, has_mean))
@@ -382,6 +381,20 @@ def _say_failures(failures: list[tuple[str, str]], say: Callable[..., None]) -> 
             say(detail)
 
 
+def _verdict(n_failed: int, n_checks: int, n_all: int, with_all: bool, where: str) -> str:
+    if n_failed:
+        return (
+            f"NOT OK: {n_failed} of {max(n_checks, 1)} checks ({n_all} with --all) failed on {where}. Please report "
+            "this with the output above."
+        )
+    if with_all:
+        return f"OK: all {n_checks} checks agree with the reference on {where}"
+    return (
+        f"OK: {n_checks} of {n_all} checks agree with the reference on {where} (what widely used models need; --all "
+        "also runs the rest)"
+    )
+
+
 def _print_json(report: dict[str, Any]) -> None:
     for group in report["groups"].values():
         group["worst"] = group["worst"] if math.isfinite(group["worst"]) else None  # JSON has no infinity
@@ -437,17 +450,7 @@ def main(argv: Sequence[str] | None = None, backend: Any = None) -> int:
                 "failures": [{"check": check, "problem": problem} for check, problem in failures],
             }
         )
-    if failures:
-        say(
-            f"\nNOT OK: {len(failures)} of {max(n_checks, 1)} checks ({n_all} with --all) failed on "
-            f"{description}, {seconds:.1f} s. Please report this with the output above."
-        )
-        return 1
-    how_many = f"all {n_checks}" if args.all else f"{n_checks} of {n_all}"
-    say(
-        f"\nOK: {how_many} checks agree with the reference on {description}, {seconds:.1f} s"
-        + ("" if args.all else " (what widely used models need; --all also runs the rest)")
-    )
-    for warning in warnings:
+    say("\n" + _verdict(len(failures), n_checks, n_all, args.all, f"{description}, {seconds:.1f} s"))
+    for warning in warnings if not failures else ():
         say(f"*** {warning} ***")
-    return 0
+    return 1 if failures else 0

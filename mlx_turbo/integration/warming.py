@@ -1,18 +1,18 @@
-"""Building kernels beforehand, so that no answer waits for a compiler in its middle.
+"""Building kernels beforehand, so that no answer waits for the compiler halfway.
 
-A short conversation is held with the model itself and thrown away: it needs what a real one needs, whatever
-the model does with its masks, sinks and dtypes. What depends on the text (auto's bits, whether keys are
-centred) may turn out otherwise in a real one, so each kind of layer is then tried with random keys of either
-sort.
+A short conversation is held with the model itself and thrown away: it needs what a real one needs, whatever the model
+does with its masks, sinks and dtypes. What depends on the text (auto's bits, whether keys are centered) may turn out
+differently in a real conversation, so each kind of layer is then also tried with random keys of both sorts.
 
-All this happens before the first token, in the thread that generates, not beside it: MLX holds its locks of
-libraries and pipelines while it compiles, so a second thread would stop the first one at its next launch.
+All this happens before the first token, in the thread that generates and not in a second one: MLX holds its locks of
+libraries and pipelines while it compiles, so the first thread would stop at its next launch anyway.
 """
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -27,8 +27,8 @@ from .prompt_cache import flatten_caches, make_prompt_cache
 
 FEW_SINKS = 4
 CHUNK = MAX_QUERY_TOKENS + 1  # tokens of a prompt chunk, which attends to packed ones tile by tile
-MARGIN = 2  # auto's error on another text is at most so many times that on this one, or as much less
-BIASED = 3  # standard deviations: a mean that carries 0.9 of the energy
+MARGIN = 2  # auto's error on another text is taken to be within this factor of that on this one, up or down
+BIASED = 3  # standard deviations; a mean this large carries 0.9 of the energy
 TEXT = """Tom had a small red boat. Every morning he took it down to the river, where the water was slow and
 clear, and let it sail between the stones. One day the wind was strong, and the boat went faster than he could
 run. "Stop!" he cried, but a boat does not listen. It passed the bridge, the mill with its 12 white ducks, and
@@ -37,40 +37,47 @@ the big oak tree. At last it got caught in the grass, far from home. Tom sat dow
 """
 
 
-def warm(model, tokenizer, config="turbo4", *, n_draft_tokens=0, max_kv_size=None):
-    """Build, and check against the reference, the Metal kernels that conversations with `model` will need:
-    packing, restoring, attention of a decode step and of up to n_draft_tokens + 1 tokens, over few tokens and
-    over many.
+def warm(
+    model: Any,
+    tokenizer: Any,
+    config: str | Scheme | TurboConfig = "turbo4",
+    *,
+    n_draft_tokens: int = 0,
+    max_kv_size: int | None = None,
+) -> int:
+    """Build the Metal kernels that conversations with `model` will need, and check them against the reference: packing,
+    restoring, and attention of a decode step and of up to n_draft_tokens + 1 tokens, over few tokens and over many.
 
-    config, max_kv_size: as of `make_prompt_cache`. Costs a prompt of about 70 tokens, with auto of 330, and
-    the compiler's time; nothing on a backend without kernels. Call it in the thread that will generate.
+    config, max_kv_size: as for `make_prompt_cache`. Costs a prompt of about 70 tokens (with auto, 330) and the
+    compiler's time; does nothing on a backend without kernels. Call it in the thread that will generate.
 
-    Returns the number of kernels built. Raises BackendError for one that does not build or computes something
-    wrong, and ValueError for an unknown scheme.
+    Returns the number of kernels built. Raises BackendError if a kernel does not build or computes something wrong, and
+    ValueError for an unknown scheme.
     """
-    backend, config = get_backend(), TurboConfig.of(config)
+    backend = get_backend()
     if backend.name != "metal":
         return 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whoever makes the cache that is used hears them
+        warnings.simplefilter("ignore")  # they are given when the real cache is made
         cache = make_prompt_cache(model, config, max_kv_size)
     ours = [c for c in flatten_caches(cache) if isinstance(c, TurboKVCache) and c.config.scheme != Scheme(0, 0)]
     if not ours:
         return 0
-    before, seen = backend.n_tested, {}
+    before = backend.n_tested
+    seen: dict[int, Any] = {}
     for c in ours:
         sink = c.config.sink if isinstance(c, Window) else min(c.config.sink, FEW_SINKS)
         c.config = _packs_at_once(c.config, sink)
-        c.observe = _remember(c, seen)
+        setattr(c, "observe", _remember(c, seen))
     n_prompt = max(c.packs_beyond for c in ours) + centering.FEWEST
     ids = list(tokenizer.encode(TEXT))
     ids *= -(-n_prompt // len(ids))
     steps = range(1, min(n_draft_tokens + 1, MAX_QUERY_TOKENS) + 1)
 
-    def say(n):
+    def say(n: int) -> mx.array:
         return model(mx.array([ids[:n]]), cache=cache)
 
-    say(1)  # to an empty cache, which observes nothing
+    say(1)  # an empty cache observes nothing
     say(n_prompt)
     mx.eval([c.state for c in cache])
     mx.eval(say(CHUNK))
@@ -79,19 +86,19 @@ def warm(model, tokenizer, config="turbo4", *, n_draft_tokens=0, max_kv_size=Non
             for n in steps:
                 mx.eval(say(n))
     for layer in _kinds(ours, seen).values():
-        for centred in (False, True) if layer.config.centre else (False,):
-            _try_layer(layer, centred, steps)
+        for centered in (False, True) if layer.config.centre else (False,):
+            _try_layer(layer, centered, steps)
     return backend.n_tested - before
 
 
-def _packs_at_once(config, sink):
+def _packs_at_once(config: TurboConfig, sink: int) -> TurboConfig:
     return replace(config, sink=sink, recent=0, block=1)
 
 
-def _remember(cache, seen):
-    """In the place of cache.observe: fills `seen` with {id of the cache: (queries, scale, sinks)}."""
+def _remember(cache: TurboKVCache, seen: dict[int, Any]) -> Callable[..., None]:
+    """A replacement for cache.observe that also fills `seen` with {id of the cache: (queries, scale, sinks)}."""
 
-    def observe(queries, scale, sinks=None):
+    def observe(queries: mx.array, scale: float, sinks: mx.array | None = None) -> None:
         seen[id(cache)] = queries[:, :, :1], scale, sinks
         type(cache).observe(cache, queries, scale, sinks)
 
@@ -99,8 +106,8 @@ def _remember(cache, seen):
 
 
 class _Layer(NamedTuple):
-    """A kind of layer. config: with the bits of its keys, which auto chose. queries: [1, n_heads, 1, D], or
-    None for a model that does not come to our attention."""
+    """A kind of layer. config: with the key bits that auto chose. queries: [1, n_heads, 1, D], or None for a model that
+    does not call our attention."""
 
     config: TurboConfig
     auto: bool
@@ -108,15 +115,16 @@ class _Layer(NamedTuple):
     key_dim: int
     value_dim: int
     dtype: mx.Dtype
-    queries: Optional[mx.array]
+    queries: mx.array | None
     scale: float
-    sinks: Optional[mx.array]
+    sinks: mx.array | None
 
 
-def _kinds(caches, seen):
-    """One `_Layer` of each kind; with auto also for the bits that another text may come to."""
-    kinds = {}
+def _kinds(caches: list[TurboKVCache], seen: dict[int, Any]) -> dict[Any, _Layer]:
+    """One `_Layer` of each kind; with auto, also for the bits that another text may lead to."""
+    kinds: dict[Any, _Layer] = {}
     for c in caches:
+        assert c.keys is not None and c.values is not None  # a prompt has gone through
         queries, *options = seen.get(id(c), (None, 1.0, None))
         targets = [auto_bits.TARGET / MARGIN, auto_bits.TARGET * MARGIN] if c._errors else []
         bits = {c._sides[0].bits} | {_bits_at(target, c._errors) for target in targets}
@@ -136,16 +144,16 @@ def _kinds(caches, seen):
     return kinds
 
 
-def _bits_at(target, errors):
-    """The key bits that auto would choose with this target; those it has not tried are taken to be enough."""
+def _bits_at(target: float, errors: dict[int, float]) -> int:
+    """The key bits that auto would choose with this target; widths it has not tried are assumed to be enough."""
     return next((b for b in auto_bits.LADDER if b >= min(errors) and errors.get(b, 0) <= target), 0)
 
 
-def _try_layer(layer, centred, steps):
+def _try_layer(layer: _Layer, centered: bool, steps: range) -> None:
     """The layer's part of a conversation, with random keys and values."""
-    cache, backend, shift = TurboKVCache(layer.config), get_backend(), BIASED if centred else 0
+    cache, backend, shift = TurboKVCache(layer.config), get_backend(), BIASED if centered else 0
 
-    def say(n):
+    def say(n: int) -> None:
         keys, values = (
             mx.random.normal((1, layer.n_kv_heads, n, d), key=mx.random.key(n))
             for d in (layer.key_dim, layer.value_dim)

@@ -1,11 +1,13 @@
-"""How far a compressed cache moves a model's output: perplexity, KL divergence, agreement of the top token, recall of
-facts hidden in a long text, and the bits that the cache holds per number for it.
+"""How far a compressed cache moves a model's output (perplexity, KL divergence, agreement of the most likely token),
+and how many bits per number it takes.
 
-The first three are teacher-forced: the model reads a given text chunk by chunk through its cache, so that it attends
-to tokens which the cache gives back. Small chunks matter: in ours the tokens of the chunk itself are exact.
+The first three are teacher-forced: the model reads a given text through its cache chunk by chunk, so that it attends to
+tokens read back from the cache. Small chunks matter, because the tokens of the current chunk are exact in our caches.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,34 +18,34 @@ PROJECTED_TOKENS = 32768
 
 
 # ---- distance between outputs --------------------------------------------------------------------------------
-def log_probabilities(logits):
+def log_probabilities(logits: mx.array) -> mx.array:
     """log softmax of logits [..., vocabulary], float32."""
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def negative_log_likelihood(log_p, targets):
-    """-log p(target) in nats, [n], from log_p [n, vocabulary] and the tokens that came, targets [n]."""
+def negative_log_likelihood(log_p: mx.array, targets: mx.array) -> mx.array:
+    """-log p(target) in nats, [n], from log_p [n, vocabulary] and the actual tokens, targets [n]."""
     return -mx.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
 
 
-def perplexity(mean_negative_log_likelihood):
+def perplexity(mean_negative_log_likelihood: float) -> float:
     """exp of the mean negative log likelihood per token (nats)."""
     return math.exp(mean_negative_log_likelihood)
 
 
-def kl_divergence(log_p, log_q):
+def kl_divergence(log_p: mx.array, log_q: mx.array) -> mx.array:
     """KL(p || q) in nats per token, [n], from log_p (uncompressed) and log_q [n, vocabulary]."""
     return (mx.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
-def same_top1(log_p, log_q):
-    """Whether both find the same token likeliest, bool [n]."""
+def same_top1(log_p: mx.array, log_q: mx.array) -> mx.array:
+    """Whether both have the same most likely token, bool [n]."""
     return log_p.argmax(-1) == log_q.argmax(-1)
 
 
-def standard_error(samples):
-    """Of the mean of independent samples; None for fewer than two."""
+def standard_error(samples: Sequence[float]) -> float | None:
+    """Standard error of the mean of independent samples; None for fewer than two."""
     n = len(samples)
     if n < 2:
         return None
@@ -51,17 +53,23 @@ def standard_error(samples):
     return math.sqrt(sum((x - mean) ** 2 for x in samples) / (n - 1) / n)
 
 
-def compare(model, windows, make_caches, chunk=32, progress=None):
+def compare(
+    model: Any,
+    windows: Sequence[list[int]],
+    make_caches: dict[str, Callable[[], list[Any]]],
+    chunk: int = 32,
+    progress: Callable[[int], Any] | None = None,
+) -> dict[str, tuple[dict[str, float | None], list[Any]]]:
     """Read each window through one fresh cache of every kind, side by side.
 
     windows: lists of token ids, each at least 2 long, read independently. make_caches: name -> function that makes a
-    prompt cache; the first is what the others are compared with. chunk: tokens per step. progress: called with the
-    number of tokens done since the last call.
+    prompt cache; the others are compared with the first. chunk: tokens per step. progress: called with the number of
+    tokens done since the last call.
 
     Returns name -> ({"perplexity", "kld" (mean, nats per token), "kld_se" (standard error of the windows' means, None
     for one window), "top1" (fraction)}, the prompt cache after the last window).
     """
-    sums = {name: [] for name in make_caches}  # per window: [nll, kld, same top-1], each per token
+    sums: dict[str, list[list[float]]] = {name: [] for name in make_caches}  # per window: [nll, kld, top1] per token
     for window in windows:
         caches = {name: make() for name, make in make_caches.items()}
         tokens, n = mx.array(window), len(window) - 1
@@ -83,7 +91,8 @@ def compare(model, windows, make_caches, chunk=32, progress=None):
             if progress:
                 progress(len(inputs))
         for name, total in totals.items():
-            sums[name].append([x / n for x in total.tolist()])
+            values: Any = total.tolist()
+            sums[name].append([x / n for x in values])
     n_tokens, results = [len(window) - 1 for window in windows], {}
     for name, rows in sums.items():
         nll, kld, top1 = (sum(n * x for n, x in zip(n_tokens, column)) / sum(n_tokens) for column in zip(*rows))
@@ -95,7 +104,10 @@ def compare(model, windows, make_caches, chunk=32, progress=None):
 
 
 # ---- bits per number -----------------------------------------------------------------------------------------
-def _sides_of(cache):
+_Side = tuple[list[tuple[Any, int]], int, int]
+
+
+def _sides_of(cache: Any) -> list[_Side] | None:
     """Keys and values of one layer's cache as ([(array that grows with the tokens, tokens per row)], head_dim, batch *
     kv heads), or None for a cache that holds no plain keys and values."""
     from mlx_lm.models.cache import KVCache, QuantizedKVCache
@@ -111,21 +123,22 @@ def _sides_of(cache):
             )
             for side in cache._sides
         ]
+    keys_and_values: Any = cache.keys, cache.values
     if isinstance(cache, QuantizedKVCache):
         return [
             ([(a, 1) for a in side], side[0].shape[-1] * 32 // cache.bits, side[0].shape[0] * side[0].shape[1])
-            for side in (cache.keys, cache.values)
+            for side in keys_and_values
         ]
-    return [([(a, 1)], a.shape[-1], a.shape[0] * a.shape[1]) for a in (cache.keys, cache.values)]
+    return [([(a, 1)], a.shape[-1], a.shape[0] * a.shape[1]) for a in keys_and_values]
 
 
-def _bytes_per_token(arrays):
-    """Of buffers [B, H, rows, *] as a 16-bit model's cache would hold them: float32 counts half."""
+def _bytes_per_token(arrays: list[tuple[Any, int]]) -> float:
+    """Bytes per token of buffers [B, H, rows, *] in the cache of a 16-bit model: float32 counts half."""
     return sum(a.nbytes / a.shape[2] / n / (2 if a.dtype == mx.float32 else 1) for a, n in arrays)
 
 
-def resident_bits(prompt_cache):
-    """8 * bytes of all buffers / numbers held, over the layers with plain keys and values; None if there are none."""
+def resident_bits(prompt_cache: list[Any]) -> float | None:
+    """8 * bytes of all buffers / numbers held, for the layers with plain keys and values; None if there are none."""
     held = values = 0
     for cache in flatten_caches(prompt_cache):
         if sides := _sides_of(cache):
@@ -135,10 +148,10 @@ def resident_bits(prompt_cache):
     return 8 * held / values if values else None
 
 
-def packed_bits(prompt_cache):
-    """Bits per number of the tokens that are not in an exact window, scales included, in the cache of a 16-bit model,
-    from the buffers as they are; None if there are no such tokens yet."""
-    total = values = 0
+def packed_bits(prompt_cache: list[Any]) -> float | None:
+    """Bits per number of packed tokens, scales included, in the cache of a 16-bit model, from the buffers as they are;
+    None if there are no such tokens yet."""
+    total, values = 0.0, 0
     for sides in filter(None, map(_sides_of, flatten_caches(prompt_cache))):
         if not all(arrays for arrays, _, _ in sides):
             return None
@@ -147,10 +160,10 @@ def packed_bits(prompt_cache):
     return total / values if values else None
 
 
-def projected_bits(prompt_cache, n_tokens=PROJECTED_TOKENS):
-    """`resident_bits` of the same caches of a 16-bit model with n_tokens: buffers of exact tokens (sink, recent +
-    block) at 16 bits, the rest as packed now, in buffers that grow in steps. None if nothing is packed yet."""
-    total = values = 0
+def projected_bits(prompt_cache: list[Any], n_tokens: int = PROJECTED_TOKENS) -> float | None:
+    """`resident_bits` of the same caches of a 16-bit model with n_tokens tokens: buffers of exact tokens (sink, recent
+    + block) at 16 bits, the rest as packed now, in buffers that grow in steps. None if nothing is packed yet."""
+    total, values = 0.0, 0
     for cache in flatten_caches(prompt_cache):
         sides = _sides_of(cache)
         if not sides:

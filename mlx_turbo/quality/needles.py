@@ -1,15 +1,16 @@
-"""Documents with facts to recall, and whether a model recalls them."""
+"""Documents with hidden facts, and whether a model recalls them."""
 
 import copy
 import itertools
 import random
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 # ---- needles -------------------------------------------------------------------------------------------------
-# The wording on which the embedded model was trained (scripts/train_demo_model.py); any other model reads it too.
+# The wording that the embedded model was trained on (scripts/train_demo_model.py); other models understand it too.
 NAMES = (
     "Lily Tom Ben Anna Max Mia Sam Tim Lucy Jack Sara Timmy Sue Bob Amy Leo Emma Jane Billy Daisy Spot Bella "
     "Mark Joe Molly Fred Kate Nick Rose Kim Zoe Pete Ella Dan Ruby Luke Nina Finn Roxy Milo Ollie Polly Jim "
@@ -23,13 +24,14 @@ FACTS = (
 )
 QUESTIONS = ("\n\nQuestion: What is the {what} of {name}? Answer:", "\n\nQuestion: What is {name}'s {what}? Answer:")
 SENTENCE_END = re.compile(r"""(?<=[.!?])(?=\s)|(?<=[.!?]["'])(?=\s)|(?=\n)""")
-LONGEST_PIECE = 64  # tokens; a text without sentences is cut into these
+LONGEST_PIECE = 64  # tokens; longer sentences, or a text without any, are cut into pieces of this size
 
 
 class Question(NamedTuple):
-    """tokens: as asked after the document. number: the four digits to answer. depth: of the fact, 0 = start."""
+    """tokens: of the question, which follow the document. number: the four digits to answer. depth: of the fact, 0 is
+    the start of the document."""
 
-    tokens: list
+    tokens: list[int]
     number: str
     depth: float
 
@@ -37,29 +39,32 @@ class Question(NamedTuple):
 class NeedleDocument(NamedTuple):
     """tokens: the text with its facts, without a question."""
 
-    tokens: list
-    questions: list
+    tokens: list[int]
+    questions: list[Question]
 
 
-def needle_documents(text, tokenizer, length, n_documents=10, n_facts=10, seed=0):
+def needle_documents(
+    text: str, tokenizer: Any, length: int, n_documents: int = 10, n_facts: int = 10, seed: int = 0
+) -> list[NeedleDocument]:
     """Documents of sentences from `text` with n_facts facts hidden in each ("The secret number of Milo is 8 7 2 6."),
     and a question about each fact. The depths of all n_documents * n_facts facts are spread evenly over 0..1.
 
-    length: tokens of a document with a question. The same arguments give the same documents.
+    length: tokens of a document including a question. The same arguments give the same documents.
 
-    Raises ValueError for a text without tokens, too many facts, or a length that has no room for them.
+    Raises ValueError for an empty text, too many facts, or a length too short for them.
     """
 
-    def encode(piece):
+    def encode(piece: str) -> list[int]:
         return tokenizer.encode(piece, add_special_tokens=False)
 
     rng = random.Random(f"{seed} {length}")
-    pieces, ids = [p for p in SENTENCE_END.split(text) if p.strip()], {}
+    pieces = [p for p in SENTENCE_END.split(text) if p.strip()]
+    ids: dict[int, list[int]] = {}
     if n_facts > len(NAMES) * len(WHAT):
-        raise ValueError(f"n_facts: got {n_facts}, at most {len(NAMES) * len(WHAT)} have names of their own")
+        raise ValueError(f"n_facts: got {n_facts}, at most {len(NAMES) * len(WHAT)} different ones exist")
     if not pieces:
-        raise ValueError("text: there is none to hide facts in")
-    out, start = [], tokenizer.encode("")  # a model that wants one has its first token there
+        raise ValueError("text: it is empty, so there is nothing to hide facts in")
+    out, start = [], tokenizer.encode("")  # the first token, for models that need one
     for i in range(n_documents):
         pairs = rng.sample([(name, what) for name in NAMES for what in WHAT], n_facts)
         numbers = ["".join(rng.choices("0123456789", k=4)) for _ in pairs]
@@ -72,30 +77,52 @@ def needle_documents(text, tokenizer, length, n_documents=10, n_facts=10, seed=0
         n_filler = length - len(start) - sum(map(len, facts)) - max(map(len, asked))
         if n_filler < n_facts:
             raise ValueError(f"length: got {length}, too short for {n_facts} facts and a question")
-        filler, at = [], rng.randrange(len(pieces))
-        while sum(map(len, filler)) < n_filler:
-            at %= len(pieces)
-            if at not in ids:
-                ids[at] = encode(pieces[at])
-            filler += [ids[at][k : k + LONGEST_PIECE] for k in range(0, len(ids[at]), LONGEST_PIECE)]
-            at += 1
-        filler[-1] = filler[-1][: len(filler[-1]) - (sum(map(len, filler)) - n_filler)]
-        boundaries = [0, *itertools.accumulate(map(len, filler))]
-        where = [min(range(len(boundaries)), key=lambda k: abs(boundaries[k] - depth * n_filler)) for depth in depths]
-        tokens = list(start)
-        for k, piece in enumerate([*filler, []]):
-            for fact, place in zip(facts, where):
-                tokens += fact if place == k else []
-            tokens += piece
+        filler = _filler(pieces, encode, ids, n_filler, rng.randrange(len(pieces)))
+        tokens = start + _with_facts(filler, facts, depths)
         out.append(NeedleDocument(tokens, [Question(*q) for q in zip(asked, numbers, depths)]))
     return out
 
 
-def recalls(model, tokenizer, document, make_cache, chunk=128, max_tokens=32, progress=None):
-    """Whether the model answers each question about a document, a list of bool.
+def _filler(
+    pieces: list[str], encode: Callable[[str], list[int]], ids: dict[int, list[int]], n_tokens: int, at: int
+) -> list[list[int]]:
+    """n_tokens tokens of text from piece `at` on, by sentence. ids: what was encoded before, by piece."""
+    filler: list[list[int]] = []
+    while sum(map(len, filler)) < n_tokens:
+        at %= len(pieces)
+        if at not in ids:
+            ids[at] = encode(pieces[at])
+        filler += [ids[at][k : k + LONGEST_PIECE] for k in range(0, len(ids[at]), LONGEST_PIECE)]
+        at += 1
+    filler[-1] = filler[-1][: len(filler[-1]) - (sum(map(len, filler)) - n_tokens)]
+    return filler
 
-    The document passes through the cache in chunks, so that it is packed as it would be; then each question is asked
-    after a copy of that cache and answered greedily. Right is an answer whose first digits are the number.
+
+def _with_facts(filler: list[list[int]], facts: list[list[int]], depths: list[float]) -> list[int]:
+    """The tokens of the filler with each fact at the sentence boundary nearest to its depth."""
+    boundaries = [0, *itertools.accumulate(map(len, filler))]
+    where = [min(range(len(boundaries)), key=lambda k: abs(boundaries[k] - depth * boundaries[-1])) for depth in depths]
+    tokens: list[int] = []
+    for k, piece in enumerate([*filler, []]):
+        for fact, place in zip(facts, where):
+            tokens += fact if place == k else []
+        tokens += piece
+    return tokens
+
+
+def recalls(
+    model: Any,
+    tokenizer: Any,
+    document: NeedleDocument,
+    make_cache: Callable[[], list[Any]],
+    chunk: int = 128,
+    max_tokens: int = 32,
+    progress: Callable[[int], Any] | None = None,
+) -> list[bool]:
+    """Whether the model answers each question about a document correctly.
+
+    The document passes through the cache in chunks, so that it is packed as in real use. Then each question is asked
+    with a copy of that cache and answered greedily. An answer is correct if its first digits are the number.
     """
     cache = make_cache()
     for start in range(0, len(document.tokens), chunk):
@@ -105,7 +132,8 @@ def recalls(model, tokenizer, document, make_cache, chunk=128, max_tokens=32, pr
             progress(piece.size)
     out = []
     for question in document.questions:
-        used, tokens, digits = copy.deepcopy(cache), [], ""
+        used, digits = copy.deepcopy(cache), ""
+        tokens: list[int] = []
         logits = model(mx.array(question.tokens)[None], cache=used)
         while len(tokens) < max_tokens and len(digits) < len(question.number):
             tokens.append(logits[0, -1].argmax().item())

@@ -28,9 +28,9 @@ from mlx_turbo.bench import common as bench_common
 from mlx_turbo.bench import contenders as contending
 from mlx_turbo.bench import generate as bench_generate
 from mlx_turbo.bench import plots as bench_plots
+from mlx_turbo.bench import rows as bench_rows
 from mlx_turbo.bench import stages as kernel_stages
 from mlx_turbo.bench import tables, timing, tune
-from mlx_turbo.bench.rows import describe_row
 from mlx_turbo.cli import common, main
 from mlx_turbo.quant.scheme import Scheme, TurboConfig
 
@@ -695,7 +695,7 @@ def test_compare_tells_a_difference_from_noise(run, tmp_path):
     verdicts = [r["verdict"] for r in found["rows"][:3]]
     assert code == 1 and verdicts == ["slower", "not compared: B is wrong", "within the spread"]
     assert found["different"].keys() == {"chip"} and found["a"]["command"] == a["command"]
-    said = f"B: WRONG: {describe_row(rows[1])}: relative error 1.0"
+    said = f"B: WRONG: {bench_rows.describe_row(rows[1])}: relative error 1.0"
     assert found["bad"] == [said] and err == f"mlx-turbo: {said}\n"
     code, out, err = run("compare", tmp_path / "a.json", tmp_path / "b.json")
     assert code == 1 and err == f"mlx-turbo: {said}\n" and "slower" in out and "rows in common" in out

@@ -158,7 +158,7 @@ def test_it_checks_what_widely_used_models_need_and_says_that_there_is_more(caps
     quick, every = doctor.quick_checks(), doctor.all_checks()
     assert main.main(["doctor", "--backend", "cpu"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"OK: {len(quick)} of {len(every)} checks agree") and "--all runs the rest" in last
+    assert last.startswith(f"OK: {len(quick)} of {len(every)} checks agree") and "--all also runs the rest" in last
     assert main.main(["doctor", "--backend", "cpu", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["checks"], report["checks_with_all"]) == (len(quick), len(every))
@@ -194,7 +194,7 @@ def test_the_page_names_the_models_as_they_are_checked():
             m.names,
             str(m.head_dim),
             str(m.heads_per_kv_head),
-            keys[m.key_bits] + (", centred" if m.key_bits else ", values centred") * m.means,
+            keys[m.key_bits] + (", centered" if m.key_bits else ", values centered") * m.means,
             doctor.dtype_name(m.dtype),
             ("one launch" if m.n_tokens == doctor.ONE_LAUNCH else "two launches")
             + f", and {m.n_drafts} drafts verified" * bool(m.n_drafts)
@@ -241,7 +241,8 @@ def test_attention_is_checked_with_every_scheme_head_dim_mask_length_and_dtype()
 
 
 def test_attention_is_checked_with_tiles_of_each_kind():
-    """Decoded by each simdgroup for itself; shared by several; and shared by more rows than hold their queries."""
+    """Decoded by each simdgroup for itself, shared by several, and shared by so many rows that queries are in device
+    memory."""
     shapes = {
         attend_launch.attend_shape(
             attend_launch.AttendTuning(),

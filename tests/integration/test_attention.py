@@ -11,9 +11,10 @@ from support.tolerances import TOLERANCE
 
 from mlx_turbo import TurboKVCache, enable
 from mlx_turbo.backends import select, tiled_attention
-from mlx_turbo.backends.sides import ONE_SEGMENT, CachedSide
+from mlx_turbo.backends.self_test import random_cached_side, restored_tokens
+from mlx_turbo.backends.sides import ONE_SEGMENT
 from mlx_turbo.integration import attention
-from mlx_turbo.quant import reference, rotation
+from mlx_turbo.quant import reference
 
 # (8-bit keys lose some float32 digits where a large offset is taken off a dot product)
 
@@ -180,33 +181,10 @@ def test_memory_of_prefill_and_decode_is_bounded_whatever_the_length():
 
 
 # ---- means of segments ---------------------------------------------------------------------------------------
-def side_with_means(rng, batch, counts, bits, head_dim, segment, means=None, spare=2):
-    """A `CachedSide` of 2 heads whose packed tokens stand for their row plus a mean, and what that restores to."""
-    n_sink, n_packed, n_recent = counts
-    x = rng.standard_normal((batch, 2, sum(counts), head_dim))
-    n_segments = -(-n_packed // segment)
-    if means is None:
-        means = 3 * rng.standard_normal((batch, 2, n_segments, head_dim))
-    means = means.astype(np.float16)
-    packed = reference.quantize(x[:, :, n_sink : n_sink + n_packed], bits, rotation=5)
-    x = x.astype(np.float32).astype(np.float64)
-    x[:, :, n_sink : n_sink + n_packed] = (
-        reference.dequantize(packed)
-        + rotation.unrotate(means.astype(np.float64), 5).repeat(min(segment, n_packed), axis=2)[:, :, :n_packed]
-    )
-    spare = np.full((batch, 2, spare, head_dim), np.nan, np.float16)  # never read
-    exact, scale = mx.array(x.astype(np.float32)), mx.array(packed.scale[..., None].astype(np.float16))
-    side = CachedSide(
-        exact[:, :, :n_sink],
-        mx.array(packed.packed()),
-        scale,
-        exact[:, :, n_sink + n_packed :],
-        bits,
-        head_dim,
-        mx.array(np.concatenate([means, spare], 2)),
-        segment,
-    )
-    return side, x
+def side_with_means(rng, batch, counts, bits, head_dim, segment):
+    """A `CachedSide` of 2 heads whose packed tokens stand for their row plus a large mean."""
+    side = random_cached_side(rng, (batch, 2, head_dim), counts, bits, mx.float32, segment, seed=5, room=2)
+    return side._replace(means=3 * side.means)
 
 
 @pytest.mark.parametrize("name", list(BACKENDS))
@@ -215,8 +193,9 @@ def side_with_means(rng, batch, counts, bits, head_dim, segment, means=None, spa
 def test_packed_tokens_are_relative_to_the_mean_of_their_segment(monkeypatch, tile, segment, bits, name):
     monkeypatch.setattr(tiled_attention, "MAX_TILE", tile)
     rng, counts = np.random.default_rng(13), (3, 437, 20)
-    keys, k = side_with_means(rng, 2, counts, bits[0], 72, segment)
-    values, v = side_with_means(rng, 2, counts, bits[1], 100, ONE_SEGMENT)
+    keys = side_with_means(rng, 2, counts, bits[0], 72, segment)
+    values = side_with_means(rng, 2, counts, bits[1], 100, ONE_SEGMENT)
+    k, v = (restored_tokens(side, counts, seed=5) for side in (keys, values))
     attend = BACKENDS["oracle"].attend  # it reads no tiles
     if name != "oracle":
         attend = functools.partial(tiled_attention.tiled_attention, read_rows=BACKENDS[name].read_rows)
@@ -232,9 +211,9 @@ def test_packed_tokens_are_relative_to_the_mean_of_their_segment(monkeypatch, ti
 @pytest.mark.parametrize("which", ["keys", "values"])
 def test_one_side_may_have_means_and_means_of_zero_change_nothing(which):
     rng, counts = np.random.default_rng(14), (3, 200, 9)
-    zeros = {s: np.zeros((1, 2, -(-200 // s), 64)) for s in (128, ONE_SEGMENT)}
-    sides, _ = zip(*(side_with_means(rng, 1, counts, 4, 64, s, zeros[s]) for s in (128, ONE_SEGMENT)))
-    sides, q = list(sides), random_array(rng, 1, 4, 3, 64)
+    sides = [side_with_means(rng, 1, counts, 4, 64, segment) for segment in (128, ONE_SEGMENT)]
+    sides = [side._replace(means=mx.zeros_like(side.means)) for side in sides]
+    q = random_array(rng, 1, 4, 3, 64)
     outs = []
     for means in (True, False):
         i = ("keys", "values").index(which)
@@ -252,7 +231,7 @@ def test_one_side_may_have_means_and_means_of_zero_change_nothing(which):
 
 def test_values_with_a_mean_per_segment_are_an_error():
     rng, counts = np.random.default_rng(15), (0, 200, 1)
-    (keys, _), (values, _) = (side_with_means(rng, 1, counts, 4, 64, 128) for _ in range(2))
+    keys, values = (side_with_means(rng, 1, counts, 4, 64, 128) for _ in range(2))
     with pytest.raises(ValueError, match="^values: got segments of 128 tokens, allowed is one mean for all 200"):
         tiled_attention.tiled_attention(
             random_array(rng, 1, 2, 1, 64), keys, values, counts, select.get_backend("cpu").read_rows, scale=1.0

@@ -14,7 +14,7 @@ from mlx_lm.models import gemma3_text, gpt_oss, llama, qwen2
 from support.no_kernels import DoesNotBuild
 
 import mlx_turbo
-from mlx_turbo.backends import metal, select
+from mlx_turbo.backends import kernel_backend, select
 from mlx_turbo.backends.attend_launch import AttendTuning
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.mlx_ops import CpuBackend
@@ -244,9 +244,11 @@ def test_a_wrong_kernel_is_named_before_anything_is_said(simulated, door, tokeni
     model = build(llama, num_hidden_layers=1)
     with select.use_backend(backend):
         assert mlx_turbo.warm(model, tokenizer, "turbo4") == backend.n_tested > 3
-    source = metal.metal_source
+    source = kernel_backend.metal_source
     monkeypatch.setattr(
-        metal, "metal_source", lambda name: (source(name)[0], "return;\n" * (name == "merge") + source(name)[1])
+        kernel_backend,
+        "metal_source",
+        lambda name: (source(name)[0], "return;\n" * (name == "merge") + source(name)[1]),
     )
     with select.use_backend(MetalBackend(simulated.metal_kernel)):
         with pytest.raises(BackendError, match="attend.metal"):

@@ -219,11 +219,7 @@ class ListModel:
 
 def restore(codes, scale, bits, head_dim, seed=0):
     """The oracle's vectors of packed rows: float64 [B, H, n, head_dim]."""
-    return reference.dequantize(
-        reference.Quantized(
-            reference.unpack(codes, bits, head_dim), scale[..., 0].astype(np.float64), None, bits, seed, None, None
-        )
-    )
+    return reference.dequantize(reference.from_packed(codes, scale, bits, head_dim, rotation=seed))
 
 
 def filled(n=40, scheme="turbo4", seed=0, sink=2, recent=4, block=4, chunk=None, **options):

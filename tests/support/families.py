@@ -409,17 +409,17 @@ NAMED = [  # what the fast tests run
 # "yes", and to every exception that mlx-lm's own caches are one too
 PHASES = ("prefill", "decode", "verify", "trim", "batch", "save, load")
 UNTIL_FULL = "until a window is full"
-FORGOTTEN = "no: a state cannot go back"
-NO_BATCH = "no: mlx-lm has no batch of such a cache"
-ONE_NUMBER = "no: the model takes one position for all rows"
-EQUAL_LENGTHS = "rows of equal length: of others mlx-lm's own batch goes wrong"
-NO_NAME = "no: mlx-lm does not load such a cache"
+CANNOT_TRIM = "no: a state cannot be trimmed"
+NO_BATCH = "no: mlx-lm cannot batch such a cache"
+ONE_NUMBER = "no: the model takes a single position for all rows"
+EQUAL_LENGTHS = "only rows of equal length: mlx-lm's own batch is wrong for others"
+NO_NAME = "no: mlx-lm cannot load such a cache"
 EXCEPTIONS = {
     "trim": {
         UNTIL_FULL: """
             afmoe cohere2 exaone4 exaone_moe gemma3 gemma3_text gemma3n gemma4 gemma4_text gpt_oss iquestloopcoder
             laguna mellum mimo_v2_flash ministral3 muse_glimmer olmo3 plamo3 spark2_5 step3p5""",
-        FORGOTTEN: """
+        CANNOT_TRIM: """
             baichuan_m1 bailing_hybrid bailing_moe_linear bailing_moe_v3 deepseek_v41 falcon_h1 gear granitemoehybrid
             jamba kimi_k3 kimi_linear lfm2-vl lfm2 lfm2_moe longcat_flash_ngram mamba mamba2 nemotron_h olmo_hybrid
             plamo2 qwen3_5 qwen3_5_moe qwen3_next recurrent_gemma rwkv7""",
