@@ -33,13 +33,13 @@ class CliError(Exception):
 
 
 def print_message(message: str) -> None:
-    """Print a line of ours on stderr."""
+    """Print a line on stderr, starting with "mlx-turbo: "."""
     print(f"mlx-turbo: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def warnings_as_messages() -> Iterator[None]:
-    """Print warnings as lines of ours once the context ends."""
+    """Print warnings with `print_message` once the context ends."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield

@@ -59,11 +59,11 @@ def save_prompt_cache(file_name: str | Path, cache: list[Any], metadata: dict[st
         raise ValueError(f"metadata: {MARK!r} is reserved for the checksum; use another name")
     path = Path(file_name)
     path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
     try:
         entry = {MARK: f"version={FILE_VERSION} crc32={0:08x}"}
-        module.save_prompt_cache(str(beside), cache, {**(metadata or {}), **entry})
-        with open(beside, "r+b") as file:
+        module.save_prompt_cache(str(temporary), cache, {**(metadata or {}), **entry})
+        with open(temporary, "r+b") as file:
             found = _ENTRY.search(_read_header(file))
             assert found is not None  # written just above
             at = 8 + found.start(2)
@@ -72,9 +72,9 @@ def save_prompt_cache(file_name: str | Path, cache: list[Any], metadata: dict[st
             file.write(f"{checksum:08x}".encode())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load_prompt_cache(file_name: str | Path, return_metadata: bool = False) -> Any:

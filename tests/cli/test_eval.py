@@ -246,7 +246,7 @@ def test_a_text_without_sentences_serves_and_one_without_room_is_refused(demo):
     assert all(" ".join(q.number) in tokenizer.decode(document.tokens) for q in document.questions)
     with pytest.raises(ValueError, match="length: got 60, too short for 5 facts"):
         needles.needle_documents(STORIES, tokenizer, 60, 1, 5)
-    with pytest.raises(ValueError, match="text: there is none"):
+    with pytest.raises(ValueError, match="text: it is empty"):
         needles.needle_documents(" \n", tokenizer, 300, 1)
 
 

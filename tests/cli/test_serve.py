@@ -297,7 +297,7 @@ def test_an_answer_ends_at_max_context(exact):
     if answer["usage"]["total_tokens"] == 600:
         assert answer["choices"][0]["finish_reason"] == "length"
     status, answer = exact.post("/v1/completions", {"prompt": "red ball " * 310})
-    assert status == 400 and "less than 600, by --max-context" in answer["error"]
+    assert status == 400 and "fewer than 600, the value of --max-context" in answer["error"]
 
 
 def test_an_unknown_model_gets_404_and_the_next_request_an_answer(demo):
