@@ -163,7 +163,7 @@ def _label_ends(ax, ends):
 
 
 def _lines(ax, rows, x, value, key, label, names, best, band=None):
-    """One line per key(row). Returns what `_label_ends` writes at their ends. best: min or max; band(row): low, high."""
+    """One line per key(row). Returns what `_label_ends` writes at their ends. best: min, max; band(row): low, high."""
     series, ends = {}, []
     for row in rows:
         series.setdefault(key(row), []).append(row)
