@@ -12,7 +12,9 @@ Exit codes: 0 done, 1 something failed or computed something wrong, 2 wrong inpu
 import contextlib
 import importlib
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Optional
 
 import mlx.core as mx
 
@@ -22,59 +24,61 @@ from ..backends.metal import MetalBackend
 from ..backends.sides import BackendError
 from ..cli.common import DEMO_MODEL, CliError, Parser, kv_config, load_model
 from ..quality.baselines import MLX_LM_BITS
-from . import contenders as contending
-from . import stages as kernel_stages
-from . import timing
+from . import contenders, stages, timing
 from .common import (
     LEAST_TOKENS,
     QUICK,
     SCHEMES,
-    _backends,
-    _check_output,
-    _chosen,
-    _describe,
-    _numbers,
-    _parser,
-    _progress,
-    _schemes,
+    add_numbers,
+    check_output,
+    chosen_backends,
+    chosen_schemes,
+    chosen_sizes,
+    describe_backend,
     finish,
+    make_parser,
+    progress_bar,
 )
 from .compare import compare
+from .generate import measure as measure_generation
+from .rows import Row
 from .tables import print_generate, print_kernels
-from .tune import _attend_contenders, _tune
+from .tune import scheme_contenders, tune_kernels
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------
-def _kernels_parser():
-    parser = _parser(
+def _kernels_parser() -> Parser:
+    parser = make_parser(
         "kernels",
-        "Quantize, dequantize and the attention of one decode step on every backend there is, "
+        "Quantize, dequantize and the attention of one decode step on every available backend, "
         "beside MLX's own. Everything is compared with the NumPy oracle; what is wrong is "
         "reported as wrong and not ranked.",
     )
-    _numbers(parser, "--tokens", "1024 4096 16384, on Metal also 65536", "tokens in the cache")
-    _numbers(parser, "--head-dim", "128, on Metal also 64 and 256", "numbers per head")
-    _numbers(parser, "--gqa", "4, on Metal also 1 and 8", "query heads per kv head; there are 8 kv heads")
-    _numbers(parser, "--query-tokens", "1", f"of the step, {MAX_QUERY_TOKENS} at most: a draft to verify has several")
+    add_numbers(parser, "--tokens", "1024 4096 16384, on Metal also 65536", "tokens in the cache")
+    add_numbers(parser, "--head-dim", "128, on Metal also 64 and 256", "numbers per head")
+    add_numbers(parser, "--gqa", "4, on Metal also 1 and 8", "query heads per kv head; there are 8 kv heads")
+    add_numbers(
+        parser, "--query-tokens", "1", f"query tokens of the step, at most {MAX_QUERY_TOKENS}: a draft has several"
+    )
     add = parser.add_argument
-    add("--kv", nargs="+", metavar="SCHEME", help=f"(default: {' '.join(SCHEMES)})")
+    add("--kv", nargs="+", metavar="SCHEME", help=f"schemes to measure (default: {' '.join(SCHEMES)})")
     add(
         "--dtype",
         choices=["float16", "bfloat16", "float32"],
-        help="of what is not packed (default: float16 on Metal, float32 on the CPU, where float16 is slow)",
+        help="dtype of what is not packed (default: float16 on Metal, float32 on the CPU, where float16 is slow)",
     )
-    add("--backend", choices=["metal", "cpu"], help="this one only (default: all that there are)")
+    add("--backend", choices=["metal", "cpu"], help="measure only this one (default: all that are available)")
     add("--ablate", action="store_true", help="also time the attention kernel with one stage taken out (Metal only)")
     add("--tune", action="store_true", help="first find this chip's best launch parameters and keep them (Metal only)")
     return parser
 
 
-def kernels(argv, backends=None):
+def kernels(argv: Sequence[str], backends: Optional[list[Any]] = None) -> int:
     """`mlx-turbo bench kernels`. backends: those to measure instead of the machine's."""
     args = _kernels_parser().parse_args(argv)
-    _check_output(args)
-    schemes = _schemes(args.kv or SCHEMES[: 1 if args.quick else None])
-    backends = backends or _backends(args.backend)
+    check_output(args)
+    schemes = chosen_schemes(args.kv or SCHEMES[: 1 if args.quick else None])
+    backends = backends or chosen_backends(args.backend)
     on_metal = any(isinstance(b, MetalBackend) and b.is_real for b in backends)
     metal = next((b for b in backends if isinstance(b, MetalBackend)), None)
     for flag in ("ablate", "tune"):
@@ -88,79 +92,80 @@ def kernels(argv, backends=None):
             tuning.check_path()
         except OSError as e:
             raise CliError(f"--tune: cannot keep what it finds in {str(tuning.path())!r}: {e.strerror}") from e
-    grid = contending.Grid(
-        _chosen(args, "tokens", (1024, 4096, 16384, 65536)[: 4 if on_metal else 3], (256, 1024), LEAST_TOKENS),
-        _chosen(args, "head_dim", (64, 128, 256) if on_metal else (128,), (128,), 32),
-        _chosen(args, "gqa", (1, 4, 8) if on_metal else (4,), (4,), 1),
+    grid = contenders.Grid(
+        chosen_sizes(args, "tokens", (1024, 4096, 16384, 65536)[: 4 if on_metal else 3], (256, 1024), LEAST_TOKENS),
+        chosen_sizes(args, "head_dim", (64, 128, 256) if on_metal else (128,), (128,), 32),
+        chosen_sizes(args, "gqa", (1, 4, 8) if on_metal else (4,), (4,), 1),
         schemes,
         getattr(mx, args.dtype or ("float16" if on_metal else "float32")),
-        _chosen(args, "query_tokens", (1,), (1,), 1, MAX_QUERY_TOKENS),
+        chosen_sizes(args, "query_tokens", (1,), (1,), 1, MAX_QUERY_TOKENS),
     )
     for head_dim in grid.head_dims:
         if why := attend_unsupported(4, 4, head_dim, head_dim, 1):
             raise CliError(f"--head-dim: {why}")
     effort = QUICK if args.quick else timing.Effort()
-    described = "; ".join(_describe(b) for b in backends)
+    described = "; ".join(describe_backend(b) for b in backends)
     device = "gpu" if on_metal else "cpu"
     with contextlib.nullcontext() if on_metal else mx.stream(mx.cpu):
         document = timing.header("kernels", ["kernels", *argv], described)
         document["measured"] = timing.measure_machine(on_metal, effort, (64 if args.quick else 256) << 20)
         document["effort"] = effort._asdict()
-        if args.tune:
-            document["tuning"] = _tune(grid, metal, device, effort)
+        if args.tune and metal:
+            document["tuning"] = tune_kernels(grid, metal, device, effort)
         document["rows"] = _measure_kernels(grid, backends, device, effort, document["measured"]["copy_gb_per_s"])
-        if args.ablate:
+        if args.ablate and metal:
             document["ablation"] = ablate(grid, metal, device, effort)
     return finish(document, args, print_kernels)
 
 
-def _measure_kernels(grid, backends, device, effort, bandwidth):
-    rows = []
-    with _progress(contending.n_groups(grid), "group") as bar:
-        for facts, contenders in contending.groups(grid, backends, device):
+def _measure_kernels(
+    grid: contenders.Grid, backends: list[Any], device: str, effort: timing.Effort, bandwidth: float
+) -> list[Row]:
+    rows: list[Row] = []
+    with progress_bar(contenders.n_groups(grid), "group") as bar:
+        for facts, group in contenders.groups(grid, backends, device):
             bar.set_description(f"{facts['operation']}, {facts['tokens']} tokens")
-            rows += contending.measure(contenders, effort, facts, bandwidth)
+            rows += contenders.measure(group, effort, facts, bandwidth)
             bar.update()
     return rows
 
 
-def ablate(grid, metal, device, effort):
+def ablate(grid: contenders.Grid, metal: MetalBackend, device: str, effort: timing.Effort) -> list[Row]:
     """Rows {scheme, head_dim, gqa, tokens, seconds: {stage: s}, verdict} at the longest context; "problem" in the place
     of the last two where a stage does not run."""
-    rows, head_dim, n_tokens = [], grid.head_dims[0], max(grid.tokens)
+    rows: list[Row] = []
+    head_dim, n_tokens = grid.head_dims[0], max(grid.tokens)
     for scheme in grid.schemes:
-        gqa = next((g for g in sorted(grid.gqa, reverse=True) if kernel_stages.covers(metal, scheme, head_dim, g)), 1)
-        stages = [kernel_stages.AblatedBackend(stage, metal) for stage in kernel_stages.STAGES]
-        (runs,) = _attend_contenders(
-            grid._replace(gqa=(gqa,), query_tokens=(1,)), stages, scheme, n_tokens, head_dim, device
+        gqa = next((g for g in sorted(grid.gqa, reverse=True) if stages.covers(metal, scheme, head_dim, g)), 1)
+        ablated = [stages.AblatedBackend(stage, metal) for stage in stages.STAGES]
+        (runs,) = scheme_contenders(
+            grid._replace(gqa=(gqa,), query_tokens=(1,)), ablated, scheme, n_tokens, head_dim, device
         )
-        row = {
+        row: Row = {
             "scheme": scheme.name,
             "head_dim": head_dim,
             "gqa": gqa,
             "tokens": n_tokens,
-            "column": contending.column_of(metal),
+            "column": contenders.column_of(metal),
         }
         rows.append(row)
         try:
             timings = timing.interleave(
-                {stage: contending.timed(c) for stage, c in zip(kernel_stages.STAGES, runs, strict=True)}, effort
+                {stage: contenders.timed(c) for stage, c in zip(stages.STAGES, runs, strict=True)}, effort
             )
         except (RuntimeError, ValueError) as e:  # what was measured before must not be lost
             row["problem"] = f"{type(e).__name__}: {e}"
             continue
         row["seconds"] = {stage: t.median for stage, t in timings.items()}
         row["verdict"] = (
-            kernel_stages.verdict(row["seconds"])
-            if metal.is_real
-            else "Times of the simulator say nothing about a GPU."
+            stages.verdict(row["seconds"]) if metal.is_real else "Times of the simulator say nothing about a GPU."
         )
     return rows
 
 
 # ---- generate --------------------------------------------------------------------------------------------------
-def _generate_parser():
-    parser = _parser(
+def _generate_parser() -> Parser:
+    parser = make_parser(
         "generate",
         "Prompt and generation speed and memory of a model with each of several KV caches, by "
         "context length. The caches take turns; ratios are to the uncompressed one in the "
@@ -174,21 +179,19 @@ def _generate_parser():
         metavar="CACHE",
         help="none (uncompressed), mlx8 and mlx4 (mlx-lm's own) and schemes (default: none mlx8 mlx4 turbo4 turbo8v4)",
     )
-    _numbers(parser, "--context", "512 2048, on Metal also 8192 and 32768", "tokens of the prompt")
-    add("--tokens", type=int, metavar="N", help="to generate (default: 128)")
-    add("--rounds", type=int, metavar="N", help="so often each cache runs (default: 5)")
-    add("--backend", choices=["metal", "cpu"], help="of our caches (default: metal where it is)")
-    add("--kv-sink", type=int, metavar="N", help="so many first tokens stay exact")
-    add("--kv-recent", type=int, metavar="N", help="at least so many of the newest tokens stay exact")
+    add_numbers(parser, "--context", "512 2048, on Metal also 8192 and 32768", "tokens of the prompt")
+    add("--tokens", type=int, metavar="N", help="number of tokens to generate (default: 128)")
+    add("--rounds", type=int, metavar="N", help="number of runs of each cache (default: 5)")
+    add("--backend", choices=["metal", "cpu"], help="what runs our caches (default: metal if available)")
+    add("--kv-sink", type=int, metavar="N", help="number of leading tokens kept exact")
+    add("--kv-recent", type=int, metavar="N", help="minimum number of newest tokens kept exact")
     return parser
 
 
-def generate(argv, backends=None):
+def generate(argv: Sequence[str], backends: Optional[list[Any]] = None) -> int:
     """`mlx-turbo bench generate`. backends: a list of the one to measure instead of the machine's."""
-    from . import generate as bench_generate
-
     args = _generate_parser().parse_args(argv)
-    _check_output(args)
+    check_output(args)
     names = list(
         dict.fromkeys(["none", *(args.kv or (["turbo4"] if args.quick else ["mlx8", "mlx4", "turbo4", "turbo8v4"]))])
     )
@@ -198,7 +201,7 @@ def generate(argv, backends=None):
         quantized = f"; or {', '.join(MLX_LM_BITS)} for its quantized ones"
         raise CliError(f"{e}{quantized if str(e).startswith('--kv:') else ''}") from e
     metal = not select.metal_unavailable()
-    contexts = _chosen(args, "context", (512, 2048, 8192, 32768)[: 4 if metal else 2], (128, 384), 2)
+    contexts = chosen_sizes(args, "context", (512, 2048, 8192, 32768)[: 4 if metal else 2], (128, 384), 2)
     for flag, default, quick, least in (("tokens", 128, 16, 2), ("rounds", 5, 3, 1)):
         value = getattr(args, flag)
         setattr(args, flag, (quick if args.quick else default) if value is None else value)
@@ -216,25 +219,25 @@ def generate(argv, backends=None):
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # a text longer than the context
     tokens = tokenizer.encode((DEMO_MODEL / "stories.txt").read_text()[:20_000])
     with select.use_backend(backends[0] if backends else args.backend) as backend:
-        document = timing.header("generate", ["generate", *argv], _describe(backend, on_cpu=False))
+        document = timing.header("generate", ["generate", *argv], describe_backend(backend, on_cpu=False))
         on_gpu = metal and backend.name == "cpu"
         document |= {
             "model": (args.model or "embedded demo model").replace(str(Path.home()), "~"),
-            "column": "fallback in MLX operations" if on_gpu else contending.column_of(backend),
+            "column": "fallback in MLX operations" if on_gpu else contenders.column_of(backend),
             "dtype": "float32" if not metal else "the model's dtype",
             "rounds": args.rounds,
         }
-        with _progress(len(contexts) * args.rounds * len(names), "run") as bar:
-            document["rows"] = bench_generate.measure(
+        with progress_bar(len(contexts) * args.rounds * len(names), "run") as bar:
+            document["rows"] = measure_generation(
                 model, tokens, contexts, args.tokens, caches, args.rounds, progress=bar.update
             )
     return finish(document, args, print_generate)
 
 
-BENCHMARKS = {"kernels": kernels, "generate": generate, "compare": compare}
+BENCHMARKS: dict[str, Callable[[Sequence[str]], int]] = {"kernels": kernels, "generate": generate, "compare": compare}
 
 
-def main(argv):
+def main(argv: Sequence[str]) -> int:
     """`mlx-turbo bench`; returns the exit code."""
     parser = Parser(
         prog="mlx-turbo bench",

@@ -1,8 +1,11 @@
 """What the benchmarks share: options, where results go, and which backends run."""
 
+import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -10,35 +13,33 @@ from ..backends import select
 from ..backends.select import get_backend
 from ..cli.common import CliError, Parser
 from ..quality.style import PlotError, check_plot
-from ..quant.scheme import TurboConfig
-from . import contenders as contending
-from . import plots as bench_plots
-from . import timing
-from .rows import describe_row
-from .tables import describe_tuning
+from ..quant.scheme import Scheme, TurboConfig
+from . import contenders, plots, timing
+from .rows import Row, describe_row, describe_tuning
 
-LEAST_TOKENS = contending.N_SINK + contending.N_RECENT + 28  # 128: exact ones and a few packed ones
+LEAST_TOKENS = contenders.N_SINK + contenders.N_RECENT + 28  # 128: exact ones and a few packed ones
 SCHEMES = ("turbo4", "turbo3", "turbo2", "turbo8v4")
 QUICK = timing.Effort(least=5, most=8, seconds=0.3)
 
 
-# ---- the command -----------------------------------------------------------------------------------------------
-def _parser(name, description):
+def make_parser(name: str, description: str) -> Parser:
+    """The parser of `mlx-turbo bench NAME` with the options that all have."""
     parser = Parser(prog=f"mlx-turbo bench {name}", description=description)
     if name != "compare":
-        parser.add_argument("--quick", action="store_true", help="within a minute: small sizes, few repeats")
+        parser.add_argument("--quick", action="store_true", help="finish within a minute: small sizes, few repetitions")
         parser.add_argument("--html", metavar="FILE", help="write the plots and the table as one page")
         parser.add_argument("--png", metavar="FILE", help="write the plots")
-    parser.add_argument("--json", action="store_true", help="JSON on standard output, and nothing else there")
+    parser.add_argument("--json", action="store_true", help="write JSON, and nothing else, to standard output")
     return parser
 
 
-def _numbers(parser, flag, default, what):
+def add_numbers(parser: argparse.ArgumentParser, flag: str, default: str, what: str) -> None:
+    """Add an option that takes several whole numbers."""
     parser.add_argument(flag, type=int, nargs="+", metavar="N", help=f"{what} (default: {default})")
 
 
-def _check_output(args):
-    """Before anything is measured: whether the plots can be written."""
+def check_output(args: argparse.Namespace) -> None:
+    """Raise CliError, before anything is measured, if the plots cannot be written."""
     for flag in ("html", "png"):
         if file := getattr(args, flag):
             try:
@@ -47,8 +48,17 @@ def _check_output(args):
                 raise CliError(f"--{flag}: {e}") from e
 
 
-def _chosen(args, name, default, quick, least, most=None):
-    values = getattr(args, name) or (quick if args.quick else default)
+def chosen_sizes(
+    args: argparse.Namespace,
+    name: str,
+    default: Sequence[int],
+    quick: Sequence[int],
+    least: int,
+    most: int | None = None,
+) -> tuple[int, ...]:
+    """The numbers of an option, each once; the default, or with --quick the smaller one, where none are given. Raises
+    CliError for one below `least` or above `most`."""
+    values: Sequence[int] = getattr(args, name) or (quick if args.quick else default)
     for value in values:
         if value < least or most and value > most:
             raise CliError(
@@ -58,13 +68,14 @@ def _chosen(args, name, default, quick, least, most=None):
     return tuple(dict.fromkeys(values))
 
 
-def _progress(total, unit):
+def progress_bar(total: int, unit: str) -> Any:
+    """A bar on standard error, if that is a terminal."""
     from tqdm import tqdm
 
     return tqdm(total=total, unit=unit, file=sys.stderr, disable=None, leave=False)
 
 
-def finish(document, args, print_tables):
+def finish(document: Row, args: argparse.Namespace, print_tables: Callable[[Row], None]) -> int:
     """Write what was asked for; returns the exit code."""
     bad = [r for r in document["rows"] if r["status"] != "ok"]
     document["power_after"] = timing.power()
@@ -97,31 +108,34 @@ def finish(document, args, print_tables):
     for flag in ("html", "png"):  # last: on a disk that is full nothing else is lost
         if file := getattr(args, flag):
             try:
-                bench_plots.write(document, flag, file)
+                plots.write(document, flag, file)
             except OSError as e:
                 raise CliError(f"--{flag}: cannot write {file!r}: {e.strerror}") from e
     return 1 if bad or bad_tunings or bad_stages else 0
 
 
-def complain(lines):
+def complain(lines: Iterable[str]) -> None:
+    """Say on standard error what failed or is wrong."""
     for line in lines:
         print(f"mlx-turbo: {line}", file=sys.stderr)
 
 
-def _backends(choice):
+def chosen_backends(choice: str | None) -> list[Any]:
+    """The backend of that name; without one, all that run here."""
     if choice:
         return [get_backend(choice)]
     return [get_backend(name) for name in ("metal", "cpu") if name == "cpu" or not select.metal_unavailable()]
 
 
-def _describe(backend, on_cpu=True):
-    """on_cpu: the CPU fallback runs on the CPU, also where MLX's default device is the GPU."""
+def describe_backend(backend: Any, on_cpu: bool = True) -> str:
+    """What a backend says of itself. on_cpu: the fallback runs on the CPU, even if MLX's default device is the GPU."""
     with mx.stream(mx.cpu) if on_cpu and backend.name == "cpu" else contextlib.nullcontext():
         described = backend.describe()
-    return f"simulated {described}" if contending.column_of(backend).startswith("simulated") else described
+    return f"simulated {described}" if contenders.column_of(backend).startswith("simulated") else described
 
 
-def _schemes(names):
+def chosen_schemes(names: Iterable[str]) -> tuple[Scheme, ...]:
+    """The schemes of these names, each once. Raises CliError for one that does not pack both sides."""
     out = []
     for name in dict.fromkeys(names):
         try:

@@ -2,22 +2,22 @@
 
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..cli.common import CliError, describe_error
 from ..cli.provenance import command_line
-from .common import _parser, complain
-from .rows import describe_row
+from .common import complain, make_parser
+from .rows import Row, describe_row
 from .tables import heading
 
-# ---- compare ---------------------------------------------------------------------------------------------------
 KEYS = {
     "kernels": ("operation", "scheme", "name", "column", "head_dim", "gqa", "query_tokens", "tokens", "dtype"),
     "generate": ("context", "generated", "name"),
 }
 
 
-def _read(name, file):
+def _read(name: str, file: str) -> Row:
     try:
         document = json.loads(Path(file).read_text())
     except (OSError, ValueError) as e:
@@ -26,7 +26,7 @@ def _read(name, file):
     fields, rows = KEYS.get(str(document.get("benchmark"))), document.get("rows")
     rows = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else [{}]
     if "query_tokens" in (fields or ()):
-        for row in rows:  # in files of before there was a choice: one
+        for row in rows:  # files written before there was a choice have one
             row.setdefault("query_tokens", row.get("gqa") and 1)
     if (
         not fields
@@ -38,7 +38,7 @@ def _read(name, file):
     return document
 
 
-def _figure(row, benchmark):
+def _figure(row: Row, benchmark: str) -> tuple[float, ...] | None:
     """(seconds of a call or per token, low, high), or None for a row without."""
     if benchmark == "kernels":
         return tuple(row[f"{x}_seconds"] for x in ("median", "low", "high")) if "median_seconds" in row else None
@@ -48,9 +48,9 @@ def _figure(row, benchmark):
     return 1 / row["generation_tps"], 1 / high, 1 / low
 
 
-def compare(argv):
+def compare(argv: Sequence[str]) -> int:
     """`mlx-turbo bench compare A.json B.json`: the same rows of two documents."""
-    parser = _parser("compare", "The rows that two files of bench --json have in common: the time of B over that of A.")
+    parser = make_parser("compare", "The rows that two files of bench --json have in common: time of B over time of A.")
     parser.add_argument("a", metavar="A.json")
     parser.add_argument("b", metavar="B.json")
     args = parser.parse_args(argv)

@@ -6,7 +6,8 @@ All kv heads are compared up to ORACLE_TOKENS tokens; beyond, where the oracle t
 
 import contextlib
 import functools
-from typing import Callable, NamedTuple, Optional
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable, NamedTuple, Optional
 
 import mlx.core as mx
 import numpy as np
@@ -28,19 +29,24 @@ from ..backends.sides import ONE_SEGMENT, CachedSide, PackedSide, QuantizeSide, 
 from ..cache.view import KVView
 from ..integration import attention
 from ..quant import reference
+from ..quant.scheme import Scheme
 from . import timing
+from .rows import Row
 
 N_KV_HEADS = 8
 N_SINK, N_RECENT = 4, 96  # exact tokens, as a cache with its defaults has on average
-COLD_BYTES = {"gpu": 256 << 20, "cpu": 32 << 20}  # calls go through so many bytes of caches, as a model's layers do
+COLD_BYTES = {"gpu": 256 << 20, "cpu": 32 << 20}  # calls go through this many bytes of caches, as a model's layers do
 MAX_COPIES = 8
 NUMPY_TOKENS = 1024  # beyond, the reference would take longer than everything else together
-ORACLE_TOKENS = 4096  # up to so many all kv heads are compared with the oracle
+ORACLE_TOKENS = 4096  # beyond, two kv heads are compared with the oracle, not all
 FALLBACK_TOKENS = 4096  # beyond, where Metal is measured, the CPU fallback would take most of the time
 PACK_TOKENS = 4096  # quantize and dequantize: a prompt chunk is no longer
 # Largest error of MLX's own attention, relative to the largest output: 16-bit logits and weights where it is quantized.
 MLX_TOLERANCE = {mx.float32: 1e-4, mx.float16: 5e-3, mx.bfloat16: 4e-2}
 MLX_QUANTIZED_TOLERANCE = {mx.float32: 1e-4, mx.float16: 3e-2, mx.bfloat16: 2e-1}
+
+
+Checked = tuple[float, float, Optional[str]]  # error, allowed, what is wrong or None
 
 
 class Contender(NamedTuple):
@@ -49,8 +55,8 @@ class Contender(NamedTuple):
 
     name: str
     column: str
-    run: Callable
-    check: Callable
+    run: timing.Run
+    check: Callable[[], Checked]
     nbytes: int
     cache_bytes: Optional[int] = None
     on_cpu: bool = False  # also where MLX's default device is the GPU
@@ -60,15 +66,15 @@ class Contender(NamedTuple):
 class Grid(NamedTuple):
     """What to measure."""
 
-    tokens: tuple
-    head_dims: tuple
-    gqa: tuple
-    schemes: tuple
+    tokens: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    gqa: tuple[int, ...]
+    schemes: tuple[Scheme, ...]
     dtype: mx.Dtype
-    query_tokens: tuple = (1,)
+    query_tokens: tuple[int, ...] = (1,)
 
 
-def column_of(backend):
+def column_of(backend: Any) -> str:
     """What a backend's column is called. Only real kernels on a real GPU are called Metal."""
     if backend.name == "metal":
         return "Metal" if backend.is_real else "simulated Metal"
@@ -79,9 +85,12 @@ def _device(contender):
     return mx.stream(mx.cpu) if contender.on_cpu else contextlib.nullcontext()
 
 
-def measure(contenders, effort, facts, bandwidth=None):
+def measure(
+    contenders: Sequence[Contender], effort: timing.Effort, facts: Row, bandwidth: Optional[float] = None
+) -> list[Row]:
     """Rows of the contenders of one group. facts: what they have in common. bandwidth: of a copy, GB/s, if known."""
-    rows, runs = [], {}
+    rows: list[Row] = []
+    runs: dict[int, timing.Run] = {}
     for c in contenders:
         row = {**facts, "name": c.name, "column": c.column, "bytes": c.nbytes, "cache_bytes": c.cache_bytes}
         rows.append(row)
@@ -122,12 +131,12 @@ def measure(contenders, effort, facts, bandwidth=None):
     return rows
 
 
-def failure(e):
+def failure(e: Exception) -> Row:
     """What a row says of an exception."""
     return {"status": "wrong" if isinstance(e, WrongResultError) else "failed", "problem": f"{type(e).__name__}: {e}"}
 
 
-def timed(contender):
+def timed(contender: Contender) -> timing.Run:
     """What timing.sample takes: where the graph is all that `run` builds, its evaluation is timed."""
     return contender.run if contender.lazy else functools.partial(_run_and_evaluate, contender)
 
@@ -222,13 +231,16 @@ def _attend_chain(call, queries, caches):
     return run
 
 
-def attention_contenders(grid, backends, n_tokens, head_dim, device):
+def attention_contenders(
+    grid: Grid, backends: Sequence[Any], n_tokens: int, head_dim: int, device: str
+) -> dict[tuple[int, int], list[Contender]]:
     """{(gqa, query tokens): contenders} of one decode step over caches of n_tokens, the queries being the last."""
     scale, steps = head_dim**-0.5, [(g, n) for g in grid.gqa for n in grid.query_tokens]
     n_packed = n_tokens - N_SINK - N_RECENT
     counts = N_SINK, n_packed, N_RECENT
     queries = {(g, n): 2 * _normal(5, (1, N_KV_HEADS * g, n, head_dim), grid.dtype) for g, n in steps}
-    out, wants = {step: [] for step in steps}, {}
+    out: dict[tuple[int, int], list[Contender]] = {step: [] for step in steps}
+    wants: dict[tuple[str, tuple[int, int]], np.ndarray] = {}
 
     def oracle(what, step, k, v):
         if (what, step) not in wants:
@@ -278,7 +290,7 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
         mx.eval(affine)
         k, v = (
             functools.cache(
-                lambda x=affine[i : i + 3], bits=bits: affine_values(*(_checked(a, n_tokens) for a in x), bits)
+                lambda x=affine[i : i + 3], bits=bits: affine_values([_checked(a, n_tokens) for a in x], bits)
             )
             for i in (0, 3)
         )
@@ -295,7 +307,7 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
 
     # ours
     for scheme in grid.schemes:
-        arrays = []
+        arrays: list[mx.array] = []
         for i, bits in enumerate((scheme.key_bits, scheme.value_bits)):
             arrays += [
                 dense[i][:, :, :N_SINK] + 0,
@@ -305,23 +317,17 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
         mx.eval(arrays)
         nbytes = sum(a.nbytes for a in arrays)
         sides = (scheme.key_bits, scheme.value_bits)
-        views = [
-            KVView(
-                *(
-                    CachedSide(*a[4 * i : 4 * i + 4], sides[i], head_dim, None, (SEGMENT_STEP, ONE_SEGMENT)[i])
-                    for i in (0, 1)
-                ),
-                counts,
-                0,
-                None,
-                0,
+        views = []
+        for copy in _copies(arrays, device):
+            keys, values = (
+                CachedSide(sink, codes, scales, recent, sides[i], head_dim, None, (SEGMENT_STEP, ONE_SEGMENT)[i])
+                for i, (sink, codes, scales, recent) in enumerate((copy[:4], copy[4:]))
             )
-            for a in _copies(arrays, device)
-        ]
-        restored = [
+            views.append(KVView(keys, values, counts, 0, None, 0))
+        k, v = (
             functools.cache(lambda side=side: restored_tokens(_compared(side, counts), counts))
             for side in (views[0].keys, views[0].values)
-        ]
+        )
         allowed = attend_tolerance(scheme.key_bits, grid.dtype)
         for backend in backends:
             if device == "gpu" and backend.name == "cpu" and n_tokens > FALLBACK_TOKENS:
@@ -331,7 +337,8 @@ def attention_contenders(grid, backends, n_tokens, head_dim, device):
                 column_of(backend),
                 functools.partial(_attend, backend, scale),
                 views,
-                *restored,
+                k,
+                v,
                 allowed,
                 nbytes,
                 backend.name == "cpu",
@@ -395,7 +402,9 @@ def _independent(call, inputs):
     return lambda calls: [call(inputs[i % len(inputs)]) for i in range(calls)]
 
 
-def packing_contenders(grid, backends, n_tokens, head_dim, device):
+def packing_contenders(
+    grid: Grid, backends: Sequence[Any], n_tokens: int, head_dim: int, device: str
+) -> list[tuple[str, str, list[Contender]]]:
     """[(operation, scheme's name, contenders)]: keys and values of n_tokens in one call."""
     dense = _copies([_normal(i, (1, N_KV_HEADS, n_tokens, head_dim), grid.dtype) for i in (0, 1)], device)
     exact = [to_float64(_checked(x, n_tokens)) for x in dense[0]]
@@ -405,18 +414,11 @@ def packing_contenders(grid, backends, n_tokens, head_dim, device):
         bits = scheme.key_bits, scheme.value_bits
         wants = [reference.quantize(x, b) for x, b in zip(exact, bits)]
         rows = _copies([a for i in (0, 1) for a in _random_rows(10 + 2 * i, n_tokens, bits[i], head_dim)], device)
-        restored = [
-            reference.dequantize(
-                reference.from_packed(
-                    *(np.array(_checked(a, n_tokens)) for a in rows[0][2 * i : 2 * i + 2]), bits[i], head_dim
-                )
-            )
-            for i in (0, 1)
-        ]
+        restored = []
+        for i in (0, 1):
+            codes, scale = (np.array(_checked(a, n_tokens)) for a in rows[0][2 * i : 2 * i + 2])
+            restored.append(reference.dequantize(reference.from_packed(codes, scale, bits[i], head_dim)))
         packed_bytes = sum(a.nbytes for a in rows[0])
-        affine = group_size and [
-            [a for x, b in zip(copy, bits) for a in mx.quantize(x, group_size=group_size, bits=b)] for copy in dense
-        ]
         quantize, dequantize = [], []
         for backend in backends:
             on_cpu, lazy = backend.name == "cpu", _is_lazy(backend)
@@ -450,6 +452,9 @@ def packing_contenders(grid, backends, n_tokens, head_dim, device):
             quantize.append(_numpy_quantize(scheme.name, dense[0], bits, dense_bytes + packed_bytes))
             dequantize.append(_numpy_dequantize(scheme.name, rows[0], bits, head_dim, dense_bytes + packed_bytes))
         if group_size:
+            affine = [
+                [a for x, b in zip(copy, bits) for a in mx.quantize(x, group_size=group_size, bits=b)] for copy in dense
+            ]
             mx.eval(affine)
             affine_bytes = sum(a.nbytes for a in affine[0])
             name = "affine " + "/".join(str(b) for b in dict.fromkeys(bits)) + " bit"
@@ -530,16 +535,17 @@ def _numpy_dequantize(name, rows, bits, head_dim, nbytes):
 
 
 # ---- MLX's affine quantization -----------------------------------------------------------------------------------
-def mlx_group_size(head_dim):
+def mlx_group_size(head_dim: int) -> Optional[int]:
     """mlx-lm's default, or the largest that divides head_dim; None if mx.quantize cannot do it."""
     return next((g for g in (64, 32) if head_dim % g == 0), None)
 
 
-def affine_values(words, scales, biases, bits):
-    """float64 numbers of what mx.quantize returned: codes are a stream of bits, the lowest first."""
-    stream = np.unpackbits(np.ascontiguousarray(np.array(words)).view(np.uint8), axis=-1, bitorder="little")
+def affine_values(quantized: Sequence[mx.array], bits: int) -> np.ndarray:
+    """float64 numbers of what mx.quantize returned (words, scales, biases): codes as a stream of bits, lowest first."""
+    words = np.array(quantized[0])
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
     codes = stream.reshape(*words.shape[:-1], -1, bits) @ (1 << np.arange(bits))
-    scales, biases = (to_float64(a)[..., None] for a in (scales, biases))
+    scales, biases = (to_float64(a)[..., None] for a in quantized[1:])
     groups = codes.reshape(*scales.shape[:-1], -1)
     return (groups * scales + biases).reshape(codes.shape)
 
@@ -559,7 +565,7 @@ def _check_affine_quantize(call, xs, exact, bits, dtype):
     for arrays, want, b in zip(call(xs), exact, bits, strict=True):
         words, scales, biases = (_checked(a, a.shape[2]) for a in arrays)
         step = np.abs(to_float64(scales))[..., None]
-        error = np.abs(affine_values(words, scales, biases, b) - want).reshape(*step.shape[:-1], -1)
+        error = np.abs(affine_values((words, scales, biases), b) - want).reshape(*step.shape[:-1], -1)
         worst = max(worst, float((error / step).max()))
     return worst, allowed, None if worst <= allowed else f"off by {worst:.1f} steps, allowed are {allowed:.1f}"
 
@@ -567,16 +573,16 @@ def _check_affine_quantize(call, xs, exact, bits, dtype):
 def _check_affine_dequantize(call, arrays, bits, dtype):
     worst = 0.0
     for i, got in enumerate(call(arrays)):
-        want = affine_values(*(_checked(a, a.shape[2]) for a in arrays[3 * i : 3 * i + 3]), bits[i])
+        want = affine_values([_checked(a, a.shape[2]) for a in arrays[3 * i : 3 * i + 3]], bits[i])
         worst = max(worst, relative_error(to_float64(_checked(got, got.shape[2])), want))
     return _verdict(worst, 2 * TOLERANCE[dtype])
 
 
-def dtype_name(dtype):
+def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def groups(grid, backends, device):
+def groups(grid: Grid, backends: Sequence[Any], device: str) -> Iterator[tuple[Row, list[Contender]]]:
     """Yields (facts, contenders) of every group that is measured together, in the order of the report."""
     for head_dim in grid.head_dims:
         for n_tokens in grid.tokens:
@@ -591,7 +597,7 @@ def groups(grid, backends, device):
                     )
 
 
-def n_groups(grid):
+def n_groups(grid: Grid) -> int:
     """How many groups `groups` yields."""
     packing = [n for n in grid.tokens if n <= max(PACK_TOKENS, min(grid.tokens))]
     return len(grid.head_dims) * (

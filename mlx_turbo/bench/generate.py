@@ -9,6 +9,8 @@ is also compared with the oracle.
 
 import importlib
 import time
+from collections.abc import Callable, Mapping
+from typing import Any, Optional
 
 import mlx.core as mx
 import numpy as np
@@ -17,14 +19,15 @@ from ..cli.common import cache_nbytes
 from ..integration.prompt_cache import describe, flatten_caches, make_prompt_cache, reports
 from ..quality import metrics
 from ..quality.baselines import MLX_LM_BITS, MLX_LM_GROUP_SIZE, make_plain_cache
-from . import contenders as contending
-from . import timing
+from ..quant.scheme import TurboConfig
+from . import contenders, timing
+from .rows import Row
 
 CHECK_TOKENS = 8
 WRONG_NATS = 1.0  # a KL divergence beyond is no compression but a fault: turbo2 moves the embedded model by 0.01
 
 
-def make_cache(model, kv, config):
+def make_cache(model: Any, kv: str, config: Optional[TurboConfig]) -> tuple[list[Any], dict[str, Any]]:
     """(prompt cache, options of mlx_lm.generate.generate_step). kv: "none", "mlx8", "mlx4" or a scheme's name; config:
     the TurboConfig of a scheme, else None."""
     if config is not None:
@@ -35,7 +38,7 @@ def make_cache(model, kv, config):
     return make_plain_cache(model), options
 
 
-def run_once(model, prompt, n_tokens, kv, config):
+def run_once(model: Any, prompt: mx.array, n_tokens: int, kv: str, config: Optional[TurboConfig]) -> Row:
     """One generation of n_tokens after `prompt` (token ids): speeds in tokens/s, and bytes."""
     generate_step = importlib.import_module("mlx_lm.generate").generate_step
     mx.clear_cache()
@@ -54,13 +57,16 @@ def run_once(model, prompt, n_tokens, kv, config):
     return out | {"cache_bytes": sum(cache_nbytes(c) for c in flatten_caches(cache))}
 
 
-def decode_steps(model, prompt, forced, kv, config):
+def decode_steps(
+    model: Any, prompt: mx.array, forced: Optional[list[mx.array]], kv: str, config: Optional[TurboConfig]
+) -> tuple[mx.array, list[mx.array], list[Any]]:
     """(log probabilities [CHECK_TOKENS, vocabulary] of decode steps after `prompt`, their tokens, the prompt cache).
     forced: the tokens, or None to take the likeliest."""
     generate = importlib.import_module("mlx_lm.generate")
     cache, options = make_cache(model, kv, config)
     quantize = {k: options[k] for k in ("quantized_kv_start", "kv_group_size", "kv_bits")} if options else None
-    logits, tokens, rows = None, [], []
+    logits: Any = None
+    tokens, rows = [], []
     for at in range(0, prompt.size, 512):
         logits = model(prompt[None, at : at + 512], cache=cache)[:, -1]
         if quantize:
@@ -77,30 +83,31 @@ def decode_steps(model, prompt, forced, kv, config):
     return mx.concatenate(rows), tokens, cache
 
 
-def attention_problem(prompt_cache):
+def attention_problem(prompt_cache: list[Any]) -> Optional[str]:
     """What is wrong with attention over the first, middle and last compressed layer, or None."""
     ours = [(i, cache) for i, cache, report, _ in reports(prompt_cache) if report]
     for i, cache in dict([ours[0], ours[len(ours) // 2], ours[-1]]).items() if ours else ():
-        problem = contending.check_cache(cache)[2]
+        problem = contenders.check_cache(cache)[2]
         if problem:
             return f"attention over what layer {i} holds disagrees with the oracle: {problem}"
+    return None
 
 
-def check(model, prompt, caches):
+def check(model: Any, prompt: mx.array, caches: Mapping[str, Optional[TurboConfig]]) -> dict[str, Row]:
     """{kv: {"status", "kld" or "problem", "layers"}} of {kv: config}: decode steps against the uncompressed cache."""
     try:
         want, forced, _ = decode_steps(model, prompt, None, "none", None)
     except Exception as e:  # out of memory at this context, for example: shorter ones are still worth having
-        problem = f"there is nothing to compare with, the uncompressed cache fails: {type(e).__name__}: {e}"
-        return {kv: {"status": "failed", "problem": problem} for kv in caches}
-    out = {}
+        failed = f"there is nothing to compare with, the uncompressed cache fails: {type(e).__name__}: {e}"
+        return {kv: {"status": "failed", "problem": failed} for kv in caches}
+    out: dict[str, Row] = {}
     for kv, config in caches.items():
         try:
             got, _, cache = decode_steps(model, prompt, forced, kv, config)
             kld = float(metrics.kl_divergence(want, got).mean())
             problem = attention_problem(cache)
         except Exception as e:  # a kernel may fail in any way, a model may not support a cache: the others go on
-            out[kv] = contending.failure(e)
+            out[kv] = contenders.failure(e)
             continue
         if not kld <= WRONG_NATS:  # also NaN
             problem = (
@@ -117,21 +124,32 @@ def check(model, prompt, caches):
     return out
 
 
-def measure(model, tokens, contexts, n_tokens, caches, rounds, progress=None):
+def measure(
+    model: Any,
+    tokens: list[int],
+    contexts: tuple[int, ...],
+    n_tokens: int,
+    caches: Mapping[str, Optional[TurboConfig]],
+    rounds: int,
+    progress: Optional[Callable[[], Any]] = None,
+) -> list[Row]:
     """Rows by context and cache. tokens: ids of a long text. caches: {name: TurboConfig or None}, "none" first."""
-    rows = []
+    rows: list[Row] = []
     for context in contexts:
         prompt = mx.array((tokens * (context // len(tokens) + 1))[:context])
         checked = check(model, prompt, caches)
         names = [kv for kv in caches if checked[kv]["status"] == "ok"]
-        start, runs = time.perf_counter(), {kv: [] for kv in names}
+        runs: dict[str, list[Row]] = {kv: [] for kv in names}
+        start = time.perf_counter()
 
-        def run(kv, n):  # a cache that fails, out of memory for example, has no speed; the others go on
+        def run(kv: str, n: int) -> Optional[Row]:
+            # a cache that fails, out of memory for example, has no speed; the others go on
             try:
                 return run_once(model, prompt, n, kv, caches[kv])
             except Exception as e:
                 checked[kv] |= {"status": "failed", "problem": f"while it was timed: {type(e).__name__}: {e}"}
                 del runs[kv]
+                return None
 
         while "none" in runs and time.perf_counter() - start < timing.WARM_UP_SECONDS:
             run("none", min(n_tokens, 4))
@@ -143,7 +161,7 @@ def measure(model, tokens, contexts, n_tokens, caches, rounds, progress=None):
                 if progress:
                     progress()
         for kv in caches:
-            row = {"context": context, "generated": n_tokens, "name": kv, "n": rounds, **checked[kv]}
+            row: Row = {"context": context, "generated": n_tokens, "name": kv, "n": rounds, **checked[kv]}
             for what in ("prompt_tps", "generation_tps") if kv in runs else ():
                 rates = [run[what] for run in runs[kv]]
                 low, row[what], high = (float(x) for x in np.percentile(rates, (25, 50, 75)))

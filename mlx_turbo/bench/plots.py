@@ -1,4 +1,4 @@
-"""Plots of `bench` documents, as a PNG or in a page: what was compared and what won should be seen in ten seconds.
+"""Plots of `bench` documents, as a PNG or in a page: what was compared and what won shows at a glance.
 
 matplotlib is the extra `plot` and is imported late.
 """
@@ -7,14 +7,16 @@ import html
 import io
 import json
 import textwrap
+from typing import Any
 
 from ..quality.style import BLUE, GRAY, NAMES, ORANGE, PALE_BLUE, RED, color, open_frame
+from .rows import Row, describe_row
 
 LINES = {"CPU fallback": (0, (4, 2)), "simulated Metal": (0, (1, 1))}  # Metal and MLX: solid
 RATIO = "x: over uncompressed; bold: best"
 
 
-def write(document, kind, file):
+def write(document: Row, kind: str, file: Any) -> None:
     """Write the plots of a document as kind "png" or, with the table, as "html"."""
     import matplotlib
 
@@ -38,14 +40,14 @@ def _than(ratio, more, less):
     return f"{ratio:.1f}x {more} than" if ratio > 1 else f"{1 / ratio:.1f}x {less} than"
 
 
-def shown_group(document):
+def shown_group(document: Row) -> tuple[int, int, int]:
     """(head_dim, gqa, query tokens) of the attention that is plotted: 128, 4 and the fewest if they were measured."""
     rows = [r for r in document["rows"] if r["operation"] == "attention"]
     head_dims, gqas, steps = (sorted({r[k] for r in rows}) for k in ("head_dim", "gqa", "query_tokens"))
     return 128 if 128 in head_dims else head_dims[-1], 4 if 4 in gqas else gqas[-1], steps[0]
 
 
-def headlines(document):
+def headlines(document: Row) -> list[str]:
     """What won, in one sentence for each backend of ours, at the longest context."""
     kernels = document["benchmark"] == "kernels"
     if kernels:
@@ -67,7 +69,8 @@ def headlines(document):
     plain = next((r for r in rows if r["name"] == base), None)
     if plain is None:
         return ["Nothing was measured."]
-    ours, lines, dtype = {}, [], document["rows"][0]["dtype"] if kernels else document["dtype"]
+    ours: dict[Any, list[Row]] = {}
+    lines, dtype = [], document["rows"][0]["dtype"] if kernels else document["dtype"]
     for r in rows:
         if r["name"].startswith(("turbo", "auto")):
             ours.setdefault(r.get("column", document.get("column")), []).append(r)
@@ -88,10 +91,8 @@ def headlines(document):
     return lines
 
 
-def problems(document):
+def problems(document: Row) -> list[str]:
     """What failed or was wrong, each once."""
-    from .rows import describe_row
-
     return [f"{r['status'].upper()}, not ranked: {describe_row(r)}" for r in document["rows"] if r["status"] != "ok"]
 
 
@@ -196,7 +197,7 @@ def _plain_log(ax, which="y"):
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
 
 
-def kernels_figure(document):
+def kernels_figure(document: Row) -> Any:
     """Time and memory against context, roofline, packing and, if measured, stages."""
     head_dim, gqa, query_tokens = shown_group(document)
     ok = [
@@ -383,7 +384,7 @@ def _stages(ax, ablation):
     )
 
 
-def generate_figure(document):
+def generate_figure(document: Row) -> Any:
     """Speed and memory of generation against context."""
     rows = [r for r in document["rows"] if "generation_tps" in r]
     names, machine = list(dict.fromkeys(r["name"] for r in rows)), document["machine"]

@@ -5,10 +5,12 @@ kernel less that of the variant without it. The costs need not add up: a GPU ove
 """
 
 import re
+from collections.abc import Mapping, Sequence
 
 from ..backends.attend_launch import attend_shape
 from ..backends.metal import MetalBackend
 from ..backends.sources import BODY_MARKER, metal_source
+from ..quant.scheme import Scheme
 
 _NO_CODEBOOK = [
     ("return as_type<half2>(low + x) - as_type<half2>(sum - x);", "return as_type<half2>(x);"),
@@ -80,7 +82,7 @@ _BYTES_ONLY = _NO_SOFTMAX + [
 ]
 _NOTHING = [("for (int t0 = begin; t0 < end; t0 += TILE) {", "for (int t0 = begin; t0 < begin; t0 += TILE) {")]
 
-STAGES = {  # name: (what is left out or left, substitutions)
+STAGES: dict[str, tuple[str, list[tuple[str, str]]]] = {  # name: (what is left out or left, substitutions)
     "full": ("the kernel as it is", []),
     "no codebook": ("codes are used as numbers, no levels are computed", _NO_CODEBOOK),
     "no values": ("values are neither read nor summed", _NO_VALUES),
@@ -90,7 +92,7 @@ STAGES = {  # name: (what is left out or left, substitutions)
 }
 
 
-def substitute(text, substitutions):
+def substitute(text: str, substitutions: Sequence[tuple[str, str]]) -> str:
     """`text` with each (old, new) replaced, whatever the white space. Raises ValueError unless every `old` stands in it
     exactly once."""
     for old, new in substitutions:
@@ -101,10 +103,11 @@ def substitute(text, substitutions):
     return text
 
 
-def variant(stage):
+def variant(stage: str) -> tuple[str, str]:
     """(header, body) of attend.metal without a stage. Raises ValueError where the kernel's text has changed."""
     text = substitute(BODY_MARKER.join(metal_source("attend")), STAGES[stage][1])
-    return tuple(text.split(BODY_MARKER))
+    header, body = text.split(BODY_MARKER)
+    return header, body
 
 
 class AblatedBackend(MetalBackend):
@@ -136,13 +139,13 @@ class AblatedBackend(MetalBackend):
         pass
 
 
-def covers(backend, scheme, head_dim, gqa):
+def covers(backend: MetalBackend, scheme: Scheme, head_dim: int, gqa: int) -> bool:
     """Whether the stages are those of this kernel: where simdgroups share decoded tiles, it has others."""
     key = scheme.key_bits, scheme.value_bits, head_dim, head_dim
     return not attend_shape(backend.tuned.get(key, backend.tuning), *key, gqa, 1, False).SHARED_TILES
 
 
-def verdict(seconds):
+def verdict(seconds: Mapping[str, float]) -> str:
     """A sentence on what bounds the kernel, from {stage: seconds}."""
     full = seconds["full"]
     share = {stage: took / full for stage, took in seconds.items()}
@@ -150,7 +153,7 @@ def verdict(seconds):
         return f"Bound by launching: {share['nothing']:.0%} of the time is left when no token is looked at."
     if share["bytes only"] > 0.8:
         return f"Bound by memory: reading the bytes alone takes {share['bytes only']:.0%} of the time."
-    stage = min(("no codebook", "no values", "no softmax"), key=share.get)
+    stage = min(("no codebook", "no values", "no softmax"), key=share.__getitem__)
     return (
         f"Bound by arithmetic: reading the bytes alone takes {share['bytes only']:.0%} of the time; the largest "
         f"stage is the {stage.removeprefix('no ')}, without it {share[stage]:.0%} is left."

@@ -1,37 +1,28 @@
 """The tables and lines that the benchmarks print."""
 
 import math
+from collections.abc import Iterable
 
-from . import stages as kernel_stages
-
-
-def describe_tuning(row, left_out):
-    """The name of launch parameters that were tried and are not ranked."""
-    return f"tuning {row['scheme']}, head_dim {row['head_dim']}, {left_out['changes']}"
+from . import stages
+from .rows import Row, describe_queries, describe_tuning
 
 
-def _queries(row):
-    """For a name: how many query tokens, where there are several."""
-    n = row["query_tokens"] or 1
-    return f"{n} query tokens, " if n > 1 else ""
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------
-def ranked(rows):
+def ranked(rows: Iterable[Row]) -> list[Row]:
     """Rows by time, those that failed or are wrong last."""
     return sorted(rows, key=lambda r: r.get("median_seconds", math.inf))
 
 
-def kernel_groups(rows):
+def kernel_groups(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
     """{(operation, head_dim, gqa, query tokens, tokens): rows}."""
-    out = {}
+    out: dict[tuple, list[Row]] = {}
     for row in rows:
         key = tuple(row[k] for k in ("operation", "head_dim", "gqa", "query_tokens", "tokens"))
         out.setdefault(key, []).append(row)
     return out
 
 
-def print_kernels(document):
+def print_kernels(document: Row) -> None:
+    """The document of `bench kernels`, in tables by operation and size."""
     measured = document["measured"]
     print(heading(document))
     print(
@@ -51,14 +42,16 @@ def print_kernels(document):
                 f"{left_out['problem'].partition(chr(10))[0]}"
             )
     for (operation, head_dim, gqa, _, tokens), rows in kernel_groups(document["rows"]).items():
-        what = f"attention of one decode step, {_queries(rows[0])}GQA {gqa}" if gqa else f"{operation}, keys and values"
+        what = f"{operation}, keys and values"
+        if gqa:
+            what = f"attention of one decode step, {describe_queries(rows[0])}GQA {gqa}"
         print(f"\n{what}: {rows[0]['kv_heads']} kv heads of {head_dim}, {tokens} tokens, {rows[0]['dtype']}")
         print(
             f"{'':>4}{'cache':<16}{'computed by':<18}{'ms':>10}{'+-':>6}{'GB/s':>8}{'of copy':>9}"
             + (f"{'time':>8}{'bytes':>8}" if gqa else "")
             + f"{'error':>10}{'Python us':>11}"
         )
-        base = next((r for r in rows if r["name"] == "uncompressed"), None)
+        base = next((r for r in rows if r["name"] == "uncompressed"), {})
         before = None
         for place, row in enumerate(ranked(rows), 1):
             if "median_seconds" not in row:
@@ -87,7 +80,7 @@ def print_kernels(document):
         for stage, seconds in row.get("seconds", {}).items():
             print(
                 f"  {stage:<14}{seconds * 1e3:>10.3f} ms{seconds / row['seconds']['full']:>7.0%}  "
-                f"{kernel_stages.STAGES[stage][0]}"
+                f"{stages.STAGES[stage][0]}"
             )
         print(f"  {row['verdict'] if 'seconds' in row else 'FAILED: ' + row['problem'].partition(chr(10))[0]}")
     print(
@@ -99,7 +92,7 @@ def print_kernels(document):
     )
 
 
-def heading(document):
+def heading(document: Row) -> str:
     """What was measured where, in a line or two."""
     machine = document["machine"]
     return (
@@ -108,7 +101,8 @@ def heading(document):
     )
 
 
-def print_generate(document):
+def print_generate(document: Row) -> None:
+    """The document of `bench generate`, in tables by context."""
     print(
         f"{heading(document)}\n{document['model']}, {document['dtype']}; median of {document['rounds']} interleaved "
         "rounds"

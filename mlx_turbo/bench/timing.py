@@ -10,8 +10,9 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -19,10 +20,14 @@ import numpy as np
 from ..cli.provenance import provenance
 
 WARM_UP_SECONDS = 1.0  # GPU clocks ramp up within it
-SAMPLE_SECONDS = 0.01  # so long, by more calls: the floor of one evaluation is then a small part
+SAMPLE_SECONDS = 0.01  # at least, by more calls: the floor of one evaluation is then a small part
 MAX_CALLS = 256
 UNCERTAINTY = 0.02
 COPY_BYTES = 256 << 20  # beyond every chip's caches
+
+
+Name = TypeVar("Name")
+Run = Callable[[int], Any]  # run(calls): makes the calls; returns None, or lazy arrays
 
 
 class Effort(NamedTuple):
@@ -48,7 +53,8 @@ class Timing(NamedTuple):
     python: float = 0.0
 
     @classmethod
-    def of(cls, seconds, calls, python=(0.0,)):
+    def of(cls, seconds: Sequence[float], calls: int, python: Sequence[float] = (0.0,)) -> "Timing":
+        """Of samples of so many calls each, seconds per call."""
         low, median, high = (float(x) for x in np.percentile(seconds, (25, 50, 75)))
         return cls(
             median,
@@ -61,7 +67,7 @@ class Timing(NamedTuple):
         )
 
 
-def sample(run, calls):
+def sample(run: Run, calls: int) -> tuple[float, float]:
     """(seconds, seconds of Python before) per call of `run(calls)`, which makes the calls and returns None, or returns
     lazy arrays, whose evaluation is then what is timed."""
     start = time.perf_counter()
@@ -73,20 +79,23 @@ def sample(run, calls):
     return (time.perf_counter() - built) / calls, (built - start) / calls
 
 
-def interleave(contenders, effort, warm_up=None):
+def interleave(contenders: Mapping[Name, Run], effort: Effort, warm_up: Optional[float] = None) -> dict[Name, Timing]:
     """{name: `Timing`} of {name: run}, a run being what `sample` takes. warm_up: seconds, WARM_UP_SECONDS if None; in
     it the calls of a sample are chosen. Raises what the runs raise."""
     warm_up = WARM_UP_SECONDS if warm_up is None else warm_up
     for run in contenders.values():
         sample(run, 1)  # builds what must be built
-    calls, start, growing = dict.fromkeys(contenders, 1), time.perf_counter(), True
+    calls: dict[Name, int] = dict.fromkeys(contenders, 1)
+    start, growing = time.perf_counter(), True
     while growing or time.perf_counter() - start < warm_up:
         growing = False
         for name, run in contenders.items():
             short = sample(run, calls[name])[0] * calls[name] < SAMPLE_SECONDS
             if short and calls[name] < MAX_CALLS:
                 calls[name], growing = 2 * calls[name], True
-    names, seconds, python = list(contenders), {name: [] for name in contenders}, {name: [] for name in contenders}
+    names = list(contenders)
+    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
+    python: dict[Name, list[float]] = {name: [] for name in contenders}
     for i in range(effort.most):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             taken = seconds[name]
@@ -107,7 +116,7 @@ def interleave(contenders, effort, warm_up=None):
 EMPTY = "if (thread_position_in_grid.x == 0) y[0] = x[0] + 1.0f;"
 
 
-def floor_run(metal_kernel=None):
+def floor_run(metal_kernel: Optional[Callable[..., Any]] = None) -> Run:
     """run(calls) of calls that do nothing, chained: what a call costs at least. metal_kernel: of an empty kernel;
     without it, an MLX operation on 8 numbers."""
     x = mx.zeros((8,))
@@ -133,7 +142,7 @@ def floor_run(metal_kernel=None):
     return run
 
 
-def copy_run(metal, n_bytes=COPY_BYTES):
+def copy_run(metal: bool, n_bytes: int = COPY_BYTES) -> tuple[Run, int]:
     """(run, bytes moved by a call): a copy beyond the caches. On the GPU the negation of an array; on the CPU
     numpy.copyto, because MLX would allocate, and fault in, fresh memory each time."""
     if metal:
@@ -150,14 +159,17 @@ def copy_run(metal, n_bytes=COPY_BYTES):
     return run, 2 * n_bytes
 
 
-def measure_machine(metal, effort, n_bytes=COPY_BYTES):
+def measure_machine(metal: bool, effort: Effort, n_bytes: int = COPY_BYTES) -> dict[str, Any]:
     """{"floor_seconds", "evaluation_seconds", "copy_gb_per_s", ...}: an empty kernel, chained; one evaluated alone; a
     copy."""
     copy, moved = copy_run(metal, n_bytes)
     floor = floor_run(mx.fast.metal_kernel if metal else None)
-    alone = interleave(
-        {"floor": floor, "evaluation": lambda calls: [mx.eval(floor(1)) for _ in range(calls)] and None}, effort
-    )
+
+    def evaluate(calls: int) -> None:
+        for _ in range(calls):
+            mx.eval(floor(1))
+
+    alone = interleave({"floor": floor, "evaluation": evaluate}, effort)
     copied = interleave({"copy": copy}, effort)["copy"]
     return {
         "floor_seconds": alone["floor"].median,
@@ -171,7 +183,7 @@ def measure_machine(metal, effort, n_bytes=COPY_BYTES):
 
 
 # ---- facts that stand beside every figure ----------------------------------------------------------------------
-def _output(*command):
+def _output(*command: str) -> Optional[str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -179,7 +191,7 @@ def _output(*command):
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def power():
+def power() -> dict[str, str]:
     """What the system says on power mode and thermal state, {} where it says nothing (Linux)."""
     if platform.system() != "Darwin":
         return {}
@@ -193,7 +205,7 @@ def power():
     return {name: " ".join(text.split()) for name, text in {**notes, "mode": ", ".join(modes)}.items() if text}
 
 
-def header(what, argv, backend):
+def header(what: str, argv: Sequence[str], backend: str) -> dict[str, Any]:
     """The start of every document: what ran, where, and how it was called."""
     return {
         "benchmark": what,

@@ -1,42 +1,46 @@
 """`mlx-turbo bench kernels --tune`: what this chip likes."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import numpy as np
 
 from ..backends import tuning
+from ..backends.attend_launch import AttendTuning
 from ..backends.metal import MetalBackend
-from . import contenders as contending
-from . import timing
-from .common import _progress
+from ..quant.scheme import Scheme
+from . import contenders, timing
+from .common import progress_bar
+from .rows import Row
 
 
-def _attend_contenders(grid, backends, scheme, n_tokens, head_dim, device):
+def scheme_contenders(
+    grid: contenders.Grid, backends: list[Any], scheme: Scheme, n_tokens: int, head_dim: int, device: str
+) -> list[list[contenders.Contender]]:
     """[[Contender of each backend] for each GQA factor and number of query tokens of the grid] of one scheme's
     attention."""
-    groups = contending.attention_contenders(grid._replace(schemes=(scheme,)), backends, n_tokens, head_dim, device)
-    return [
-        [c for c in contenders if c.name == scheme.name and c.column != "NumPy reference"]
-        for contenders in groups.values()
-    ]
+    groups = contenders.attention_contenders(grid._replace(schemes=(scheme,)), backends, n_tokens, head_dim, device)
+    return [[c for c in group if c.name == scheme.name and c.column != "NumPy reference"] for group in groups.values()]
 
 
-def _tune(grid, metal, device, effort):
+def tune_kernels(grid: contenders.Grid, metal: MetalBackend, device: str, effort: timing.Effort) -> list[Row]:
     """Find, keep and use the best tuning of each scheme and head dim. Returns rows for the document."""
-    rows, tuned = [], {}
+    rows: list[Row] = []
+    tuned: dict[tuple[int, int, int, int], AttendTuning] = {}
     grid = grid._replace(tokens=tuple(dict.fromkeys((grid.tokens[0], grid.tokens[len(grid.tokens) // 2]))))
     quick = effort._replace(most=effort.least, seconds=0.2)
-    with _progress(len(grid.schemes) * len(grid.head_dims) * len(tuning.CANDIDATES), "parameter") as bar:
+    with progress_bar(len(grid.schemes) * len(grid.head_dims) * len(tuning.CANDIDATES), "parameter") as bar:
         for scheme in grid.schemes:
             for head_dim in grid.head_dims:
-                problems = {}
+                problems: dict[AttendTuning, Row] = {}
 
                 def time_all(tunings):
                     seconds, found = time_tunings(grid, metal, scheme, head_dim, device, quick, tunings)
                     problems.update(found)
                     return seconds
 
-                row = {"scheme": scheme.name, "head_dim": head_dim}
+                row: Row = {"scheme": scheme.name, "head_dim": head_dim}
                 rows.append(row)
                 try:
                     best, ratio = tuning.search(time_all, progress=lambda name: bar.update())
@@ -54,29 +58,38 @@ def _tune(grid, metal, device, effort):
     return rows
 
 
-def time_tunings(grid, metal, scheme, head_dim, device, effort, tunings):
+def time_tunings(
+    grid: contenders.Grid,
+    metal: MetalBackend,
+    scheme: Scheme,
+    head_dim: int,
+    device: str,
+    effort: timing.Effort,
+    tunings: Sequence[AttendTuning],
+) -> tuple[list[Optional[float]], dict[AttendTuning, Row]]:
     """([geometric mean of the seconds over the grid's contexts, GQA factors and query tokens, or None where a tuning is
     wrong or does not run], {tuning: {"status", "problem"}} of those)."""
-    backends, problems = [], {}
+    backends: list[MetalBackend] = []
+    problems: dict[AttendTuning, Row] = {}
     for values in tunings:
         backend = MetalBackend(None if metal.is_real else metal.metal_kernel)
         backend.tuning, backend.tuned = values, {}
         backends.append(backend)
     logs = np.zeros(len(tunings))
     for n_tokens in grid.tokens:
-        for contenders in _attend_contenders(grid, backends, scheme, n_tokens, head_dim, device):
-            runs = {}
-            for i, c in enumerate(contenders):
+        for group in scheme_contenders(grid, backends, scheme, n_tokens, head_dim, device):
+            runs: dict[int, timing.Run] = {}
+            for i, c in enumerate(group):
                 try:
                     wrong = c.check()[2]
                     bad = {"status": "wrong", "problem": wrong} if wrong else None
                 except Exception as e:  # too many threads for the chip's registers, for example
-                    bad = contending.failure(e)
+                    bad = contenders.failure(e)
                 if bad:
                     logs[i] = math.inf
                     problems.setdefault(tunings[i], bad)
                 else:
-                    runs[i] = contending.timed(c)
+                    runs[i] = contenders.timed(c)
             try:
                 timings = timing.interleave(runs, effort, 0.2) if runs else {}
             except RuntimeError as e:  # whose fault it was is not known
