@@ -8,19 +8,17 @@ from hypothesis import strategies as st
 from support.arrays import to_numpy
 from support.attend_cases import expected, make_case
 from support.backends import BACKENDS
+from support.tolerances import RESTORED
 
 from mlx_turbo.backends import attend, select
 from mlx_turbo.backends.attend import attend_sides
 from mlx_turbo.backends.restore import restore
 
 BITS = [(4, 4), (3, 2), (8, 0), (0, 4)]
-ROUNDING = {mx.float32: 2e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}  # of restored keys and values to their type
 
 
-@pytest.fixture(params=["cpu", "simulated", "metal"])
+@pytest.fixture(params=[name for name in BACKENDS if name != "oracle"])
 def backend(request):
-    if request.param not in BACKENDS:
-        pytest.skip(f"no {request.param} backend here")
     with select.use_backend(BACKENDS[request.param]) as chosen:
         yield chosen
 
@@ -48,7 +46,7 @@ def test_restored_tokens_are_those_of_the_oracle(backend, bits, means):
 @given(st.data())
 def test_a_prompt_chunk_agrees_with_the_oracle_restored_and_in_tiles(data):
     pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
-    dtype, L = pick(*ROUNDING), pick(17, 40)
+    dtype, L = pick(*RESTORED), pick(17, 40)
     counts = pick(0, 4), pick(60, 150, 300), pick(40, 64)
     case = make_case(
         pick(*BITS),
@@ -74,7 +72,7 @@ def test_a_prompt_chunk_agrees_with_the_oracle_restored_and_in_tiles(data):
     for most in (1 << 30, 0):
         with pytest.MonkeyPatch.context() as patch, select.use_backend("cpu"):
             patch.setattr(attend, "MAX_RESTORED_BYTES", most)
-            assert np.abs(attended(case, mask, sinks) - want).max() <= ROUNDING[dtype] * np.abs(want).max()
+            assert np.abs(attended(case, mask, sinks) - want).max() <= RESTORED[dtype] * np.abs(want).max()
 
 
 def test_evicted_tokens_are_left_out_and_the_mask_knows_nothing_of_them(backend):
@@ -100,16 +98,13 @@ def test_a_past_beyond_the_limit_goes_tile_by_tile(backend, monkeypatch):
         attended(case)
 
 
-def test_few_query_tokens_are_fused_where_there_is_a_kernel(monkeypatch):
-    if "simulated" not in BACKENDS:
-        pytest.skip("the simulator runs on Linux")
+def test_few_query_tokens_are_fused_where_there_is_a_kernel(simulated, monkeypatch):
     monkeypatch.setattr(attend, "restore", None)
     monkeypatch.setattr(attend, "tiled_attention", None)
-    with select.use_backend(BACKENDS["simulated"]):
-        for L in (1, 16):
-            attended(make_case((4, 4), (64, 64), (4, 70, 40), G=2, L=L))
-        with pytest.raises(TypeError):
-            attended(make_case((4, 4), (64, 64), (4, 70, 40), G=2, L=17))
+    for L in (1, 16):
+        attended(make_case((4, 4), (64, 64), (4, 70, 40), G=2, L=L))
+    with pytest.raises(TypeError):
+        attended(make_case((4, 4), (64, 64), (4, 70, 40), G=2, L=17))
 
 
 def test_a_layers_past_is_restored_when_its_own_queries_are_there(monkeypatch):

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from metalsim.translate import Source
+from support.tolerances import MLX_KERNELS
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="metalsim runs on Linux")
 
@@ -28,7 +29,6 @@ def kernel_text(name):
 # bfloat16 travels as its bits
 NUMPY_TYPE = {"float": np.float32, "float16_t": np.float16, "bfloat16_t": np.uint16}
 # largest absolute error against float64 on values of order 1: one rounding of the output, and of p in 16 bits
-TOLERANCE = {"float": 1e-5, "float16_t": 2e-3, "bfloat16_t": 1.6e-2}
 
 
 def rounded(values, kind):
@@ -121,7 +121,7 @@ class Attention:
 
     def check(self, out, **reference):
         np.testing.assert_allclose(
-            out, attention(self.q, self.k, self.v, **reference), rtol=0, atol=TOLERANCE[self.kind]
+            out, attention(self.q, self.k, self.v, **reference), rtol=0, atol=MLX_KERNELS[self.kind]
         )
 
 
@@ -251,7 +251,7 @@ def test_hadamard_matches_numpy(kind, n):
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     out, x = run_hadamard(HADAMARD, kind, n)
     # float16 is rounded after every radix step
-    np.testing.assert_allclose(out, x @ matrix / n**0.5, rtol=0, atol=4 * TOLERANCE[kind])
+    np.testing.assert_allclose(out, x @ matrix / n**0.5, rtol=0, atol=4 * MLX_KERNELS[kind])
 
 
 def run_softmax(text, n, n_threads=1024, n_rows=2):
