@@ -8,7 +8,6 @@ calls attention in its own way stays correct: it reads the lazy arrays and is me
 
 import sys
 
-from ..backends.attend import attend_sides
 from ..backends.attend_launch import MAX_QUERY_TOKENS
 from ..cache.view import LazyKV
 
@@ -33,6 +32,8 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
 
     Returns [B, n_heads, L, Dv] in the queries' dtype. Raises ValueError for shapes that do not belong together.
     """
+    from ..backends.attend import attend_sides  # with the operations of the CPU fallback: when they are needed
+
     if view.cache is not None:
         view.cache.attended_version = view.version
     options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed, n_evicted=view.n_evicted, backend=backend)

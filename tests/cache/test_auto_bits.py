@@ -14,6 +14,7 @@ from support.keys import queries_for, turning
 
 from mlx_turbo import TurboConfig, TurboKVCache
 from mlx_turbo.backends import select
+from mlx_turbo.backends.mlx_ops import CpuBackend
 from mlx_turbo.cache import auto_bits
 from mlx_turbo.cli import common
 from mlx_turbo.integration import attention, prompt_cache
@@ -284,12 +285,12 @@ def test_a_healthy_model_keeps_a_third_of_the_bytes_at_32k(backend):
 def test_ops_is_what_measures(monkeypatch):
     """The measurement runs the backend's own kernels, not a formula: a backend that quantizes badly is found out."""
 
-    class Coarse(select.CpuBackend):
+    class Coarse(CpuBackend):
         def dequantize(self, sides, *args):
             return [mx.round(x) for x in super().dequantize(sides, *args)]
 
     keys, values = turning(512, 0)
-    for backend, bits in ((select.CpuBackend(), "turbo4"), (Coarse(), "turbo0v4")):
+    for backend, bits in ((CpuBackend(), "turbo4"), (Coarse(), "turbo0v4")):
         with select.use_backend(backend):
             cache = TurboKVCache("auto")
             prompt(cache, keys, values, 512, queries_for(keys), scale=3.0 if bits == "turbo0v4" else 0.125)

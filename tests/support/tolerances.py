@@ -1,7 +1,7 @@
 """How far a result may be from the oracle's, relative to the largest number of the result.
 
-The package's own checks, which run on a user's machine too, have their table in mlx_turbo/backends/self_test.py; tests of
-kernels use that one.
+The package's own checks, which run on a user's machine too, have their table in mlx_turbo/backends/self_test.py; tests
+of kernels use that one.
 """
 
 import mlx.core as mx
