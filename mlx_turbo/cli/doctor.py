@@ -268,7 +268,7 @@ def _run_attend_check(check: AttendCheck, backend: Any) -> tuple[str | None, flo
     restored = (restored_tokens(side, counts) for side in (keys, values))
     want = reference.attention(to_float64(queries), *restored, mask=mask, sinks=sinks, **options)
     error = relative_error(to_float64(got), want)
-    return too_large(error, attend_tolerance(check.keys[0], check.dtype)), error
+    return too_large(error, attend_tolerance(check.keys[0], check.dtype, check.n_queries)), error
 
 
 def run_check(check: AnyCheck, backend: Any) -> tuple[str | None, float]:

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from support.arrays import to_numpy
 from support.attend_cases import expected, make_case
 from support.backends import BACKENDS
-from support.tolerances import RESTORED
 
 from mlx_turbo.backends import attend, select
 from mlx_turbo.backends.attend import attend_sides
 from mlx_turbo.backends.restore import restore
+from mlx_turbo.backends.self_test import RESTORED
 
 BITS = [(4, 4), (3, 2), (8, 0), (0, 4)]
 

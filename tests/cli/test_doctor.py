@@ -76,7 +76,8 @@ FAULTS = {
     WrongScale: lambda name: name.startswith("quantize") and ", float16" in name,
     ForgetsTheMean: lambda name: name.startswith("dequantize") and "mean" in name,
     ReadsFromTheStart: lambda name: name.startswith("dequantize"),
-    GivesNaN: lambda name: name.startswith("dequantize"),
+    # a prompt chunk attends over restored tokens
+    GivesNaN: lambda name: name.startswith("dequantize") or "40 query tokens" in name,
     ForgetsASide: lambda name: name.startswith("quantize") and " and " in name,
     ReadsRowsTooLarge: lambda name: name.startswith(("attend", "dequantize")),
     DoesNotBuildAt512: lambda name: name.startswith("quantize head_dim 512"),

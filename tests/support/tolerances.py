@@ -8,7 +8,5 @@ import mlx.core as mx
 
 # Attention by MLX operations, of an output type: float32 sums of a few hundred products, then one rounding.
 TOLERANCE = {mx.float32: 5e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
-# The same over restored tokens: keys and values are rounded to the type once more, before they are summed.
-RESTORED = {mx.float32: 5e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}
 # MLX's own Metal kernels in the simulator, by the type of their inputs: they sum in float32, in another order.
 MLX_KERNELS = {"float": 1e-5, "float16_t": 2e-3, "bfloat16_t": 1.6e-2}
