@@ -158,7 +158,7 @@ def test_a_thousand_decode_steps_wait_for_nothing(monkeypatch, stub, name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_prompt_chunks_over_a_packed_past_wait_for_nothing(monkeypatch, stub, name):
-    """Over restored tokens, and in tiles, of which one is computed while the next is prepared; drafts of 5 tokens too."""
+    """Over restored tokens, and in tiles, one computed while the next is prepared; drafts of 5 tokens too."""
     for tiles in False, True:
         monkeypatch.setenv("MLX_TURBO_MAX_RESTORED_BYTES", "0" if tiles else str(1 << 30))
         check_prompt_chunks(monkeypatch, LAYERS[name](), tiles)
