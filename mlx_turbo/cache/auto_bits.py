@@ -60,8 +60,9 @@ def attention_error(
     visible = mx.array(at) <= mx.array(positions)[:, None]
     n_rows = queries.shape[1] // H
     visible = mx.concatenate([visible] * n_rows, axis=0)
-    q, norm2 = without_bad(queries.astype(mx.float32).reshape(B, H, -1, D))
-    q, good = q * scale, norm2[..., 0] > 0
+    q = queries.astype(mx.float32).reshape(B, H, -1, D) * scale
+    good = mx.isfinite(q).all(-1)  # however large: queries are not packed
+    q = mx.where(good[..., None], q, 0)
     exact, _ = without_bad(keys[:, :, :first].astype(mx.float32))
     logits = q @ mx.concatenate([exact, x], axis=2).swapaxes(-1, -2) + weight
     logits = mx.where(visible, logits, -1e30)
