@@ -61,7 +61,7 @@ def attention_error(
     n_rows = queries.shape[1] // H
     visible = mx.concatenate([visible] * n_rows, axis=0)
     q = queries.astype(mx.float32).reshape(B, H, -1, D) * scale
-    good = mx.isfinite(q).all(-1)  # however large: queries are not packed
+    good = mx.isfinite(mx.square(q).sum(-1))  # queries are not packed: they may be far larger than keys
     q = mx.where(good[..., None], q, 0)
     exact, _ = without_bad(keys[:, :, :first].astype(mx.float32))
     logits = q @ mx.concatenate([exact, x], axis=2).swapaxes(-1, -2) + weight
