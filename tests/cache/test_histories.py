@@ -7,7 +7,7 @@ from support.caches import FAST_BACKENDS, STEPS
 from support.machines import BatchMachine, CacheMachine, WindowMachine, WindowsMachine
 from support.strategies import quick
 
-EXAMPLES = {CacheMachine: 110, WindowMachine: 55, BatchMachine: 55, WindowsMachine: 55}  # of at most 50 steps
+EXAMPLES = {CacheMachine: 110, WindowMachine: 60, BatchMachine: 60, WindowsMachine: 60}  # of at most 50 steps
 MERGES = "go_on_from_a_batch", "merge_what_is_extracted", "extend"
 
 
