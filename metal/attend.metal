@@ -28,6 +28,8 @@
 //     the tokens of the values. A simdgroup that has no row of its own only helps to decode.
 //   QUERIES_IN_DEVICE_MEMORY, if the queries of so many rows do not fit into threadgroup memory: they wait in `acc`,
 //     where the results of the block will be written at the end.
+//   A block is the tokens of a threadgroup: a run for each of its simdgroups, or one for all if they share tiles. Where
+//   each has its own, their results are merged at the end.
 //   Exact tokens (sink and recent as one list) and packed ones are different runs of the same code: blocks below X are
 //   exact. Masks and the end of a run are looked at only in tiles that some row does not see whole.
 //
@@ -44,7 +46,8 @@
 //   sinks                 T [Hq], a logit per head that takes weight and gives no value. Read here only if flag 8 and
 //                         SINGLE_LAUNCH
 //   dims                  int32 [16]: n_sink, n_packed, n_recent, X = exact blocks, blocks, row groups, flags, L, Hq,
-//                         Hkv, scale * log2 e (the bits of a float), SEGMENT (a multiple of 128), ACC_ROWS, B, 0, 0.
+//                         Hkv, scale * log2 e (the bits of a float), SEGMENT (a multiple of 128), ACC_ROWS, B, simdgroups
+//                         of merge.metal, 0.
 //                         Behind them, as floats, the diagonals of the rotation of the keys [ROUNDS, KEY_DIM] and of
 //                         the values [ROUNDS, VALUE_DIM].
 //                         flags: 1 causal (query l is token N - L + l), 2 mask, 8 sinks
@@ -66,10 +69,9 @@
 // LAUNCH
 //   R = Hq / Hkv * L rows per kv head. How many tokens a block gets is computed here: lengths are data, and nothing is
 //   compiled again when they change. merge.metal follows, unless SINGLE_LAUNCH.
-//   grid (32, blocks, B * Hkv * row groups), threadgroup (32, SIMDGROUPS, 1), row groups = ceil(R / ROWS). blocks and X
-//     are multiples of SIMDGROUPS; if SINGLE_LAUNCH, blocks = SIMDGROUPS and X is any number up to it.
-//   SHARED_TILES: grid (32, SIMDGROUPS * blocks, B * Hkv * row groups), row groups = ceil(R / (SIMDGROUPS * ROWS)), any
-//     X <= blocks.
+//   grid (32, SIMDGROUPS * blocks, B * Hkv * row groups), threadgroup (32, SIMDGROUPS, 1), X <= blocks,
+//     row groups = ceil(R / ROWS), or if SHARED_TILES ceil(R / (SIMDGROUPS * ROWS)).
+//   SINGLE_LAUNCH: blocks = 1, and X is the number of simdgroups, up to SIMDGROUPS, that have exact tokens.
 //   ACC_ROWS = R and ACC_ROW = VALUE_DIM; if QUERIES_IN_DEVICE_MEMORY, ACC_ROWS = row groups * SIMDGROUPS * ROWS and
 //     ACC_ROW = max(KEY_DIM, VALUE_DIM).
 //
@@ -91,11 +93,12 @@ constexpr int tq_max(int a, int b) {
 
 // ---- rows of keys or values -------------------------------------------------------------------------------------
 // at(t): row t. read, eight: 32 (or the last 16) dims of a key, as they lie in memory and 8 decoded ones.
-// values: DIMS_PER_LANE dims of a value, decoded.
+// read_values, values: DIMS_PER_LANE dims of a value, as they lie in memory and decoded.
 template <class T, int D>
 struct ExactRows {  // tokens of two buffers as one list
   typedef const device T *Pointer;
   static constant constexpr const int BITS = 0, STRIDE = D;
+  static constant constexpr const bool AHEAD = false;  // values are read while those before them are summed
   static constant constexpr const float UNIT = 1.0f;
   const device T *first, *second;
   int split;
@@ -114,12 +117,18 @@ struct ExactRows {  // tokens of two buffers as one list
       y[i] = float(raw.v[2 * x + i / 4][i % 4]);
   }
   template <int DIMS_PER_LANE>
-  static METAL_FUNC void values(Pointer row, int u, thread float *y) {
-    TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 4; i++) {
-      vec<T, 4> v = ((const device vec<T, 4> *)row)[u * (DIMS_PER_LANE / 4) + i];
-      TQ_UNROLL for (int k = 0; k < 4; k++)
-        y[4 * i + k] = float(v[k]);
-    }
+  struct RawValues {
+    vec<T, 4> v[DIMS_PER_LANE / 4];
+  };
+  template <int DIMS_PER_LANE>
+  static METAL_FUNC void read_values(Pointer row, int u, thread RawValues<DIMS_PER_LANE> &raw) {
+    TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 4; i++)
+      raw.v[i] = ((const device vec<T, 4> *)row)[u * (DIMS_PER_LANE / 4) + i];
+  }
+  template <int DIMS_PER_LANE>
+  static METAL_FUNC void values(const thread RawValues<DIMS_PER_LANE> &raw, int u, thread float *y) {
+    TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++)
+      y[i] = float(raw.v[i / 4][i % 4]);
   }
 };
 
@@ -149,6 +158,7 @@ struct PackedRows {
   typedef const device uint *Pointer;
   typedef Row<B, D> R;
   static constant constexpr const int BITS = B, STRIDE = R::WORDS;
+  static constant constexpr const bool AHEAD = true;
   static constant constexpr const float UNIT = Levels<B>::UNIT;
   const device uint *codes;
   SCALE scales;
@@ -183,46 +193,68 @@ struct PackedRows {
       y[i] = float(z[(HALF ? x % 2 * 4 : 0) + i / 2][i % 2]);
   }
   template <int DIMS_PER_LANE>
-  static METAL_FUNC void values(Pointer row, int u, thread float *y) {
+  struct RawValues {  // 3 bits: a word of plane A and a byte of plane B per unit, or half a unit
+    uint w[B == 3 && DIMS_PER_LANE > 8 ? DIMS_PER_LANE / 8 : (DIMS_PER_LANE * B + 31) / 32];
+  };
+  template <int DIMS_PER_LANE>
+  static METAL_FUNC void read_values(Pointer row, int u, thread RawValues<DIMS_PER_LANE> &raw) {
+    if (B == 4) {
+      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 8; i++)
+        raw.w[i] = row[u * (DIMS_PER_LANE / 8) + i];
+    } else if (B == 8) {
+      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 8; i++)
+        tq_words<R::WORDS, 2>(row + u * (DIMS_PER_LANE / 4) + 2 * i, raw.w + 2 * i);
+    } else if (B == 2 && DIMS_PER_LANE % 16 == 0) {
+      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 16; i++)
+        raw.w[i] = row[u * (DIMS_PER_LANE / 16) + i];
+    } else if (B == 2) {  // one byte of each half per 8 dims
+      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 8; i++)
+        raw.w[i] = bytes(row, u * (DIMS_PER_LANE / 8) + i);
+    } else if (DIMS_PER_LANE == 8) {  // half a unit: one of two lanes reads its word, the other its byte
+      int t = u / 2;
+      raw.w[0] = u & 1 ? bytes(row + R::UNITS, t) : row[t];
+    } else {
+      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 16; i++) {
+        int t = u * (DIMS_PER_LANE / 16) + i;
+        raw.w[2 * i] = row[t];
+        raw.w[2 * i + 1] = bytes(row + R::UNITS, t);
+      }
+    }
+  }
+  static METAL_FUNC uint bytes(Pointer words, int i) {  // bytes i and i + 2 of those of a word: one in each half
+    const device uchar *b = (const device uchar *)(words + i / 2) + (i & 1);
+    return as_type<uint>(ushort2(b[0], b[2]));
+  }
+  template <int DIMS_PER_LANE>
+  static METAL_FUNC void values(const thread RawValues<DIMS_PER_LANE> &raw, int u, thread float *y) {
     half2 z[DIMS_PER_LANE / 2];
     if (B == 4) {
       TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 8; i++)
-        Levels<4>::eight(row[u * (DIMS_PER_LANE / 8) + i], z + 4 * i);
+        Levels<4>::eight(raw.w[i], z + 4 * i);
     } else if (B == 8) {
-      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 8; i++) {
-        uint w[2];
-        tq_words<R::WORDS, 2>(row + u * (DIMS_PER_LANE / 4) + 2 * i, w);
-        Levels<8>::four(w[0], z + 4 * i);
-        Levels<8>::four(w[1], z + 4 * i + 2);
-      }
+      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 4; i++)
+        Levels<8>::four(raw.w[i], z + 2 * i);
     } else if (B == 2 && DIMS_PER_LANE % 16 == 0) {
       TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 16; i++)
-        Levels<2>::sixteen(row[u * (DIMS_PER_LANE / 16) + i], z + 8 * i);
-    } else if (B == 2) {  // one byte of each half per 8 dims
+        Levels<2>::sixteen(raw.w[i], z + 8 * i);
+    } else if (B == 2) {
       TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 8; i++) {
-        int e = u * (DIMS_PER_LANE / 8) + i;
-        const device uchar *b = (const device uchar *)(row + e / 2) + (e & 1);
-        uint x = as_type<uint>(ushort2(b[0], b[2])), a = x << 4;
+        uint x = raw.w[i], a = x << 4;
         z[4 * i] = Levels<2>::at4(a);
         z[4 * i + 1] = Levels<2>::at6(a);
         z[4 * i + 2] = Levels<2>::at4(x);
         z[4 * i + 3] = Levels<2>::at6(x);
       }
-    } else if (DIMS_PER_LANE == 8) {  // half a unit: two lanes, both at this
-      int t = u / 2;                  // token, read it together
-      const device uchar *b = (const device uchar *)(row + R::UNITS + t / 2) + (t & 1);
-      uint x = u & 1 ? as_type<uint>(ushort2(b[0], b[2])) : row[t], a = simd_shuffle_xor(x, ushort(1));
+    } else if (DIMS_PER_LANE == 8) {  // two lanes, both at this token
+      uint x = raw.w[0], a = simd_shuffle_xor(x, ushort(1));
       if (u & 1) x = ((a >> 12) & 0x00070007u) | (x << 3) | ((a >> 4) & 0x08000800u);
       z[0] = Levels<3>::at3(x << 3);
       z[1] = Levels<3>::at3(x);
       z[2] = Levels<3>::at6(x);
       z[3] = Levels<3>::at3(x >> 6);
     } else {
-      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 16; i++) {
-        int t = u * (DIMS_PER_LANE / 16) + i;
-        const device uchar *b = (const device uchar *)(row + R::UNITS + t / 2) + (t & 1);
-        Levels<3>::sixteen(row[t], as_type<uint>(ushort2(b[0], b[2])), z + 8 * i);
-      }
+      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 16; i++)
+        Levels<3>::sixteen(raw.w[2 * i], raw.w[2 * i + 1], z + 8 * i);
     }
     TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++)
       y[i] = float(z[i / 2][i % 2]);
@@ -244,6 +276,7 @@ template <int D>
 struct TileRows {
   typedef const threadgroup half *Pointer;
   static constant constexpr const int STRIDE = D + 8;
+  static constant constexpr const bool AHEAD = false;
   struct Raw {
     half4 v[8];
   };
@@ -257,12 +290,18 @@ struct TileRows {
       y[i] = float(raw.v[2 * x + i / 4][i % 4]);
   }
   template <int DIMS_PER_LANE>
-  static METAL_FUNC void values(Pointer row, int u, thread float *y) {
-    TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 4; i++) {
-      half4 v = ((const threadgroup half4 *)row)[u * (DIMS_PER_LANE / 4) + i];
-      TQ_UNROLL for (int k = 0; k < 4; k++)
-        y[4 * i + k] = float(v[k]);
-    }
+  struct RawValues {
+    half4 v[DIMS_PER_LANE / 4];
+  };
+  template <int DIMS_PER_LANE>
+  static METAL_FUNC void read_values(Pointer row, int u, thread RawValues<DIMS_PER_LANE> &raw) {
+    TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 4; i++)
+      raw.v[i] = ((const threadgroup half4 *)row)[u * (DIMS_PER_LANE / 4) + i];
+  }
+  template <int DIMS_PER_LANE>
+  static METAL_FUNC void values(const thread RawValues<DIMS_PER_LANE> &raw, int u, thread float *y) {
+    TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++)
+      y[i] = float(raw.v[i / 4][i % 4]);
   }
 };
 template <class PACKED, int N>
@@ -406,6 +445,23 @@ METAL_FUNC void tq_all_dots(const thread typename KEYS::Pointer *row, QUERIES q,
 }
 
 template <int PADDED_ROWS>
+METAL_FUNC void tq_store_weights(const thread float *p, threadgroup float *to) {
+  if (PADDED_ROWS <= 2) {
+    TQ_UNROLL for (int i = 0; i < PADDED_ROWS; i++)
+      to[i] = p[i];
+  } else {
+    TQ_UNROLL for (int i = 0; i < PADDED_ROWS / 4; i++) {
+      float4 a;
+      a.x = p[4 * i];
+      a.y = p[4 * i + 1];
+      a.z = p[4 * i + 2];
+      a.w = p[4 * i + 3];
+      ((threadgroup float4 *)to)[i] = a;
+    }
+  }
+}
+
+template <int PADDED_ROWS>
 METAL_FUNC void tq_weights(const threadgroup float *from, thread float *p) {
   if (PADDED_ROWS == 1) {
     p[0] = from[0];
@@ -424,16 +480,35 @@ METAL_FUNC void tq_weights(const threadgroup float *from, thread float *p) {
   }
 }
 
+// The first U values of `left` tokens, as they lie in memory, if there are so many and they are read AHEAD.
+template <int U, int TOKENS_IN_FLIGHT, class VALUES, int DIMS_PER_LANE>
+METAL_FUNC void tq_read_values(typename VALUES::Pointer v, int left, int u,
+                               thread typename VALUES::template RawValues<DIMS_PER_LANE> *raw) {
+  if (VALUES::AHEAD && left > (U - 1) * TOKENS_IN_FLIGHT) {
+    TQ_UNROLL for (int k = 0; k < U; k++)
+      VALUES::template read_values<DIMS_PER_LANE>(v + k * TOKENS_IN_FLIGHT * VALUES::STRIDE, u, raw[k]);
+  }
+}
+
 typedef const threadgroup float *Weights;
 // out += weight * value, U * TOKENS_IN_FLIGHT tokens at a time while at least that many are left. `left` counts the
 // tokens from this lane's next one to the end. (A pointer set that far back could lie before its array.)
+// raw: the first U values, if they are read AHEAD. Then the next ones are read as soon as these are decoded, so that the
+// memory works while the sums are formed.
 template <int U, int TOKENS_IN_FLIGHT, int PADDED_ROWS, class VALUES, int ROWS, int DIMS_PER_LANE>
 METAL_FUNC void tq_sum_values(thread typename VALUES::Pointer &v, thread Weights &w, thread int &left, int u,
+                              thread typename VALUES::template RawValues<DIMS_PER_LANE> *raw,
                               thread Partial<ROWS, DIMS_PER_LANE> &out) {
   TQ_ROLLED for (; left > (U - 1) * TOKENS_IN_FLIGHT; left -= U * TOKENS_IN_FLIGHT) {
+    typename VALUES::template RawValues<DIMS_PER_LANE> next[U];
+    tq_read_values<U, TOKENS_IN_FLIGHT, VALUES, DIMS_PER_LANE>(v + U * TOKENS_IN_FLIGHT * VALUES::STRIDE,
+                                                               left - U * TOKENS_IN_FLIGHT, u, next);
     TQ_UNROLL for (int k = 0; k < U; k++) {
       float y[DIMS_PER_LANE], p[PADDED_ROWS];
-      VALUES::template values<DIMS_PER_LANE>(v + k * TOKENS_IN_FLIGHT * VALUES::STRIDE, u, y);
+      if (!VALUES::AHEAD)
+        VALUES::template read_values<DIMS_PER_LANE>(v + k * TOKENS_IN_FLIGHT * VALUES::STRIDE, u, raw[k]);
+      VALUES::template values<DIMS_PER_LANE>(raw[k], u, y);
+      if (VALUES::AHEAD) raw[k] = next[k];
       tq_weights<PADDED_ROWS>(w + k * TOKENS_IN_FLIGHT * PADDED_ROWS, p);
       TQ_UNROLL for (int h = 0; h < ROWS; h++) {
         TQ_UNROLL for (int d = 0; d < DIMS_PER_LANE; d++)
@@ -449,8 +524,10 @@ METAL_FUNC void tq_sum_values(thread typename VALUES::Pointer &v, thread Weights
 // not even 0 * NaN.
 template <int PADDED_ROWS, class VALUES, int ROWS, int DIMS_PER_LANE>
 METAL_FUNC void tq_sum_seen(typename VALUES::Pointer v, Weights w, int u, thread Partial<ROWS, DIMS_PER_LANE> &out) {
+  typename VALUES::template RawValues<DIMS_PER_LANE> raw;
   float y[DIMS_PER_LANE], p[PADDED_ROWS];
-  VALUES::template values<DIMS_PER_LANE>(v, u, y);
+  VALUES::template read_values<DIMS_PER_LANE>(v, u, raw);
+  VALUES::template values<DIMS_PER_LANE>(raw, u, y);
   tq_weights<PADDED_ROWS>(w, p);
   TQ_UNROLL for (int h = 0; h < ROWS; h++) {
     TQ_UNROLL for (int d = 0; d < DIMS_PER_LANE; d++)
@@ -526,6 +603,11 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
     } else {
       if (has_rows) tq_all_dots<ROWS, TOKENS_PER_LANE, QUERY_STRIDE, KEY_DIM, KEYS>(row, q, s);
     }
+    int n = min(TILE, end - t0);
+    typename VALUES::Pointer v = values.at(min(t0 + slot, end - 1));
+    typename VALUES::template RawValues<DIMS_PER_LANE> raw[U];
+    if (!(SHARED_TILES && VALUES::BITS) && has_rows && slot < TOKENS_IN_FLIGHT)
+      tq_read_values<U, TOKENS_IN_FLIGHT, VALUES, DIMS_PER_LANE>(v, n - slot, u, raw);
     bool whole = t0 + TILE <= safe_end;  // every row sees all of the tile
     if (has_rows) {
       // ---- logits
@@ -570,6 +652,7 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
       }
 
       // ---- softmax
+      float p[TOKENS_PER_LANE * PADDED_ROWS];
       TQ_UNROLL for (int h = 0; h < ROWS; h++) {
         float top = s[h];
         TQ_UNROLL for (int i = 1; i < TOKENS_PER_LANE; i++)
@@ -585,19 +668,19 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
             out.acc[h][d] *= f;
         }
         TQ_UNROLL for (int i = 0; i < TOKENS_PER_LANE; i++) {
-          float p = fast::exp2(s[i * ROWS + h] - m);
-          out.sum[h] += p;
-          lane_weights[32 * i * PADDED_ROWS + h] = VALUES::BITS ? p * value_scale[i] : p;
+          float weight = fast::exp2(s[i * ROWS + h] - m);
+          out.sum[h] += weight;
+          p[i * PADDED_ROWS + h] = VALUES::BITS ? weight * value_scale[i] : weight;
         }
       }
       TQ_UNROLL for (int i = 0; i < TOKENS_PER_LANE; i++) {
         TQ_UNROLL for (int h = ROWS; h < PADDED_ROWS; h++)
-          lane_weights[32 * i * PADDED_ROWS + h] = 0;
+          p[i * PADDED_ROWS + h] = 0;
+        tq_store_weights<PADDED_ROWS>(p + i * PADDED_ROWS, lane_weights + 32 * i * PADDED_ROWS);
       }
     }
 
     // ---- values
-    int n = min(TILE, end - t0);
     if (SHARED_TILES && VALUES::BITS) {
       constexpr int N = TILE / CHUNKS;  // tokens
       TQ_ROLLED for (int t = 0; t < (CHUNKS == 1 ? 1 : n); t += N) {
@@ -607,10 +690,11 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (has_rows && (LANES_PER_TOKEN * TOKENS_IN_FLIGHT == 32 || slot < TOKENS_IN_FLIGHT)) {
           Weights w = weights + (t + slot) * PADDED_ROWS;
-          const threadgroup half *v = tile + slot * (VALUE_DIM + 8);
+          const threadgroup half *decoded = tile + slot * (VALUE_DIM + 8);
           int left = (CHUNKS == 1 ? n : min(N, n - t)) - slot;
-          tq_sum_values<U, TOKENS_IN_FLIGHT, PADDED_ROWS, TileRows<VALUE_DIM>>(v, w, left, u, out);
-          tq_sum_values<1, TOKENS_IN_FLIGHT, PADDED_ROWS, TileRows<VALUE_DIM>>(v, w, left, u, out);
+          typename TileRows<VALUE_DIM>::template RawValues<DIMS_PER_LANE> raw_tile[U];
+          tq_sum_values<U, TOKENS_IN_FLIGHT, PADDED_ROWS, TileRows<VALUE_DIM>>(decoded, w, left, u, raw_tile, out);
+          tq_sum_values<1, TOKENS_IN_FLIGHT, PADDED_ROWS, TileRows<VALUE_DIM>>(decoded, w, left, u, raw_tile, out);
         }
       }
     } else {
@@ -621,15 +705,15 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
       Weights w = weights + slot * PADDED_ROWS;
       int left = n - slot;
       if (VALUES::BITS) {
-        typename VALUES::Pointer v = values.at(t0 + slot);
-        tq_sum_values<U, TOKENS_IN_FLIGHT, PADDED_ROWS, VALUES>(v, w, left, u, out);
-        tq_sum_values<1, TOKENS_IN_FLIGHT, PADDED_ROWS, VALUES>(v, w, left, u, out);
+        tq_sum_values<U, TOKENS_IN_FLIGHT, PADDED_ROWS, VALUES>(v, w, left, u, raw, out);
+        tq_read_values<1, TOKENS_IN_FLIGHT, VALUES, DIMS_PER_LANE>(v, left, u, raw);
+        tq_sum_values<1, TOKENS_IN_FLIGHT, PADDED_ROWS, VALUES>(v, w, left, u, raw, out);
       } else {
         TQ_ROLLED for (int t = t0 + slot; left > 0; t += TOKENS_IN_FLIGHT, left -= TOKENS_IN_FLIGHT) {  // two buffers
-          typename VALUES::Pointer v = values.at(t);
+          v = values.at(t);
           if (whole) {
             int one = 1;
-            tq_sum_values<1, TOKENS_IN_FLIGHT, PADDED_ROWS, VALUES>(v, w, one, u, out);
+            tq_sum_values<1, TOKENS_IN_FLIGHT, PADDED_ROWS, VALUES>(v, w, one, u, raw, out);
           } else {
             tq_sum_seen<PADDED_ROWS, VALUES>(v, w, u, out);
             w += TOKENS_IN_FLIGHT * PADDED_ROWS;
@@ -691,8 +775,6 @@ METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L,
 // ==== body
 constexpr int PADDED_ROWS = ROWS <= 2 ? ROWS : (ROWS + 3) / 4 * 4, LANES_PER_TOKEN = VALUE_DIM / DIMS_PER_LANE,
               TOKENS_IN_FLIGHT = 32 / LANES_PER_TOKEN;
-constexpr int ROWS_AT_ONCE =
-    tq_max(1, tq_min(ROWS, 4096 / (SIMDGROUPS * VALUE_DIM)));  // rows that are merged at a time (SINGLE_LAUNCH)
 constexpr int ALL_ROWS = SHARED_TILES ? SIMDGROUPS * ROWS : ROWS,
               QUERIES = QUERIES_IN_DEVICE_MEMORY ? 0 : (SINGLE_LAUNCH && KEY_BITS ? 2 : 1) * ALL_ROWS * KEY_DIM;
 constexpr int WEIGHTS = 32 * TOKENS_PER_LANE * PADDED_ROWS,
@@ -701,13 +783,15 @@ constexpr int TILE_WORDS =
     SHARED_TILES
         ? tq_max(32 * TOKENS_PER_LANE * (KEY_DIM / CHUNKS + 8), 32 * TOKENS_PER_LANE / CHUNKS * (VALUE_DIM + 8)) / 2
         : 0;
-constexpr int MEMORY =
-    tq_max(QUERIES + SIMDGROUPS * WEIGHTS + TILE_WORDS, SINGLE_LAUNCH ? SIMDGROUPS * ROWS_AT_ONCE * VALUE_DIM : 0);
+constexpr int IN_THE_LOOP = QUERIES + SIMDGROUPS * WEIGHTS + TILE_WORDS;
+constexpr int ROWS_AT_ONCE = tq_max(  // rows that are merged at a time
+    1, tq_min(ROWS, (SINGLE_LAUNCH ? 4096 : IN_THE_LOOP) / (SIMDGROUPS * VALUE_DIM)));
+constexpr int MEMORY = tq_max(IN_THE_LOOP, SHARED_TILES ? 0 : SIMDGROUPS * ROWS_AT_ONCE * VALUE_DIM);
 threadgroup float4 memory4[MEMORY / 4];
-threadgroup float bias[ALL_ROWS], block_ml[SINGLE_LAUNCH ? 2 * SIMDGROUPS * ROWS : 1];
+threadgroup float bias[ALL_ROWS], run_ml[SHARED_TILES ? 1 : 2 * SIMDGROUPS * ROWS];
 threadgroup float *memory = (threadgroup float *)memory4;
-int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_threadgroup.y, block = thread_position_in_grid.y;
-if (SHARED_TILES) block /= SIMDGROUPS;
+int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_threadgroup.y,
+    block = uint(thread_position_in_grid.y) / SIMDGROUPS;
 int n_sink = dims[0], n_packed = dims[1], n_recent = dims[2], exact_blocks = dims[3], blocks = dims[4],
     row_groups = dims[5];
 int flags = dims[6], L = dims[7], Hq = dims[8], Hkv = dims[9], acc_rows = dims[12], N = n_sink + n_packed + n_recent;
@@ -716,7 +800,7 @@ int G = Hq / Hkv, R = G * L, z = thread_position_in_grid.z, head = z / row_group
 int b = head / Hkv, kvh = head - b * Hkv;
 int first_row = group_row + (SHARED_TILES ? simdgroup * ROWS : 0), rows = min(ROWS, R - first_row);
 int group_rows = min((R - group_row + ROWS - 1) / ROWS * ROWS, ALL_ROWS);  // of the simdgroups that have rows
-bool exact = block < exact_blocks;
+bool exact = (SINGLE_LAUNCH ? simdgroup : block) < exact_blocks;
 const device float *diag = (const device float *)(dims + 16);
 
 // ---- the query: as it is for exact keys, rotated for packed ones
@@ -746,7 +830,12 @@ TQ_UNROLL for (int h = 0; h < ROWS; h++) {
     out.acc[h][d] = 0;
 }
 int n = exact ? n_sink + n_recent : n_packed, split = exact ? n_sink : 0, shift = exact ? n_packed : n_sink;
-int of = exact ? exact_blocks : blocks - exact_blocks, index = exact ? block : block - exact_blocks;
+int of = exact ? exact_blocks : (SINGLE_LAUNCH ? SIMDGROUPS : blocks) - exact_blocks,  // runs of this kind
+    index = (SINGLE_LAUNCH ? simdgroup : block) - (exact ? 0 : exact_blocks);
+if (!SINGLE_LAUNCH && !SHARED_TILES) {  // each simdgroup of a block has a run
+  of *= SIMDGROUPS;
+  index = index * SIMDGROUPS + simdgroup;
+}
 int tiles = (n + 32 * TOKENS_PER_LANE - 1) / (32 * TOKENS_PER_LANE), per = (tiles + of - 1) / of * 32 * TOKENS_PER_LANE;
 int begin = index * per, end = min(begin + per, n);
 // tokens that every row sees
@@ -802,11 +891,11 @@ TQ_UNROLL for (int h = 0; h < ROWS; h++) {
     out.acc[h][d] = a;
   }
 }
-if (!SINGLE_LAUNCH) {
+device float *ml = (device float *)acc + (long)dims[13] * Hkv * blocks * acc_rows * ACC_ROW +
+                   (((long)head * R + first_row) * blocks + block) * 2;
+if (SHARED_TILES) {
   if (QUERIES_IN_DEVICE_MEMORY) simdgroup_barrier(mem_flags::mem_device);  // the queries are not needed now
   results += (first_row - group_row) * ACC_ROW + u * DIMS_PER_LANE;
-  device float *ml = (device float *)acc + (long)dims[13] * Hkv * blocks * acc_rows * ACC_ROW +
-                     (((long)head * R + first_row) * blocks + block) * 2;
   TQ_UNROLL for (int h = 0; h < ROWS; h++) {
     float m = out.m.get(h);
     if (h < rows) {
@@ -824,8 +913,8 @@ if (!SINGLE_LAUNCH) {
   // ---- merge the simdgroups of the threadgroup, ROWS_AT_ONCE rows at a time
   if (lane == 0) {
     TQ_UNROLL for (int h = 0; h < ROWS; h++) {
-      block_ml[(simdgroup * ROWS + h) * 2] = out.m.get(h);
-      block_ml[(simdgroup * ROWS + h) * 2 + 1] = out.sum[h];
+      run_ml[(simdgroup * ROWS + h) * 2] = out.m.get(h);
+      run_ml[(simdgroup * ROWS + h) * 2 + 1] = out.sum[h];
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);  // the queries are not needed now
@@ -838,13 +927,32 @@ if (!SINGLE_LAUNCH) {
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    TQ_ROLLED for (int k = simdgroup * F::VECTORS; k < ROWS_AT_ONCE; k += SIMDGROUPS * F::VECTORS) {
+    TQ_ROLLED for (int i = simdgroup; !SINGLE_LAUNCH && i < min(ROWS_AT_ONCE, rows - h0); i += SIMDGROUPS) {
+      float top = TQ_LOWEST, sum = 0, f[SIMDGROUPS];
+      TQ_UNROLL for (int j = 0; j < SIMDGROUPS; j++)
+        top = max(top, run_ml[(j * ROWS + h0 + i) * 2]);
+      TQ_UNROLL for (int j = 0; j < SIMDGROUPS; j++) {
+        f[j] = fast::exp2(run_ml[(j * ROWS + h0 + i) * 2] - top);
+        sum = fma(f[j], run_ml[(j * ROWS + h0 + i) * 2 + 1], sum);
+      }
+      TQ_ROLLED for (int d = lane; d < VALUE_DIM; d += 32) {
+        float y = 0;
+        TQ_UNROLL for (int j = 0; j < SIMDGROUPS; j++)
+          y = fma(f[j], memory[(i * SIMDGROUPS + j) * VALUE_DIM + d], y);
+        results[(h0 + i) * ACC_ROW + d] = y;
+      }
+      if (lane == 0) {
+        ml[(h0 + i) * blocks * 2] = top;
+        ml[(h0 + i) * blocks * 2 + 1] = sum;
+      }
+    }
+    TQ_ROLLED for (int k = simdgroup * F::VECTORS; SINGLE_LAUNCH && k < ROWS_AT_ONCE; k += SIMDGROUPS * F::VECTORS) {
       int t = uint(lane) % F::LANES, i = k + uint(lane) / F::LANES, h = min(h0 + i, ROWS - 1), r = first_row + h;
       bool live = i < ROWS_AT_ONCE && h0 + i < ROWS && h < rows;
       int g = r / L, query_head = kvh * G + g;
       float top = TQ_LOWEST, sum = 0, packed_sum = 0, rotated_y[F::DIMS_PER_LANE], exact_y[F::DIMS_PER_LANE];
       TQ_ROLLED for (int j = 0; j < SIMDGROUPS; j++)
-        top = max(top, block_ml[(j * ROWS + h) * 2]);
+        top = max(top, run_ml[(j * ROWS + h) * 2]);
       if ((flags & 8) && live) {
         float sink = float(sinks[query_head]) * TQ_LOG2E;
         top = max(top, sink);
@@ -853,7 +961,7 @@ if (!SINGLE_LAUNCH) {
       TQ_UNROLL for (int d = 0; d < F::DIMS_PER_LANE; d++)
         rotated_y[d] = exact_y[d] = 0;
       TQ_ROLLED for (int j = 0; j < SIMDGROUPS; j++) {
-        float f = fast::exp2(block_ml[(j * ROWS + h) * 2] - top), part = f * block_ml[(j * ROWS + h) * 2 + 1];
+        float f = fast::exp2(run_ml[(j * ROWS + h) * 2] - top), part = f * run_ml[(j * ROWS + h) * 2 + 1];
         bool rotated = VALUE_BITS != 0 && j >= exact_blocks;
         sum += part;
         if (j >= exact_blocks) packed_sum += part;

@@ -1,8 +1,8 @@
 """How the attention kernel is launched: tuning, template values, blocks and limits, as pure functions of the shapes.
 
 `plan_attend` is what a backend asks for, once per call; the layers of a step share its result. A threadgroup works on
-the rows (query heads * query tokens) of one kv head. A partition of a launch is a block: the tokens of one simdgroup,
-which it works through tile by tile, or of a threadgroup whose simdgroups share decoded tiles.
+the rows (query heads * query tokens) of one kv head. A partition of a launch is a block, the tokens of a threadgroup:
+each of its simdgroups works through a run of them tile by tile, or all share decoded tiles.
 """
 
 import functools
@@ -13,8 +13,8 @@ from ..quant import rotation
 
 MAX_QUERY_TOKENS = 16
 SEGMENT_STEP = 128  # tokens of the largest tile, which meets two segments at most
+BLOCKS_AT_ONCE = 8  # that a simdgroup of merge.metal reads at once
 THREADGROUP_BYTES = 32768 - 1024  # what the kernel may declare, less its small arrays
-MERGE_SIMDGROUPS = 4
 
 
 class AttendTuning(NamedTuple):
@@ -27,6 +27,7 @@ class AttendTuning(NamedTuple):
     simdgroups_one_launch: int = 8
     tokens_per_block: int = 128  # at least
     simdgroups_per_launch: int = 1024  # enough to keep the largest chip busy: no more blocks than that
+    simdgroups_per_launch_many_rows: int = 1024  # the same with more than 4 rows, whose sums take more registers
     one_launch_tokens: int = 1024  # up to here one threadgroup does a whole kv head, and nothing is merged
     rows_per_decode: int = 256  # about this many rows of a kv head at most share decoded tiles
 
@@ -38,7 +39,8 @@ QUERY_TOKENS = (1, 4, 8, MAX_QUERY_TOKENS)
 ROW, READ_TILE, DECODE_TILE = 2.1, 3.2, 7.4
 ROW_IN_DEVICE_MEMORY = 0.05  # added for a row whose query is not in threadgroup memory: a guess at the price of reading
 MOST_ROWS = 12  # of a simdgroup that shares tiles
-FEW_ROWS, MANY_ROWS = 8, 1.4  # a simdgroup with more than 8 rows takes 1.4 times the operations: a guess at spills
+FEW_ROWS = 4  # of a simdgroup: their sums leave registers for twice as many simdgroups
+SPILLING_ROWS, SPILLING = 8, 1.4  # a simdgroup with more than 8 rows takes 1.4 times the operations: a guess at spills
 MOST_SIMDGROUPS = 12  # of a threadgroup: an Apple core has registers for 384 threads of 128 registers
 
 
@@ -66,16 +68,17 @@ class AttendPlan(NamedTuple):
     single_launch: bool
     row_groups: int  # threadgroups beside each other that share a kv head's rows
     n_groups: int  # batch rows * kv heads * row_groups
-    exact_blocks: int  # of the blocks of each group, those of exact tokens; they come first
+    exact_blocks: int  # of the blocks of each group, those of exact tokens; with one launch, of the simdgroups
     blocks: int
     partial_rows: int  # rows of a block's partial results: those there are, or those a launch has room for
     partial_dim: int  # numbers of such a row
     n_partials: int  # float32 numbers between two launches
+    merge_simdgroups: int  # per threadgroup of merge.metal
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Threads of the launch of attend.metal."""
-        return 32, self.blocks * (self.shape.SIMDGROUPS if self.shape.SHARED_TILES else 1), self.n_groups
+        return 32, self.blocks * self.shape.SIMDGROUPS, self.n_groups
 
     @property
     def threadgroup(self) -> tuple[int, int, int]:
@@ -138,8 +141,18 @@ def plan_launches(
     if shape.QUERIES_IN_DEVICE_MEMORY:  # the rotated queries lie where the results will
         partial_rows, partial_dim = row_groups * shape.rows, max(key_dim, value_dim)
     n_partials = batch * n_kv_heads * blocks * (partial_rows * partial_dim + 2 * n_rows)
+    merge_simdgroups = min(max(1 + -(-blocks // BLOCKS_AT_ONCE), 4), most_merge_simdgroups(value_dim))
     return AttendPlan(
-        shape, single_launch, row_groups, n_groups, exact_blocks, blocks, partial_rows, partial_dim, n_partials
+        shape,
+        single_launch,
+        row_groups,
+        n_groups,
+        exact_blocks,
+        blocks,
+        partial_rows,
+        partial_dim,
+        n_partials,
+        merge_simdgroups,
     )
 
 
@@ -178,9 +191,10 @@ def attend_shape(
             return min(costs, key=lambda shape: costs[shape])  # decoded as rarely as can be
     tokens = tuning.tokens_per_lane_few_rows if rows <= 2 else tuning.tokens_per_lane
     simdgroups = tuning.simdgroups_one_launch if single_launch else tuning.simdgroups
-    results = 8 * rows if single_launch else 0  # bytes of a simdgroup's maxima and sums
-    while rows * query_bytes + simdgroups * (128 * tokens * _padded(rows) + results) > THREADGROUP_BYTES or (
-        single_launch and simdgroups * 4 * value_dim > THREADGROUP_BYTES
+    results = 8 * rows  # bytes of a simdgroup's maxima and sums
+    while (
+        rows * query_bytes + simdgroups * (128 * tokens * _padded(rows) + results) > THREADGROUP_BYTES
+        or simdgroups * 4 * value_dim > THREADGROUP_BYTES
     ):
         if tokens > 1:
             tokens //= 2
@@ -204,7 +218,7 @@ def _shared_shapes(
             if side_by_side * (queries + 128 * _padded(rows)) + tile <= THREADGROUP_BYTES:
                 shape = AttendShape(rows, 1, dims_per_lane, side_by_side, True, chunks, in_device_memory)
                 per_row = ROW + in_device_memory * ROW_IN_DEVICE_MEMORY
-                per_simdgroup = (rows * per_row + READ_TILE) * (MANY_ROWS if rows > FEW_ROWS else 1)
+                per_simdgroup = (rows * per_row + READ_TILE) * (SPILLING if rows > SPILLING_ROWS else 1)
                 costs[shape] = groups, groups * (side_by_side * per_simdgroup + DECODE_TILE)
                 break
     return costs
@@ -224,13 +238,22 @@ def attend_blocks(
     if single_launch:
         exact, packed, n = -(-n_exact // tile), -(-n_packed // tile), shape.SIMDGROUPS
         if exact and packed:
-            return min(max(round(n * exact / (exact + packed)), 1), n - 1), n
-        return (n if exact else 0), n
-    most = max(tuning.simdgroups_per_launch // n_groups, 1)
-    tokens = max(tuning.tokens_per_block, -(-(n_exact + n_packed) // most))
-    step = 1 if shape.SHARED_TILES else shape.SIMDGROUPS
-    exact, packed = (-(-(-(-n // tokens)) // step) * step for n in (n_exact, n_packed))
-    return exact, exact + packed
+            return min(max(round(n * exact / (exact + packed)), 1), n - 1), 1
+        return (n if exact else 0), 1
+    runs = 1 if shape.SHARED_TILES else shape.SIMDGROUPS  # of a block
+    tile, least = tile * runs, tuning.tokens_per_block * runs
+    few = shape.ROWS <= FEW_ROWS
+    simdgroups = tuning.simdgroups_per_launch if few else tuning.simdgroups_per_launch_many_rows
+    most = max(simdgroups // (n_groups * runs), 2)  # all at work at the same time
+    exact = -(-n_exact // max(least, -(-(n_exact + n_packed) // most)))
+    tokens = max(least, -(-n_packed // max(most - exact, 1)))
+    tokens = -(-tokens // tile) * tile  # whole tiles: no more blocks than get one
+    return exact, exact + -(-n_packed // tokens)
+
+
+def most_merge_simdgroups(value_dim: int) -> int:
+    """Simdgroups of merge.metal whose sums fit into threadgroup memory: a power of two up to 16."""
+    return max(n for n in (4, 8, 16) if 4 * n * value_dim <= THREADGROUP_BYTES)
 
 
 @functools.lru_cache(maxsize=None)

@@ -18,11 +18,11 @@ from ..quant import rotation
 from ..quant.scheme import SCALES, words_per_row
 from . import self_test
 from .attend_launch import (
-    MERGE_SIMDGROUPS,
     SEGMENT_STEP,
     AttendPlan,
     AttendTuning,
     attend_unsupported,
+    most_merge_simdgroups,
     plan_attend,
     rotates_in_kernel,
     vectors_per_simdgroup,
@@ -313,7 +313,7 @@ class KernelBackend:
             (*counts, plan.exact_blocks, plan.blocks, plan.row_groups),
             (flags, n_query_tokens, n_heads, keys.n_kv_heads),
             scale,
-            (keys.segment, plan.partial_rows, batch),
+            (keys.segment, plan.partial_rows, batch, plan.merge_simdgroups),
             (key_dim, value_dim, seed),
         )
         means = [side.means if side.has_means else _nothing(mx.float16) for side in (keys, values)]
@@ -340,8 +340,8 @@ class KernelBackend:
         (out,) = self.kernel("merge", *MERGE_ARGUMENTS)(
             inputs=[acc, means[1], sinks_or_any, dims],
             template=_merge_template(kernel, plan.partial_dim),
-            grid=(32, MERGE_SIMDGROUPS, batch * n_heads * n_query_tokens),
-            threadgroup=(32, MERGE_SIMDGROUPS, 1),
+            grid=(32, plan.merge_simdgroups, batch * n_heads * n_query_tokens),
+            threadgroup=(32, plan.merge_simdgroups, 1),
             output_shapes=[out_shape],
             output_dtypes=[dtype],
         )
@@ -449,7 +449,7 @@ def _merge_template(kernel: AttendKernel, partial_dim: int) -> Template:
         ("MEAN", values.has_means),
         ("OFFSET", DIMS + len(rotation.windows(keys.head_dim)) * keys.head_dim),
         ("ACC_ROW", partial_dim),
-        ("SIMDGROUPS", MERGE_SIMDGROUPS),
+        ("MOST_SIMDGROUPS", most_merge_simdgroups(values.head_dim)),
     ]
 
 
