@@ -58,7 +58,8 @@ class CudaBackend(KernelBackend):
     ):
         """cuda_kernel: with the arguments of mx.fast.cuda_kernel, which it takes the place of."""
         metal_kernel = functools.partial(metal_kernel_on_cuda, cuda_kernel or mx.fast.cuda_kernel)
-        super().__init__(metal_kernel, "cuda", "CUDA", is_real=cuda_kernel is None, tuned=tuned)
+        is_real = cuda_kernel is None and mx.cuda.is_available()
+        super().__init__(metal_kernel, "cuda", "CUDA", is_real=is_real, tuned=tuned)
 
 
 def metal_kernel_on_cuda(

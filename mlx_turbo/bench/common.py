@@ -124,7 +124,7 @@ def chosen_backends(choice: str | None) -> list[Any]:
     """The backend of that name; without one, all that run here."""
     if choice:
         return [get_backend(choice)]
-    return [get_backend(name) for name in ("metal", "cpu") if name == "cpu" or not select.metal_unavailable()]
+    return [get_backend(name) for name in select.BACKENDS if not select.unavailable(name)]
 
 
 def describe_backend(backend: Any, on_cpu: bool = True) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..backends import mlx_ops
 from ..backends.attend_launch import SEGMENT_STEP
+from ..backends.select import GPUS
 from ..backends.self_test import (
     ATTEND_TOLERANCE,
     TOLERANCE,
@@ -39,7 +40,7 @@ COLD_BYTES = {"gpu": 256 << 20, "cpu": 32 << 20}  # calls go through this many b
 MAX_COPIES = 8
 NUMPY_TOKENS = 1024  # beyond, the reference would take longer than everything else together
 ORACLE_TOKENS = 4096  # beyond, two kv heads are compared with the oracle, not all
-FALLBACK_TOKENS = 4096  # beyond, where Metal is measured, the CPU fallback would take most of the time
+FALLBACK_TOKENS = 4096  # beyond, where a GPU is measured, the CPU fallback would take most of the time
 PACK_TOKENS = 4096  # quantize and dequantize: a prompt chunk is no longer
 # Largest error of MLX's own attention, relative to the largest output: 16-bit logits and weights where it is quantized.
 MLX_TOLERANCE = {mx.float32: 1e-4, mx.float16: 5e-3, mx.bfloat16: 4e-2}
@@ -75,9 +76,9 @@ class Grid(NamedTuple):
 
 
 def column_of(backend: Any) -> str:
-    """What a backend's column is called. Only real kernels on a real GPU are called Metal."""
-    if backend.name == "metal":
-        return "Metal" if backend.is_real else "simulated Metal"
+    """What a backend's column is called. Only real kernels on a real GPU are called Metal or CUDA."""
+    if title := GPUS.get(backend.name):
+        return title if backend.is_real else f"simulated {title}"
     return {"cpu": "CPU fallback"}.get(backend.name, backend.name)
 
 

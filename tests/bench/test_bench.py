@@ -17,6 +17,8 @@ from support.no_kernels import NoKernels
 
 from mlx_turbo.backends import select, tuning
 from mlx_turbo.backends.attend_launch import AttendTuning
+from mlx_turbo.backends.cuda import CudaBackend
+from mlx_turbo.backends.kernel_backend import KernelBackend
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.mlx_ops import CpuBackend
 from mlx_turbo.backends.self_test import compare_quantized
@@ -48,7 +50,7 @@ def fast(monkeypatch, tmp_path):
     monkeypatch.setitem(contending.COLD_BYTES, "cpu", 1 << 20)
     monkeypatch.setenv("MLX_TURBO_CACHE_DIR", str(tmp_path / "cache"))
     measure = timing.measure_machine
-    monkeypatch.setattr(timing, "measure_machine", lambda metal, effort, n: measure(metal, effort, 1 << 20))
+    monkeypatch.setattr(timing, "measure_machine", lambda gpu, effort, n: measure(gpu, effort, 1 << 20))
 
 
 @pytest.fixture
@@ -150,14 +152,17 @@ def test_a_wrong_row_has_no_time_in_the_json_and_red_words_in_the_plot(run, tmp_
     bench_plots.write(document, "png", tmp_path / "x.png")  # nothing left to plot, and no crash
 
 
-def test_nothing_without_metal_is_called_metal(run, monkeypatch):
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)  # on a Mac
+def test_nothing_without_a_gpu_is_called_by_its_name(run, monkeypatch):
+    for name in select.GPUS:
+        monkeypatch.setattr(getattr(mx, name), "is_available", lambda: False)  # on a machine with one
     assert contending.column_of(MetalBackend()) == "simulated Metal"  # it would not run
     assert contending.column_of(MetalBackend(metalsim.metal_kernel)) == "simulated Metal"
+    assert contending.column_of(CudaBackend()) == "simulated CUDA"
     for argv, said in (
         (["--backend", "metal"], "'metal' was asked for, but this build of MLX has no Metal"),
-        (["--ablate"], "--ablate: is about the Metal kernel, but this build of MLX has no Metal"),
-        (["--tune"], "--tune: is about the Metal kernel, but this build of MLX has no Metal"),
+        (["--backend", "cuda"], "'cuda' was asked for, but this build of MLX has no CUDA"),
+        (["--ablate"], "--ablate: is about the kernels on a GPU, but this build of MLX has no Metal and no CUDA"),
+        (["--tune", "--backend", "cpu"], "--tune: is about the kernels on a GPU, but only the CPU fallback was asked"),
     ):
         code, out, err = run("kernels", "--quick", *argv)
         assert code == 1 and said in err and not out
@@ -452,13 +457,14 @@ def test_a_tuning_is_kept_for_its_chip_and_its_kernels(monkeypatch):
     assert len(json.loads(tuning.path().read_text())["entries"]) == 1  # M8's
 
 
-def test_a_metal_backend_uses_what_was_kept_for_its_chip(monkeypatch):
+@pytest.mark.parametrize("gpu", select.GPUS)
+def test_a_gpu_uses_what_was_kept_for_its_chip(gpu, monkeypatch):
     tuning.save({(4, 4, 128, 128): AttendTuning(simdgroups=8)}, "M9")
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(getattr(mx, gpu), "is_available", lambda: True)
     monkeypatch.setattr(tuning, "device_name", lambda: "M9")
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(select, "_backends", {})
-    assert select.get_backend("metal").tuned == {(4, 4, 128, 128): AttendTuning(simdgroups=8)}
+    assert select.get_backend(gpu).tuned == {(4, 4, 128, 128): AttendTuning(simdgroups=8)}
 
 
 @LINUX
@@ -526,14 +532,14 @@ def test_launch_parameters_that_are_wrong_or_fail_are_reported_and_not_ranked(
     run, monkeypatch, broken, status, exit_code
 ):
     """The kernel is broken with one of the candidates only, and would be the fastest: it is never run."""
-    attend = MetalBackend.attend
+    attend = KernelBackend.attend
 
     def planted(self, queries, *args, **options):
         if self.tuning.tokens_per_lane_few_rows == 1:
             return broken([mx.ones(queries.shape)])[0]
         return attend(self, queries, *args, **options)
 
-    monkeypatch.setattr(MetalBackend, "attend", planted)
+    monkeypatch.setattr(KernelBackend, "attend", planted)
     monkeypatch.setattr(tuning, "CANDIDATES", {"tokens_per_lane_few_rows": (1, 4)})
     metal = MetalBackend(metalsim.metal_kernel)
     argv = [*SMALL, "--tune"]
