@@ -23,7 +23,7 @@ typedef unsigned int uint;
 typedef __half half;
 typedef __nv_bfloat16 bfloat16_t;
 
-// Aligned as a whole: one load or store, as in Metal.
+// Aligned as a whole: one load or store, as in Metal. With the operators that the kernels use.
 template <class T, int N>
 struct vec;
 template <class T>
@@ -53,6 +53,11 @@ struct uint3 {
   uint x, y, z;
 };
 
+template <class T>
+METAL_FUNC vec<T, 4> &operator+=(vec<T, 4> &a, vec<T, 4> b) {
+  a = vec<T, 4>(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+  return a;
+}
 template <class TO, class FROM>
 METAL_FUNC TO as_type(FROM from) {
   static_assert(sizeof(TO) == sizeof(FROM), "as_type: two types of one size");

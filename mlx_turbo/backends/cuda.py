@@ -21,15 +21,17 @@ import mlx.core as mx
 
 from .attend_launch import AttendTuning
 from .kernel_backend import KernelBackend
+from .kernel_names import kernel_maker
 from .sides import BackendError
 from .sources import cuda_prelude
 
+NAMES_TYPES = 0, 32, 2  # MLX that tells kernels apart by the types of their inputs
 SIMDGROUP = 32
 MOST_BLOCKS = 65_535  # along y or z of a grid
 
 SHARED = re.compile(r"^(\s*)threadgroup (?=\w+ \w+\[)", re.M)
 ADDRESS_SPACE = re.compile(r"\b(?:device|constant|thread|threadgroup)\b *")
-HALF = re.compile(r"\b(\d+\.\d*|\.\d+|\d+)h\b")
+HALF = re.compile(r"(?<![\w.])(\d+\.\d*|\.\d+|\d+)h\b")
 PRAGMAS = {
     '_Pragma("clang loop unroll(full)")': '_Pragma("unroll")',
     '_Pragma("clang loop unroll(disable)")': '_Pragma("unroll 1")',
@@ -39,7 +41,7 @@ UNKNOWN = {
     r"\[\[": "an attribute",
     r"#\s*(?:include|import)\b": "an #include",
     r"clang": "a pragma of clang",
-    r"\bmetal\s*::": "Metal's namespace",
+    r"\bmetal\s*::|\bnamespace\s+metal\b": "Metal's namespace",
     r"\b(?:kernel|vertex|fragment|threadgroup_imageblock|ray_data|object_data)\b": "a word of Metal",
 }
 OF_METAL = re.compile(
@@ -57,7 +59,9 @@ class CudaBackend(KernelBackend):
         tuned: Optional[Mapping[tuple[int, int, int, int], AttendTuning]] = None,
     ):
         """cuda_kernel: with the arguments of mx.fast.cuda_kernel, which it takes the place of."""
-        metal_kernel = functools.partial(metal_kernel_on_cuda, cuda_kernel or mx.fast.cuda_kernel)
+        metal_kernel = functools.partial(
+            metal_kernel_on_cuda, cuda_kernel or kernel_maker(mx, "cuda_kernel", NAMES_TYPES)
+        )
         is_real = cuda_kernel is None and mx.cuda.is_available()
         super().__init__(metal_kernel, "cuda", "CUDA", is_real=is_real, tuned=tuned)
 
@@ -74,34 +78,15 @@ def metal_kernel_on_cuda(
     """A kernel as mx.fast.metal_kernel makes it, from the same text. What it returns takes what that takes, and raises
     BackendError for a threadgroup that is not 32 threads wide or more than 65,535 threadgroups along z."""
     header, body = translate(header, source)
-    kernels: dict[Any, Callable[..., Any]] = {}
+    kernel = cuda_kernel(name, input_names, output_names, body, header, ensure_row_contiguous)
 
-    def call(*, inputs, output_dtypes, grid, threadgroup, **arguments):
-        # the text depends on these, and MLX before 0.32.2 keeps a kernel by its name and template values
-        types = [(a.dtype, a.ndim == 0) for a in inputs], output_dtypes
-        key = (*types[0], *types[1])
-        if key not in kernels:
-            kernels[key] = cuda_kernel(
-                typed_name(name, *types), input_names, output_names, body, header, ensure_row_contiguous
-            )
-        return kernels[key](inputs=inputs, output_dtypes=output_dtypes, **_launch(name, grid, threadgroup), **arguments)
+    def call(*, grid, threadgroup, **arguments):
+        return kernel(**launch_arguments(name, grid, threadgroup), **arguments)
 
     return call
 
 
-def typed_name(name: str, inputs: list[tuple[mx.Dtype, bool]], outputs: list[mx.Dtype]) -> str:
-    """The kernel's name with its types: `turbo_merge_float32_2float16_int32_float16`. inputs: (type, no dims)."""
-    words: list[list[Any]] = []
-    for dtype, scalar in [*inputs, *((dtype, False) for dtype in outputs)]:
-        word = str(dtype).removeprefix("mlx.core.") + "s" * scalar
-        if words and words[-1][1] == word:
-            words[-1][0] += 1
-        else:
-            words.append([1, word])
-    return "_".join([name, *(f"{n if n > 1 else ''}{word}" for n, word in words)])
-
-
-def _launch(name: str, grid: tuple[int, int, int], threadgroup: tuple[int, int, int]) -> dict[str, Any]:
+def launch_arguments(name: str, grid: tuple[int, int, int], threadgroup: tuple[int, int, int]) -> dict[str, Any]:
     """MLX's grid, in threads: Metal's threadgroups along y lie along x (prelude.cuh)."""
     if grid[0] != SIMDGROUP or threadgroup[0] != SIMDGROUP:
         raise BackendError(f"{name}: got a grid {grid} of threadgroups {threadgroup}, expected both {SIMDGROUP} wide")
@@ -117,17 +102,28 @@ def translate(header: str, body: str) -> tuple[str, str]:
 
     Raises BackendError, naming the line, for a construct that no rule knows."""
     prelude, positions = cuda_prelude()
+    header, body = (_checked(text, prelude + positions) for text in (header, body))
     header = "".join(_once(_definitions(_without_metal(header))))
     body = _without_metal(SHARED.sub(r"\1__shared__ ", body))
-    for text in (header, body):
-        _check(text, prelude + positions)
     return f"{prelude}{header}}}  // namespace turbo\n", positions + body
+
+
+def _checked(text: str, prelude: str) -> str:
+    """The text with CUDA's pragmas. Raises BackendError for what no rule knows."""
+    for metal, cuda in PRAGMAS.items():
+        text = text.replace(metal, cuda)
+    for line in text.splitlines():
+        for pattern, what in UNKNOWN.items():
+            if re.search(pattern, line):
+                raise BackendError(f"metal/ in CUDA: no rule of backends/cuda.py for {what}: {line}")
+        for name in OF_METAL.findall(line):
+            if not re.search(rf"\b{name.rpartition(':')[2]}\b", prelude):
+                raise BackendError(f"metal/ in CUDA: cuda/prelude.cuh does not define {name}: {line}")
+    return text
 
 
 def _without_metal(text: str) -> str:
     text = ADDRESS_SPACE.sub("", text)
-    for metal, cuda in PRAGMAS.items():
-        text = text.replace(metal, cuda)
     return HALF.sub(lambda m: f"half({m[1] if '.' in m[1] else m[1] + '.0'}f)", text)
 
 
@@ -151,13 +147,3 @@ def _once(pieces: list[str]) -> list[str]:
         seen.add(function)
         kept.append(piece)
     return kept
-
-
-def _check(text: str, prelude: str) -> None:
-    for line in text.splitlines():
-        for pattern, what in UNKNOWN.items():
-            if re.search(pattern, line):
-                raise BackendError(f"metal/ in CUDA: no rule of backends/cuda.py for {what}: {line}")
-        for name in OF_METAL.findall(line):
-            if not re.search(rf"\b{name.rpartition(':')[2]}\b", prelude):
-                raise BackendError(f"metal/ in CUDA: cuda/prelude.cuh does not define {name}: {line}")

@@ -58,23 +58,19 @@ def why_default() -> str:
 
 
 def overwritten() -> Optional[str]:
-    """What is wrong with an installation of two builds of MLX, or None. Their packages hold the same file, so that the
-    one installed last runs: pip brings both if other extras stand beside cuda12 or cuda13."""
-    builds = [name for name in ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13") if _is_installed(name)]
-    if len(builds) < 2:
-        return None
-    return (
-        f"{' and '.join(builds)} are installed, of which the last one runs: uninstall all of them, and install one "
-        f"with pip install --force-reinstall --no-deps {builds[-1]}"
-    )
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    """What is wrong where MLX for CUDA is installed and another build of MLX lies over its library, or None."""
+    for package in ("mlx-cuda-13", "mlx-cuda-12"):
+        try:
+            files = metadata.files(package) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for file in files:
+            if file.name == "libmlx.so" and os.stat(str(file.locate())).st_size != file.size:
+                return (
+                    f"{package} is installed, but another build of MLX was installed over it; pip install "
+                    f"--force-reinstall --no-deps {package} puts it back"
+                )
+    return None
 
 
 def get_backend(choice: Any = None) -> Any:

@@ -428,7 +428,7 @@ def main(argv: Sequence[str] | None = None, backend: Any = None) -> int:
         for gpu, title in select.GPUS.items():
             if getattr(mx, gpu).is_available() and backend.name != gpu:
                 warnings.append(f"THIS MACHINE HAS {title.upper()}, BUT IT IS NOT USED: {why}")
-        if problem := select.overwritten():
+        if not mx.cuda.is_available() and (problem := select.overwritten()):
             warnings.append(problem)
     for warning in warnings:
         say(f"\n*** {warning} ***")

@@ -146,16 +146,21 @@ def test_a_kernel_that_fails_names_the_gpu_and_what_it_computes_on(gpu, monkeypa
     assert "on a chip\n" in str(e.value)
 
 
-def test_two_builds_of_mlx_over_each_other_are_named(monkeypatch):
-    installed = {"mlx": "1", "mlx-cuda-13": "1"}
-    monkeypatch.setattr(select.metadata, "version", installed.__getitem__)
-    monkeypatch.setattr(select.metadata, "PackageNotFoundError", KeyError)
-    assert select.overwritten() is None
-    installed["mlx-cpu"] = "1"
-    assert select.overwritten().startswith("mlx-cpu and mlx-cuda-13 are installed, of which the last one runs")
-    if not mx.cuda.is_available():
-        with pytest.raises(BackendError, match="'cuda' was asked for, but mlx-cpu and mlx-cuda-13 are installed"):
-            select.get_backend("cuda")
+@pytest.mark.parametrize("gpu", ["none"], indirect=True)
+def test_a_cuda_build_that_another_one_lies_over_is_named(gpu, monkeypatch, tmp_path):
+    """mlx-cpu and mlx-cuda-13 hold the same file."""
+    (tmp_path / "mlx/lib").mkdir(parents=True)
+    library, about = tmp_path / "mlx/lib/libmlx.so", tmp_path / "mlx_cuda_13-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx-cuda-13\nVersion: 1.0\n")
+    (about / "RECORD").write_text("mlx/lib/libmlx.so,sha256=x,7\nmlx/__init__.py,sha256=x,1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    library.write_text("of CUDA")
+    assert select.overwritten() is None and "no CUDA" in select.unavailable("cuda")
+    library.write_text("of the CPU")
+    assert "mlx-cuda-13 is installed, but another build of MLX was installed over it" in select.overwritten()
+    with pytest.raises(BackendError, match="'cuda' was asked for, but mlx-cuda-13 is installed, but another build"):
+        select.get_backend("cuda")
 
 
 def test_the_chosen_backend_is_restored_when_a_block_ends_badly():

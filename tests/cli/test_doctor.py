@@ -168,12 +168,12 @@ def test_a_gpu_that_is_there_but_not_used_is_said_loudly(gpu, capsys, monkeypatc
     assert "IT IS NOT USED" in err
 
 
-def test_two_builds_of_mlx_are_warned_of(capsys, monkeypatch):
-    """Which of them runs is a matter of chance."""
+def test_a_build_of_mlx_over_the_one_for_cuda_is_warned_of(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "quick_checks", lambda: [doctor.Check("quantize", ((64, 4, False),), mx.float32, 5)])
-    monkeypatch.setattr(doctor.select, "overwritten", lambda: "two builds of MLX")
+    monkeypatch.setattr(doctor.select, "overwritten", lambda: "another build of MLX")
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     assert main.main(["doctor"]) == 0
-    assert capsys.readouterr().out.count("*** two builds of MLX ***") == 2
+    assert capsys.readouterr().out.count("*** another build of MLX ***") == 2
 
 
 def rounded_to_tf32(x):

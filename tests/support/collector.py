@@ -21,7 +21,7 @@ class _Collector:
         self.tuning, self.generated = AttendTuning(**tuning), {}
 
     def _collect(self, name, input_names, output_names, source, header="", ensure_row_contiguous=True):
-        def launch(*, inputs, output_shapes, output_dtypes, template, **launch):
+        def launch(*, inputs, output_shapes, output_dtypes, template=(), **launch):
             key, out = self.generate(name, input_names, output_names, source, header, inputs, output_dtypes, template)
             self.generated.setdefault(key, (name.removeprefix("turbo_").split("_")[0], out, dict(template)))
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
