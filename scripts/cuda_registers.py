@@ -56,25 +56,26 @@ def main():
             collector.step((head_dim, head_dim, gqa), n, counts, (bits.key_bits, bits.value_bits), not args.no_means)
         for b in {bits.key_bits, bits.value_bits} - {0}:
             collector.packing(head_dim, b)
-        for key, (name, out, template) in collector.generated.items():
+        for key, (kernel, out) in collector.generated.items():
             if key not in seen:
                 seen.add(key)
-                rows.append(((scheme, head_dim, gqa, n), name, out, template))
+                rows.append(((scheme, head_dim, gqa, n), kernel, out))
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        found = pool.imap(compiled, [(args.architecture, *out) for _, _, out, _ in rows])
+        found = pool.imap(compiled, [(args.architecture, *out) for _, _, out in rows])
         print(f"{args.architecture}, NVRTC {nvrtc.version()}, MLX {mx.__version__}")
         print(
-            f"{'scheme':8} {'D':>3} {'G':>3} {'L':>2} {'kernel':14}{'ROWS':>5}{'TPL':>4}{'DPL':>4}{'SIMD':>5}"
+            f"{'scheme':8} {'D':>3} {'G':>3} {'L':>2} {'kernel':18}{'ROWS':>5}{'TPL':>4}{'DPL':>4}{'SIMD':>5}"
             f"{'shared':>8}{'regs':>6}{'spill':>6}{'stack':>6}{'warps':>6}"
         )
-        for (where, name, _, t), used in zip(rows, found):
-            kind = name + (" 1 launch" if t.get("SINGLE_LAUNCH") else " tiles" if t.get("SHARED_TILES") else "")
+        for (where, kernel, _), used in zip(rows, found):
+            t = kernel.template
             shape = "".join(
                 f"{t.get(k, ''):>{w}}" for k, w in (("ROWS", 5), ("TOKENS_PER_LANE", 4), ("DIMS_PER_LANE", 4))
             )
             n = t.get("SIMDGROUPS", SIMDGROUPS_PER_THREADGROUP)
             print(
-                "{:8} {:3} {:3} {:2}".format(*where) + f" {kind:14}{shape}{n:5}{used.shared:8}{used.registers:6}"
+                "{:8} {:3} {:3} {:2}".format(*where)
+                + f" {kernel.variant:18}{shape}{n:5}{used.shared:8}{used.registers:6}"
                 f"{used.spills:6}{used.stack:6}{warps(used, WARP * n):6}",
                 flush=True,
             )

@@ -50,7 +50,7 @@ from .tune import scheme_contenders, tune_kernels
 def _kernels_parser() -> Parser:
     parser = make_parser(
         "kernels",
-        "Quantize, dequantize and the attention of one decode step on every available backend, "
+        "Quantize, dequantize and the attention of one decode step and of a prompt chunk on every available backend, "
         "beside MLX's own. Everything is compared with the NumPy oracle; what is wrong is "
         "reported as wrong and not ranked.",
     )
@@ -60,7 +60,9 @@ def _kernels_parser() -> Parser:
     add_numbers(
         parser, "--query-tokens", "1", f"query tokens of the step, at most {MAX_QUERY_TOKENS}: a draft has several"
     )
+    add_numbers(parser, "--past", "2048 on the CPU, on a GPU also 32768 and 98304", "tokens before a prompt chunk")
     add = parser.add_argument
+    add("--chunk", type=int, metavar="N", help="tokens of a prompt chunk (default: 2048 on a GPU, 256 on the CPU)")
     add("--kv", nargs="+", metavar="SCHEME", help=f"schemes to measure (default: {' '.join(SCHEMES)})")
     add(
         "--dtype",
@@ -97,7 +99,11 @@ def kernels(argv: Sequence[str], backends: Optional[list[Any]] = None) -> int:
         schemes,
         getattr(mx, args.dtype or ("float16" if on_gpu else "float32")),
         chosen_sizes(args, "query_tokens", (1,), (1,), 1, MAX_QUERY_TOKENS),
+        chosen_sizes(args, "past", (2048, 32768, 98304)[: 3 if on_gpu else 1], (512,), LEAST_TOKENS),
+        args.chunk if args.chunk is not None else 64 if args.quick else 2048 if on_gpu else 256,
     )
+    if grid.chunk <= MAX_QUERY_TOKENS:
+        raise CliError(f"--chunk: got {grid.chunk}, allowed are whole numbers from {MAX_QUERY_TOKENS + 1} on")
     for head_dim in grid.head_dims:
         if why := attend_unsupported(4, 4, head_dim, head_dim, 1):
             raise CliError(f"--head-dim: {why}")

@@ -208,7 +208,7 @@ def kernels_figure(document: Row) -> Any:
         if "median_seconds" in r and r["head_dim"] == head_dim and r["column"] != "NumPy reference"
     ]
     attention = [r for r in ok if (r["operation"], r["gqa"], r["query_tokens"]) == ("attention", gqa, query_tokens)]
-    packing = [r for r in ok if r["operation"] != "attention"]
+    packing = [r for r in ok if r["operation"] in ("quantize", "dequantize")]
     names = list(dict.fromkeys(r["name"] for r in attention))
     ablation = [row for row in document.get("ablation", []) if "seconds" in row]
     kv_heads, dtype = document["rows"][0]["kv_heads"], document["rows"][0]["dtype"]

@@ -5,42 +5,18 @@ import sys
 
 import metalsim
 import pytest
-from support.collector import COUNTS, MetalCollector
+from support.collector import BITS, COUNTS, SHAPES, MetalCollector
 
 from mlx_turbo.backends import attend_launch, sources
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="metalsim runs on Linux")
 
-# (head_dim of keys, of values, query heads per kv head) of mlx-lm's models, dense ones and those with latent attention
-SHAPES = [
-    (64, 64, 1),
-    (64, 64, 8),
-    (80, 80, 1),
-    (80, 80, 4),
-    (96, 96, 3),
-    (96, 96, 8),
-    (112, 112, 7),
-    (128, 128, 1),
-    (128, 128, 2),
-    (128, 128, 4),
-    (128, 128, 5),
-    (128, 128, 8),
-    (128, 128, 16),
-    (192, 128, 1),
-    (256, 256, 2),
-    (256, 256, 4),
-    (256, 256, 8),
-    (256, 256, 16),
-    (512, 512, 8),
-    (576, 512, 16),
-]
-BITS = [(4, 4), (3, 3), (2, 2), (8, 4), (0, 4), (8, 8)]
 LIMITS = {"attend": 12_500, "merge": 3_000, "quantize": 9_000, "dequantize": 5_000}  # LLVM IR instructions after -O2
 BUFFERS, FREE_BUFFERS = 31, 4  # what Metal has, and what attend leaves
 
 
 def check_sizes(collector):
-    for name, (text, kernel, expression), _ in collector.generated.values():
+    for (name, _), (text, kernel, expression) in collector.generated.values():
         instructions, _ = metalsim.code_size(text, kernel, expression)
         assert instructions <= LIMITS[name], expression
         assert text.count("[[buffer(") <= BUFFERS - FREE_BUFFERS, expression

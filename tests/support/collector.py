@@ -1,5 +1,7 @@
 """Backends that build nothing and run nothing: they collect the kernels that steps of a model would ask for."""
 
+from typing import NamedTuple
+
 import metalsim
 import mlx.core as mx
 from support import nvrtc
@@ -10,11 +12,52 @@ from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.sides import CachedSide, PackedSide, QuantizeSide
 from mlx_turbo.quant.scheme import words_per_row
 
+# (head_dim of keys, of values, query heads per kv head) of mlx-lm's models, dense ones and those with latent attention
+SHAPES = [
+    (64, 64, 1),
+    (64, 64, 8),
+    (80, 80, 1),
+    (80, 80, 4),
+    (96, 96, 3),
+    (96, 96, 8),
+    (112, 112, 7),
+    (128, 128, 1),
+    (128, 128, 2),
+    (128, 128, 4),
+    (128, 128, 5),
+    (128, 128, 8),
+    (128, 128, 16),
+    (192, 128, 1),
+    (256, 256, 2),
+    (256, 256, 4),
+    (256, 256, 8),
+    (256, 256, 16),
+    (512, 512, 8),
+    (576, 512, 16),
+]
+BITS = [(4, 4), (3, 3), (2, 2), (8, 4), (0, 4), (8, 8)]
 COUNTS = {"short": (4, 600, 100), "long": (4, 60_000, 100)}  # one launch of attention, and two
 
 
+class Kernel(NamedTuple):
+    """name: of metal/, without its ending. template: its values, {name: value}."""
+
+    name: str
+    template: dict
+
+    @property
+    def variant(self):
+        """The name, and of attention how simdgroups work together."""
+        how = [
+            text
+            for flag, text in (("SINGLE_LAUNCH", "one launch"), ("SHARED_TILES", "tiles"))
+            if self.template.get(flag)
+        ]
+        return ", ".join([self.name, *how])
+
+
 class _Collector:
-    """generated: {what tells a kernel from others: (metal/'s name, what `generate` gave, the launch)}."""
+    """generated: {what tells a kernel from others: (`Kernel`, what `generate` gave)}."""
 
     def __init__(self, **tuning):
         super().__init__(self._collect)
@@ -23,7 +66,7 @@ class _Collector:
     def _collect(self, name, input_names, output_names, source, header="", ensure_row_contiguous=True):
         def launch(*, inputs, output_shapes, output_dtypes, template=(), **launch):
             key, out = self.generate(name, input_names, output_names, source, header, inputs, output_dtypes, template)
-            self.generated.setdefault(key, (name.removeprefix("turbo_").split("_")[0], out, dict(template)))
+            self.generated.setdefault(key, (Kernel(name.removeprefix("turbo_").split("_")[0], dict(template)), out))
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
 
         return launch
@@ -32,14 +75,18 @@ class _Collector:
         pass
 
     def of(self, kernel):
-        return [out for name, out, _ in self.generated.values() if name == kernel]
+        return [out for k, out in self.generated.values() if k.name == kernel]
 
-    def step(self, shape, n_query_tokens, counts, bits=(4, 4), means=True, dtype=mx.float16):
-        """What one decode step or one verified draft asks for. shape: (head_dim of keys, of values, query heads per kv
-        head)."""
+    @staticmethod
+    def inputs(shape, n_query_tokens, bits=(4, 4), means=True, dtype=mx.float16):
+        """(queries, (keys, values)) of one kv head."""
         key_dim, value_dim, gqa = shape
-        sides = [_side(b, d, means, dtype) for b, d in zip(bits, (key_dim, value_dim))]
-        queries = mx.zeros((1, gqa, n_query_tokens, key_dim), dtype)
+        sides = tuple(_side(b, d, means, dtype) for b, d in zip(bits, (key_dim, value_dim)))
+        return mx.zeros((1, gqa, n_query_tokens, key_dim), dtype), sides
+
+    def step(self, shape, n_query_tokens, counts, bits=(4, 4), **options):
+        """What one decode step or one verified draft asks for. shape: as in SHAPES."""
+        queries, sides = self.inputs(shape, n_query_tokens, bits, **options)
         self.attend(queries, *sides, counts, scale=1.0, mask="causal")
 
     def packing(self, head_dim, bits, dtype=mx.float16):
