@@ -93,7 +93,7 @@ def time_overhead(n_tokens, steps, dtype):
         ("mlx-lm 4 bit", mlx): (lambda: QuantizedKVCache(bits=4), None),
         ("turbo4", select.get_backend().describe()): (TurboKVCache, None),
     }
-    if select.metal_unavailable():
+    if select.default_name() == "cpu":
         stub = NoKernels()
         kinds["turbo4", stub.describe()] = TurboKVCache, stub
     rng = np.random.default_rng(0)
@@ -176,7 +176,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="short contexts, few repeats")
     parser.add_argument("--json", action="store_true", help="a list of rows on stdout, and nothing else there")
     args = parser.parse_args()
-    dtype = mx.float32 if select.metal_unavailable() else mx.float16
+    dtype = mx.float32 if select.default_name() == "cpu" else mx.float16
     rows = []
     for n_tokens in (512,) if args.quick else (4096, 16384):
         print(f"attention over {n_tokens} tokens", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ types() { "$bin/mypy"; }
 
 metal() {  # clang-format has no Metal: the files are read as C++, from standard input
     local file status=0
-    for file in metal/*.metal; do
+    for file in metal/*.metal cuda/*.cuh; do
         if ! "$bin/clang-format" --style=file --assume-filename=x.cpp --dry-run --Werror < "$file"; then
             echo "$file: not formatted. bash scripts/check.sh --fix" >&2
             status=1
@@ -30,7 +30,7 @@ metal() {  # clang-format has no Metal: the files are read as C++, from standard
 fix() {
     local file status=0 formatted
     formatted=$(mktemp)
-    for file in metal/*.metal; do
+    for file in metal/*.metal cuda/*.cuh; do
         "$bin/clang-format" --style=file --assume-filename=x.cpp < "$file" > "$formatted" || return 1
         cmp -s "$file" "$formatted" || cat "$formatted" > "$file"
     done

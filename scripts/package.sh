@@ -27,12 +27,15 @@ from pathlib import Path
 root, wheel = map(Path, sys.argv[1:])
 packed = set(zipfile.ZipFile(wheel).namelist())
 wanted = {f"mlx_turbo/metal/{p.name}" for p in root.glob("metal/*.metal")}
+wanted |= {f"mlx_turbo/cuda/{p.name}" for p in root.glob("cuda/*.cuh")}
 wanted |= {f"mlx_turbo/demo_model/{p.name}" for p in root.glob("mlx_turbo/demo_model/*")}
 wanted |= {p.relative_to(root).as_posix() for p in root.glob("mlx_turbo/**/*.py")} | {"mlx_turbo/py.typed"}
 if missing := sorted(wanted - packed):
     sys.exit(f"{wheel.name} lacks {missing}")
 if not any(name.endswith(".metal") for name in wanted):
     sys.exit("no kernel in metal/")
+if not any(name.endswith(".cuh") for name in wanted):
+    sys.exit("no prelude in cuda/")
 if stray := sorted(n for n in packed if not n.startswith("mlx_turbo") or "__pycache__" in n):
     sys.exit(f"{wheel.name} holds what it should not: {stray}")
 print(f"{wheel.name}: {len(packed)} files, {wheel.stat().st_size / 1e6:.1f} MB")

@@ -1,11 +1,25 @@
-"""The name of the chip."""
+"""The name of the chip, and how MLX computes on it."""
 
+import functools
 import platform
 
 import mlx.core as mx
+import numpy as np
 
 
 def device_name() -> str:
-    """The chip's name where Metal knows it, else the machine's."""
-    info = mx.device_info() if mx.metal.is_available() else {}
+    """The GPU's name where MLX has one, else the machine's."""
+    info = mx.device_info() if mx.metal.is_available() or mx.cuda.is_available() else {}
     return str(info.get("device_name") or f"{platform.system()} {platform.machine()}")
+
+
+def float32_is_tf32() -> bool:
+    """Whether MLX's products of float32 matrices keep 10 bits of the mantissa (TF32) on the device in use: measured.
+    Newer GPUs do, unless MLX_ENABLE_TF32=0."""
+    return _rounds_to_tf32(mx.default_device().type.name)
+
+
+@functools.lru_cache(maxsize=None)
+def _rounds_to_tf32(device: str) -> bool:
+    x = np.full((128, 128), 1 + 2**-12, np.float32)
+    return bool((np.array(mx.array(x) @ mx.eye(128)) != x).any())

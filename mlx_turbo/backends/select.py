@@ -1,13 +1,14 @@
 """The choice of a backend, and the public `quantize` and `dequantize`, which check their arguments.
 
-Backends: "metal" (metal.py) and "cpu" (mlx_ops.py). Metal is used where there is Metal and MLX's default device is
-the GPU; MLX operations where there is none, or where the user says so: `MLX_TURBO_BACKEND=cpu`, `backend="cpu"`, or
-`mx.set_default_device(mx.cpu)`. A kernel that does not build or computes something wrong is an error, never a reason
-to use the other backend.
+Backends: "metal" (metal.py), "cuda" (cuda.py) and "cpu" (mlx_ops.py). The kernels are used where MLX has a GPU, of
+either kind, and it is MLX's default device; MLX operations where there is none, or where the user says so:
+`MLX_TURBO_BACKEND=cpu`, `backend="cpu"`, or `mx.set_default_device(mx.cpu)`. A kernel that does not build or computes
+something wrong is an error, never a reason to use another backend.
 """
 
 import contextlib
 import os
+from importlib import metadata
 from typing import Any, Iterator, Optional, Sequence
 
 import mlx.core as mx
@@ -19,26 +20,66 @@ from .sides import BackendError, PackedSide, QuantizeSide
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 # of tokens that stay exact
 EXACT_DTYPES = (*DTYPES, mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64)
+GPUS = {"metal": "Metal", "cuda": "CUDA"}  # backends of kernels, and what they are called
+BACKENDS = (*GPUS, "cpu")
+_ABSENT = {
+    "metal": "this build of MLX has no Metal, or the machine has no Metal GPU",
+    "cuda": "this build of MLX has no CUDA, or the machine has no NVIDIA GPU; on Linux "
+    'pip install "mlx-turbo[cuda13]" (or [cuda12]) brings MLX with CUDA',
+}
 _backends: dict[str, Any] = {}  # one of each name
 _override: Any = None  # the backend of `use_backend`
 
 
-def metal_unavailable() -> Optional[str]:
-    """Why Metal kernels cannot run here, or None if they can."""
-    if not mx.metal.is_available():
-        return "this build of MLX has no Metal, or the machine has no Metal GPU"
+def unavailable(name: str) -> Optional[str]:
+    """Why the backend of that name cannot run here, or None if it can."""
+    if name == "cpu":
+        return None
+    if not getattr(mx, name).is_available():
+        return (overwritten() if name == "cuda" else None) or _ABSENT[name]
     if mx.default_device().type != mx.DeviceType.gpu:
         return "MLX's default device is the CPU"
+    return None
+
+
+def default_name() -> str:
+    """The backend that is used if nothing is said: a GPU's where there is one, else "cpu"."""
+    return next(name for name in BACKENDS if not unavailable(name))
+
+
+def why_default() -> str:
+    """Why `default_name` is what it is, for people."""
+    name = default_name()
+    if name in GPUS:
+        return f"{GPUS[name]} is available"
+    if any(getattr(mx, gpu).is_available() for gpu in GPUS):
+        return "MLX's default device is the CPU"
+    return "this build of MLX has no Metal and no CUDA, or the machine has no GPU"
+
+
+def overwritten() -> Optional[str]:
+    """What is wrong where MLX for CUDA is installed and another build of MLX lies over its library, or None."""
+    for package in ("mlx-cuda-13", "mlx-cuda-12"):
+        try:
+            files = metadata.files(package) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for file in files:
+            if file.name == "libmlx.so" and os.stat(str(file.locate())).st_size != file.size:
+                return (
+                    f"{package} is installed, but another build of MLX was installed over it; pip install "
+                    f"--force-reinstall --no-deps {package} puts it back"
+                )
     return None
 
 
 def get_backend(choice: Any = None) -> Any:
     """The backend to use: an object with `name`, `describe()`, `quantize`, `dequantize`, `attend` and more.
 
-    choice: "metal", "cpu", a backend object, or None for the environment variable MLX_TURBO_BACKEND, and if that is
-    not set, Metal where there is Metal.
+    choice: "metal", "cuda", "cpu", a backend object, or None for the environment variable MLX_TURBO_BACKEND, and if
+    that is not set, the GPU's where there is one.
 
-    Raises BackendError for "metal" where there is none, ValueError for another name.
+    Raises BackendError for a GPU that is not there, ValueError for another name.
     """
     source = "backend"
     if choice is None and _override is not None:
@@ -46,13 +87,13 @@ def get_backend(choice: Any = None) -> Any:
     if choice is None:
         source, choice = "MLX_TURBO_BACKEND", os.environ.get("MLX_TURBO_BACKEND") or None
     if choice is None:
-        choice = "cpu" if metal_unavailable() else "metal"
+        choice = default_name()
     if not isinstance(choice, str):
         return choice
-    if choice not in ("metal", "cpu"):
-        raise ValueError(f"{source}: got {choice!r}, allowed are 'metal' and 'cpu'")
-    if choice == "metal" and metal_unavailable():
-        raise BackendError(f"{source}: 'metal' was asked for, but {metal_unavailable()}")
+    if choice not in BACKENDS:
+        raise ValueError(f"{source}: got {choice!r}, allowed are 'metal', 'cuda' and 'cpu'")
+    if why := unavailable(choice):
+        raise BackendError(f"{source}: {choice!r} was asked for, but {why}")
     if choice not in _backends:
         _backends[choice] = _load(choice)
     return _backends[choice]
@@ -65,6 +106,11 @@ def _load(choice: str) -> Any:
 
         return CpuBackend()
     from . import tuning
+
+    if choice == "cuda":
+        from .cuda import CudaBackend
+
+        return CudaBackend(tuned=tuning.load())
     from .metal import MetalBackend
 
     return MetalBackend(tuned=tuning.load())

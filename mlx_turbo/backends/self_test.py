@@ -12,6 +12,7 @@ from ..quant import codebook, reference, rotation
 from ..quant.reference import Quantized
 from ..quant.scheme import SCALES
 from .attend_launch import MAX_QUERY_TOKENS, SEGMENT_STEP, AttendShape, AttendTuning, plan_launches
+from .device import float32_is_tf32
 from .sides import ONE_SEGMENT, CachedSide, PackedSide, QuantizeSide
 
 # ---- the table of tolerances -----------------------------------------------------------------------------------
@@ -30,9 +31,13 @@ TIE = 2e-5
 RESTORED = {mx.float32: 5e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}
 
 
-def attend_tolerance(key_bits: int, dtype: mx.Dtype, n_queries: int = 1) -> float:
+def attend_tolerance(key_bits: int, dtype: mx.Dtype, n_queries: int = 1, fused: bool = True) -> float:
     """Largest error of attention allowed, relative to the largest output. n_queries: more than a kernel does at once
-    are attended over restored tokens (attend.py)."""
+    are attended over restored tokens (attend.py). fused: whether a kernel does fewer, or MLX operations. Where these
+    round float32 to TF32, which has as many bits as float16, float16's error is allowed."""
+    by_operations = n_queries > MAX_QUERY_TOKENS or not fused
+    if by_operations and dtype == mx.float32 and float32_is_tf32():
+        return RESTORED[mx.float16]
     if n_queries > MAX_QUERY_TOKENS:
         return RESTORED[dtype]
     return ATTEND_TOLERANCE[key_bits] + (TOLERANCE[dtype] if dtype != mx.float32 else 0)

@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from ..backends import select, tuning
 from ..backends.attend_launch import MAX_QUERY_TOKENS, attend_unsupported
-from ..backends.metal import MetalBackend
+from ..backends.kernel_backend import KernelBackend
 from ..backends.sides import BackendError
 from ..cli.common import DEMO_MODEL, CliError, Parser, kv_config, load_model
 from ..quality.baselines import MLX_LM_BITS
@@ -50,26 +50,28 @@ from .tune import scheme_contenders, tune_kernels
 def _kernels_parser() -> Parser:
     parser = make_parser(
         "kernels",
-        "Quantize, dequantize and the attention of one decode step on every available backend, "
+        "Quantize, dequantize and the attention of one decode step and of a prompt chunk on every available backend, "
         "beside MLX's own. Everything is compared with the NumPy oracle; what is wrong is "
         "reported as wrong and not ranked.",
     )
-    add_numbers(parser, "--tokens", "1024 4096 16384, on Metal also 65536", "tokens in the cache")
-    add_numbers(parser, "--head-dim", "128, on Metal also 64 and 256", "numbers per head")
-    add_numbers(parser, "--gqa", "4, on Metal also 1 and 8", "query heads per kv head; there are 8 kv heads")
+    add_numbers(parser, "--tokens", "1024 4096 16384, on a GPU also 65536", "tokens in the cache")
+    add_numbers(parser, "--head-dim", "128, on a GPU also 64 and 256", "numbers per head")
+    add_numbers(parser, "--gqa", "4, on a GPU also 1 and 8", "query heads per kv head; there are 8 kv heads")
     add_numbers(
         parser, "--query-tokens", "1", f"query tokens of the step, at most {MAX_QUERY_TOKENS}: a draft has several"
     )
+    add_numbers(parser, "--past", "2048 on the CPU, on a GPU also 32768 and 98304", "tokens before a prompt chunk")
     add = parser.add_argument
+    add("--chunk", type=int, metavar="N", help="tokens of a prompt chunk (default: 2048 on a GPU, 256 on the CPU)")
     add("--kv", nargs="+", metavar="SCHEME", help=f"schemes to measure (default: {' '.join(SCHEMES)})")
     add(
         "--dtype",
         choices=["float16", "bfloat16", "float32"],
-        help="dtype of what is not packed (default: float16 on Metal, float32 on the CPU, where float16 is slow)",
+        help="dtype of what is not packed (default: float16 on a GPU, float32 on the CPU, where float16 is slow)",
     )
-    add("--backend", choices=["metal", "cpu"], help="measure only this one (default: all that are available)")
-    add("--ablate", action="store_true", help="also time the attention kernel with one stage taken out (Metal only)")
-    add("--tune", action="store_true", help="first find this chip's best launch parameters and keep them (Metal only)")
+    add("--backend", choices=select.BACKENDS, help="measure only this one (default: all that are available)")
+    add("--ablate", action="store_true", help="also time the attention kernel with one stage taken out (GPUs only)")
+    add("--tune", action="store_true", help="first find this chip's best launch parameters and keep them (GPUs only)")
     return parser
 
 
@@ -79,42 +81,46 @@ def kernels(argv: Sequence[str], backends: Optional[list[Any]] = None) -> int:
     check_output(args)
     schemes = chosen_schemes(args.kv or SCHEMES[: 1 if args.quick else None])
     backends = backends or chosen_backends(args.backend)
-    on_metal = any(isinstance(b, MetalBackend) and b.is_real for b in backends)
-    metal = next((b for b in backends if isinstance(b, MetalBackend)), None)
+    gpu = next((b for b in backends if isinstance(b, KernelBackend)), None)
+    on_gpu = gpu is not None and gpu.is_real
     for flag in ("ablate", "tune"):
-        if getattr(args, flag) and metal is None:
-            raise BackendError(
-                f"--{flag}: is about the Metal kernel, but "
-                f"{select.metal_unavailable() or 'only the CPU fallback was asked for'}"
-            )
-    if args.tune and on_metal:
+        if getattr(args, flag) and gpu is None:
+            reason = "only the CPU fallback was asked for" if args.backend == "cpu" else select.why_default()
+            raise BackendError(f"--{flag}: is about the kernels on a GPU, but {reason}")
+    if args.tune and on_gpu:
         try:
             tuning.check_path()
         except OSError as e:
             raise CliError(f"--tune: cannot keep what it finds in {str(tuning.path())!r}: {e.strerror}") from e
     grid = contenders.Grid(
-        chosen_sizes(args, "tokens", (1024, 4096, 16384, 65536)[: 4 if on_metal else 3], (256, 1024), LEAST_TOKENS),
-        chosen_sizes(args, "head_dim", (64, 128, 256) if on_metal else (128,), (128,), 32),
-        chosen_sizes(args, "gqa", (1, 4, 8) if on_metal else (4,), (4,), 1),
+        chosen_sizes(args, "tokens", (1024, 4096, 16384, 65536)[: 4 if on_gpu else 3], (256, 1024), LEAST_TOKENS),
+        chosen_sizes(args, "head_dim", (64, 128, 256) if on_gpu else (128,), (128,), 32),
+        chosen_sizes(args, "gqa", (1, 4, 8) if on_gpu else (4,), (4,), 1),
         schemes,
-        getattr(mx, args.dtype or ("float16" if on_metal else "float32")),
+        getattr(mx, args.dtype or ("float16" if on_gpu else "float32")),
         chosen_sizes(args, "query_tokens", (1,), (1,), 1, MAX_QUERY_TOKENS),
+        chosen_sizes(args, "past", (2048, 32768, 98304)[: 3 if on_gpu else 1], (512,), LEAST_TOKENS),
+        args.chunk if args.chunk is not None else 64 if args.quick else 2048 if on_gpu else 256,
     )
+    if grid.chunk <= MAX_QUERY_TOKENS:
+        raise CliError(f"--chunk: got {grid.chunk}, allowed are whole numbers from {MAX_QUERY_TOKENS + 1} on")
     for head_dim in grid.head_dims:
         if why := attend_unsupported(4, 4, head_dim, head_dim, 1):
             raise CliError(f"--head-dim: {why}")
     effort = QUICK if args.quick else timing.Effort()
     described = "; ".join(describe_backend(b) for b in backends)
-    device = "gpu" if on_metal else "cpu"
-    with contextlib.nullcontext() if on_metal else mx.stream(mx.cpu):
+    device = "gpu" if on_gpu else "cpu"
+    with contextlib.nullcontext() if on_gpu else mx.stream(mx.cpu):
         document = timing.header("kernels", ["kernels", *argv], described)
-        document["measured"] = timing.measure_machine(on_metal, effort, (64 if args.quick else 256) << 20)
+        document["measured"] = timing.measure_machine(
+            gpu if on_gpu else None, effort, (64 if args.quick else 256) << 20
+        )
         document["effort"] = effort._asdict()
-        if args.tune and metal:
-            document["tuning"] = tune_kernels(grid, metal, device, effort)
+        if args.tune and gpu:
+            document["tuning"] = tune_kernels(grid, gpu, device, effort)
         document["rows"] = _measure_kernels(grid, backends, device, effort, document["measured"]["copy_gb_per_s"])
-        if args.ablate and metal:
-            document["ablation"] = ablate(grid, metal, device, effort)
+        if args.ablate and gpu:
+            document["ablation"] = ablate(grid, gpu, device, effort)
     return finish(document, args, print_kernels)
 
 
@@ -130,14 +136,14 @@ def _measure_kernels(
     return rows
 
 
-def ablate(grid: contenders.Grid, metal: MetalBackend, device: str, effort: timing.Effort) -> list[Row]:
+def ablate(grid: contenders.Grid, gpu: KernelBackend, device: str, effort: timing.Effort) -> list[Row]:
     """Rows {scheme, head_dim, gqa, tokens, seconds: {stage: s}, verdict} at the longest context; "problem" in the place
     of the last two where a stage does not run."""
     rows: list[Row] = []
     head_dim, n_tokens = grid.head_dims[0], max(grid.tokens)
     for scheme in grid.schemes:
-        gqa = next((g for g in sorted(grid.gqa, reverse=True) if stages.covers(metal, scheme, head_dim, g)), 1)
-        ablated = [stages.AblatedBackend(stage, metal) for stage in stages.STAGES]
+        gqa = next((g for g in sorted(grid.gqa, reverse=True) if stages.covers(gpu, scheme, head_dim, g)), 1)
+        ablated = [stages.AblatedBackend(stage, gpu) for stage in stages.STAGES]
         (runs,) = scheme_contenders(
             grid._replace(gqa=(gqa,), query_tokens=(1,)), ablated, scheme, n_tokens, head_dim, device
         )
@@ -146,7 +152,7 @@ def ablate(grid: contenders.Grid, metal: MetalBackend, device: str, effort: timi
             "head_dim": head_dim,
             "gqa": gqa,
             "tokens": n_tokens,
-            "column": contenders.column_of(metal),
+            "column": contenders.column_of(gpu),
         }
         rows.append(row)
         try:
@@ -158,7 +164,7 @@ def ablate(grid: contenders.Grid, metal: MetalBackend, device: str, effort: timi
             continue
         row["seconds"] = {stage: t.median for stage, t in timings.items()}
         row["verdict"] = (
-            stages.verdict(row["seconds"]) if metal.is_real else "Times of the simulator say nothing about a GPU."
+            stages.verdict(row["seconds"]) if gpu.is_real else "Times of the simulator say nothing about a GPU."
         )
     return rows
 
@@ -179,10 +185,10 @@ def _generate_parser() -> Parser:
         metavar="CACHE",
         help="none (uncompressed), mlx8 and mlx4 (mlx-lm's own) and schemes (default: none mlx8 mlx4 turbo4 turbo8v4)",
     )
-    add_numbers(parser, "--context", "512 2048, on Metal also 8192 and 32768", "tokens of the prompt")
+    add_numbers(parser, "--context", "512 2048, on a GPU also 8192 and 32768", "tokens of the prompt")
     add("--tokens", type=int, metavar="N", help="number of tokens to generate (default: 128)")
     add("--rounds", type=int, metavar="N", help="number of runs of each cache (default: 5)")
-    add("--backend", choices=["metal", "cpu"], help="what runs our caches (default: metal if available)")
+    add("--backend", choices=select.BACKENDS, help="what runs our caches (default: the GPU's if there is one)")
     add("--kv-sink", type=int, metavar="N", help="number of leading tokens kept exact")
     add("--kv-recent", type=int, metavar="N", help="minimum number of newest tokens kept exact")
     return parser
@@ -200,8 +206,8 @@ def generate(argv: Sequence[str], backends: Optional[list[Any]] = None) -> int:
     except CliError as e:
         quantized = f"; or {', '.join(MLX_LM_BITS)} for its quantized ones"
         raise CliError(f"{e}{quantized if str(e).startswith('--kv:') else ''}") from e
-    metal = not select.metal_unavailable()
-    contexts = chosen_sizes(args, "context", (512, 2048, 8192, 32768)[: 4 if metal else 2], (128, 384), 2)
+    on_gpu = select.default_name() in select.GPUS
+    contexts = chosen_sizes(args, "context", (512, 2048, 8192, 32768)[: 4 if on_gpu else 2], (128, 384), 2)
     for flag, default, quick, least in (("tokens", 128, 16, 2), ("rounds", 5, 3, 1)):
         value = getattr(args, flag)
         setattr(args, flag, (quick if args.quick else default) if value is None else value)
@@ -214,17 +220,17 @@ def generate(argv: Sequence[str], backends: Optional[list[Any]] = None) -> int:
         raise CliError(
             f"--context: got {max(contexts)}, and {args.tokens} generated tokens, but the model was made for {limit}"
         )
-    if not metal:
+    if not on_gpu:
         model.set_dtype(mx.float32)  # 16-bit arithmetic is slow on the CPU, for every cache
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)  # a text longer than the context
     tokens = tokenizer.encode((DEMO_MODEL / "stories.txt").read_text()[:20_000])
     with select.use_backend(backends[0] if backends else args.backend) as backend:
         document = timing.header("generate", ["generate", *argv], describe_backend(backend, on_cpu=False))
-        on_gpu = metal and backend.name == "cpu"
+        fallback = on_gpu and backend.name == "cpu"
         document |= {
             "model": (args.model or "embedded demo model").replace(str(Path.home()), "~"),
-            "column": "fallback in MLX operations" if on_gpu else contenders.column_of(backend),
-            "dtype": "float32" if not metal else "the model's dtype",
+            "column": "fallback in MLX operations" if fallback else contenders.column_of(backend),
+            "dtype": "float32" if not on_gpu else "the model's dtype",
             "rounds": args.rounds,
         }
         with progress_bar(len(contexts) * args.rounds * len(names), "run") as bar:

@@ -15,7 +15,7 @@ from ..cli.common import CliError, Parser
 from ..quality.style import PlotError, check_plot
 from ..quant.scheme import Scheme, TurboConfig
 from . import contenders, plots, timing
-from .rows import Row, describe_row, describe_tuning
+from .rows import Row, describe_row, describe_tuning, is_fault
 
 LEAST_TOKENS = contenders.N_SINK + contenders.N_RECENT + 28  # 128: exact ones and a few packed ones
 SCHEMES = ("turbo4", "turbo3", "turbo2", "turbo8v4")
@@ -77,7 +77,7 @@ def progress_bar(total: int, unit: str) -> Any:
 
 def finish(document: Row, args: argparse.Namespace, print_tables: Callable[[Row], None]) -> int:
     """Write what was asked for; returns the exit code."""
-    bad = [r for r in document["rows"] if r["status"] != "ok"]
+    bad = [r for r in document["rows"] if is_fault(r)]
     document["power_after"] = timing.power()
     if args.json:
         print(json.dumps(document, indent=1, allow_nan=False))
@@ -124,7 +124,7 @@ def chosen_backends(choice: str | None) -> list[Any]:
     """The backend of that name; without one, all that run here."""
     if choice:
         return [get_backend(choice)]
-    return [get_backend(name) for name in ("metal", "cpu") if name == "cpu" or not select.metal_unavailable()]
+    return [get_backend(name) for name in select.BACKENDS if not select.unavailable(name)]
 
 
 def describe_backend(backend: Any, on_cpu: bool = True) -> str:

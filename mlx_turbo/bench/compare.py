@@ -8,7 +8,7 @@ from pathlib import Path
 from ..cli.common import CliError, describe_error
 from ..cli.provenance import command_line
 from .common import complain, make_parser
-from .rows import Row, describe_row
+from .rows import Row, describe_row, is_fault
 from .tables import heading
 
 KEYS = {
@@ -96,7 +96,7 @@ def compare(argv: Sequence[str]) -> int:
         f"{letter}: {row['status'].upper()}: {describe_row(row)}: {row.get('problem')}"
         for letter, document in (("A", a), ("B", b))
         for row in document["rows"]
-        if row["status"] != "ok"
+        if is_fault(row)
     ]
     if args.json:
         print(

@@ -1,6 +1,7 @@
 """The contenders of `bench kernels`: every operation on every backend, beside MLX's own, each compared with an oracle.
 
-Every contender is checked before it is timed; one that fails or is wrong becomes a row that says so, without a figure.
+Every contender is checked before it is timed; one that fails or is wrong, or that MLX has no implementation of on this
+device, becomes a row that says so, without a figure.
 All kv heads are compared up to ORACLE_TOKENS tokens; beyond, where the oracle takes minutes, the first and the last.
 """
 
@@ -14,6 +15,8 @@ import numpy as np
 
 from ..backends import mlx_ops
 from ..backends.attend_launch import SEGMENT_STEP
+from ..backends.device import float32_is_tf32
+from ..backends.select import GPUS
 from ..backends.self_test import (
     ATTEND_TOLERANCE,
     TOLERANCE,
@@ -28,6 +31,7 @@ from ..backends.self_test import (
 from ..backends.sides import ONE_SEGMENT, CachedSide, PackedSide, QuantizeSide, WrongResultError
 from ..cache.view import KVView
 from ..integration import attention
+from ..quality.baselines import NO_PRODUCT
 from ..quant import reference
 from ..quant.scheme import Scheme
 from . import timing
@@ -39,11 +43,15 @@ COLD_BYTES = {"gpu": 256 << 20, "cpu": 32 << 20}  # calls go through this many b
 MAX_COPIES = 8
 NUMPY_TOKENS = 1024  # beyond, the reference would take longer than everything else together
 ORACLE_TOKENS = 4096  # beyond, two kv heads are compared with the oracle, not all
-FALLBACK_TOKENS = 4096  # beyond, where Metal is measured, the CPU fallback would take most of the time
+FALLBACK_TOKENS = 4096  # beyond, where a GPU is measured, the CPU fallback would take most of the time
 PACK_TOKENS = 4096  # quantize and dequantize: a prompt chunk is no longer
 # Largest error of MLX's own attention, relative to the largest output: 16-bit logits and weights where it is quantized.
 MLX_TOLERANCE = {mx.float32: 1e-4, mx.float16: 5e-3, mx.bfloat16: 4e-2}
 MLX_QUANTIZED_TOLERANCE = {mx.float32: 1e-4, mx.float16: 3e-2, mx.bfloat16: 2e-1}
+
+
+def _mlx_tolerance(dtype, table=MLX_TOLERANCE):
+    return table[mx.float16 if dtype == mx.float32 and float32_is_tf32() else dtype]
 
 
 Checked = tuple[float, float, Optional[str]]  # error, allowed, what is wrong or None
@@ -72,12 +80,14 @@ class Grid(NamedTuple):
     schemes: tuple[Scheme, ...]
     dtype: mx.Dtype
     query_tokens: tuple[int, ...] = (1,)
+    past: tuple[int, ...] = ()  # tokens before a prompt chunk of so many:
+    chunk: int = 2048
 
 
 def column_of(backend: Any) -> str:
-    """What a backend's column is called. Only real kernels on a real GPU are called Metal."""
-    if backend.name == "metal":
-        return "Metal" if backend.is_real else "simulated Metal"
+    """What a backend's column is called. Only real kernels on a real GPU are called Metal or CUDA."""
+    if title := GPUS.get(backend.name):
+        return title if backend.is_real else f"simulated {title}"
     return {"cpu": "CPU fallback"}.get(backend.name, backend.name)
 
 
@@ -106,6 +116,8 @@ def measure(
             continue
         row["status"] = "ok"
         runs[len(rows) - 1] = timed(c)
+        if facts["operation"] == "prefill":
+            row["peak_bytes"] = _peak(runs[len(rows) - 1])
     try:
         timings = timing.interleave(runs, effort) if runs else {}
     except RuntimeError as e:  # out of memory, a GPU that hangs: whose fault it was is not known
@@ -131,8 +143,22 @@ def measure(
     return rows
 
 
+def _peak(run: timing.Run) -> int:
+    """Bytes that MLX takes for a call, at most, beyond what is there."""
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    out = run(1)
+    if out is not None:
+        mx.eval(out)
+    return mx.get_peak_memory() - before
+
+
 def failure(e: Exception) -> Row:
     """What a row says of an exception."""
+    if NO_PRODUCT in str(e):
+        return {"status": "not run", "problem": f"{type(e).__name__}: {e}"}
     return {"status": "wrong" if isinstance(e, WrongResultError) else "failed", "problem": f"{type(e).__name__}: {e}"}
 
 
@@ -182,10 +208,11 @@ def _checked_queries(x, n_kv_heads, n_tokens):
     return _checked(x.reshape(B, n_kv_heads, n_heads // n_kv_heads, L, D), n_tokens).reshape(B, -1, L, D)
 
 
-def _compared(side, counts):
+def _compared(side, counts, n_tokens=None):
     """The kv heads of a `CachedSide` that are compared with the oracle, of the first batch row."""
+    n_tokens = n_tokens or sum(counts)
     arrays = {
-        name: _checked(array[:1], sum(counts)) for name, array in side._asdict().items() if isinstance(array, mx.array)
+        name: _checked(array[:1], n_tokens) for name, array in side._asdict().items() if isinstance(array, mx.array)
     }
     return side._replace(**arrays)
 
@@ -236,8 +263,6 @@ def attention_contenders(
 ) -> dict[tuple[int, int], list[Contender]]:
     """{(gqa, query tokens): contenders} of one decode step over caches of n_tokens, the queries being the last."""
     scale, steps = head_dim**-0.5, [(g, n) for g in grid.gqa for n in grid.query_tokens]
-    n_packed = n_tokens - N_SINK - N_RECENT
-    counts = N_SINK, n_packed, N_RECENT
     queries = {(g, n): 2 * _normal(5, (1, N_KV_HEADS * g, n, head_dim), grid.dtype) for g, n in steps}
     out: dict[tuple[int, int], list[Contender]] = {step: [] for step in steps}
     wants: dict[tuple[str, tuple[int, int]], np.ndarray] = {}
@@ -281,7 +306,7 @@ def attention_contenders(
         caches,
         k,
         v,
-        MLX_TOLERANCE[grid.dtype],
+        _mlx_tolerance(grid.dtype),
         sum(a.nbytes for a in dense),
     )
     group_size = mlx_group_size(head_dim)
@@ -301,33 +326,17 @@ def attention_contenders(
             _copies(affine, device),
             k,
             v,
-            MLX_QUANTIZED_TOLERANCE[grid.dtype],
+            _mlx_tolerance(grid.dtype, MLX_QUANTIZED_TOLERANCE),
             sum(a.nbytes for a in affine),
         )
 
     # ours
     for scheme in grid.schemes:
-        arrays: list[mx.array] = []
-        for i, bits in enumerate((scheme.key_bits, scheme.value_bits)):
-            arrays += [
-                dense[i][:, :, :N_SINK] + 0,
-                *_random_rows(10 + 2 * i, n_packed, bits, head_dim),
-                dense[i][:, :, -N_RECENT:] + 0,
-            ]
-        mx.eval(arrays)
-        nbytes = sum(a.nbytes for a in arrays)
         sides = (scheme.key_bits, scheme.value_bits)
-        views = []
-        for copy in _copies(arrays, device):
-            keys, values = (
-                CachedSide(sink, codes, scales, recent, sides[i], head_dim, None, (SEGMENT_STEP, ONE_SEGMENT)[i])
-                for i, (sink, codes, scales, recent) in enumerate((copy[:4], copy[4:]))
-            )
-            views.append(KVView(keys, values, counts, 0, None, 0))
-        k, v = (
-            functools.cache(lambda side=side: restored_tokens(_compared(side, counts), counts))
-            for side in (views[0].keys, views[0].values)
-        )
+        arrays = _our_arrays(scheme, dense)
+        nbytes = sum(a.nbytes for a in arrays)
+        views = [_our_view(scheme, copy, head_dim) for copy in _copies(arrays, device)]
+        k, v = _restored(views[0])
         allowed = attend_tolerance(scheme.key_bits, grid.dtype)
         for backend in backends:
             if device == "gpu" and backend.name == "cpu" and n_tokens > FALLBACK_TOKENS:
@@ -348,6 +357,35 @@ def attention_contenders(
             for step, contenders in out.items():
                 contenders.append(_numpy_attention(scheme.name, arrays, sides, head_dim, queries[step], scale, nbytes))
     return out
+
+
+def _our_arrays(scheme, dense):
+    """The arrays of a cache of as many tokens as `dense` has, whose exact ones are those of `dense`."""
+    arrays = []
+    for x, key, bits in zip(dense, (10, 12), (scheme.key_bits, scheme.value_bits)):
+        n_packed = x.shape[2] - N_SINK - N_RECENT
+        arrays += [x[:, :, :N_SINK] + 0, *_random_rows(key, n_packed, bits, x.shape[3]), x[:, :, -N_RECENT:] + 0]
+    mx.eval(arrays)
+    return arrays
+
+
+def _our_view(scheme, arrays, head_dim):
+    keys, values = (
+        CachedSide(*part, bits, head_dim, None, segment)
+        for part, bits, segment in (
+            (arrays[:4], scheme.key_bits, SEGMENT_STEP),
+            (arrays[4:], scheme.value_bits, ONE_SEGMENT),
+        )
+    )
+    return KVView(keys, values, (N_SINK, arrays[1].shape[2], N_RECENT), 0, None, 0)
+
+
+def _restored(view, n_tokens=None):
+    """Functions that give keys and values as the oracle sees them, of the heads that are compared."""
+    return [
+        functools.cache(lambda side=side: restored_tokens(_compared(side, view.counts, n_tokens), view.counts))
+        for side in (view.keys, view.values)
+    ]
 
 
 def _mask(n_query_tokens):
@@ -394,6 +432,66 @@ def _numpy_attention(name, arrays, bits, head_dim, queries, scale, nbytes):
             reference.attention(q, k, v, scale=scale, mask=_mask(q.shape[2]))
 
     return Contender(name, "NumPy reference", run, lambda: (0.0, 0.0, None), nbytes, nbytes, lazy=False)
+
+
+# ---- a prompt chunk over a packed past -------------------------------------------------------------------------
+def prefill_contenders(
+    grid: Grid, backends: Sequence[Any], past: int, head_dim: int, device: str
+) -> dict[int, list[Contender]]:
+    """{gqa: contenders} of the attention of grid.chunk query tokens, causal, over `past` tokens before them and
+    themselves. Our caches hold the chunk as they do after a model's layer has written it: packed but for its newest
+    tokens. Five query tokens of the first and the last kv head are compared with the oracle."""
+    n_tokens, scale = past + grid.chunk, head_dim**-0.5
+    compared = np.array(sorted({0, 1, grid.chunk // 2, grid.chunk - 2, grid.chunk - 1}))
+    seen = np.arange(n_tokens) <= past + compared[:, None]
+    dense = [_normal(i, (1, N_KV_HEADS, n_tokens, head_dim), grid.dtype) for i in (0, 1)]
+    queries = {g: 2 * _normal(5, (1, N_KV_HEADS * g, grid.chunk, head_dim), grid.dtype) for g in grid.gqa}
+    out: dict[int, list[Contender]] = {g: [] for g in grid.gqa}
+
+    def heads(x):
+        return to_float64(_checked_queries(x[:, :, mx.array(compared)], N_KV_HEADS, ORACLE_TOKENS + 1))
+
+    def check(call, cache, g, k, v, allowed):
+        want = reference.attention(heads(queries[g]), k(), v(), scale=scale, mask=seen)
+        return _verdict(relative_error(heads(call(queries[g], cache)), want), allowed)
+
+    def add(name, column, call, caches, k, v, allowed, nbytes, on_cpu=False, lazy=True):
+        for g, contenders in out.items():
+            checked = functools.partial(check, call, caches[0], g, k, v, allowed)
+            run = _attend_chain(call, queries[g], caches)
+            contenders.append(Contender(name, column, run, checked, nbytes, nbytes, on_cpu, lazy))
+
+    k, v = (functools.cache(lambda x=x: to_float64(_checked(x, ORACLE_TOKENS + 1))) for x in dense)
+    add(
+        "uncompressed",
+        f"MLX {dtype_name(grid.dtype)}",
+        lambda q, kv: mx.fast.scaled_dot_product_attention(q, *kv, scale=scale, mask="causal"),
+        _copies(dense, device),
+        k,
+        v,
+        _mlx_tolerance(grid.dtype),
+        sum(a.nbytes for a in dense),
+    )
+    for scheme in grid.schemes:
+        arrays = _our_arrays(scheme, dense)
+        views = [_our_view(scheme, copy, head_dim) for copy in _copies(arrays, device)]
+        k, v = _restored(views[0], ORACLE_TOKENS + 1)
+        for backend in backends:
+            if device == "gpu" and backend.name == "cpu":
+                continue  # it would take most of the time
+            add(
+                scheme.name,
+                column_of(backend),
+                functools.partial(_attend, backend, scale),
+                views,
+                k,
+                v,
+                attend_tolerance(scheme.key_bits, grid.dtype, grid.chunk),
+                sum(a.nbytes for a in arrays),
+                backend.name == "cpu",
+                _is_lazy(backend),
+            )
+    return out
 
 
 # ---- quantize and dequantize -------------------------------------------------------------------------------------
@@ -596,10 +694,17 @@ def groups(grid: Grid, backends: Sequence[Any], device: str) -> Iterator[tuple[R
                         contenders,
                     )
 
+        for past in grid.past:
+            common |= {"operation": "prefill", "query_tokens": grid.chunk, "scheme": None, "tokens": past}
+            for g, contenders in prefill_contenders(grid, backends, past, head_dim, device).items():
+                yield {"gqa": g, **common}, contenders
+
 
 def n_groups(grid: Grid) -> int:
     """How many groups `groups` yields."""
     packing = [n for n in grid.tokens if n <= max(PACK_TOKENS, min(grid.tokens))]
     return len(grid.head_dims) * (
-        len(grid.tokens) * len(grid.gqa) * len(grid.query_tokens) + len(packing) * 2 * len(grid.schemes)
+        len(grid.tokens) * len(grid.gqa) * len(grid.query_tokens)
+        + len(packing) * 2 * len(grid.schemes)
+        + len(grid.past) * len(grid.gqa)
     )

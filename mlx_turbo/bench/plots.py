@@ -9,10 +9,12 @@ import json
 import textwrap
 from typing import Any
 
+from ..backends.select import GPUS
 from ..quality.style import BLUE, GRAY, NAMES, ORANGE, PALE_BLUE, RED, color, open_frame
 from .rows import Row, describe_row
 
-LINES = {"CPU fallback": (0, (4, 2)), "simulated Metal": (0, (1, 1))}  # Metal and MLX: solid
+SIMULATED = tuple(f"simulated {title}" for title in GPUS.values())
+LINES = {"CPU fallback": (0, (4, 2)), **dict.fromkeys(SIMULATED, (0, (1, 1)))}  # GPUs and MLX: solid
 RATIO = "x: over uncompressed; bold: best"
 
 
@@ -64,7 +66,7 @@ def headlines(document: Row) -> list[str]:
         rows = [r for r in document["rows"] if "generation_tps" in r]
         at, base, speed = "context", "none", lambda r: r.get("generation_tps_ratio", 0.0)
     # a simulated kernel's time says nothing, and the reference is no contender
-    rows = [r for r in rows if r.get("column") not in ("NumPy reference", "simulated Metal")]
+    rows = [r for r in rows if r.get("column") not in ("NumPy reference", *SIMULATED)]
     rows = [r for r in rows if r[at] == max(q[at] for q in rows)]
     plain = next((r for r in rows if r["name"] == base), None)
     if plain is None:
@@ -86,7 +88,7 @@ def headlines(document: Row) -> list[str]:
     )
     lines.append(
         f"Fastest of all: {fastest}. Smallest: {smallest}."
-        + ("" if "Metal" in ours else " No Metal here: the kernels this is about were not measured.")
+        + ("" if {*GPUS.values()} & {*ours} else " No GPU here: the kernels this is about were not measured.")
     )
     return lines
 
@@ -206,7 +208,7 @@ def kernels_figure(document: Row) -> Any:
         if "median_seconds" in r and r["head_dim"] == head_dim and r["column"] != "NumPy reference"
     ]
     attention = [r for r in ok if (r["operation"], r["gqa"], r["query_tokens"]) == ("attention", gqa, query_tokens)]
-    packing = [r for r in ok if r["operation"] != "attention"]
+    packing = [r for r in ok if r["operation"] in ("quantize", "dequantize")]
     names = list(dict.fromkeys(r["name"] for r in attention))
     ablation = [row for row in document.get("ablation", []) if "seconds" in row]
     kv_heads, dtype = document["rows"][0]["kv_heads"], document["rows"][0]["dtype"]
@@ -320,8 +322,8 @@ def _roofline(ax, rows, document, head_dim, n_queries, label, names):
 
 
 def _packing_bars(ax, rows, names):
-    longest, on_metal = max(r["tokens"] for r in rows), any(r["column"] == "Metal" for r in rows)
-    rows = [r for r in rows if r["tokens"] == longest and not (on_metal and r["column"] == "CPU fallback")]
+    longest, on_gpu = max(r["tokens"] for r in rows), any(r["column"] in GPUS.values() for r in rows)
+    rows = [r for r in rows if r["tokens"] == longest and not (on_gpu and r["column"] == "CPU fallback")]
     bars = [
         (
             f"{r['operation']}  {r['name']}  ({r['column']})"

@@ -5,6 +5,11 @@ from typing import Any
 Row = dict[str, Any]
 
 
+def is_fault(row: Row) -> bool:
+    """Whether a row failed or is wrong. Not run is what MLX has no implementation of: no fault of ours."""
+    return row["status"] not in ("ok", "not run")
+
+
 def describe_queries(row: Row) -> str:
     """For a name: how many query tokens, where there are several."""
     n = row["query_tokens"] or 1

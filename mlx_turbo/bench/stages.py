@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ..backends.attend_launch import attend_shape
-from ..backends.metal import MetalBackend
+from ..backends.kernel_backend import KernelBackend
 from ..backends.sources import BODY_MARKER, metal_source
 from ..quant.scheme import Scheme
 
@@ -110,15 +110,13 @@ def variant(stage: str) -> tuple[str, str]:
     return header, body
 
 
-class AblatedBackend(MetalBackend):
-    """The Metal backend with a stage of `attend` taken out. Not tested against the oracle: it is wrong on purpose."""
+class AblatedBackend(KernelBackend):
+    """Kernels with a stage of `attend` taken out. Not tested against the oracle: it is wrong on purpose."""
 
-    def __init__(self, stage, like=None):
-        """like: the MetalBackend whose kernels and tuning to use."""
-        super().__init__(None if like is None or like.is_real else like.metal_kernel)
-        self.stage = stage
-        if like is not None:
-            self.tuning, self.tuned = like.tuning, like.tuned
+    def __init__(self, stage, like):
+        """like: the KernelBackend whose kernels and tuning to use."""
+        super().__init__(like.metal_kernel, like.name, like.title, is_real=like.is_real, tuned=like.tuned)
+        self.stage, self.tuning = stage, like.tuning
 
     def kernel(self, name, inputs, outputs):
         if name != "attend" or self.stage == "full":
@@ -139,7 +137,7 @@ class AblatedBackend(MetalBackend):
         pass
 
 
-def covers(backend: MetalBackend, scheme: Scheme, head_dim: int, gqa: int) -> bool:
+def covers(backend: KernelBackend, scheme: Scheme, head_dim: int, gqa: int) -> bool:
     """Whether the stages are those of this kernel: where simdgroups share decoded tiles, it has others."""
     key = scheme.key_bits, scheme.value_bits, head_dim, head_dim
     return not attend_shape(backend.tuned.get(key, backend.tuning), *key, gqa, 1, False).SHARED_TILES

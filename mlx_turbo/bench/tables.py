@@ -45,11 +45,16 @@ def print_kernels(document: Row) -> None:
         what = f"{operation}, keys and values"
         if gqa:
             what = f"attention of one decode step, {describe_queries(rows[0])}GQA {gqa}"
-        print(f"\n{what}: {rows[0]['kv_heads']} kv heads of {head_dim}, {tokens} tokens, {rows[0]['dtype']}")
+        prefill = operation == "prefill"
+        if prefill:
+            what = f"attention of a prompt chunk of {rows[0]['query_tokens']} tokens, GQA {gqa}"
+        over = f"{tokens} tokens" + " before the chunk" * prefill
+        print(f"\n{what}: {rows[0]['kv_heads']} kv heads of {head_dim}, {over}, {rows[0]['dtype']}")
         print(
             f"{'':>4}{'cache':<16}{'computed by':<18}{'ms':>10}{'+-':>6}{'GB/s':>8}{'of copy':>9}"
             + (f"{'time':>8}{'bytes':>8}" if gqa else "")
             + f"{'error':>10}{'Python us':>11}"
+            + (f"{'peak MB':>9}" if prefill else "")
         )
         base = next((r for r in rows if r["name"] == "uncompressed"), {})
         before = None
@@ -70,7 +75,8 @@ def print_kernels(document: Row) -> None:
                 f"{place:>3}{tied}{row['name']:<16}{row['column']:<18}{row['median_seconds'] * 1e3:>10.3f}"
                 f"{row['uncertainty']:>6.0%}{row['gb_per_s']:>8.3g}{100 * row['bandwidth_share']:>8.2g}%{relative}"
                 + error
-                + (f"{row['python_seconds'] * 1e6:>11.0f}" if row["python_seconds"] else "")
+                + (f"{row['python_seconds'] * 1e6:>11.0f}" if row["python_seconds"] else " " * 11 * prefill)
+                + (f"{row['peak_bytes'] / 1e6:>9.1f}" if prefill else "")
             )
     for row in document.get("ablation", ()):
         print(
@@ -88,7 +94,7 @@ def print_kernels(document: Row) -> None:
         "median.\nGB/s: bytes of the cache (packing: all input and output) over time. of copy: of the copy's GB/s. "
         "time, bytes:\nover the uncompressed cache. error: largest, against the oracle, by the largest number "
         "(mx.quantize: in steps).\nPython us: of building a call, where it is not in the ms: in a model the GPU "
-        "works meanwhile."
+        "works meanwhile. peak: of MLX's memory\nduring a call, beyond what is there before it."
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, Callable, NamedTuple, Optional, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from ..backends.kernel_backend import KernelBackend
 from ..cli.provenance import provenance
 
 WARM_UP_SECONDS = 1.0  # GPU clocks ramp up within it
@@ -142,10 +143,10 @@ def floor_run(metal_kernel: Optional[Callable[..., Any]] = None) -> Run:
     return run
 
 
-def copy_run(metal: bool, n_bytes: int = COPY_BYTES) -> tuple[Run, int]:
+def copy_run(on_gpu: bool, n_bytes: int = COPY_BYTES) -> tuple[Run, int]:
     """(run, bytes moved by a call): a copy beyond the caches. On the GPU the negation of an array; on the CPU
     numpy.copyto, because MLX would allocate, and fault in, fresh memory each time."""
-    if metal:
+    if on_gpu:
         x = mx.zeros((n_bytes // 4,))
         mx.eval(x)
         return lambda calls: [-x for _ in range(calls)], 2 * n_bytes
@@ -159,11 +160,11 @@ def copy_run(metal: bool, n_bytes: int = COPY_BYTES) -> tuple[Run, int]:
     return run, 2 * n_bytes
 
 
-def measure_machine(metal: bool, effort: Effort, n_bytes: int = COPY_BYTES) -> dict[str, Any]:
+def measure_machine(gpu: Optional[KernelBackend], effort: Effort, n_bytes: int = COPY_BYTES) -> dict[str, Any]:
     """{"floor_seconds", "evaluation_seconds", "copy_gb_per_s", ...}: an empty kernel, chained; one evaluated alone; a
-    copy."""
-    copy, moved = copy_run(metal, n_bytes)
-    floor = floor_run(mx.fast.metal_kernel if metal else None)
+    copy. gpu: the backend of the GPU to measure, or None for the CPU."""
+    copy, moved = copy_run(gpu is not None, n_bytes)
+    floor = floor_run(gpu.metal_kernel if gpu else None)
 
     def evaluate(calls: int) -> None:
         for _ in range(calls):
@@ -173,10 +174,10 @@ def measure_machine(metal: bool, effort: Effort, n_bytes: int = COPY_BYTES) -> d
     copied = interleave({"copy": copy}, effort)["copy"]
     return {
         "floor_seconds": alone["floor"].median,
-        "floor": "empty Metal kernel" if metal else "MLX operation on 8 numbers",
+        "floor": f"empty {gpu.title} kernel" if gpu else "MLX operation on 8 numbers",
         "evaluation_seconds": alone["evaluation"].median,
         "copy_gb_per_s": moved / copied.median / 1e9,
-        "copy": "MLX negation on the GPU" if metal else "numpy.copyto, one thread",
+        "copy": "MLX negation on the GPU" if gpu else "numpy.copyto, one thread",
         "copy_bytes": n_bytes,
         "copy_uncertainty": copied.uncertainty,
     }

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..backends import tuning
 from ..backends.attend_launch import AttendTuning
-from ..backends.metal import MetalBackend
+from ..backends.kernel_backend import KernelBackend
 from ..quant.scheme import Scheme
 from . import contenders, timing
 from .common import progress_bar
@@ -24,7 +24,7 @@ def scheme_contenders(
     return [[c for c in group if c.name == scheme.name and c.column != "NumPy reference"] for group in groups.values()]
 
 
-def tune_kernels(grid: contenders.Grid, metal: MetalBackend, device: str, effort: timing.Effort) -> list[Row]:
+def tune_kernels(grid: contenders.Grid, gpu: KernelBackend, device: str, effort: timing.Effort) -> list[Row]:
     """Find, keep and use the best tuning of each scheme and head dim. Returns rows for the document."""
     rows: list[Row] = []
     tuned: dict[tuple[int, int, int, int], AttendTuning] = {}
@@ -36,7 +36,7 @@ def tune_kernels(grid: contenders.Grid, metal: MetalBackend, device: str, effort
                 problems: dict[AttendTuning, Row] = {}
 
                 def time_all(tunings):
-                    seconds, found = time_tunings(grid, metal, scheme, head_dim, device, quick, tunings)
+                    seconds, found = time_tunings(grid, gpu, scheme, head_dim, device, quick, tunings)
                     problems.update(found)
                     return seconds
 
@@ -52,15 +52,15 @@ def tune_kernels(grid: contenders.Grid, metal: MetalBackend, device: str, effort
                 if best is not None:
                     tuned[scheme.key_bits, scheme.value_bits, head_dim, head_dim] = best
                     row |= {"values": best._asdict(), "changes": tuning.changes(best), "time_over_default": ratio}
-    if metal.is_real:
+    if gpu.is_real:
         tuning.save(tuned)
-    metal.tuned |= tuned
+    gpu.tuned |= tuned
     return rows
 
 
 def time_tunings(
     grid: contenders.Grid,
-    metal: MetalBackend,
+    gpu: KernelBackend,
     scheme: Scheme,
     head_dim: int,
     device: str,
@@ -69,11 +69,11 @@ def time_tunings(
 ) -> tuple[list[Optional[float]], dict[AttendTuning, Row]]:
     """([geometric mean of the seconds over the grid's contexts, GQA factors and query tokens, or None where a tuning is
     wrong or does not run], {tuning: {"status", "problem"}} of those)."""
-    backends: list[MetalBackend] = []
+    backends: list[KernelBackend] = []
     problems: dict[AttendTuning, Row] = {}
     for values in tunings:
-        backend = MetalBackend(None if metal.is_real else metal.metal_kernel)
-        backend.tuning, backend.tuned = values, {}
+        backend = KernelBackend(gpu.metal_kernel, gpu.name, gpu.title, is_real=gpu.is_real)
+        backend.tuning = values
         backends.append(backend)
     logs = np.zeros(len(tunings))
     for n_tokens in grid.tokens:

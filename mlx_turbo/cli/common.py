@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..backends.select import get_backend
+from ..backends.select import BACKENDS, GPUS, get_backend
 from ..backends.sides import BackendError
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
@@ -75,8 +75,8 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> Any:
     )
     group.add_argument(
         "--backend",
-        choices=["metal", "cpu"],
-        help="Metal kernels, or the same computation in MLX operations (default: metal if available)",
+        choices=BACKENDS,
+        help="kernels on the GPU, or the same computation in MLX operations (default: the GPU's if there is one)",
     )
     return group
 
@@ -199,7 +199,7 @@ class TurboProgram:
     def warm(self, model: Any, tokenizer: Any, is_draft: bool) -> None:
         """Build the kernels before the first token (warming.py), and say so: on a new Mac it takes a while."""
         config = self._file_config or self.config
-        if config is None or get_backend().name != "metal":
+        if config is None or get_backend().name not in GPUS:
             return
         n_draft_tokens = 0
         if is_draft or getattr(self.args, "draft_model", None):  # a draft model rereads its last token

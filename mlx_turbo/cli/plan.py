@@ -319,9 +319,9 @@ def machine_memory() -> tuple[int, str]:
     info = mx.device_info() if hasattr(mx, "device_info") else {}
     if limit := info.get("max_recommended_working_set_size"):
         return int(limit), "the working set that Metal recommends on this Mac"
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(
-        "SC_PHYS_PAGES"
-    ), "all memory of this machine, which has no Metal GPU"
+    if limit := info.get("total_memory"):
+        return int(limit), f"all memory of the {info.get('device_name')}"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "all memory of this machine, which has no GPU"
 
 
 def _build_parser() -> Parser:
@@ -337,7 +337,7 @@ def _build_parser() -> Parser:
         "--memory",
         metavar="SIZE",
         help="memory for weights and caches together, such as 24GB (default: the working set that Metal recommends; "
-        "without Metal, all memory of the machine)",
+        "with CUDA, the GPU's memory; without a GPU, all memory of the machine)",
     )
     add(
         "--tokens",

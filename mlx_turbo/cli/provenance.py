@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..backends import tuning
+from ..backends.device import float32_is_tf32
 from ..version import __version__
 
 
@@ -56,9 +57,11 @@ def machine() -> dict[str, str]:
         "system": platform.platform(),
         "default device": mx.default_device().type.name,
         "metal": "yes" if mx.metal.is_available() else "no",
+        "cuda": "yes" if mx.cuda.is_available() else "no",
+        "float32 products": "TF32 (MLX_ENABLE_TF32=0 makes them exact)" if float32_is_tf32() else "exact",
         "attention tuning": tuning.describe(),
     }
-    if not mx.metal.is_available():
+    if not (mx.metal.is_available() or mx.cuda.is_available()):
         return facts | {
             "chip": str(mx.device_info().get("device_name") or platform.processor() or platform.machine()),
             "memory": _gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
@@ -67,6 +70,7 @@ def machine() -> dict[str, str]:
     facts["chip"] = f"{info.get('device_name')} ({info.get('architecture')})"
     for name, key in (
         ("memory", "memory_size"),
+        ("memory of the GPU", "total_memory"),
         ("wired limit (recommended working set)", "max_recommended_working_set_size"),
         ("largest buffer", "max_buffer_length"),
     ):

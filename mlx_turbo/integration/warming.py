@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..backends.attend_launch import MAX_QUERY_TOKENS
-from ..backends.select import get_backend
+from ..backends.select import GPUS, get_backend
 from ..cache import auto_bits, centering
 from ..cache.rotating import Window
 from ..cache.single import TurboKVCache
@@ -45,7 +45,7 @@ def warm(
     n_draft_tokens: int = 0,
     max_kv_size: int | None = None,
 ) -> int:
-    """Build the Metal kernels that conversations with `model` will need, and check them against the reference: packing,
+    """Build the GPU kernels that conversations with `model` will need, and check them against the reference: packing,
     restoring, and attention of a decode step and of up to n_draft_tokens + 1 tokens, over few tokens and over many.
 
     config, max_kv_size: as for `make_prompt_cache`. Costs a prompt of about 70 tokens (with auto, 330) and the
@@ -55,7 +55,7 @@ def warm(
     ValueError for an unknown scheme.
     """
     backend = get_backend()
-    if backend.name != "metal":
+    if backend.name not in GPUS:
         return 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are given when the real cache is made

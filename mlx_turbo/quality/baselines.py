@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 MLX_LM_BITS = {"mlx8": 8, "mlx4": 4}
+NO_PRODUCT = "[quantized_matmul] No implementation"  # MLX on CUDA, of shapes that a QuantizedKVCache needs
 MLX_LM_GROUP_SIZE = 64  # numbers that share a scale in mlx-lm's QuantizedKVCache, its default
 
 
@@ -23,7 +24,7 @@ def make_quantized_cache(model: Any, name: str) -> list[Any]:
 
 
 def why_not_quantized(model: Any) -> str | None:
-    """Why mlx-lm's QuantizedKVCache cannot serve this model, or None. Reads one token."""
+    """Why mlx-lm's QuantizedKVCache cannot serve this model here, or None. Reads a few tokens."""
     from mlx_lm.models.cache import KVCache
 
     caches = make_plain_cache(model)
@@ -33,4 +34,13 @@ def why_not_quantized(model: Any) -> str | None:
     dims = sorted({a.shape[-1] for c in caches for a in (c.keys, c.values)})
     if wrong := [d for d in dims if d % MLX_LM_GROUP_SIZE]:
         return f"mlx-lm quantizes in groups of {MLX_LM_GROUP_SIZE}, and head_dim {wrong[0]} is not a multiple of that"
+    try:
+        for name in MLX_LM_BITS:
+            quantized = make_quantized_cache(model, name)
+            for tokens in ([0, 0], [0]):  # a prompt, and a decode step
+                mx.eval(model(mx.array([tokens]), cache=quantized))
+    except RuntimeError as e:
+        if NO_PRODUCT not in str(e):
+            raise
+        return f"MLX cannot compute with mlx-lm's QuantizedKVCache on this device: {e}"
     return None

@@ -81,12 +81,30 @@ def test_a_right_kernel_passes_its_self_test_once_per_specialization(simulated, 
     assert checks == ["check_quantize", "check_dequantize"]
 
 
-def test_metal_is_refused_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    with pytest.raises(BackendError, match="^backend: 'metal' was asked for, but this build of MLX has no Metal"):
-        select.get_backend("metal")
-    monkeypatch.setenv("MLX_TURBO_BACKEND", "metal")
-    with pytest.raises(BackendError, match="^MLX_TURBO_BACKEND: 'metal' was asked for"):
+@pytest.fixture
+def gpu(request, monkeypatch):
+    """The name of a GPU's backend, the only one that MLX has, if it can be believed."""
+    for name in select.GPUS:
+        monkeypatch.setattr(getattr(mx, name), "is_available", lambda name=name: name == request.param)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.delenv("MLX_TURBO_BACKEND", raising=False)
+    monkeypatch.setattr(select, "_backends", {})
+    return request.param
+
+
+EACH_GPU = pytest.mark.parametrize("gpu", select.GPUS, indirect=True)
+
+
+@EACH_GPU
+def test_a_gpu_of_the_other_kind_is_refused(gpu, monkeypatch):
+    other, says = {
+        "metal": ("cuda", r'no CUDA.*pip install "mlx-turbo\[cuda13\]" \(or \[cuda12\]\)'),
+        "cuda": ("metal", "no Metal"),
+    }[gpu]
+    with pytest.raises(BackendError, match=f"^backend: '{other}' was asked for, but this build of MLX has {says}"):
+        select.get_backend(other)
+    monkeypatch.setenv("MLX_TURBO_BACKEND", other)
+    with pytest.raises(BackendError, match=f"^MLX_TURBO_BACKEND: '{other}' was asked for"):
         select.quantize(X, 4)
 
 
@@ -94,17 +112,55 @@ def test_the_environment_variable_chooses_and_a_wrong_value_is_refused(monkeypat
     monkeypatch.setenv("MLX_TURBO_BACKEND", "cpu")
     assert select.get_backend().name == "cpu"
     monkeypatch.setenv("MLX_TURBO_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="^MLX_TURBO_BACKEND: got 'gpu', allowed are 'metal' and 'cpu'"):
+    with pytest.raises(ValueError, match="^MLX_TURBO_BACKEND: got 'gpu', allowed are 'metal', 'cuda' and 'cpu'"):
         select.get_backend()
 
 
-def test_metal_is_taken_where_there_is_metal_and_the_cpu_where_the_default_device_is_the_cpu(monkeypatch):
-    monkeypatch.delenv("MLX_TURBO_BACKEND", raising=False)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert select.get_backend().name == "metal"
+@EACH_GPU
+def test_a_gpu_is_taken_where_there_is_one_and_the_cpu_where_the_default_device_is_the_cpu(gpu, monkeypatch):
+    title = {"metal": "Metal", "cuda": "CUDA"}[gpu]
+    chosen = select.get_backend()
+    assert (chosen.name, chosen.title, chosen.is_real) == (gpu, title, True)
+    assert select.why_default() == f"{title} is available"
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
     assert select.get_backend().name == "cpu"
+    assert select.unavailable(gpu) == select.why_default() == "MLX's default device is the CPU"
+
+
+@pytest.mark.parametrize("gpu", ["none"], indirect=True)
+def test_the_cpu_is_taken_where_there_is_no_gpu_and_it_is_said_why(gpu):
+    assert select.get_backend().name == select.default_name() == "cpu"
+    assert "no Metal and no CUDA" in select.why_default()
+
+
+@EACH_GPU
+def test_a_kernel_that_fails_names_the_gpu_and_what_it_computes_on(gpu, monkeypatch):
+    """Under CUDA nothing may say Metal."""
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "a chip"})
+    monkeypatch.setattr(mx.fast, f"{gpu}_kernel", failing_build)
+    assert select.get_backend().describe() == f"{gpu} (a chip)"
+    with pytest.raises(BackendError) as e:
+        select.quantize(X, 4)
+    title = select.GPUS[gpu]
+    assert str(e.value).startswith(f"the {title} kernel does not build or run: quantize.metal with head_dim 64")
+    assert "on a chip\n" in str(e.value)
+
+
+@pytest.mark.parametrize("gpu", ["none"], indirect=True)
+def test_a_cuda_build_that_another_one_lies_over_is_named(gpu, monkeypatch, tmp_path):
+    """mlx-cpu and mlx-cuda-13 hold the same file."""
+    (tmp_path / "mlx/lib").mkdir(parents=True)
+    library, about = tmp_path / "mlx/lib/libmlx.so", tmp_path / "mlx_cuda_13-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mlx-cuda-13\nVersion: 1.0\n")
+    (about / "RECORD").write_text("mlx/lib/libmlx.so,sha256=x,7\nmlx/__init__.py,sha256=x,1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    library.write_text("of CUDA")
+    assert select.overwritten() is None and "no CUDA" in select.unavailable("cuda")
+    library.write_text("of the CPU")
+    assert "mlx-cuda-13 is installed, but another build of MLX was installed over it" in select.overwritten()
+    with pytest.raises(BackendError, match="'cuda' was asked for, but mlx-cuda-13 is installed, but another build"):
+        select.get_backend("cuda")
 
 
 def test_the_chosen_backend_is_restored_when_a_block_ends_badly():

@@ -8,10 +8,11 @@ import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
+from support import nvrtc
 from support.attend_cases import make_case
 from support.no_kernels import NoKernels
 
-from mlx_turbo.backends import metal
+from mlx_turbo.backends import cuda, kernel_names, metal
 from mlx_turbo.backends.sides import PackedSide, QuantizeSide
 
 
@@ -53,28 +54,60 @@ def launch_in_many_ways(metal_kernel):
                         backend.attend(*case[:4], scale=1.0, mask=mask, sinks=sink)
 
 
-def test_a_name_stands_for_one_text_also_where_mlx_leaves_the_types_out():
-    old = OldMLX()
-    launch_in_many_ways(old.metal_kernel)
+class OldCuda(OldMLX):
+    """mx.fast.cuda_kernel of MLX before 0.32.2."""
+
+    def metal_kernel(self, name, input_names, output_names, source, header="", ensure_row_contiguous=True):
+        def call(*, inputs, output_shapes, output_dtypes, template, **launch):
+            call = name, input_names, output_names, source, header, inputs, output_dtypes, template
+            text, kernel = nvrtc.kernel_text(*call)
+            self.texts.setdefault(kernel, set()).add(text)
+            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
+
+        return call
+
+    cuda_kernel = metal_kernel
+
+
+@pytest.mark.parametrize(
+    "kind, backend, version", [(OldMLX, metal.MetalBackend, "0.31.2"), (OldCuda, cuda.CudaBackend, "0.32.1")]
+)
+def test_a_name_stands_for_one_text_also_where_mlx_leaves_the_types_out(kind, backend, version, monkeypatch):
+    old = kind()
+    launch_in_many_ways(backend(old.metal_kernel).metal_kernel)
     assert max(map(len, old.texts.values())) > 1  # what it is about
-    old = OldMLX()
-    mlx = types.SimpleNamespace(__version__="0.31.2", fast=old)
-    launch_in_many_ways(metal.metal_kernel_of(mlx))
+    old = kind()
+    monkeypatch.setattr(mx, "__version__", version)
+    for name in ("metal_kernel", "cuda_kernel"):
+        monkeypatch.setattr(mx.fast, name, old.metal_kernel)
+    launch_in_many_ways(backend().metal_kernel)
     assert {len(texts) for texts in old.texts.values()} == {1}
 
 
 @pytest.mark.parametrize(
-    "version, named", [("0.30.4", True), ("0.31.2", True), ("0.32.0", False), ("0.32.4.dev1", False), ("1.0.0", False)]
+    "version, named",
+    [
+        ("0.30.4", {"metal", "cuda"}),
+        ("0.31.2", {"metal", "cuda"}),
+        ("0.32.0", {"cuda"}),
+        ("0.32.1", {"cuda"}),
+        ("0.32.2", set()),
+        ("0.32.4.dev1", set()),
+        ("1.0.0", set()),
+    ],
 )
 def test_newer_mlx_names_them_itself(version, named):
-    mlx = types.SimpleNamespace(__version__=version, fast=OldMLX())
-    assert (metal.metal_kernel_of(mlx) != mlx.fast.metal_kernel) == named
+    mlx = types.SimpleNamespace(__version__=version, fast=OldCuda())
+    for gpu in metal, cuda:
+        name = gpu.__name__.rpartition(".")[2]
+        maker = kernel_names.kernel_maker(mlx, f"{name}_kernel", gpu.NAMES_TYPES)
+        assert (maker != getattr(mlx.fast, f"{name}_kernel")) == (name in named)
 
 
 def test_results_are_the_same_with_names_of_ours(simulated):
     x = mx.array(np.random.default_rng(0).standard_normal((1, 2, 9, 64)).astype(np.float32))
     mlx = types.SimpleNamespace(__version__="0.31.2", fast=metalsim)
-    named = metal.MetalBackend(metal.metal_kernel_of(mlx))
+    named = metal.MetalBackend(kernel_names.kernel_maker(mlx, "metal_kernel", metal.NAMES_TYPES))
     for dtype in (mx.float16, mx.float32):
         side = QuantizeSide(x.astype(dtype), 4)
         for got, want in zip(*(backend.quantize([side])[0] for backend in (named, simulated))):

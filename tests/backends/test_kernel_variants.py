@@ -4,95 +4,26 @@ import itertools
 import sys
 
 import metalsim
-import mlx.core as mx
 import pytest
+from support.collector import BITS, COUNTS, SHAPES, MetalCollector
 
 from mlx_turbo.backends import attend_launch, sources
-from mlx_turbo.backends.attend_launch import AttendTuning
-from mlx_turbo.backends.metal import MetalBackend
-from mlx_turbo.backends.sides import CachedSide, PackedSide, QuantizeSide
-from mlx_turbo.quant.scheme import words_per_row
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="metalsim runs on Linux")
 
-# (head_dim of keys, of values, query heads per kv head) of mlx-lm's models, dense ones and those with latent attention
-SHAPES = [
-    (64, 64, 1),
-    (64, 64, 8),
-    (80, 80, 1),
-    (80, 80, 4),
-    (96, 96, 3),
-    (96, 96, 8),
-    (112, 112, 7),
-    (128, 128, 1),
-    (128, 128, 2),
-    (128, 128, 4),
-    (128, 128, 5),
-    (128, 128, 8),
-    (128, 128, 16),
-    (192, 128, 1),
-    (256, 256, 2),
-    (256, 256, 4),
-    (256, 256, 8),
-    (256, 256, 16),
-    (512, 512, 8),
-    (576, 512, 16),
-]
-BITS = [(4, 4), (3, 3), (2, 2), (8, 4), (0, 4), (8, 8)]
 LIMITS = {"attend": 12_500, "merge": 3_000, "quantize": 9_000, "dequantize": 5_000}  # LLVM IR instructions after -O2
 BUFFERS, FREE_BUFFERS = 31, 4  # what Metal has, and what attend leaves
-COUNTS = {"short": (4, 600, 100), "long": (4, 60_000, 100)}
-
-
-class Collector(MetalBackend):
-    """Builds nothing and runs nothing: collects the text of each kernel that is asked for."""
-
-    def __init__(self, **tuning):
-        super().__init__(self._collect)
-        self.tuning, self.generated = AttendTuning(**tuning), {}
-
-    def _collect(self, name, input_names, output_names, source, header="", **options):
-        def launch(*, inputs, output_shapes, output_dtypes, template, **launch):
-            out = metalsim.generate(
-                name, input_names, output_names, source, header, False, inputs, output_dtypes, template
-            )
-            self.generated[out[1]] = name.removeprefix("turbo_"), out
-            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
-
-        return launch
-
-    def run_check(self, what, check):
-        pass
-
-    def of(self, kernel):
-        return [out for name, out in self.generated.values() if name == kernel]
-
-    def step(self, shape, n_query_tokens, counts, bits=(4, 4), means=True, dtype=mx.float16):
-        """What one decode step or one verified draft asks for."""
-        key_dim, value_dim, gqa = shape
-        sides = [_side(b, d, means, dtype) for b, d in zip(bits, (key_dim, value_dim))]
-        queries = mx.zeros((1, gqa, n_query_tokens, key_dim), dtype)
-        self.attend(queries, *sides, counts, scale=1.0, mask="causal")
-
-
-def _side(bits, head_dim, means, dtype):
-    exact = mx.zeros((1, 1, 8, head_dim), dtype)
-    codes = mx.zeros((1, 1, 8, words_per_row(bits, head_dim)), mx.uint32) if bits else exact
-    scale = mx.zeros((1, 1, 8, 1), mx.float16) if bits else None
-    return CachedSide(
-        exact, codes, scale, exact, bits, head_dim, mx.zeros((1, 1, 8, head_dim), mx.float16) if means else None, 128
-    )
 
 
 def check_sizes(collector):
-    for name, (text, kernel, expression) in collector.generated.values():
+    for (name, _), (text, kernel, expression) in collector.generated.values():
         instructions, _ = metalsim.code_size(text, kernel, expression)
         assert instructions <= LIMITS[name], expression
         assert text.count("[[buffer(") <= BUFFERS - FREE_BUFFERS, expression
 
 
 def collect(shapes, bits, query_tokens=(1, *attend_launch.QUERY_TOKENS)):
-    collector = Collector()
+    collector = MetalCollector()
     for shape, b, n in itertools.product(shapes, bits, query_tokens):
         for counts in COUNTS.values():
             collector.step(shape, n, counts, b)
@@ -116,14 +47,9 @@ def test_no_kernel_of_any_models_shape_is_long(shape, bits):
 
 @pytest.mark.parametrize("head_dim", [32, 80, 128, 512, 576])
 def test_packing_and_restoring_kernels_are_short(head_dim):
-    collector = Collector()
+    collector = MetalCollector()
     for bits in (3, 4, 8):
-        x = mx.zeros((1, 1, 8, head_dim), mx.float16)
-        codes, mean = mx.zeros((1, 1, 8, words_per_row(bits, head_dim)), mx.uint32), mx.zeros((1, 1, 1, head_dim))
-        collector.quantize([QuantizeSide(x, bits, mean)] * 2)
-        collector.dequantize(
-            [PackedSide(codes, mx.zeros((1, 1, 8, 1), mx.float16), bits, head_dim, mean)] * 2, 0, 8, mx.float16
-        )
+        collector.packing(head_dim, bits)
     check_sizes(collector)
 
 
@@ -131,7 +57,7 @@ def test_packing_and_restoring_kernels_are_short(head_dim):
 def test_a_session_with_drafts_needs_at_most_four_attention_kernels(shape):
     """Short and long caches, and drafts of any length up to 7 tokens; longer ones need one more."""
     for longest, most in ((1, 2), (4, 3), (8, 4), (16, 5)):
-        collector = Collector()
+        collector = MetalCollector()
         for n, counts in itertools.product(range(1, longest + 1), COUNTS.values()):
             collector.step(shape, n, counts)
         assert len(collector.of("attend")) <= most and len(collector.of("merge")) == 1

@@ -196,7 +196,7 @@ C, S = mx.zeros((1, 1, 2, 8), mx.uint32), mx.zeros((1, 1, 2, 1), mx.float16)
             lambda: select.quantize_sides([QuantizeSide(X[:, :, :0], 4)], scale=None),
             "scale: got None, allowed are ('inner-",
         ),
-        (lambda: select.quantize(X, 4, backend="cuda"), "backend: got 'cuda', allowed are 'metal' and 'cpu'"),
+        (lambda: select.quantize(X, 4, backend="gpu"), "backend: got 'gpu', allowed are 'metal', 'cuda' and 'cpu'"),
         (
             lambda: select.dequantize(C, S, 3, head_dim=64),
             "codes: got mlx.core.uint32 (1, 1, 2, 8), expected uint32 [B, H, L, 6]",

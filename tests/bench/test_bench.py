@@ -17,6 +17,8 @@ from support.no_kernels import NoKernels
 
 from mlx_turbo.backends import select, tuning
 from mlx_turbo.backends.attend_launch import AttendTuning
+from mlx_turbo.backends.cuda import CudaBackend
+from mlx_turbo.backends.kernel_backend import KernelBackend
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.mlx_ops import CpuBackend
 from mlx_turbo.backends.self_test import compare_quantized
@@ -48,7 +50,7 @@ def fast(monkeypatch, tmp_path):
     monkeypatch.setitem(contending.COLD_BYTES, "cpu", 1 << 20)
     monkeypatch.setenv("MLX_TURBO_CACHE_DIR", str(tmp_path / "cache"))
     measure = timing.measure_machine
-    monkeypatch.setattr(timing, "measure_machine", lambda metal, effort, n: measure(metal, effort, 1 << 20))
+    monkeypatch.setattr(timing, "measure_machine", lambda gpu, effort, n: measure(gpu, effort, 1 << 20))
 
 
 @pytest.fixture
@@ -150,14 +152,17 @@ def test_a_wrong_row_has_no_time_in_the_json_and_red_words_in_the_plot(run, tmp_
     bench_plots.write(document, "png", tmp_path / "x.png")  # nothing left to plot, and no crash
 
 
-def test_nothing_without_metal_is_called_metal(run, monkeypatch):
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)  # on a Mac
+def test_nothing_without_a_gpu_is_called_by_its_name(run, monkeypatch):
+    for name in select.GPUS:
+        monkeypatch.setattr(getattr(mx, name), "is_available", lambda: False)  # on a machine with one
     assert contending.column_of(MetalBackend()) == "simulated Metal"  # it would not run
     assert contending.column_of(MetalBackend(metalsim.metal_kernel)) == "simulated Metal"
+    assert contending.column_of(CudaBackend()) == "simulated CUDA"
     for argv, said in (
         (["--backend", "metal"], "'metal' was asked for, but this build of MLX has no Metal"),
-        (["--ablate"], "--ablate: is about the Metal kernel, but this build of MLX has no Metal"),
-        (["--tune"], "--tune: is about the Metal kernel, but this build of MLX has no Metal"),
+        (["--backend", "cuda"], "'cuda' was asked for, but this build of MLX has no CUDA"),
+        (["--ablate"], "--ablate: is about the kernels on a GPU, but this build of MLX has no Metal and no CUDA"),
+        (["--tune", "--backend", "cpu"], "--tune: is about the kernels on a GPU, but only the CPU fallback was asked"),
     ):
         code, out, err = run("kernels", "--quick", *argv)
         assert code == 1 and said in err and not out
@@ -174,7 +179,7 @@ def test_quick_kernels_say_what_ran_and_check_every_row(run):
     assert 0 < d["measured"]["floor_seconds"] < d["measured"]["evaluation_seconds"] * 10
     assert d["measured"]["copy_gb_per_s"] > 0.1
     rows = {(r["operation"], r["scheme"], r["name"], r["column"]): r for r in d["rows"]}
-    assert len(rows) == len(d["rows"]) == 3 + 2 * 2 + 2 * 2 * 3
+    assert len(rows) == len(d["rows"]) == 3 + 2 * 2 + 2 * 2 * 3 + 3
     for (operation, scheme, name, column), r in rows.items():
         assert r["status"] == "ok" and r["error"] <= r["allowed"]
         assert 0 < r["low_seconds"] <= r["median_seconds"] <= r["high_seconds"] and r["n"] >= 3
@@ -187,6 +192,82 @@ def test_quick_kernels_say_what_ran_and_check_every_row(run):
     )
     assert turbo["bytes"] == 2 * 8 * (100 * 64 * 4 + 60 * (32 + 2)) and plain["bytes"] == 2 * 8 * 160 * 64 * 4
     assert turbo["times_uncompressed"] == pytest.approx(turbo["median_seconds"] / plain["median_seconds"])
+
+
+CHUNK = ["--past", "300", "--chunk", "40"]
+
+
+def test_a_prompt_chunk_is_measured_with_its_memory(run, capsys):
+    code, out, err = run("kernels", *SMALL, *CHUNK, "--json")
+    d = json.loads(out)
+    plain, turbo = (r for r in d["rows"] if r["operation"] == "prefill")
+    assert code == 0 and (plain["name"], turbo["name"]) == ("uncompressed", "turbo4")
+    for r in plain, turbo:
+        assert (r["status"], r["tokens"], r["query_tokens"], r["gqa"]) == ("ok", 300, 40, 2) and 0 < r["error"]
+    assert plain["bytes"] == 2 * 8 * 340 * 64 * 4 and turbo["bytes"] == 2 * 8 * (100 * 64 * 4 + 240 * (32 + 2))
+    restored = plain["bytes"]  # ours holds the past as uncompressed holds it, for a while
+    assert turbo["peak_bytes"] >= restored and turbo["peak_bytes"] >= plain["peak_bytes"] > 0
+    assert bench_rows.describe_row(turbo) == (
+        "prefill turbo4 by CPU fallback (head_dim 64, GQA 2, 40 query tokens, 300 tokens)"
+    )
+    tables.print_kernels(d)
+    table = capsys.readouterr().out.partition("attention of a prompt chunk of 40 tokens, GQA 2: 8 kv heads of 64, 300")[
+        2
+    ]
+    lines = table.splitlines()[:4]
+    assert lines[0] == " tokens before the chunk, float32" and lines[1].endswith("peak MB")
+    assert any(line.endswith(f"{turbo['peak_bytes'] / 1e6:9.1f}") and "turbo4" in line for line in lines)
+
+
+@pytest.mark.parametrize("fault", ["sees the future", "forgets the newest"])
+def test_a_prompt_chunk_that_is_wrong_is_not_ranked(run, monkeypatch, fault):
+    attend = contending.attention.attend
+
+    def planted(queries, view, mask, **options):
+        if mask == "causal" and fault == "sees the future":
+            mask = None
+        elif mask == "causal":
+            view = view._replace(counts=(*view.counts[:2], view.counts[2] - 1))
+        return attend(queries, view, mask=mask, **options)
+
+    monkeypatch.setattr(contending.attention, "attend", planted)
+    code, out, err = run("kernels", *SMALL, *CHUNK, "--json")
+    assert code == 1
+    assert [(r["operation"], r["name"]) for r in json.loads(out)["rows"] if r["status"] != "ok"] == [
+        ("prefill", "turbo4")
+    ]
+    assert "WRONG: prefill turbo4 by CPU fallback (head_dim 64, GQA 2, 40 query tokens, 300 tokens)" in err
+
+
+NO_PRODUCT = RuntimeError("[quantized_matmul] No implementation for problem shape: 2x160x64x8, transpose: true.")
+
+
+def no_product(*args, **options):
+    raise NO_PRODUCT
+
+
+@pytest.mark.parametrize("name", ["kernels", "generate"])
+def test_what_mlx_cannot_do_on_a_device_is_named_and_is_no_fault(run, monkeypatch, tmp_path, name):
+    """As on CUDA, where MLX lacks the products that mlx-lm's quantized cache needs."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(mx, "quantized_matmul", no_product)
+    argv = SMALL if name == "kernels" else [*GENERATE, "--kv", "mlx4", "turbo4"]
+    code, out, err = run(name, *argv, "--json", "--html", tmp_path / "page.html")
+    d = json.loads(out)
+    left_out = {r["name"]: r for r in d["rows"] if r["status"] != "ok"}
+    assert code == 0 and "quantized_matmul" not in err
+    assert set(left_out) == ({"mlx-lm 8 bit", "mlx-lm 4 bit"} if name == "kernels" else {"mlx4"})
+    for row in left_out.values():
+        assert row["status"] == "not run" and row["problem"] == f"RuntimeError: {NO_PRODUCT}"
+    code, out, err = run(name, *argv)
+    assert code == 0 and out.count("NOT RUN: RuntimeError: [quantized_matmul] No impl") == len(left_out)
+
+
+def test_mlx_own_attention_is_allowed_what_tf32_costs(monkeypatch):
+    exact = contending._mlx_tolerance(mx.float32)
+    monkeypatch.setattr(contending, "float32_is_tf32", lambda: True)
+    assert contending._mlx_tolerance(mx.float32) == contending.MLX_TOLERANCE[mx.float16] > 10 * exact
+    assert contending._mlx_tolerance(mx.bfloat16) == contending.MLX_TOLERANCE[mx.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -228,6 +309,8 @@ def test_the_table_ranks_by_time_and_ends_with_the_command(run):
         (["kernels", "--query-tokens", "0"], "--query-tokens: got 0, allowed are whole numbers from 1 to 16"),
         (["kernels", "--query-tokens", "17"], "--query-tokens: got 17, allowed are whole numbers from 1 to 16"),
         (["kernels", "--head-dim", "72"], "--head-dim: head_dim 72"),
+        (["kernels", "--chunk", "16"], "--chunk: got 16, allowed are whole numbers from 17 on"),
+        (["kernels", "--past", "100"], "--past: got 100, allowed are whole numbers from 128 on"),
         (["kernels", "--kv", "turbo5"], "--kv: got 'turbo5'"),
         (["kernels", "--kv", "turbo0v4"], "--kv: got 'turbo0v4', allowed are schemes that pack keys and values"),
         (["kernels", "--kv", "auto"], "--kv: got 'auto', allowed are schemes that pack keys and values: turboN"),
@@ -452,13 +535,14 @@ def test_a_tuning_is_kept_for_its_chip_and_its_kernels(monkeypatch):
     assert len(json.loads(tuning.path().read_text())["entries"]) == 1  # M8's
 
 
-def test_a_metal_backend_uses_what_was_kept_for_its_chip(monkeypatch):
+@pytest.mark.parametrize("gpu", select.GPUS)
+def test_a_gpu_uses_what_was_kept_for_its_chip(gpu, monkeypatch):
     tuning.save({(4, 4, 128, 128): AttendTuning(simdgroups=8)}, "M9")
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(getattr(mx, gpu), "is_available", lambda: True)
     monkeypatch.setattr(tuning, "device_name", lambda: "M9")
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(select, "_backends", {})
-    assert select.get_backend("metal").tuned == {(4, 4, 128, 128): AttendTuning(simdgroups=8)}
+    assert select.get_backend(gpu).tuned == {(4, 4, 128, 128): AttendTuning(simdgroups=8)}
 
 
 @LINUX
@@ -526,14 +610,14 @@ def test_launch_parameters_that_are_wrong_or_fail_are_reported_and_not_ranked(
     run, monkeypatch, broken, status, exit_code
 ):
     """The kernel is broken with one of the candidates only, and would be the fastest: it is never run."""
-    attend = MetalBackend.attend
+    attend = KernelBackend.attend
 
     def planted(self, queries, *args, **options):
         if self.tuning.tokens_per_lane_few_rows == 1:
             return broken([mx.ones(queries.shape)])[0]
         return attend(self, queries, *args, **options)
 
-    monkeypatch.setattr(MetalBackend, "attend", planted)
+    monkeypatch.setattr(KernelBackend, "attend", planted)
     monkeypatch.setattr(tuning, "CANDIDATES", {"tokens_per_lane_few_rows": (1, 4)})
     metal = MetalBackend(metalsim.metal_kernel)
     argv = [*SMALL, "--tune"]

@@ -255,7 +255,7 @@ BAD = {
     "negative sink": (["--kv-sink", "-1"], ["--kv-sink: got -1", "from 0"]),
     "negative recent, kv none": (["--kv-recent", "-1", "--kv", "none"], ["--kv-recent: got -1"]),
     "sink that is no number": (["--kv-sink", "some"], ["--kv-sink", "some"]),
-    "unknown backend": (["--backend", "cuda"], ["--backend", "'metal', 'cpu'"]),
+    "unknown backend": (["--backend", "gpu"], ["--backend", "'metal', 'cuda', 'cpu'"]),
     "mlx-lm's bits beside ours": (["--kv-bits", "4"], ["--kv-bits", "--kv none"]),
     "no tokens": (["--max-tokens", "0"], ["--max-tokens: got 0"]),
     "less than no tokens": (["--max-tokens", "-5"], ["--max-tokens: got -5", "-1 for no limit"]),

@@ -8,9 +8,9 @@ import pytest
 from support import pages
 
 from mlx_turbo import BackendError, use_backend
-from mlx_turbo.backends import attend_launch, metal
+from mlx_turbo.backends import attend_launch, device, metal
 from mlx_turbo.backends.mlx_ops import CpuBackend
-from mlx_turbo.cli import doctor, main
+from mlx_turbo.cli import doctor, main, provenance
 
 
 class FlippedCodes(CpuBackend):
@@ -111,9 +111,20 @@ def test_it_passes_on_this_machine_and_says_what_it_checked(capsys):
     assert main.main(["doctor", "--all", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] and report["failures"] == [] and report["checks"] == len(doctor.all_checks())
-    for name in ("mlx_turbo", "mlx", "mlx-lm", "python", "numpy", "system", "chip", "memory", "default device"):
+    for name in (
+        "mlx_turbo",
+        "mlx",
+        "mlx-lm",
+        "python",
+        "numpy",
+        "system",
+        "chip",
+        "memory",
+        "default device",
+        "float32 products",
+    ):
         assert report["machine"][name]
-    assert report["backend"]["name"] in ("metal", "cpu") and report["backend"]["why"]
+    assert report["backend"]["name"] in ("metal", "cuda", "cpu") and report["backend"]["why"]
     assert report["seconds"] > 0
 
 
@@ -137,22 +148,63 @@ def test_text_ends_with_a_verdict_and_verbose_names_every_check(capsys):
     assert any(line.startswith("OK: ") for line in out.splitlines())
 
 
-def test_metal_that_is_not_there_fails(capsys, monkeypatch):
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    assert main.main(["doctor", "--backend", "metal"]) == 1
+@pytest.mark.parametrize("gpu, title", [("metal", "Metal"), ("cuda", "CUDA")])
+def test_a_gpu_that_is_not_there_fails(gpu, title, capsys, monkeypatch):
+    monkeypatch.setattr(getattr(mx, gpu), "is_available", lambda: False)
+    assert main.main(["doctor", "--backend", gpu]) == 1
     out = capsys.readouterr().out
-    assert "FAILED  backend: " in out and "no Metal" in out and "NOT OK" in out
+    assert "FAILED  backend: " in out and f"no {title}" in out and "NOT OK" in out
 
 
-def test_metal_that_is_there_but_not_used_is_said_loudly(capsys, monkeypatch):
+@pytest.mark.parametrize("gpu", ["metal", "cuda"])
+def test_a_gpu_that_is_there_but_not_used_is_said_loudly(gpu, capsys, monkeypatch):
     check = doctor.Check("quantize", ((64, 4, False),), mx.float32, 5)
     monkeypatch.setattr(doctor, "quick_checks", lambda: [check])
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(getattr(mx, gpu), "is_available", lambda: True)
     monkeypatch.setenv("MLX_TURBO_BACKEND", "cpu")
     assert main.main(["doctor"]) == 0
     out, err = capsys.readouterr()
-    assert out.count("THIS MACHINE HAS METAL, BUT IT IS NOT USED: MLX_TURBO_BACKEND=cpu") == 2
+    assert out.count(f"THIS MACHINE HAS {gpu.upper()}, BUT IT IS NOT USED: MLX_TURBO_BACKEND=cpu") == 2
     assert "IT IS NOT USED" in err
+
+
+def test_a_build_of_mlx_over_the_one_for_cuda_is_warned_of(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "quick_checks", lambda: [doctor.Check("quantize", ((64, 4, False),), mx.float32, 5)])
+    monkeypatch.setattr(doctor.select, "overwritten", lambda: "another build of MLX")
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    assert main.main(["doctor"]) == 0
+    assert capsys.readouterr().out.count("*** another build of MLX ***") == 2
+
+
+def rounded_to_tf32(x):
+    """float32 numbers with the 10 bits of the mantissa that TF32 keeps."""
+    return ((x.view(mx.uint32) + 0x1000) & 0xFFFFE000).view(mx.float32)
+
+
+@pytest.mark.parametrize("n_queries", [1, 40])
+def test_products_in_tf32_are_seen_named_and_allowed_for(n_queries, monkeypatch):
+    """MLX's float32 products on newer GPUs: attention by MLX operations is off by more than float32 explains."""
+    check = doctor.AttendCheck((4, 64), (4, 64), 4, n_queries, 90, "causal", False, False, mx.float32)
+    exact, attend, sdpa = mx.array.__matmul__, doctor.attention.attend, mx.fast.scaled_dot_product_attention
+    assert not device.float32_is_tf32() or mx.default_device().type == mx.DeviceType.gpu
+
+    def rounded(queries, view, **options):
+        with monkeypatch.context() as m:
+            m.setattr(mx.array, "__matmul__", lambda a, b: exact(rounded_to_tf32(a), rounded_to_tf32(b)))
+            m.setattr(mx.fast, "scaled_dot_product_attention", lambda *qkv, **o: sdpa(*map(rounded_to_tf32, qkv), **o))
+            out = attend(queries, view, **options)
+            mx.eval(out)
+            return out
+
+    monkeypatch.setattr(doctor.attention, "attend", rounded)
+    problem, error = doctor.run_check(check, CpuBackend())
+    assert problem and error > 5e-5
+    with monkeypatch.context() as m:
+        m.setattr(mx.array, "__matmul__", lambda a, b: exact(rounded_to_tf32(a), rounded_to_tf32(b)))
+        m.setattr(device, "_rounds_to_tf32", device._rounds_to_tf32.__wrapped__)
+        assert device.float32_is_tf32()
+        assert "TF32" in provenance.machine()["float32 products"]
+        assert doctor.run_check(check, CpuBackend()) == (None, error)
 
 
 def test_it_checks_what_widely_used_models_need_and_says_that_there_is_more(capsys):
@@ -224,7 +276,7 @@ def test_a_bar_shows_progress_on_a_terminal_and_nothing_elsewhere(capsys, monkey
 
 
 def test_unknown_options_are_refused_in_one_line(capsys):
-    assert main.main(["doctor", "--backend", "cuda"]) == 2
+    assert main.main(["doctor", "--backend", "opencl"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -381,6 +381,22 @@ def test_mlx_lm_quantizes_plain_caches_with_whole_groups_only():
     assert "this one has RotatingKVCache" in baselines.why_not_quantized(TinyModel(lambda: RotatingKVCache(8), 128))
 
 
+def test_a_device_without_the_products_of_a_quantized_cache_is_named(demo, monkeypatch):
+    """As CUDA is. Another error is none of that kind, and is raised."""
+    assert baselines.why_not_quantized(demo[0]) is None
+    for message, found in (("[quantized_matmul] No implementation for shape", True), ("out of memory", False)):
+
+        def fails(*args, **options):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(mx, "quantized_matmul", fails)
+        if found:
+            assert baselines.why_not_quantized(demo[0]).endswith(f"QuantizedKVCache on this device: {message}")
+        else:
+            with pytest.raises(RuntimeError, match=message):
+                baselines.why_not_quantized(demo[0])
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "argv, words",

@@ -227,7 +227,7 @@ def test_without_memory_it_is_this_machine_s(run, monkeypatch):
     assert "12.00 GB (the working set that Metal recommends on this Mac)" in run()[1]
     monkeypatch.setattr(mx, "device_info", lambda: {}, raising=False)
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert f"{pages / 1e9:.2f} GB (all memory of this machine, which has no Metal GPU)" in run()[1]
+    assert f"{pages / 1e9:.2f} GB (all memory of this machine, which has no GPU)" in run()[1]
 
 
 @pytest.mark.parametrize(

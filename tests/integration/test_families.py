@@ -24,6 +24,7 @@ from mlx_turbo import (
     save_prompt_cache,
     use_backend,
 )
+from mlx_turbo.backends.select import GPUS
 from mlx_turbo.integration.prompt_cache import flatten_caches
 
 TOKENS = mx.array(np.random.default_rng(0).integers(0, families.VOCABULARY, (1, 340)))
@@ -222,7 +223,7 @@ def test_a_saved_prompt_cache_goes_on_as_it_would_have(backend, name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in families.NAMED if n in NAMES])
-@pytest.mark.parametrize("kernels", [n for n in ("simulated", "metal") if n in BACKENDS])
+@pytest.mark.parametrize("kernels", [n for n in ("simulated", *GPUS) if n in BACKENDS])
 def test_the_kernels_agree_with_the_fallback(backend, name, kernels):
     """On the shapes, masks and sinks of whole models: the fused kernel, in the simulator where there is no GPU."""
     model, _ = mlx_lm_s(name)

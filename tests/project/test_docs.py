@@ -29,7 +29,7 @@ def at_home(monkeypatch, tmp_path):
     def load_demo(name, *args, **kwargs):
         assert name == pages.HUB_ID
         model, tokenizer = load_model(load, DEMO_MODEL, "--model", {"chat_template": DEMO_TEMPLATE})
-        model.set_dtype(mx.float32 if select.metal_unavailable() else mx.float16)
+        model.set_dtype(mx.float32 if select.default_name() == "cpu" else mx.float16)
         return model, tokenizer
 
     monkeypatch.setattr(mlx_lm, "load", load_demo)

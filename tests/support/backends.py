@@ -1,6 +1,6 @@
 """The backends that the tests run: the oracle in the shape of one, the MLX operations, the kernels simulated and real.
 
-With MLX_TURBO_REQUIRE_METAL=1 a missing GPU is an error."""
+With MLX_TURBO_REQUIRE_METAL=1 or MLX_TURBO_REQUIRE_CUDA=1 a missing GPU is an error."""
 
 import os
 import sys
@@ -12,6 +12,7 @@ import pytest
 from support.arrays import to_numpy
 
 from mlx_turbo.backends import select
+from mlx_turbo.backends.cuda import CudaBackend
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.mlx_ops import CpuBackend
 from mlx_turbo.backends.self_test import restored_tokens
@@ -75,7 +76,8 @@ BACKENDS = {"oracle": OracleBackend(), "cpu": CpuBackend()}
 if sys.platform != "darwin":  # the simulator's code generation is for Linux; a Mac runs the kernels themselves
     BACKENDS["simulated"] = SIMULATED
 
-if not select.metal_unavailable():
-    BACKENDS["metal"] = MetalBackend()
-elif os.environ.get("MLX_TURBO_REQUIRE_METAL") == "1":
-    raise pytest.UsageError(f"MLX_TURBO_REQUIRE_METAL=1, but {select.metal_unavailable()}")
+for name, backend in (("metal", MetalBackend), ("cuda", CudaBackend)):
+    if not (why := select.unavailable(name)):
+        BACKENDS[name] = backend()
+    elif os.environ.get(f"MLX_TURBO_REQUIRE_{name.upper()}") == "1":
+        raise pytest.UsageError(f"MLX_TURBO_REQUIRE_{name.upper()}=1, but {why}")

@@ -17,7 +17,7 @@ from mlx_turbo.cache import centering
 from mlx_turbo.cache.state import HEADER_NAMES
 from mlx_turbo.quant import reference, rotation
 
-FAST_BACKENDS = ["cpu"] if select.metal_unavailable() else ["metal"]  # for tests with many small launches
+FAST_BACKENDS = [select.default_name()]  # for tests with many small launches
 STEPS = collections.Counter()  # of state machines: how often a rule ran, by (class, rule)
 WAYS = "deepcopy", "state", "file"
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
