@@ -45,12 +45,13 @@
 //   mask                  bool or T [B, Hq, L, N], any strides, columns in the order of the tokens. Read only if flag 2
 //   sinks                 T [Hq], a logit per head that takes weight and gives no value. Read here only if flag 8 and
 //                         SINGLE_LAUNCH
-//   dims                  int32 [16]: n_sink, n_packed, n_recent, X = exact blocks, blocks, row groups, flags, L, Hq,
-//                         Hkv, scale * log2 e (the bits of a float), SEGMENT (a multiple of 128), ACC_ROWS, B, simdgroups
-//                         of merge.metal, 0.
-//                         Behind them, as floats, the diagonals of the rotation of the keys [ROUNDS, KEY_DIM] and of
-//                         the values [ROUNDS, VALUE_DIM].
+//   numbers               an array that is not read: its strides are 16 numbers of 32 bits, two in each, which so reach
+//                         the kernel without a buffer. n_sink, n_packed, n_recent, X = exact blocks, blocks, row groups,
+//                         flags, L, Hq, Hkv, scale * log2 e (the bits of a float), SEGMENT (a multiple of 128),
+//                         ACC_ROWS, B, simdgroups of merge.metal, 0
 //                         flags: 1 causal (query l is token N - L + l), 2 mask, 8 sinks
+//   diagonals             float [..]: of the rotation of the keys [ROUNDS, KEY_DIM], then of the values
+//                         [ROUNDS, VALUE_DIM]
 // OUTPUT  acc
 //   SINGLE_LAUNCH: the output of attention, T [B, Hq, L, VALUE_DIM]
 //   else float [B, Hkv, blocks, ACC_ROWS, ACC_ROW]: the first VALUE_DIM numbers of the first R rows are sums of
@@ -792,23 +793,25 @@ threadgroup float bias[ALL_ROWS], run_ml[SHARED_TILES ? 1 : 2 * SIMDGROUPS * ROW
 threadgroup float *memory = (threadgroup float *)memory4;
 int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_threadgroup.y,
     block = uint(thread_position_in_grid.y) / SIMDGROUPS;
-int n_sink = dims[0], n_packed = dims[1], n_recent = dims[2], exact_blocks = dims[3], blocks = dims[4],
-    row_groups = dims[5];
-int flags = dims[6], L = dims[7], Hq = dims[8], Hkv = dims[9], acc_rows = dims[12], N = n_sink + n_packed + n_recent;
+int n_sink = tq_number(numbers_strides, 0), n_packed = tq_number(numbers_strides, 1),
+    n_recent = tq_number(numbers_strides, 2), exact_blocks = tq_number(numbers_strides, 3),
+    blocks = tq_number(numbers_strides, 4), row_groups = tq_number(numbers_strides, 5);
+int flags = tq_number(numbers_strides, 6), L = tq_number(numbers_strides, 7), Hq = tq_number(numbers_strides, 8),
+    Hkv = tq_number(numbers_strides, 9), acc_rows = tq_number(numbers_strides, 12), N = n_sink + n_packed + n_recent;
 int G = Hq / Hkv, R = G * L, z = thread_position_in_grid.z, head = z / row_groups,
     group_row = (z - head * row_groups) * ALL_ROWS;
 int b = head / Hkv, kvh = head - b * Hkv;
 int first_row = group_row + (SHARED_TILES ? simdgroup * ROWS : 0), rows = min(ROWS, R - first_row);
 int group_rows = min((R - group_row + ROWS - 1) / ROWS * ROWS, ALL_ROWS);  // of the simdgroups that have rows
 bool exact = (SINGLE_LAUNCH ? simdgroup : block) < exact_blocks;
-const device float *diag = (const device float *)(dims + 16);
+const device float *diag = diagonals;
 
 // ---- the query: as it is for exact keys, rotated for packed ones
 typedef Queries<QUERIES_IN_DEVICE_MEMORY, KEY_DIM, ACC_ROW> Q;
 device float *results = (device float *)acc + (((long)head * blocks + block) * acc_rows + group_row) * ACC_ROW;
 typename Q::Pointer q = Q::choose(memory, results), q_rotated = q + (SINGLE_LAUNCH && KEY_BITS ? ROWS * KEY_DIM : 0);
 const device float *v_diag = diag + (tq_power_of_two_from(KEY_DIM / 2 + 1) == KEY_DIM ? 1 : 2) * KEY_DIM;
-float factor = as_type<float>(dims[10]);
+float factor = as_type<float>(tq_number(numbers_strides, 10));
 if (SINGLE_LAUNCH || exact || KEY_BITS == 0)
   tq_load_query<0, KEY_DIM, SIMDGROUPS, Q::FLOATS, false>(queries + b * queries_strides[0], queries_strides, kvh *G, L,
                                                           group_row, group_rows, R - 1, factor, diag, q, bias,
@@ -872,7 +875,7 @@ if (exact) {
                                                v_scale + b * v_scale_strides[0] + kvh * v_scale_strides[1]);
   tq_run<ROWS, PADDED_ROWS, TOKENS_PER_LANE, DIMS_PER_LANE, SIMDGROUPS, SHARED_TILES, CHUNKS, Q::FLOATS, KEY_DIM,
          VALUE_DIM, KEY_MEANS>(keys, values, begin, end, safe_end, split, shift, q_rotated, weights, tile, row_bias,
-                               key_means, dims[11], masks, out, rows > 0, simdgroup, lane);
+                               key_means, tq_number(numbers_strides, 11), masks, out, rows > 0, simdgroup, lane);
 }
 
 // ---- results of the simdgroup: its sums over tokens in flight
@@ -891,7 +894,7 @@ TQ_UNROLL for (int h = 0; h < ROWS; h++) {
     out.acc[h][d] = a;
   }
 }
-device float *ml = (device float *)acc + (long)dims[13] * Hkv * blocks * acc_rows * ACC_ROW +
+device float *ml = (device float *)acc + (long)tq_number(numbers_strides, 13) * Hkv * blocks * acc_rows * ACC_ROW +
                    (((long)head * R + first_row) * blocks + block) * 2;
 if (SHARED_TILES) {
   if (QUERIES_IN_DEVICE_MEMORY) simdgroup_barrier(mem_flags::mem_device);  // the queries are not needed now

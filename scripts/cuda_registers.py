@@ -53,7 +53,7 @@ def main():
         bits = TurboConfig(scheme=scheme).scheme
         collector = CudaCollector()
         for counts in COUNTS.values():
-            collector.step((head_dim, head_dim, gqa), n, counts, (bits.key_bits, bits.value_bits), not args.no_means)
+            collector.step((head_dim, head_dim, gqa), n, counts, (bits.key_bits, bits.value_bits), means=not args.no_means)
         for b in {bits.key_bits, bits.value_bits} - {0}:
             collector.packing(head_dim, b)
         for key, (kernel, out) in collector.generated.items():

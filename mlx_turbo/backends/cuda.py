@@ -9,17 +9,20 @@ has not, and changes the text by these rules, in this order:
   4. `_Pragma("clang loop unroll(full)")` and `(disable)` become `_Pragma("unroll")` and `_Pragma("unroll 1")`.
   5. A number of type half, `1152.0h`, becomes `half(1152.0f)`.
 
+Attention gets __launch_bounds__, which say how many registers the compiler may use (`launch_bounds`).
+
 What is left over of Metal then is an error that names its line: an attribute, a pragma of clang, an #include, a
 function or a position (`simd_...`, `..._in_grid`) that the prelude does not define.
 """
 
 import functools
 import re
-from typing import Any, Callable, Mapping, Optional
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import mlx.core as mx
 
-from .attend_launch import AttendTuning
+from .attend_launch import FEW_ROWS, AttendTuning
+from .device import multiprocessors
 from .kernel_backend import KernelBackend
 from .kernel_names import kernel_maker
 from .sides import BackendError
@@ -27,10 +30,15 @@ from .sources import cuda_prelude
 
 NAMES_TYPES = 0, 32, 2  # MLX that tells kernels apart by the types of their inputs
 SIMDGROUP = 32
+MULTIPROCESSORS = 132  # of an H100: where the driver does not tell
+# Warps of attention on a multiprocessor of 65,536 registers: 128 registers each, 255 with many rows
+WARPS, WARPS_MANY_ROWS = 16, 8
 MOST_BLOCKS = 65_535  # along y or z of a grid
 
 SHARED = re.compile(r"^(\s*)threadgroup (?=\w+ \w+\[)", re.M)
 ADDRESS_SPACE = re.compile(r"\b(?:device|constant|thread|threadgroup)\b *")
+# MLX writes the kernel's first line, and leaves no room for bounds in it
+BOUNDED = "#undef __global__\n#define __global__ __attribute__((global)) __launch_bounds__({}, {})\n"
 HALF = re.compile(r"(?<![\w.])(\d+\.\d*|\.\d+|\d+)h\b")
 PRAGMAS = {
     '_Pragma("clang loop unroll(full)")': '_Pragma("unroll")',
@@ -64,6 +72,10 @@ class CudaBackend(KernelBackend):
         )
         is_real = cuda_kernel is None and mx.cuda.is_available()
         super().__init__(metal_kernel, "cuda", "CUDA", is_real=is_real, tuned=tuned)
+        n = (multiprocessors() if is_real else None) or MULTIPROCESSORS
+        self.tuning = AttendTuning(
+            tokens_per_block=64, simdgroups_per_launch=WARPS * n, simdgroups_per_launch_many_rows=WARPS_MANY_ROWS * n
+        )
 
 
 def metal_kernel_on_cuda(
@@ -78,12 +90,32 @@ def metal_kernel_on_cuda(
     """A kernel as mx.fast.metal_kernel makes it, from the same text. What it returns takes what that takes, and raises
     BackendError for a threadgroup that is not 32 threads wide or more than 65,535 threadgroups along z."""
     header, body = translate(header, source)
-    kernel = cuda_kernel(name, input_names, output_names, body, header, ensure_row_contiguous)
+    texts = input_names, output_names, body
+    if name != "turbo_attend":
+        kernel = cuda_kernel(name, *texts, header, ensure_row_contiguous)
 
-    def call(*, grid, threadgroup, **arguments):
-        return kernel(**launch_arguments(name, grid, threadgroup), **arguments)
+        def call(*, grid, threadgroup, **arguments):
+            return kernel(**launch_arguments(name, grid, threadgroup), **arguments)
 
-    return call
+        return call
+    kernels: dict[tuple[int, int], Callable[..., Any]] = {}
+
+    def call_bounded(*, grid, threadgroup, template, **arguments):
+        bounds = launch_bounds(template, threadgroup[1])
+        if bounds not in kernels:
+            kernels[bounds] = cuda_kernel(
+                "{}_{}_{}".format(name, *bounds), *texts, header + BOUNDED.format(*bounds), ensure_row_contiguous
+            )
+        return kernels[bounds](template=template, **launch_arguments(name, grid, threadgroup), **arguments)
+
+    return call_bounded
+
+
+def launch_bounds(template: Sequence[tuple[str, Any]], simdgroups: int) -> tuple[int, int]:
+    """__launch_bounds__ of attention: threads of a threadgroup, and threadgroups that a multiprocessor has registers for:
+    with few rows per simdgroup, so many that the compiler takes no more than 128 registers."""
+    few = all(value <= FEW_ROWS if n == "ROWS" else not value for n, value in template if n in ("ROWS", "SHARED_TILES"))
+    return SIMDGROUP * simdgroups, max(WARPS // simdgroups, 1) if few else 1
 
 
 def launch_arguments(name: str, grid: tuple[int, int, int], threadgroup: tuple[int, int, int]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ falls back to another backend.
 import contextlib
 import functools
 import math
+import threading
 from typing import Any, Callable, Hashable, Iterator, Mapping, Optional, Sequence, Union
 
 import mlx.core as mx
@@ -39,7 +40,6 @@ Template = list[tuple[str, Any]]
 
 LOG2_E = float(np.log2(np.e))
 SIMDGROUPS_PER_THREADGROUP = 8  # of quantize.metal and dequantize.metal
-DIMS = 16  # numbers of `dims` before the diagonals
 QUANTIZE_ARGUMENTS = (
     ["x0", "x1", "shift0", "shift1", "diag0", "diag1"],
     ["codes0", "codes1", "scale0", "scale1"],
@@ -53,10 +53,10 @@ WITH_EXACT = "between exact tokens"
 ATTEND_ARGUMENTS = (
     ["queries"]
     + [f"{side}_{part}" for side in "kv" for part in ("sink", "codes", "scale", "recent")]
-    + ["k_means", "v_means", "mask", "sinks", "dims"],
+    + ["k_means", "v_means", "mask", "sinks", "numbers", "diagonals"],
     ["acc"],
 )
-MERGE_ARGUMENTS = ["acc", "means", "sinks", "dims"], ["out"]
+MERGE_ARGUMENTS = ["acc", "means", "sinks", "numbers", "diagonals"], ["out"]
 
 
 class KernelBackend:
@@ -309,13 +309,13 @@ class KernelBackend:
         batch, n_heads, n_query_tokens, key_dim = queries.shape
         value_dim, dtype = values.head_dim, queries.dtype
         flags, mask = _flags_and_mask(mask, sinks, (batch, n_heads, n_query_tokens, sum(counts)))
-        dims = _attend_dims(
+        numbers = _attend_numbers(
             (*counts, plan.exact_blocks, plan.blocks, plan.row_groups),
             (flags, n_query_tokens, n_heads, keys.n_kv_heads),
             scale,
             (keys.segment, plan.partial_rows, batch, plan.merge_simdgroups),
-            (key_dim, value_dim, seed),
         )
+        both = _both_diagonals(key_dim, value_dim, seed)
         means = [side.means if side.has_means else _nothing(mx.float16) for side in (keys, values)]
         sinks_or_any = queries if sinks is None else sinks
         out_shape = batch, n_heads, n_query_tokens, value_dim
@@ -327,7 +327,8 @@ class KernelBackend:
                 *means,
                 _nothing(mx.bool_) if mask is None else mask,
                 sinks_or_any,
-                dims,
+                numbers,
+                both,
             ],
             template=_attend_template(kernel),
             grid=plan.grid,
@@ -338,7 +339,7 @@ class KernelBackend:
         if plan.single_launch:
             return acc
         (out,) = self.kernel("merge", *MERGE_ARGUMENTS)(
-            inputs=[acc, means[1], sinks_or_any, dims],
+            inputs=[acc, means[1], sinks_or_any, numbers, both],
             template=_merge_template(kernel, plan.partial_dim),
             grid=(32, plan.merge_simdgroups, batch * n_heads * n_query_tokens),
             threadgroup=(32, plan.merge_simdgroups, 1),
@@ -447,7 +448,7 @@ def _merge_template(kernel: AttendKernel, partial_dim: int) -> Template:
         ("D", values.head_dim),
         ("BITS", values.bits),
         ("MEAN", values.has_means),
-        ("OFFSET", DIMS + len(rotation.windows(keys.head_dim)) * keys.head_dim),
+        ("OFFSET", len(rotation.windows(keys.head_dim)) * keys.head_dim),
         ("ACC_ROW", partial_dim),
         ("MOST_SIMDGROUPS", most_merge_simdgroups(values.head_dim)),
     ]
@@ -483,25 +484,34 @@ def _side_inputs(side: CachedSide, queries: mx.array) -> tuple[mx.array, ...]:
     )
 
 
-@functools.lru_cache(maxsize=64)  # the same array for all layers of a step
-def _attend_dims(
-    partition: tuple[int, ...],
-    call: tuple[int, ...],
-    scale: float,
-    sizes: tuple[int, ...],
-    rotations: tuple[int, int, int],
+def _attend_numbers(
+    partition: tuple[int, ...], call: tuple[int, ...], scale: float, sizes: tuple[int, ...]
 ) -> mx.array:
-    """attend.metal's `dims`: its numbers in their order, and the diagonals of both rotations."""
-    dims = _dims_with_diagonals(*rotations).copy()
-    numbers = [*partition, *call, np.float32(scale * LOG2_E).view(np.int32), *sizes]
-    dims[: len(numbers)] = numbers
-    return mx.array(dims)
+    """attend.metal's `numbers`, the same array for all layers of a step."""
+    if not hasattr(_of_this_thread, "attend_numbers"):  # MLX evaluates a lazy array in no other thread
+        _of_this_thread.attend_numbers = functools.lru_cache(maxsize=64)(_new_attend_numbers)
+    return _of_this_thread.attend_numbers(partition, call, scale, sizes)
+
+
+_of_this_thread = threading.local()
+
+
+def _new_attend_numbers(
+    partition: tuple[int, ...], call: tuple[int, ...], scale: float, sizes: tuple[int, ...]
+) -> mx.array:
+    """Numbers as the strides of an array: MLX hands strides to a kernel with the launch, while a buffer that the CPU
+    writes at each step costs a GPU with memory of its own more than attention."""
+    numbers = [*partition, *call, int(np.float32(scale * LOG2_E).view(np.int32)), *sizes, 0]
+    pairs = np.array(numbers, np.int32).view(np.int64).tolist()  # little-endian: the first one in the low half
+    return mx.as_strided(_nothing(mx.bool_), [1] * len(pairs), pairs)
 
 
 @functools.lru_cache(maxsize=None)
-def _dims_with_diagonals(key_dim: int, value_dim: int, seed: int) -> np.ndarray:
-    diagonals = [rotation.diagonals(d, seed).astype(np.float32).ravel().view(np.int32) for d in (key_dim, value_dim)]
-    return np.concatenate([np.zeros(DIMS, np.int32), *diagonals])
+def _both_diagonals(key_dim: int, value_dim: int, seed: int) -> mx.array:
+    """attend.metal's `diagonals`."""
+    both = mx.array(np.concatenate([rotation.diagonals(d, seed).ravel() for d in (key_dim, value_dim)]), mx.float32)
+    mx.eval(both)
+    return both
 
 
 @functools.lru_cache(maxsize=None)

@@ -44,7 +44,9 @@ def unavailable(name: str) -> Optional[str]:
 
 def default_name() -> str:
     """The backend that is used if nothing is said: a GPU's where there is one, else "cpu"."""
-    return next(name for name in BACKENDS if not unavailable(name))
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return "cpu"
+    return next((name for name in GPUS if getattr(mx, name).is_available()), "cpu")
 
 
 def why_default() -> str:
