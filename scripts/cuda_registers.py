@@ -9,8 +9,8 @@ Needs `pip install -e ".[cuda-test]"`.
 
 import argparse
 import itertools
-import multiprocessing
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,10 +24,6 @@ from mlx_turbo.backends.kernel_backend import SIMDGROUPS_PER_THREADGROUP  # noqa
 from mlx_turbo.quant.scheme import TurboConfig  # noqa: E402
 
 REGISTERS, WARP, GRAIN, MOST_WARPS, SHARED = 65536, 32, 256, 64, 227 * 1024  # of a multiprocessor, compute 9.0
-
-
-def compiled(job):
-    return nvrtc.compile_for(*job)
 
 
 def warps(used, threads):
@@ -46,22 +42,22 @@ def main():
     parser.add_argument("--query-tokens", type=int, nargs="+", default=(1,))
     parser.add_argument("--no-means", action="store_true", help="keys and values without means")
     parser.add_argument("--architecture", default="sm_90a", help="sm_80, sm_90a, ...")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--jobs", type=int, default=2, help="kernels at a time")
     args = parser.parse_args()
-    rows, seen = [], set()
+    rows, seen, means = [], set(), not args.no_means
     for scheme, head_dim, gqa, n in itertools.product(args.scheme, args.head_dim, args.gqa, args.query_tokens):
         bits = TurboConfig(scheme=scheme).scheme
         collector = CudaCollector()
         for counts in COUNTS.values():
-            collector.step((head_dim, head_dim, gqa), n, counts, (bits.key_bits, bits.value_bits), means=not args.no_means)
+            collector.step((head_dim, head_dim, gqa), n, counts, (bits.key_bits, bits.value_bits), means=means)
         for b in {bits.key_bits, bits.value_bits} - {0}:
             collector.packing(head_dim, b)
         for key, (kernel, out) in collector.generated.items():
             if key not in seen:
                 seen.add(key)
                 rows.append(((scheme, head_dim, gqa, n), kernel, out))
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        found = pool.imap(compiled, [(args.architecture, *out) for _, _, out in rows])
+    with ThreadPool(args.jobs) as pool:
+        found = pool.imap(lambda job: nvrtc.compile_for(*job), [(args.architecture, *out) for _, _, out in rows])
         print(f"{args.architecture}, NVRTC {nvrtc.version()}, MLX {mx.__version__}")
         print(
             f"{'scheme':8} {'D':>3} {'G':>3} {'L':>2} {'kernel':18}{'ROWS':>5}{'TPL':>4}{'DPL':>4}{'SIMD':>5}"

@@ -1,5 +1,13 @@
-"""One suite over all backends: the NumPy oracle, the MLX fallback, the Metal kernels in the simulator (metalsim),
-and, where there is one, a real Metal GPU. With MLX_TURBO_REQUIRE_METAL=1 a missing GPU is an error."""
+"""One suite over all backends: the NumPy oracle, the MLX fallback, the Metal kernels in the simulator (metalsim), and,
+where there is one, a real GPU, of Metal or CUDA. With MLX_TURBO_REQUIRE_METAL=1 or MLX_TURBO_REQUIRE_CUDA=1 a missing
+one is an error.
+
+MLX is told to compute float32 products exactly (MLX_ENABLE_TF32), as the tolerances have it; what TF32 costs is tested
+with planted rounding."""
+
+import os
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX reads it
 
 import metalsim
 import mlx.core as mx
@@ -41,6 +49,16 @@ def simulated():
     if "simulated" not in BACKENDS:
         pytest.skip("the simulator runs on Linux; here the kernels run on the GPU")
     with select.use_backend(SIMULATED) as chosen:
+        yield chosen
+
+
+@pytest.fixture
+def kernels():
+    """The kernels on CUDA where there is CUDA, else in the simulator."""
+    name = next((name for name in ("cuda", "simulated") if name in BACKENDS), None)
+    if not name:
+        pytest.skip("needs CUDA, or the simulator, which runs on Linux")
+    with select.use_backend(BACKENDS[name]) as chosen:
         yield chosen
 
 

@@ -3,11 +3,14 @@
 fused     up to 16 query tokens (decode, drafts), where the backend has a kernel: it reads the packed rows themselves
 restored  more query tokens, a prompt chunk over a packed past: the past is restored once, in the model's dtype, and
           MLX's own attention does the rest, at its speed and with its memory. Restoring waits for the layer's own
-          queries, so that the layers of a step do not all hold their past at once
+          queries, and a long past for the layer before the last one, so that the layers of a step do not all hold
+          their past at once
 tiles     the rest: no kernel, or a past of more than MAX_RESTORED_BYTES; tile by tile, in bounded memory
 """
 
+import collections
 import os
+import threading
 
 import mlx.core as mx
 
@@ -18,6 +21,10 @@ from .tiled_attention import tiled_attention
 
 # Keys and values of one layer, in the model's dtype. A past of 128K tokens takes 512 MB with 8 kv heads of 128 dims.
 MAX_RESTORED_BYTES = 1 << 30
+
+# From this size on, restoring a past waits for the layer before the last one: MLX takes memory for what it has not begun.
+LONG_PAST_BYTES = 1 << 26
+LAYERS_AT_ONCE = 2
 
 
 def max_restored_bytes():
@@ -67,6 +74,9 @@ def _restored_bytes(keys, values, counts):
 
 
 def _attend_restored(queries, keys, values, counts, backend, seed, n_evicted, *, scale, mask, sinks):
+    is_long = _restored_bytes(keys, values, counts) >= LONG_PAST_BYTES
+    if is_long:
+        _wait_for_layers(LAYERS_AT_ONCE - 1)
     keys, values = (_behind(queries, side) for side in (keys, values))
     k, v = restore(keys, values, counts, backend, seed, n_evicted)
     dtype = queries.dtype if queries.dtype == k.dtype == v.dtype else mx.float32
@@ -75,7 +85,35 @@ def _attend_restored(queries, keys, values, counts, backend, seed, n_evicted, *,
         mask = mask.astype(dtype)
     sinks = None if sinks is None else sinks.astype(dtype)
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+    if is_long:
+        _begin(out)
     return out.astype(queries.dtype)
+
+
+class _Layers(threading.local):
+    """Numbers of the outputs of attention that this thread began to compute, the newest last. A number of its own, so
+    that the output is not kept."""
+
+    def __init__(self):
+        self.begun = collections.deque()
+
+
+_layers = _Layers()
+
+
+def _begin(out):
+    of_layer = mx.contiguous(out[:1, :1, :1, :1])
+    try:
+        mx.async_eval(of_layer)
+    except ValueError:  # in a function that is transformed there is nothing to compute yet
+        return
+    _layers.begun.append(of_layer)
+
+
+def _wait_for_layers(n):
+    """Until no more than n layers are being computed."""
+    while len(_layers.begun) > n:
+        mx.eval(_layers.begun.popleft())
 
 
 def _behind(queries, side):

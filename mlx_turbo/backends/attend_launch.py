@@ -1,6 +1,6 @@
 """How the attention kernel is launched: tuning, template values, blocks and limits, as pure functions of the shapes.
 
-`plan_attend` is what a backend asks for, once per call; the layers of a step share its result. A threadgroup works on
+`plan_attend` is what a backend asks for, once per step: its layers share the result. A threadgroup works on
 the rows (query heads * query tokens) of one kv head. A partition of a launch is a block, the tokens of a threadgroup:
 each of its simdgroups works through a run of them tile by tile, or all share decoded tiles.
 """
@@ -27,7 +27,7 @@ class AttendTuning(NamedTuple):
     simdgroups_one_launch: int = 8
     tokens_per_block: int = 128  # at least
     simdgroups_per_launch: int = 1024  # enough to keep the largest chip busy: no more blocks than that
-    simdgroups_per_launch_many_rows: int = 1024  # the same with more than 4 rows, whose sums take more registers
+    simdgroups_per_launch_many_sums: int = 1024  # the same where a lane has more than 32 sums, which take registers
     one_launch_tokens: int = 1024  # up to here one threadgroup does a whole kv head, and nothing is merged
     rows_per_decode: int = 256  # about this many rows of a kv head at most share decoded tiles
 
@@ -39,7 +39,7 @@ QUERY_TOKENS = (1, 4, 8, MAX_QUERY_TOKENS)
 ROW, READ_TILE, DECODE_TILE = 2.1, 3.2, 7.4
 ROW_IN_DEVICE_MEMORY = 0.05  # added for a row whose query is not in threadgroup memory: a guess at the price of reading
 MOST_ROWS = 12  # of a simdgroup that shares tiles
-FEW_ROWS = 4  # of a simdgroup: their sums leave registers for twice as many simdgroups
+FEW_SUMS = 32  # of a lane: they leave registers for twice as many simdgroups
 SPILLING_ROWS, SPILLING = 8, 1.4  # a simdgroup with more than 8 rows takes 1.4 times the operations: a guess at spills
 MOST_SIMDGROUPS = 12  # of a threadgroup: an Apple core has registers for 384 threads of 128 registers
 
@@ -86,7 +86,6 @@ class AttendPlan(NamedTuple):
         return 32, self.shape.SIMDGROUPS, 1
 
 
-@functools.lru_cache(maxsize=64)  # all layers of a step ask for the same
 def plan_attend(
     tuning: AttendTuning,
     keys: tuple[int, int],
@@ -242,8 +241,8 @@ def attend_blocks(
         return (n if exact else 0), 1
     runs = 1 if shape.SHARED_TILES else shape.SIMDGROUPS  # of a block
     tile, least = tile * runs, tuning.tokens_per_block * runs
-    few = shape.ROWS <= FEW_ROWS
-    simdgroups = tuning.simdgroups_per_launch if few else tuning.simdgroups_per_launch_many_rows
+    few = shape.ROWS * shape.DIMS_PER_LANE <= FEW_SUMS
+    simdgroups = tuning.simdgroups_per_launch if few else tuning.simdgroups_per_launch_many_sums
     most = max(simdgroups // (n_groups * runs), 2)  # all at work at the same time
     exact = -(-n_exact // max(least, -(-(n_exact + n_packed) // most)))
     tokens = max(least, -(-n_packed // max(most - exact, 1)))

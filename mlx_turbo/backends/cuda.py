@@ -21,7 +21,7 @@ from typing import Any, Callable, Mapping, Optional, Sequence
 
 import mlx.core as mx
 
-from .attend_launch import FEW_ROWS, AttendTuning
+from .attend_launch import FEW_SUMS, AttendTuning
 from .device import multiprocessors
 from .kernel_backend import KernelBackend
 from .kernel_names import kernel_maker
@@ -31,8 +31,8 @@ from .sources import cuda_prelude
 NAMES_TYPES = 0, 32, 2  # MLX that tells kernels apart by the types of their inputs
 SIMDGROUP = 32
 MULTIPROCESSORS = 132  # of an H100: where the driver does not tell
-# Warps of attention on a multiprocessor of 65,536 registers: 128 registers each, 255 with many rows
-WARPS, WARPS_MANY_ROWS = 16, 8
+# Warps of attention on a multiprocessor of 65,536 registers: 128 registers a thread, 255 with many sums
+WARPS, WARPS_MANY_SUMS = 16, 8
 MOST_BLOCKS = 65_535  # along y or z of a grid
 
 SHARED = re.compile(r"^(\s*)threadgroup (?=\w+ \w+\[)", re.M)
@@ -74,7 +74,7 @@ class CudaBackend(KernelBackend):
         super().__init__(metal_kernel, "cuda", "CUDA", is_real=is_real, tuned=tuned)
         n = (multiprocessors() if is_real else None) or MULTIPROCESSORS
         self.tuning = AttendTuning(
-            tokens_per_block=64, simdgroups_per_launch=WARPS * n, simdgroups_per_launch_many_rows=WARPS_MANY_ROWS * n
+            tokens_per_block=64, simdgroups_per_launch=WARPS * n, simdgroups_per_launch_many_sums=WARPS_MANY_SUMS * n
         )
 
 
@@ -99,9 +99,12 @@ def metal_kernel_on_cuda(
 
         return call
     kernels: dict[tuple[int, int], Callable[..., Any]] = {}
+    seen: dict[int, tuple[Any, tuple[int, int]]] = {}  # by id of a template, which is kept: callers pass the same ones
 
     def call_bounded(*, grid, threadgroup, template, **arguments):
-        bounds = launch_bounds(template, threadgroup[1])
+        if id(template) not in seen:
+            seen[id(template)] = template, launch_bounds(template, threadgroup[1])
+        bounds = seen[id(template)][1]
         if bounds not in kernels:
             kernels[bounds] = cuda_kernel(
                 "{}_{}_{}".format(name, *bounds), *texts, header + BOUNDED.format(*bounds), ensure_row_contiguous
@@ -113,11 +116,13 @@ def metal_kernel_on_cuda(
 
 def launch_bounds(template: Sequence[tuple[str, Any]], simdgroups: int) -> tuple[int, int]:
     """__launch_bounds__ of attention: threads of a threadgroup, and threadgroups that a multiprocessor has registers for:
-    with few rows per simdgroup, so many that the compiler takes no more than 128 registers."""
-    few = all(value <= FEW_ROWS if n == "ROWS" else not value for n, value in template if n in ("ROWS", "SHARED_TILES"))
+    with few sums per lane, so many that the compiler takes no more than 128 registers."""
+    values = dict(template)
+    few = values["ROWS"] * values["DIMS_PER_LANE"] <= FEW_SUMS and not values["SHARED_TILES"]
     return SIMDGROUP * simdgroups, max(WARPS // simdgroups, 1) if few else 1
 
 
+@functools.lru_cache(maxsize=64)  # the layers of a step launch alike
 def launch_arguments(name: str, grid: tuple[int, int, int], threadgroup: tuple[int, int, int]) -> dict[str, Any]:
     """MLX's grid, in threads: Metal's threadgroups along y lie along x (prelude.cuh)."""
     if grid[0] != SIMDGROUP or threadgroup[0] != SIMDGROUP:

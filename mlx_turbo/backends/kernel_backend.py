@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import threading
-from typing import Any, Callable, Hashable, Iterator, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Hashable, Iterator, Mapping, NamedTuple, Optional, Sequence, Union
 
 import mlx.core as mx
 import numpy as np
@@ -190,27 +190,30 @@ class KernelBackend:
         """
         if keys.has_means and (keys.segment < 1 or keys.segment % SEGMENT_STEP):
             raise ValueError(f"keys.segment: got {keys.segment}, expected a multiple of {SEGMENT_STEP}")
-        plan = self.plan(queries, keys, values, counts)
-        kernel = _attend_kernel(plan, queries.dtype, keys, values)
-        if kernel not in self._tested:
-            tuning = self.tuning_of(keys, values)
+        launches = self._attend_launches(queries, keys, values, counts)
+        if launches.kernel not in self._tested:
+            kernel, tuning = launches.kernel, self.tuning_of(keys, values)
             self.run_check(
-                f"attend.metal with {kernel}", lambda: self_test.check_attend(self.launch_attend, kernel, tuning)
+                f"attend.metal with {kernel}", lambda: self_test.check_attend(self._launch_planned, kernel, tuning)
             )
             self._tested.add(kernel)
-        return self.launch_attend(plan, kernel, queries, keys, values, counts, scale, mask, sinks, seed)
+        return self.launch_attend(launches, queries, keys, values, counts, scale, mask, sinks, seed)
 
     def plan(self, queries: mx.array, keys: CachedSide, values: CachedSide, counts: Counts) -> AttendPlan:
         """How `attend` would launch. Raises ValueError for what `why_not_fused` names."""
-        batch, n_heads, n_query_tokens, _ = queries.shape
-        return plan_attend(
+        return self._attend_launches(queries, keys, values, counts).plan
+
+    def _attend_launches(
+        self, queries: mx.array, keys: CachedSide, values: CachedSide, counts: Counts
+    ) -> "AttendLaunches":
+        dtype = queries.dtype
+        return _attend_launches(
             self.tuning_of(keys, values),
-            (keys.bits, keys.head_dim),
-            (values.bits, values.head_dim),
-            batch,
-            n_heads,
+            AttendSide(keys.bits, keys.head_dim, keys.has_means, keys.exact_dtype(dtype)),
+            AttendSide(values.bits, values.head_dim, values.has_means, values.exact_dtype(dtype)),
+            queries.shape,
             keys.n_kv_heads,
-            n_query_tokens,
+            dtype,
             counts,
             self.always_two_launches,
         )
@@ -294,8 +297,7 @@ class KernelBackend:
 
     def launch_attend(
         self,
-        plan: AttendPlan,
-        kernel: AttendKernel,
+        launches: "AttendLaunches",
         queries: mx.array,
         keys: CachedSide,
         values: CachedSide,
@@ -306,8 +308,7 @@ class KernelBackend:
         seed: int = 0,
     ) -> mx.array:
         """`attend` untested, as planned."""
-        batch, n_heads, n_query_tokens, key_dim = queries.shape
-        value_dim, dtype = values.head_dim, queries.dtype
+        plan, _, (batch, n_heads, n_query_tokens), attend, merge = launches
         flags, mask = _flags_and_mask(mask, sinks, (batch, n_heads, n_query_tokens, sum(counts)))
         numbers = _attend_numbers(
             (*counts, plan.exact_blocks, plan.blocks, plan.row_groups),
@@ -315,38 +316,33 @@ class KernelBackend:
             scale,
             (keys.segment, plan.partial_rows, batch, plan.merge_simdgroups),
         )
-        both = _both_diagonals(key_dim, value_dim, seed)
-        means = [side.means if side.has_means else _nothing(mx.float16) for side in (keys, values)]
+        both = _both_diagonals(keys.head_dim, values.head_dim, seed)
+        key_means = keys.means if keys.has_means else _nothing(mx.float16)
+        value_means = values.means if values.has_means else _nothing(mx.float16)
         sinks_or_any = queries if sinks is None else sinks
-        out_shape = batch, n_heads, n_query_tokens, value_dim
         (acc,) = self.kernel("attend", *ATTEND_ARGUMENTS)(
             inputs=[
                 queries,
                 *_side_inputs(keys, queries),
                 *_side_inputs(values, queries),
-                *means,
+                key_means,
+                value_means,
                 _nothing(mx.bool_) if mask is None else mask,
                 sinks_or_any,
                 numbers,
                 both,
             ],
-            template=_attend_template(kernel),
-            grid=plan.grid,
-            threadgroup=plan.threadgroup,
-            output_shapes=[out_shape if plan.single_launch else (plan.n_partials,)],
-            output_dtypes=[dtype if plan.single_launch else mx.float32],
+            **attend,
         )
-        if plan.single_launch:
+        if merge is None:
             return acc
-        (out,) = self.kernel("merge", *MERGE_ARGUMENTS)(
-            inputs=[acc, means[1], sinks_or_any, numbers, both],
-            template=_merge_template(kernel, plan.partial_dim),
-            grid=(32, plan.merge_simdgroups, batch * n_heads * n_query_tokens),
-            threadgroup=(32, plan.merge_simdgroups, 1),
-            output_shapes=[out_shape],
-            output_dtypes=[dtype],
-        )
-        return out
+        inputs = [acc, value_means, sinks_or_any, numbers, both]
+        return self.kernel("merge", *MERGE_ARGUMENTS)(inputs=inputs, **merge)[0]
+
+    def _launch_planned(self, plan: AttendPlan, kernel: AttendKernel, queries: mx.array, *arguments: Any) -> mx.array:
+        batch, n_heads, n_query_tokens, _ = queries.shape
+        launches = launches_of(plan, kernel, (batch, n_heads, n_query_tokens))
+        return self.launch_attend(launches, queries, *arguments)
 
     # ---- first use ---------------------------------------------------------------------------------------------
     def _test_vectors(
@@ -416,10 +412,55 @@ def _vectors_grid(n_vectors: int, head_dims: Sequence[int]) -> dict[str, tuple[i
     return dict(grid=(32, simdgroups, 1), threadgroup=(32, min(simdgroups, SIMDGROUPS_PER_THREADGROUP), 1))
 
 
-def _attend_kernel(plan: AttendPlan, dtype: mx.Dtype, keys: CachedSide, values: CachedSide) -> AttendKernel:
-    """The specialization that a call needs. dtype: of the queries."""
-    key_side, value_side = (AttendSide(s.bits, s.head_dim, s.has_means, s.exact_dtype(dtype)) for s in (keys, values))
-    return AttendKernel(key_side, value_side, plan.shape, plan.single_launch, dtype)
+class AttendLaunches(NamedTuple):
+    """What the layers of a step have in common: the launches of one call of `attend`.
+
+    shape: batch rows, query heads, query tokens. attend, merge: arguments of their launches; merge is None if there is
+    one launch."""
+
+    plan: AttendPlan
+    kernel: AttendKernel
+    shape: tuple[int, int, int]
+    attend: dict[str, Any]
+    merge: Optional[dict[str, Any]]
+
+
+@functools.lru_cache(maxsize=64)
+def _attend_launches(
+    tuning: AttendTuning,
+    keys: AttendSide,
+    values: AttendSide,
+    query_shape: tuple[int, int, int, int],
+    n_kv_heads: int,
+    dtype: mx.Dtype,
+    counts: Counts,
+    always_two_launches: bool,
+) -> AttendLaunches:
+    batch, n_heads, n_query_tokens, _ = query_shape
+    sides = (keys.bits, keys.head_dim), (values.bits, values.head_dim)
+    plan = plan_attend(tuning, *sides, batch, n_heads, n_kv_heads, n_query_tokens, counts, always_two_launches)
+    kernel = AttendKernel(keys, values, plan.shape, plan.single_launch, dtype)
+    return launches_of(plan, kernel, (batch, n_heads, n_query_tokens))
+
+
+def launches_of(plan: AttendPlan, kernel: AttendKernel, shape: tuple[int, int, int]) -> AttendLaunches:
+    """The launches of a plan. shape: batch rows, query heads, query tokens."""
+    out_shape = (*shape, kernel.values.head_dim)
+    attend = dict(
+        template=_attend_template(kernel),
+        grid=plan.grid,
+        threadgroup=plan.threadgroup,
+        output_shapes=[out_shape if plan.single_launch else (plan.n_partials,)],
+        output_dtypes=[kernel.dtype if plan.single_launch else mx.float32],
+    )
+    merge = dict(
+        template=_merge_template(kernel, plan.partial_dim),
+        grid=(32, plan.merge_simdgroups, math.prod(shape)),
+        threadgroup=(32, plan.merge_simdgroups, 1),
+        output_shapes=[out_shape],
+        output_dtypes=[kernel.dtype],
+    )
+    return AttendLaunches(plan, kernel, shape, attend, None if plan.single_launch else merge)
 
 
 @functools.lru_cache(maxsize=None)

@@ -23,7 +23,7 @@ Tuned = Mapping[tuple[int, int, int, int], AttendTuning]  # by (key bits, value 
 # What is tried, one parameter after the other, the others at the best so far.
 CANDIDATES = {
     "simdgroups_per_launch": (512, 1024, 2048, 4096, 8192),
-    "simdgroups_per_launch_many_rows": (512, 1024, 2048, 4096, 8192),
+    "simdgroups_per_launch_many_sums": (512, 1024, 2048, 4096, 8192),
     "tokens_per_block": (64, 128, 256, 512),
     "simdgroups": (1, 2, 4, 8),
     "tokens_per_lane": (1, 2, 4),

@@ -1,4 +1,5 @@
-"""The attention kernels in the simulator, against the float64 oracle: results, what they touch, and what they cost."""
+"""The attention kernels against the float64 oracle: results, what they touch, and what they cost. They run in the
+simulator or, where there is CUDA, on the GPU, which says nothing of the last two."""
 
 import itertools
 import re
@@ -11,7 +12,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.arrays import to_numpy
 from support.attend_cases import check_spoiled, expected, make_case
-from support.backends import SIMULATED
+from support.backends import BACKENDS, new_kernels
 
 from mlx_turbo.backends import attend_launch, sources, tuning
 from mlx_turbo.backends.attend_launch import AttendTuning, attend_shape, attend_unsupported
@@ -19,9 +20,9 @@ from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.self_test import ATTEND_TOLERANCE, ROUNDING
 from mlx_turbo.backends.sides import BackendError
 
-pytestmark = pytest.mark.usefixtures("simulated")
+pytestmark = pytest.mark.usefixtures("kernels")
 
-ONE, TWO = MetalBackend(metalsim.metal_kernel), MetalBackend(metalsim.metal_kernel)
+ONE, TWO = new_kernels(), new_kernels()
 TWO.tuning = AttendTuning(one_launch_tokens=0, tokens_per_block=64)  # two launches, several blocks even of few tokens
 ONE.run_check = TWO.run_check = lambda what, check: None  # the self-test has tests of its own; it doubles the time
 LAUNCHES = {"one launch": ONE, "two launches": TWO}
@@ -233,7 +234,7 @@ def test_a_long_cache():
     ids=str,
 )
 def test_the_tuning_does_not_change_the_result(tuning):
-    backend = MetalBackend(metalsim.metal_kernel)
+    backend = new_kernels()
     case = make_case(dims=(64, 64), G=4, L=5 if "rows_per_decode" in tuning else 1)
     for one in (0, 1024):
         backend.tuning = AttendTuning(one_launch_tokens=one, **tuning)
@@ -326,6 +327,8 @@ class Recorder(MetalBackend):
     """Remembers the simulator's counts of each launch; `edit` may change the text of a kernel."""
 
     def __init__(self, edit=None, **tuning):
+        if "simulated" not in BACKENDS:
+            pytest.skip("the simulator counts and watches; here the kernels run on the GPU")
         super().__init__(self._recorded)
         self.stats, self._edit, self.tuning = {}, edit, AttendTuning(**tuning)
 
@@ -443,7 +446,7 @@ def test_one_launch_does_a_token_of_up_to_16_heads(head_dim, bits):
 def test_packed_words_are_decoded_once_for_all_rows_that_registers_hold(head_dim):
     """To head_dim 128 for 16 tokens of 8 heads, and at most twice for more heads; above, sums are twice and four times
     as large: 256 rows of 256 dims are 256 KB, and a core of an Apple GPU has 208 KB of registers."""
-    backend, most = MetalBackend(metalsim.metal_kernel), {64: 128, 192: 96, 256: 96, 512: 48}
+    backend, most = new_kernels(), {64: 128, 192: 96, 256: 96, 512: 48}
     rows_at_once = most.get(head_dim, 128)
     for G, L, bits in itertools.product(range(1, 17), range(1, 17), (2, 3, 4, 8)):
         shape = attend_shape(backend.tuning, bits, bits, head_dim, head_dim, G, L, False)
@@ -501,14 +504,14 @@ def test_a_plan_has_room_for_every_row_and_blocks_for_every_token(counts, gqa, n
 
 def test_a_call_is_planned_once_for_all_layers_of_a_step():
     case = make_case(dims=(64, 64), G=2)
-    attend_launch.plan_attend.cache_clear()
+    kernel_backend._attend_launches.cache_clear()
     for _ in range(3):
         TWO.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale)
-    assert attend_launch.plan_attend.cache_info().misses == 1
+    assert kernel_backend._attend_launches.cache_info().misses == 1
 
 
 def test_a_threadgroup_of_16_simdgroups_fits_with_the_last_dims_that_leave_room_for_it():
-    backend = MetalBackend(metalsim.metal_kernel)
+    backend = new_kernels()
     backend.run_check, backend.tuning = ONE.run_check, AttendTuning(simdgroups_one_launch=16)
     check(make_case(dims=(240, 64), G=8, counts=(2, 60, 10)), [backend])
 
@@ -597,7 +600,7 @@ def test_what_the_kernel_does_not_cover_says_why():
     assert "17 query tokens" in attend_unsupported(4, 4, 128, 128, 17)
     case = make_case(dims=(64, 64), L=1)
     with pytest.raises(ValueError, match="query tokens"):
-        SIMULATED.attend(mx.zeros((1, 4, 17, 64)), case.keys, case.values, case.counts, scale=1.0)
+        ONE.attend(mx.zeros((1, 4, 17, 64)), case.keys, case.values, case.counts, scale=1.0)
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------

@@ -53,6 +53,25 @@ def test_kernel_cost_says_what_is_missing_or_wrong(tmp_path, monkeypatch):
     assert done.returncode == 1 and "pip install ziglang" in done.stderr and "Traceback" not in done.stderr
 
 
+@LINUX
+def test_cuda_registers_prints_what_each_kernel_of_a_step_asks_for():
+    out = run("cuda_registers.py", "--head-dim", "64", "--gqa", "2", "--scheme", "turbo2").stdout
+    title, names, *lines = out.splitlines()
+    assert title.startswith("sm_90a, NVRTC 13.0") and names.split()[-5:] == [
+        "shared",
+        "regs",
+        "spill",
+        "stack",
+        "warps",
+    ]
+    kernels = {line[20:38].strip(): line.split()[-5:] for line in lines}
+    assert set(kernels) == {"attend, one launch", "attend", "merge", "quantize", "dequantize"}
+    for name, numbers in kernels.items():
+        shared, registers, spills, stack, warps = map(int, numbers)
+        assert (shared > 0) == (name not in ("quantize", "dequantize")) and 20 < registers < 256
+        assert spills == stack == 0 and 8 <= warps <= min(64, 65536 // 32 // registers)
+
+
 def test_attention_timing_names_the_backend_of_each_figure():
     rows = json.loads(run("attention_timing.py", "--quick", "--json").stdout)
     assert all(0 < r["low_seconds"] <= r["median_seconds"] <= r["high_seconds"] and r["dtype"] for r in rows)
@@ -60,8 +79,8 @@ def test_attention_timing_names_the_backend_of_each_figure():
     assert list(by["attention"]) == ["uncompressed", "mlx-lm 8 bit", "mlx-lm 4 bit", "turbo4"]
     assert list(by["python overhead"]) == ["uncompressed", "mlx-lm 4 bit", "turbo4"]
     ours = [r for r in rows if r["name"] == "turbo4"]
-    assert ours[0]["status"] == "ok" and ours[0]["column"] in ("CPU fallback", "Metal")
-    assert all(r["column"].startswith(("cpu fallback", "metal")) for r in ours[1:])
+    assert ours[0]["status"] == "ok" and ours[0]["column"] in ("CPU fallback", "Metal", "CUDA")
+    assert all(r["column"].startswith(("cpu fallback", "metal", "cuda")) for r in ours[1:])
 
 
 @LINUX

@@ -67,13 +67,19 @@ class OracleBackend:
         return mx.array(out.astype(np.float32)).astype(queries.dtype)
 
 
+def new_kernels():
+    """A backend of kernels: on CUDA where MLX has it, else in the simulator."""
+    return CudaBackend() if not select.unavailable("cuda") else MetalBackend(metalsim.metal_kernel)
+
+
 SIMULATED = MetalBackend(metalsim.metal_kernel)
 
 SIMULATED.describe = lambda: "simulated metal (metalsim)"
 
 BACKENDS = {"oracle": OracleBackend(), "cpu": CpuBackend()}
 
-if sys.platform != "darwin":  # the simulator's code generation is for Linux; a Mac runs the kernels themselves
+# The simulator's code generation is for Linux. A machine with a GPU runs the kernels themselves.
+if sys.platform != "darwin" and select.unavailable("cuda"):
     BACKENDS["simulated"] = SIMULATED
 
 for name, backend in (("metal", MetalBackend), ("cuda", CudaBackend)):
