@@ -14,7 +14,7 @@ from support.arrays import to_numpy
 from support.attend_cases import check_spoiled, expected, make_case
 from support.backends import BACKENDS, new_kernels
 
-from mlx_turbo.backends import attend_launch, sources, tuning
+from mlx_turbo.backends import attend_launch, kernel_backend, sources, tuning
 from mlx_turbo.backends.attend_launch import AttendTuning, attend_shape, attend_unsupported
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.self_test import ATTEND_TOLERANCE, ROUNDING
