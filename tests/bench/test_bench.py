@@ -90,8 +90,8 @@ def test_kernels_that_are_wrong_or_fail_are_reported_and_not_ranked(run):
     lines = out.splitlines()
     ranked = [line for line in lines if line[:3].strip().isdigit()]
     for column, said, times in (
-        ("simulated Metal", "WRONG: relative error 1.0e+00", 2),
-        ("wrong rows", "WRONG: relative error", 2),
+        ("simulated Metal", "WRONG: relative error 1.0e+00", 3),
+        ("wrong rows", "WRONG: relative error", 3),
         ("broken", "FAILED: BackendError: the Metal", 1),
     ):
         assert sum(column in line and said in line and line.startswith("  - ") for line in lines) == times
@@ -99,7 +99,9 @@ def test_kernels_that_are_wrong_or_fail_are_reported_and_not_ranked(run):
             column in line and "turbo4" in line for line in ranked if "mx." not in line and column != "wrong rows"
         )
     assert any("CPU fallback" in line for line in ranked)
-    assert err.count("mlx-turbo: WRONG: ") == 5  # zeros: attention, quantize, dequantize; wrong rows: two of them
+    assert (
+        err.count("mlx-turbo: WRONG: ") == 7
+    )  # zeros: attention, prefill, quantize, dequantize; wrong rows: all but quantize
     assert "mlx-turbo: FAILED: quantize turbo4 by broken (head_dim 64, 160 tokens)" in err
 
 
@@ -137,7 +139,7 @@ def test_a_wrong_row_has_no_time_in_the_json_and_red_words_in_the_plot(run, tmp_
     )
     document = json.loads(out)
     wrong = [r for r in document["rows"] if r["status"] == "wrong"]
-    assert code == 1 and {r["column"] for r in wrong} == {"simulated Metal"} and len(wrong) == 3
+    assert code == 1 and {r["column"] for r in wrong} == {"simulated Metal"} and len(wrong) == 4
     assert all("median_seconds" not in r and "times_uncompressed" not in r and r["problem"] for r in wrong)
     assert bench_plots.problems(document)[0] == (
         "WRONG, not ranked: attention turbo4 by simulated Metal (head_dim 64, GQA 2, 160 tokens)"
