@@ -558,6 +558,23 @@ def test_tune_reports_what_it_found_and_keeps_nothing_of_a_simulated_chip(run, m
     assert metal.tuned == {(4, 4, 64, 64): AttendTuning(tokens_per_lane_few_rows=1)} and not tuning.path().exists()
 
 
+@LINUX
+def test_tune_starts_from_what_the_backend_has_by_default(run, monkeypatch):
+    """CUDA's defaults may be others than Metal's."""
+    monkeypatch.setattr(tuning, "CANDIDATES", {"tokens_per_lane_few_rows": (1, 4)})
+    asked = []
+    monkeypatch.setattr(tune, "time_tunings", lambda *args: (asked.append(args[-1]), ([1.0] * len(args[-1]), {}))[1])
+    metal = MetalBackend(metalsim.metal_kernel)
+    metal.tuning = AttendTuning(simdgroups_per_launch=2112)
+    code, out, err = run("kernels", *SMALL, "--tune", backends=[metal])
+    assert code == 0 and {t.simdgroups_per_launch for tried in asked for t in tried} == {2112}
+    assert "Tuned turbo4, head_dim 64: the defaults" in out and metal.tuned == {(4, 4, 64, 64): metal.tuning}
+    monkeypatch.undo()
+    monkeypatch.setenv("MLX_TURBO_CACHE_DIR", str(tuning.path().parent))
+    tuning.save(metal.tuned, "M9")
+    assert tuning.load("M9") == metal.tuned  # it is no candidate, but a backend's own
+
+
 def test_a_cache_folder_that_cannot_be_written_is_said_before_anything_is_tuned(run, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MLX_TURBO_CACHE_DIR", str(tmp_path / "file"))

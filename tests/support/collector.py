@@ -7,7 +7,7 @@ import metalsim
 import mlx.core as mx
 from support import nvrtc
 
-from mlx_turbo.backends.attend_launch import QUERY_TOKENS, AttendTuning
+from mlx_turbo.backends.attend_launch import QUERY_TOKENS
 from mlx_turbo.backends.cuda import CudaBackend
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.sides import CachedSide, PackedSide, QuantizeSide
@@ -63,7 +63,7 @@ class _Collector:
 
     def __init__(self, **tuning):
         super().__init__(self._collect)
-        self.tuning, self.generated = AttendTuning(**tuning), {}
+        self.tuning, self.generated = self.tuning._replace(**tuning), {}
 
     def _collect(self, name, input_names, output_names, source, header="", ensure_row_contiguous=True):
         def launch(*, inputs, output_shapes, output_dtypes, template=(), **launch):
