@@ -22,7 +22,7 @@ from .tiled_attention import tiled_attention
 # Keys and values of one layer, in the model's dtype. A past of 128K tokens takes 512 MB with 8 kv heads of 128 dims.
 MAX_RESTORED_BYTES = 1 << 30
 
-# From this size on, restoring a past waits for the layer before the last one: MLX takes memory for what it has not begun.
+# From this size on, restoring a past waits for the layer before the last one: MLX takes memory ahead of the GPU.
 LONG_PAST_BYTES = 1 << 26
 LAYERS_AT_ONCE = 2
 

@@ -115,8 +115,8 @@ def metal_kernel_on_cuda(
 
 
 def launch_bounds(template: Sequence[tuple[str, Any]], simdgroups: int) -> tuple[int, int]:
-    """__launch_bounds__ of attention: threads of a threadgroup, and how many of those a multiprocessor has room for: with
-    few sums per lane, so many that the compiler takes no more than 128 registers."""
+    """__launch_bounds__ of attention: threads of a threadgroup, and how many of those a multiprocessor has room for:
+    with few sums per lane, so many that the compiler takes no more than 128 registers."""
     values = dict(template)
     few = values["ROWS"] * values["DIMS_PER_LANE"] <= FEW_SUMS and not values["SHARED_TILES"]
     return SIMDGROUP * simdgroups, max(WARPS // simdgroups, 1) if few else 1

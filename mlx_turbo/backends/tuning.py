@@ -74,10 +74,17 @@ def _key(entry: Mapping[str, Any]) -> tuple[int, int, int, int]:
 
 
 def _allowed(values: Mapping[str, Any]) -> bool:
-    """Whether `search` could have tried an entry's values: the file may have been edited."""
+    """Whether `search` could have tried an entry's values: the file may have been edited. How many simdgroups a launch
+    has by default, a backend may take from the size of the chip."""
     default = AttendTuning()._asdict()
     return set(values) == set(default) and all(
-        type(x) is int and (x in CANDIDATES[name] or x == default[name]) for name, x in values.items()
+        type(x) is int
+        and (
+            x in CANDIDATES[name]
+            or x == default[name]
+            or (name.startswith("simdgroups_per_launch") and min(CANDIDATES[name]) < x < max(CANDIDATES[name]))
+        )
+        for name, x in values.items()
     )
 
 
@@ -110,12 +117,10 @@ def save(tuned: Tuned, chip: Optional[str] = None) -> Path:
     return file
 
 
-def changes(values: AttendTuning) -> str:
-    """What differs from the defaults, for people: "simdgroups 8 (default 4)"."""
+def changes(values: AttendTuning, default: AttendTuning = AttendTuning()) -> str:
+    """What differs from the defaults (of a backend), for people: "simdgroups 8 (default 4)"."""
     return (
-        ", ".join(
-            f"{name} {x} (default {d})" for (name, x), d in zip(values._asdict().items(), AttendTuning()) if x != d
-        )
+        ", ".join(f"{name} {x} (default {d})" for (name, x), d in zip(values._asdict().items(), default) if x != d)
         or "the defaults"
     )
 
@@ -146,7 +151,7 @@ def search(
         tried = [best] + [best._replace(**{name: x}) for x in values if x != getattr(best, name)]
         seconds = time_all(tried)
         if seconds[0] is None:
-            raise ValueError(f"the tuning {changes(best)} does not run")
+            raise ValueError(f"the tuning {changes(best, default)} does not run")
         fastest = min(t for t in seconds if t is not None)
         if fastest < (1 - GAIN) * seconds[0]:
             ratio *= fastest / seconds[0]

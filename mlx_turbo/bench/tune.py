@@ -43,15 +43,21 @@ def tune_kernels(grid: contenders.Grid, gpu: KernelBackend, device: str, effort:
                 row: Row = {"scheme": scheme.name, "head_dim": head_dim}
                 rows.append(row)
                 try:
-                    best, ratio = tuning.search(time_all, progress=lambda name: bar.update())
+                    best, ratio = tuning.search(time_all, gpu.tuning, progress=lambda name: bar.update())
                 except ValueError:
                     if not problems:
                         raise
                     best, ratio = None, None
-                row["left_out"] = [{"changes": tuning.changes(values), **bad} for values, bad in problems.items()]
+                row["left_out"] = [
+                    {"changes": tuning.changes(values, gpu.tuning), **bad} for values, bad in problems.items()
+                ]
                 if best is not None:
                     tuned[scheme.key_bits, scheme.value_bits, head_dim, head_dim] = best
-                    row |= {"values": best._asdict(), "changes": tuning.changes(best), "time_over_default": ratio}
+                    row |= {
+                        "values": best._asdict(),
+                        "changes": tuning.changes(best, gpu.tuning),
+                        "time_over_default": ratio,
+                    }
     if gpu.is_real:
         tuning.save(tuned)
     gpu.tuned |= tuned

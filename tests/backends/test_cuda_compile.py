@@ -1,6 +1,5 @@
 """The kernels compiled by NVIDIA's compiler, without a GPU: they build, spill nothing, and keep to their registers."""
 
-import itertools
 import sys
 from multiprocessing.pool import ThreadPool
 
@@ -8,9 +7,10 @@ import mlx.core as mx
 import pytest
 from support import nvrtc
 from support.ceilings import registers_allowed, spills_allowed
-from support.collector import BITS, COUNTS, SHAPES, CudaCollector
+from support.collector import BITS, COUNTS, PACKED_DIMS, SHAPES, CudaCollector, packing, steps
 
-from mlx_turbo.backends import attend_launch, cuda
+from mlx_turbo.backends import cuda
+from mlx_turbo.backends.attend_launch import QUERY_TOKENS, THREADGROUP_BYTES
 from mlx_turbo.bench import stages, timing
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="NVRTC comes from PyPI for Linux")
@@ -33,14 +33,7 @@ def check(collector, architectures=nvrtc.ARCHITECTURES):
         where = f"{kernel} for {architecture}: {name}: {used}"
         assert used.registers <= registers_allowed(kernel), where
         assert used.spills <= spills_allowed(kernel), where
-        assert used.shared <= attend_launch.THREADGROUP_BYTES + 1024, where
-
-
-def steps(shapes, bits, query_tokens, **options):
-    collector = CudaCollector()
-    for shape, b, n, counts in itertools.product(shapes, bits, query_tokens, COUNTS.values()):
-        collector.step(shape, n, counts, b, **options)
-    return collector
+        assert used.shared <= THREADGROUP_BYTES + 1024, where
 
 
 def test_the_kernels_of_widely_used_models_keep_to_their_registers():
@@ -50,16 +43,14 @@ def test_the_kernels_of_widely_used_models_keep_to_their_registers():
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_packing_kernels_keep_to_their_registers(bits):
-    collector = CudaCollector()
-    collector.packing(128, bits)
-    check(collector, [HOPPER])
+    check(packing(128, [bits]), [HOPPER])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", BITS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_kernels_of_any_models_shape_keep_to_their_registers(shape, bits):
-    check(steps([shape], [bits], attend_launch.QUERY_TOKENS))
+    check(steps([shape], [bits], QUERY_TOKENS), nvrtc.ARCHITECTURES if bits == BITS[0] else [HOPPER])
 
 
 @pytest.mark.slow
@@ -69,12 +60,9 @@ def test_the_kernels_of_any_dtype_keep_to_their_registers(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 112, 128, 256, 512, 576])
+@pytest.mark.parametrize("head_dim", PACKED_DIMS)
 def test_packing_kernels_of_any_head_dim_keep_to_their_registers(head_dim):
-    collector = CudaCollector()
-    for bits in (2, 3, 4, 8):
-        collector.packing(head_dim, bits)
-    check(collector)
+    check(packing(head_dim))
 
 
 @pytest.mark.parametrize(

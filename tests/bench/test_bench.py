@@ -90,8 +90,8 @@ def test_kernels_that_are_wrong_or_fail_are_reported_and_not_ranked(run):
     lines = out.splitlines()
     ranked = [line for line in lines if line[:3].strip().isdigit()]
     for column, said, times in (
-        ("simulated Metal", "WRONG: relative error 1.0e+00", 2),
-        ("wrong rows", "WRONG: relative error", 2),
+        ("simulated Metal", "WRONG: relative error 1.0e+00", 3),
+        ("wrong rows", "WRONG: relative error", 3),
         ("broken", "FAILED: BackendError: the Metal", 1),
     ):
         assert sum(column in line and said in line and line.startswith("  - ") for line in lines) == times
@@ -99,7 +99,9 @@ def test_kernels_that_are_wrong_or_fail_are_reported_and_not_ranked(run):
             column in line and "turbo4" in line for line in ranked if "mx." not in line and column != "wrong rows"
         )
     assert any("CPU fallback" in line for line in ranked)
-    assert err.count("mlx-turbo: WRONG: ") == 5  # zeros: attention, quantize, dequantize; wrong rows: two of them
+    assert (
+        err.count("mlx-turbo: WRONG: ") == 7
+    )  # zeros: attention, prefill, quantize, dequantize; wrong rows: all but quantize
     assert "mlx-turbo: FAILED: quantize turbo4 by broken (head_dim 64, 160 tokens)" in err
 
 
@@ -137,7 +139,7 @@ def test_a_wrong_row_has_no_time_in_the_json_and_red_words_in_the_plot(run, tmp_
     )
     document = json.loads(out)
     wrong = [r for r in document["rows"] if r["status"] == "wrong"]
-    assert code == 1 and {r["column"] for r in wrong} == {"simulated Metal"} and len(wrong) == 3
+    assert code == 1 and {r["column"] for r in wrong} == {"simulated Metal"} and len(wrong) == 4
     assert all("median_seconds" not in r and "times_uncompressed" not in r and r["problem"] for r in wrong)
     assert bench_plots.problems(document)[0] == (
         "WRONG, not ranked: attention turbo4 by simulated Metal (head_dim 64, GQA 2, 160 tokens)"
@@ -554,6 +556,23 @@ def test_tune_reports_what_it_found_and_keeps_nothing_of_a_simulated_chip(run, m
     assert code == 0, err
     assert "Tuned turbo4, head_dim 64: tokens_per_lane_few_rows 1 (default 4), 0.50 of the default's time" in out
     assert metal.tuned == {(4, 4, 64, 64): AttendTuning(tokens_per_lane_few_rows=1)} and not tuning.path().exists()
+
+
+@LINUX
+def test_tune_starts_from_what_the_backend_has_by_default(run, monkeypatch):
+    """CUDA's defaults may be others than Metal's."""
+    monkeypatch.setattr(tuning, "CANDIDATES", {"tokens_per_lane_few_rows": (1, 4)})
+    asked = []
+    monkeypatch.setattr(tune, "time_tunings", lambda *args: (asked.append(args[-1]), ([1.0] * len(args[-1]), {}))[1])
+    metal = MetalBackend(metalsim.metal_kernel)
+    metal.tuning = AttendTuning(simdgroups_per_launch=2112)
+    code, out, err = run("kernels", *SMALL, "--tune", backends=[metal])
+    assert code == 0 and {t.simdgroups_per_launch for tried in asked for t in tried} == {2112}
+    assert "Tuned turbo4, head_dim 64: the defaults" in out and metal.tuned == {(4, 4, 64, 64): metal.tuning}
+    monkeypatch.undo()
+    monkeypatch.setenv("MLX_TURBO_CACHE_DIR", str(tuning.path().parent))
+    tuning.save(metal.tuned, "M9")
+    assert tuning.load("M9") == metal.tuned  # it is no candidate, but a backend's own
 
 
 def test_a_cache_folder_that_cannot_be_written_is_said_before_anything_is_tuned(run, monkeypatch, tmp_path):

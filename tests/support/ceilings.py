@@ -31,6 +31,7 @@ DEQUANTIZE_CEILING = {
 }
 
 # Registers of a thread with NVRTC 13.0, at most, for sm_80 and sm_90a, by the variant of a kernel (collector.Kernel).
+# python scripts/cuda_registers.py --ceilings prints the table.
 REGISTERS = {
     "attend": 255,
     "attend, one launch": 255,

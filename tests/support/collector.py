@@ -1,12 +1,13 @@
 """Backends that build nothing and run nothing: they collect the kernels that steps of a model would ask for."""
 
+import itertools
 from typing import NamedTuple
 
 import metalsim
 import mlx.core as mx
 from support import nvrtc
 
-from mlx_turbo.backends.attend_launch import AttendTuning
+from mlx_turbo.backends.attend_launch import QUERY_TOKENS
 from mlx_turbo.backends.cuda import CudaBackend
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.sides import CachedSide, PackedSide, QuantizeSide
@@ -36,6 +37,7 @@ SHAPES = [
     (576, 512, 16),
 ]
 BITS = [(4, 4), (3, 3), (2, 2), (8, 4), (0, 4), (8, 8)]
+PACKED_DIMS = (32, 64, 80, 96, 112, 128, 256, 512, 576)
 COUNTS = {"short": (4, 600, 100), "long": (4, 60_000, 100)}  # one launch of attention, and two
 
 
@@ -61,7 +63,7 @@ class _Collector:
 
     def __init__(self, **tuning):
         super().__init__(self._collect)
-        self.tuning, self.generated = AttendTuning(**tuning), {}
+        self.tuning, self.generated = self.tuning._replace(**tuning), {}
 
     def _collect(self, name, input_names, output_names, source, header="", ensure_row_contiguous=True):
         def launch(*, inputs, output_shapes, output_dtypes, template=(), **launch):
@@ -113,6 +115,33 @@ class CudaCollector(_Collector, CudaBackend):
     def generate(*call):
         out = nvrtc.kernel_text(*call)
         return out[1], out
+
+
+def steps(shapes, bits, query_tokens, **options):
+    """A CudaCollector that was asked for the steps of all combinations, short and long."""
+    collector = CudaCollector()
+    for shape, b, n, counts in itertools.product(shapes, bits, query_tokens, COUNTS.values()):
+        collector.step(shape, n, counts, b, **options)
+    return collector
+
+
+def packing(head_dim, bits=(2, 3, 4, 8)):
+    """A CudaCollector that was asked to pack and restore vectors."""
+    collector = CudaCollector()
+    for b in bits:
+        collector.packing(head_dim, b)
+    return collector
+
+
+def every_variant():
+    """[(architecture, CudaCollector)] of what the slow tests compile: on the older GPU the first bits only."""
+    older, newer = nvrtc.ARCHITECTURES
+    return [
+        *((newer, packing(head_dim)) for head_dim in PACKED_DIMS),
+        (newer, steps(SHAPES, BITS, QUERY_TOKENS)),
+        *((older, packing(head_dim)) for head_dim in PACKED_DIMS),
+        (older, steps(SHAPES, BITS[:1], QUERY_TOKENS)),
+    ]
 
 
 def _side(bits, head_dim, means, dtype):
