@@ -68,7 +68,7 @@ def _restored_bytes(keys, values, counts):
 
 def _attend_restored(queries, keys, values, counts, backend, seed, n_evicted, *, scale, mask, sinks):
     keys, values = (_behind(queries, side) for side in (keys, values))
-    k, v = restore(keys, values, counts, backend, seed, n_evicted)
+    k, v = restore(keys, values, counts, backend, seed, n_evicted, wait=True)
     dtype = queries.dtype if queries.dtype == k.dtype == v.dtype else mx.float32
     q, k, v = (a.astype(dtype) for a in (queries, k, v))
     if mask is not None and not isinstance(mask, str) and mask.dtype not in (mx.bool_, dtype):

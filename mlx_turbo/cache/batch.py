@@ -17,12 +17,12 @@ from typing import Any, Iterable, Optional, Sequence, Union
 import mlx.core as mx
 import numpy as np
 
+from ..backends.sides import first_tokens
 from ..quant.scheme import Scheme, TurboConfig
 from . import auto_bits
 from .batch_plan import Plan
 from .packing import (
     PackJob,
-    first_tokens,
     grow,
     n_segments,
     pack,
@@ -398,7 +398,7 @@ class BatchTurboKVCache(TurboKVCache):
             return
         n = max(self._n_packed)
         if n:
-            keys, means = self._view((0, n, 0)).restore_packed()[0], side.means
+            keys, means = self._view((0, n, 0)).restore()[0], side.means
             side.bits = bits
             if bits:
                 ((codes, scale),) = quantize_tokens([keys], [side.to_pack(means)], [means], 0, self.config)

@@ -105,11 +105,6 @@ def grow(buffer: Buffer, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return mx.pad(buffer, [(0, 0), (0, 0), (0, shape[2] - buffer.shape[2]), (0, 0)])
 
 
-def first_tokens(buffer: mx.array, n: int) -> mx.array:
-    """The first n tokens of a buffer; a full one is not sliced, which would take a microsecond."""
-    return buffer if n == buffer.shape[2] else buffer[:, :, :n]
-
-
 def take_rows(array: mx.array, rows: list[int]) -> mx.array:
     """The given rows of an array; not a copy if they are one row or all rows."""
     if len(rows) == 1:

@@ -12,6 +12,16 @@ from support.strategies import CONFIGS, SHAPES
 
 from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache
 
+BATCHES = dict(
+    keys=st.sampled_from([0, 2, 4, 8]),
+    values=st.sampled_from([0, 3, 4]),
+    recent=st.integers(0, 6),
+    block=st.integers(1, 6),
+    n=st.integers(1, 3),
+    centre=st.booleans(),
+    shape=SHAPES,
+)
+
 
 class CacheMachine(RuleBasedStateMachine):
     """Everything mlx-lm does to a cache, in any order."""
@@ -129,16 +139,7 @@ class WindowMachine(RuleBasedStateMachine):
 class BatchMachine(RuleBasedStateMachine):
     """Everything mlx-lm does to a batch of caches, in any order."""
 
-    @initialize(
-        keys=st.sampled_from([0, 2, 4, 8]),
-        values=st.sampled_from([0, 3, 4]),
-        sink=st.integers(0, 3),
-        recent=st.integers(0, 6),
-        block=st.integers(1, 6),
-        n=st.integers(1, 3),
-        centre=st.booleans(),
-        shape=SHAPES,
-    )
+    @initialize(sink=st.integers(0, 3), **BATCHES)
     def start(self, keys, values, sink, recent, block, n, centre, shape):
         self.make = TurboConfig(f"turbo{keys}v{values}", sink, recent, block, centre=centre)
         self.begin(n, shape)
@@ -195,17 +196,7 @@ class BatchMachine(RuleBasedStateMachine):
 class WindowsMachine(BatchMachine):
     """Everything mlx-lm does to a batch of windows, in any order."""
 
-    @initialize(
-        keys=st.sampled_from([0, 2, 4, 8]),
-        values=st.sampled_from([0, 3, 4]),
-        window=st.integers(1, 40),
-        keep=st.integers(0, 3),
-        recent=st.integers(0, 6),
-        block=st.integers(1, 6),
-        n=st.integers(1, 3),
-        centre=st.booleans(),
-        shape=SHAPES,
-    )
+    @initialize(window=st.integers(1, 40), keep=st.integers(0, 3), **BATCHES)
     def start(self, keys, values, window, keep, recent, block, n, centre, shape):
         config = TurboConfig(f"turbo{keys}v{values}", keep, recent, block, centre=centre)
         self.make = functools.partial(RotatingTurboKVCache, window + keep, keep, config)
