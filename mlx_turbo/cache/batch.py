@@ -21,6 +21,7 @@ from ..backends.sides import first_tokens
 from ..quant.scheme import Scheme, TurboConfig
 from . import auto_bits
 from .batch_plan import Plan
+from .history import NAMES
 from .packing import (
     PackJob,
     grow,
@@ -34,7 +35,6 @@ from .packing import (
 )
 from .single import TurboKVCache
 from .state import BATCH_MAGIC, ROW_NAMES, read_state
-from .view import Unread
 
 
 def _precision(bits):
@@ -106,14 +106,19 @@ class BatchTurboKVCache(TurboKVCache):
         """Whether padding of the prompt is still to come."""
         return any(self._pad) or self._n_before_right_padding is not None
 
-    @property
-    def offset(self) -> mx.array:  # type: ignore[override]  # mlx-lm's contract: an int of one sequence, an array of a batch
-        """Tokens of each row so far, int32 [B]: negative as long as left padding is to come."""
-        return self._offset
+    @property  # type: ignore[override]
+    def offset(self) -> mx.array:  # mlx-lm's contract: an int of one sequence, an array of a batch
+        """Tokens of each row so far, int32 [B]: negative as long as left padding is to come. Setting it raises
+        ValueError."""
+        return self._offsets
+
+    @offset.setter
+    def offset(self, n: Any) -> None:
+        raise ValueError("offset: of a batch it cannot be set; trim(n) drops the newest n tokens of each row")
 
     def _set_offset(self):
         sink = self.config.sink
-        self._offset = mx.array(
+        self._offsets = mx.array(
             [
                 (sink + n_packed if n_packed else 0) + n_recent + n_evicted - pad
                 for n_packed, n_recent, n_evicted, pad in zip(
@@ -448,6 +453,42 @@ class BatchTurboKVCache(TurboKVCache):
             mask = mask & (column <= base + query)
         return mask, held, mx.where(column < n_sink + n_packed, column, held + column - base), query
 
+    # ---- what mlx-lm's batches call it: see history.py --------------------------------------------------------
+    def _history(self, i):
+        """All tokens of the rows [B, n_kv_heads, tokens of the longest, D], right-aligned, zeros before them."""
+        if self.is_mid_prompt:
+            raise ValueError(f"{NAMES[i]}: padding of the prompt is still to come")
+        if self.empty():
+            return None
+        columns, rows = self._seen_columns()
+        longest = max(map(len, rows))
+        index = mx.array([[0] * (longest - len(row)) + row for row in rows])[:, None, :, None]
+        held = mx.array([[False] * (longest - len(row)) + [True] * len(row) for row in rows])[:, None, :, None]
+        tokens = mx.take_along_axis(self._view(columns).restore()[i], index, axis=2)
+        return mx.where(held, tokens, mx.zeros_like(tokens))
+
+    def _assign(self, i, tokens):
+        raise ValueError(f"{NAMES[i]}: of a batch they cannot be set; extract(row) gives a cache whose can")
+
+    def _seen_columns(self):
+        """The columns of the buffers, and for each row those of the tokens that a query sees, in their order."""
+        columns, rows = self._columns_of_rows()
+        seen = [(n_sink, sum(others)) for n_sink, *others in self._seen_counts()]
+        return columns, [
+            [*row[:n_sink].tolist(), *row[len(row) - n :].tolist()] for row, (n_sink, n) in zip(rows, seen)
+        ]
+
+    @property
+    def left_padding(self) -> mx.array:
+        """Columns before the first token of each row in `keys` and `values`, int32 [B]."""
+        n_tokens = [len(row) for row in self._seen_columns()[1]]
+        return mx.array([max(n_tokens) - n for n in n_tokens], mx.int32)
+
+    @property
+    def _idx(self) -> int:
+        """Columns of `keys` and `values`."""
+        return max(len(row) for row in self._seen_columns()[1])
+
     # ---- batches ---------------------------------------------------------------------------------------------
     def prepare(
         self,
@@ -599,16 +640,12 @@ class BatchTurboKVCache(TurboKVCache):
 
     def extend(self, other: "BatchTurboKVCache") -> None:
         """Append the rows of another batch cache, which stays as it is. Raises as `merge`, with this one unchanged."""
-        joined = self._join([self._shallow(), other._shallow()])
+        if type(other) is not type(self):
+            raise ValueError(f"other: got a {type(other).__name__}, allowed is a {type(self).__name__}")
+        joined = self._join([copy.copy(self), copy.copy(other)])
         version = self.version + 1
         self.__dict__.update(joined.__dict__)
         self.version = version
-
-    def _shallow(self):
-        """A cache with the same arrays; replacing them there does not change this one."""
-        twin = copy.copy(self)
-        twin._unread, twin._sides = Unread(), [copy.copy(side) for side in self._sides]
-        return twin
 
     def filter(self, batch_indices: Union[Iterable[int], mx.array]) -> None:
         """Keep the rows batch_indices (a list or array of row numbers), in that order.

@@ -15,10 +15,15 @@ from typing import Any, Optional, Union
 import mlx.core as mx
 
 from ..quant.scheme import Scheme, TurboConfig
+from .history import set_offset
 from .masks import causal_mask
 from .packing import n_segments, write
 from .single import TurboKVCache
 from .state import WINDOW_MAGIC
+
+NO_KEPT_TOKENS = (
+    "mlx-lm's batch of windows keeps no first tokens, this window keeps {}: merge it with others of its kind"
+)
 
 
 class Window(TurboKVCache):
@@ -126,8 +131,19 @@ class RotatingTurboKVCache(Window):
 
     @property
     def offset(self) -> int:
-        """Number of tokens so far, evicted ones included: the position for RoPE."""
+        """Number of tokens so far, evicted ones included: the position for RoPE. Set as TurboKVCache.offset, until the
+        window is full."""
         return super().offset + self.n_evicted
+
+    @offset.setter
+    def offset(self, n: int) -> None:
+        set_offset(self, n)
+
+    def _temporal_order(self, tokens: mx.array) -> mx.array:
+        """`keys` or `values` in their order, which they are in: mlx-lm's windows merge others by this method."""
+        if self.keep:
+            raise ValueError(NO_KEPT_TOKENS.format(self.keep))
+        return tokens
 
     # ---- update ----------------------------------------------------------------------------------------------
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

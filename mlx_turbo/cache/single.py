@@ -7,6 +7,7 @@ from those exact values, once, so the stored codes do not depend on how the prom
 [B, n_kv_heads, tokens, *]: the bits of a token never leave its row.
 """
 
+import copy
 from typing import Any, Optional, Sequence, Union
 
 import mlx.core as mx
@@ -16,12 +17,14 @@ from ..backends import select
 from ..backends.select import check_vectors, get_backend
 from ..backends.sides import CachedSide
 from ..quant.scheme import SCALES, Scheme, TurboConfig
-from . import auto_bits
+from . import auto_bits, history
 from .conversion import converter
 from .masks import attention_mask
 from .packing import PackJob, allowed_dtypes, make_sides, may_choose_bits, n_segments, pack, write
 from .state import FORMAT_VERSION, HEADER_NAMES, MAGIC, read_state
 from .view import KVView, LazyKV, Unread
+
+_NOT_PICKLED = "_sides", "_offsets", "_unread", "version", "attended_version"  # from the state, or of this process
 
 
 class TurboKVCache:
@@ -59,8 +62,12 @@ class TurboKVCache:
 
     @property
     def offset(self) -> int:
-        """Number of tokens in the cache."""
+        """Number of tokens in the cache. Setting it to fewer trims it; raises ValueError for more."""
         return self.n_sink + self.n_packed + self.n_recent
+
+    @offset.setter
+    def offset(self, n: int) -> None:
+        history.set_offset(self, n)
 
     # ---- update ----------------------------------------------------------------------------------------------
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -244,22 +251,39 @@ class TurboKVCache:
     # ---- the rest of mlx-lm's contract -----------------------------------------------------------------------
     @property
     def keys(self) -> Optional[mx.array]:
-        """The buffer of exact recent keys (None while empty). mlx-lm's pipeline models read and set it to tie the
-        cache's update to another computation; it does not hold all tokens: `keys_and_values` does."""
-        return self._sides[0].recent
+        """All keys, [B, n_kv_heads, offset, Dk], packed ones restored lazily; None while empty. In what they take
+        uncompressed: the cache's own bytes are `nbytes`.
+
+        Setting it trims the cache to as many tokens and replaces those that differ. Raises TypeError or ValueError for
+        more tokens, another shape or dtype, and a full window. (mlx-lm's own model files tie the cache's update to
+        another computation in this way: they get and set the buffer of recent keys.)
+        """
+        return self._sides[0].recent if history.ties() else self._history(0)
 
     @keys.setter
-    def keys(self, buffer: mx.array) -> None:
-        self._sides[0].recent = buffer
+    def keys(self, keys: Optional[mx.array]) -> None:
+        if history.ties():
+            self._sides[0].recent = keys
+        else:
+            self._assign(0, keys)
 
     @property
     def values(self) -> Optional[mx.array]:
-        """As `keys`."""
-        return self._sides[1].recent
+        """All values, as `keys`."""
+        return self._sides[1].recent if history.ties() else self._history(1)
 
     @values.setter
-    def values(self, buffer: mx.array) -> None:
-        self._sides[1].recent = buffer
+    def values(self, values: Optional[mx.array]) -> None:
+        if history.ties():
+            self._sides[1].recent = values
+        else:
+            self._assign(1, values)
+
+    def _assign(self, i, tokens):
+        history.assign(self, i, tokens)
+
+    def _history(self, i):
+        return None if self.empty() else self._view((self.n_sink, self.n_packed, self.n_recent)).restore()[i]
 
     def is_trimmable(self) -> bool:
         return True
@@ -399,6 +423,21 @@ class TurboKVCache:
         """
         return converter("to_quantized")(self, group_size, bits)
 
+    # ---- copies ----------------------------------------------------------------------------------------------
+    def __copy__(self) -> Any:
+        """A cache that goes its own way. It costs nothing: a buffer is copied when one of the two writes into it."""
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update((name, copy.deepcopy(value, memo)) for name, value in vars(self).items())
+        return twin
+
+    def __reduce__(self) -> Any:
+        """For pickle: the `state`, and what that leaves out; packed tokens stay packed."""
+        own = {name: value for name, value in vars(self).items() if name not in _NOT_PICKLED}
+        return _unpickled, (type(self), self.state, own)
+
     # ---- state -----------------------------------------------------------------------------------------------
     def _header(self, counts):
         scheme, config = self.config.scheme, self.config
@@ -475,3 +514,9 @@ class TurboKVCache:
         cache = cls.__new__(cls)
         cache.state = state
         return cache
+
+
+def _unpickled(cls, state, own):
+    cache = cls.from_state(state)
+    vars(cache).update(own)
+    return cache

@@ -50,6 +50,13 @@ class LazyKV(mx.array):
         self.view: KVView = view  # type: ignore[assignment]  # hides mx.array.view, of plain arrays
         self.side = side
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain, (self[:],)  # pickled, it is a plain array: its cache does not come with it
+
+
+def _plain(array):
+    return array
+
 
 class Unread:
     """The lazy restored tokens that the last update returned, if nobody can have read them: building that graph is a

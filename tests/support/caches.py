@@ -3,6 +3,7 @@
 import collections
 import copy
 import functools
+import pickle
 import tempfile
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from mlx_turbo.quant import reference, rotation
 
 FAST_BACKENDS = ["cpu"] if select.metal_unavailable() else ["metal"]  # for tests with many small launches
 STEPS = collections.Counter()  # of state machines: how often a rule ran, by (class, rule)
-WAYS = "deepcopy", "state", "file"
+WAYS = "copy", "deepcopy", "pickle", "state", "file"
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -39,8 +40,10 @@ def rule(**arguments):
 
 def copied(cache, way):
     """A cache that goes on from what this one holds, by one of WAYS."""
-    if way == "deepcopy":
-        return copy.deepcopy(cache)
+    if way in ("copy", "deepcopy"):
+        return getattr(copy, way)(cache)
+    if way == "pickle":
+        return pickle.loads(pickle.dumps(cache))
     if way == "state":
         return type(cache).from_state(cache.state)
     with tempfile.TemporaryDirectory() as folder:
@@ -156,11 +159,14 @@ class ListModel:
     def trim(self, n):
         want = min(max(n, 0), self.offset)
         assert self.cache.trim(n) == want
-        if want == self.offset:
+        self.trimmed_to(self.offset - want)
+
+    def trimmed_to(self, n):
+        """The cache was trimmed to n tokens in another way than by `trim`."""
+        if n == 0:
             self.clear()
-        elif want:
-            self.given = [x[:, :, : self.offset - want] for x in self.given]
-            self.untrimmed = False
+        elif n < self.offset:
+            self.given, self.untrimmed = [x[:, :, :n] for x in self.given], False
         self.check()
 
     def check(self):
