@@ -77,7 +77,8 @@ class BatchRotatingTurboKVCache(Window, BatchTurboKVCache):
         outside = held - before
         mask = mask & ((index < self.keep) | (index >= self.keep + outside))
         index = mx.where(index < self.keep, index, index - outside)
-        return mask & (before + query < index + (window_size or self.max_size))
+        mask = mask & ((index < self.keep) | (before + query < index + self.window))
+        return mask if window_size is None else mask & (before + query < index + window_size)
 
     # ---- what mlx-lm's batches of windows call it -------------------------------------------------------------
     rotated = False  # `keys` and `values` are in the order of the tokens

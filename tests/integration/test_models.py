@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step, maybe_quantize_kv_cache, speculative_generate_step
 from support.arrays import to_numpy
-from support.caches import FAST_BACKENDS, same
+from support.caches import FAST_BACKENDS, RotatingThatSeesKept, same
 from support.models import DEMO_MODEL, family, gemma3, llama, tokens_of
 
 import mlx_turbo
@@ -192,7 +192,7 @@ def test_a_short_rotating_cache_of_max_kv_size_stays_and_a_warning_says_so(backe
 
 def test_max_kv_size_gives_windows_that_keep_the_first_tokens(backend, model, tokenizer):
     tokens = mx.array(tokenizer.encode(STORIES)[:160])[None]
-    want = logits_in_chunks(model, tokens, lm_cache.make_prompt_cache(model, 36))
+    want = logits_in_chunks(model, tokens, [RotatingThatSeesKept(36, 4) for _ in model.layers])
     for config, close in (TurboConfig("turbo0", 2, 8, 8), 1e-5), (TurboConfig("turbo8", 2, 8, 8), 0.03):
         cache = make_prompt_cache(model, config, max_kv_size=36)
         assert [(type(c), c.max_size, c.keep) for c in cache] == 4 * [(RotatingTurboKVCache, 36, 4)]

@@ -9,6 +9,7 @@ import tempfile
 import mlx.core as mx
 import numpy as np
 from hypothesis import stateful
+from mlx_lm.models.cache import RotatingKVCache
 from support.arrays import to_numpy
 
 from mlx_turbo import TurboKVCache, load_prompt_cache, save_prompt_cache
@@ -120,6 +121,19 @@ def held_nbytes(thing, seen=None):
     if isinstance(thing, (list, tuple, set)):
         return sum(held_nbytes(x, seen) for x in thing)
     return held_nbytes(vars(thing), seen) if hasattr(thing, "__dict__") else 0
+
+
+class RotatingThatSeesKept(RotatingKVCache):
+    """mlx-lm's window, but tokens late in a chunk see what those that come one by one do: the first `keep` and the
+    newest, max_size in all."""
+
+    def make_mask(self, N, window_size=None, return_array=False):
+        mask = super().make_mask(N, window_size, return_array)
+        if N == 1 or not isinstance(mask, mx.array):
+            return mask
+        column = mx.arange(mask.shape[-1])
+        query = column[-N:, None]
+        return (column <= query) & ((column < self.keep) | (column > query - (self.max_size - self.keep)))
 
 
 class ListModel:

@@ -131,7 +131,16 @@ class WindowMachine(RuleBasedStateMachine):
             fetched, everything = cache.update_and_fetch(*tokens), self.all.append(*tokens)
             n_seen = min(before + 1, cache.max_size) if n == 1 else min(before, cache.max_size - 1) + n
             assert cache.offset == before + n and (mask is None or mask.shape[-1] == n_seen)
+            self.each_sees_the_kept_and_the_newest(mask, n, n_seen)
             self.are_newest(fetched, everything, n_seen)
+
+    def each_sees_the_kept_and_the_newest(self, mask, n, n_seen):
+        cache, n_kept = self.cache, min(self.cache.keep, n_seen)
+        token = np.r_[:n_kept, cache.offset - (n_seen - n_kept) : cache.offset]  # of each column
+        query = np.arange(cache.offset - n, cache.offset)[:, None]
+        want = (token <= query) & ((token < cache.keep) | (token > query - cache.window))
+        got = np.ones((n, n_seen), bool) if mask is None else np.broadcast_to(np.array(mask), (n, n_seen))
+        np.testing.assert_array_equal(got, want)
 
     def are_newest(self, fetched, everything, n_seen):
         for got, x in zip(fetched, everything):
