@@ -25,6 +25,7 @@ from .history import NAMES
 from .packing import (
     PackJob,
     grow,
+    may_choose_bits,
     n_segments,
     pack,
     quantize_tokens,
@@ -586,6 +587,7 @@ class BatchTurboKVCache(TurboKVCache):
         if filled:
             for part in filled:
                 part._raise_keys(joined._sides[0].bits)
+            joined._sides[1].bits = filled[0]._sides[1].bits
             joined._centered = tuple([yes for p in parts for yes in p._centered[i]] for i in (0, 1))
             for i, side in enumerate(joined._sides):
                 joined._join_side(side, [p._sides[i] for p in parts], parts)
@@ -689,9 +691,12 @@ class BatchTurboKVCache(TurboKVCache):
         """Row idx as a cache of its own."""
         b = list(range(self.n_rows))[idx]
         cache = self._empty_row()
-        cache.undecided, cache._errors, cache._by = self.undecided, dict(self._errors), self._by
-        cache._sides[0].bits = self._sides[0].bits
-        if not self.n_tokens(b):
+        n = self.n_tokens(b)
+        if n or may_choose_bits(self.config) and not self._exact_because():
+            cache.undecided, cache._errors, cache._by = self.undecided, dict(self._errors), self._by
+            for mine, side in zip(cache._sides, self._sides):
+                mine.bits = side.bits
+        if not n:
             return cache
         cache.n_sink, cache.n_packed, cache.n_recent = self._counts()[b]
         cache._observed, end = self._observed_of(b), self._n_columns

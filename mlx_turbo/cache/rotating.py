@@ -213,13 +213,13 @@ class RotatingTurboKVCache(Window):
     def make_mask(
         self, N: int, window_size: Optional[int] = None, return_array: bool = False
     ) -> Union[mx.array, str, None]:
-        """The mask for the next N tokens, over what `update_and_fetch` will return, in the order of the tokens: each sees
-        the first `keep` tokens and the newest `window` up to itself. (mlx-lm's RotatingKVCache masks the first ones for
-        tokens late in a chunk.) window_size: of the model's layer, if it sees less than this cache holds."""
+        """The mask for the next N tokens, over what `update_and_fetch` will return, in the order of the tokens: each
+        sees the first `keep` tokens and the newest `window` up to itself. (mlx-lm's RotatingKVCache masks the first
+        ones for tokens late in a chunk.) window_size: of the model's layer, if it sees less than this cache holds."""
         offset = min(self.max_size - 1, self.offset)
         narrow = window_size is not None and offset + N > window_size
         if N == 1:
-            return mx.arange(offset + 1) > offset - window_size if narrow else None
+            return mx.arange(offset + 1) > offset - (window_size or 0) if narrow else None
         if not (narrow or return_array or offset + N > self.max_size):
             return "causal"
         return windows_mask(N, offset, self.keep, self.window, window_size)

@@ -16,11 +16,12 @@ import numpy as np
 from ..backends import select
 from ..backends.select import check_vectors, get_backend
 from ..backends.sides import CachedSide
+from ..quant.rotation import ALLOWED_HEAD_DIMS
 from ..quant.scheme import SCALES, Scheme, TurboConfig
 from . import auto_bits, history
 from .conversion import converter
 from .masks import attention_mask
-from .packing import PackJob, allowed_dtypes, make_sides, may_choose_bits, n_segments, pack, write
+from .packing import PackJob, allowed_dtypes, bits_at, make_sides, may_choose_bits, n_segments, pack, write
 from .state import FORMAT_VERSION, HEADER_NAMES, MAGIC, read_state
 from .view import KVView, LazyKV, Unread
 
@@ -81,7 +82,8 @@ class TurboKVCache:
         such tokens; updates do not wait to find them.
 
         Raises TypeError or ValueError, with the cache unchanged, for wrong shapes, dtypes or head dims, and for a
-        batch, number of heads, head_dim or dtype other than before.
+        batch, number of heads, head_dim or dtype other than before. Keys or values of a head_dim that cannot be packed
+        stay exact; `report` says so.
         """
         self._check(keys, values)
         new, n_new = (keys, values), keys.shape[2]
@@ -162,7 +164,7 @@ class TurboKVCache:
                 and x.shape[3] == had.shape[3]
             ):
                 continue  # a decode step
-            check_vectors(x, name, any_head_dim=side.bits == 0, dtypes=allowed_dtypes(self.config))
+            check_vectors(x, name, any_head_dim=True, dtypes=allowed_dtypes(self.config))
             if had is not None:
                 for what, was, now in (
                     ("batch size", had.shape[0], x.shape[0]),
@@ -176,6 +178,10 @@ class TurboKVCache:
             raise ValueError(
                 f"values: got {tuple(values.shape)}, expected [batch, n_kv_heads, tokens] as keys {tuple(keys.shape)}"
             )
+        if self._sides[0].recent is None:
+            for side, x in zip(self._sides, (keys, values)):
+                side.bits = bits_at(side.bits, x.shape[3])
+            self.undecided = self.undecided and self._sides[0].bits > 0
 
     # ---- auto ------------------------------------------------------------------------------------------------
     def observe(self, queries: mx.array, scale: float, sinks: Optional[mx.array] = None) -> None:
@@ -361,8 +367,9 @@ class TurboKVCache:
         """What the cache holds, as a dict of plain values: scheme (auto's choice included); tokens, of which sink,
         packed and recent; nbytes; uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would hold);
         packed_bits_per_value (of keys and values, from the arrays themselves); centred (sides with means); not_finite
-        (see that method: this waits for the tokens to be computed); auto (None, or how the bits were chosen);
-        backend; attention ("fused", or why a decode step is not)."""
+        (see that method: this waits for the tokens to be computed); exact ({"keys": why, "values": why}, of sides that
+        the scheme packs and that stay exact); auto (None, or how the bits were chosen); backend; attention ("fused", or
+        why a decode step is not)."""
         values = packed_bits = uncompressed = 0
         n_tokens = [sum(counts) for counts in self._seen_counts()]
         n_sink, n_packed, n_recent = map(sum, zip(*self._seen_counts()))
@@ -386,6 +393,7 @@ class TurboKVCache:
             "packed_bits_per_value": packed_bits / values if values else 0.0,
             "centred": [name for name, side in zip(("keys", "values"), self._sides) if side.means is not None],
             "not_finite": self.not_finite(),
+            "exact": self._exact_because(),
             "auto": self._auto_report(),
             "backend": get_backend().describe(),
             "attention": self._attention(),
@@ -396,9 +404,17 @@ class TurboKVCache:
         return -(-n_tokens // 256) * 256
 
     def _auto_report(self):
-        if not may_choose_bits(self.config):
+        if not may_choose_bits(self.config) or "keys" in self._exact_because():
             return None
         return {"undecided": self.undecided, "target": auto_bits.TARGET, "error": dict(self._errors), "by": self._by}
+
+    def _exact_because(self):
+        asked = self.config.scheme.key_bits, self.config.scheme.value_bits
+        return {
+            name: f"head_dim {side.head_dim}, packed are {ALLOWED_HEAD_DIMS}"
+            for name, side, bits in zip(history.NAMES, self._sides, asked)
+            if side.recent is not None and bits_at(bits, side.head_dim) != bits
+        }
 
     def _attention(self):
         if self.empty() or not any(side.bits for side in self._sides):
@@ -457,7 +473,7 @@ class TurboKVCache:
             SCALES.index(config.scale),
             config.centre,
             config.auto,
-            -1 if self.undecided else self._sides[0].bits,
+            -1 if self.undecided else self._sides[0].bits if may_choose_bits(config) else scheme.key_bits,
             *counts,
             *dims,
             *dtypes,

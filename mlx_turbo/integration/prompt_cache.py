@@ -202,13 +202,14 @@ def reports(prompt_cache: list[Any]) -> list[tuple[int, Any, dict[str, Any] | No
 def describe(prompt_cache: list[Any]) -> str:
     """A prompt cache in one line: how many layers are compressed, what stays uncompressed and why, what `auto` chose,
     and which layers hold tokens that are not finite. Waits for the tokens to be computed."""
-    found, windows = reports(prompt_cache), [c for c in flatten_caches(prompt_cache) if isinstance(c, Window)]
-    n_compressed = len({layer for layer, _, report, _ in found if report})
+    found = reports(prompt_cache)
+    compressed = [(layer, cache) for layer, cache, report, _ in found if report and len(report["exact"]) < 2]
+    windows, n_compressed = [c for _, c in compressed if isinstance(c, Window)], len({layer for layer, _ in compressed})
     text = f"{n_compressed} of {len(prompt_cache)} layers compressed"
     if windows:
         sizes = " and ".join(f"{size:,}" for size in sorted({c.max_size for c in windows}))
         text += f" ({len(windows)} of them windows of {sizes} tokens)"
-    return text + _describe_kept(found) + _describe_auto(found) + _describe_not_finite(found)
+    return text + _describe_kept(found) + _describe_exact(found) + _describe_auto(found) + _describe_not_finite(found)
 
 
 _Reports = list[tuple[int, Any, dict[str, Any] | None, str | None]]
@@ -219,6 +220,17 @@ def _describe_kept(found: _Reports) -> str:
     if {kind for kind, _ in kept} == {"KVCache"} and all(report is None for _, _, report, _ in found):
         return ": this is mlx-lm's own cache"
     return "".join(f"; {kind} ({count}) stays uncompressed: {why}" for (kind, why), count in kept.items())
+
+
+def _describe_exact(found: _Reports) -> str:
+    layers: dict[tuple[str, str], dict[int, None]] = {}
+    for layer, _, report, _ in found:
+        for side, why in report["exact"].items() if report else ():
+            layers.setdefault((side, why), {})[layer] = None
+    return "".join(
+        f"; {side} of layer{'s' * (len(which) > 1)} {', '.join(map(str, which))} stay exact: {why}"
+        for (side, why), which in layers.items()
+    )
 
 
 def _describe_auto(found: _Reports) -> str:

@@ -129,7 +129,7 @@ def _kinds(caches: list[TurboKVCache], seen: dict[int, Any]) -> dict[Any, _Layer
         targets = [auto_bits.TARGET / MARGIN, auto_bits.TARGET * MARGIN] if c._errors else []
         bits = {c._sides[0].bits} | {_bits_at(target, c._errors) for target in targets}
         for b in bits:
-            config = replace(c.config, scheme=Scheme(b, c.config.scheme.value_bits), sink=0, auto=False)
+            config = replace(c.config, scheme=Scheme(b, c._sides[1].bits), sink=0, auto=False)
             layer = _Layer(
                 config,
                 bool(c._errors),

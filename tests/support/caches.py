@@ -67,6 +67,11 @@ def random_tokens(rng, n, *, batch=1, heads=2, key_dim=32, value_dim=32, dtype=m
     return tuple((vectors(rng, batch, heads, n, dim) + biased).astype(dtype) for dim in (key_dim, value_dim))
 
 
+def packed_bits(bits, head_dim):
+    """The bits of a side: none at a head_dim that stays exact."""
+    return bits if 32 <= head_dim <= 576 and head_dim % 4 == 0 else 0
+
+
 def header(cache):
     """The header of a cache's state as a dict."""
     return dict(zip(HEADER_NAMES, cache.state[0].tolist()))
@@ -75,7 +80,9 @@ def header(cache):
 def stored(cache):
     """What a cache's state holds: for keys and values a dict of sink, codes, scale, means, recent, as NumPy or None."""
     head, arrays, sides = header(cache), iter(cache.state[1:]), []
-    for bits, n_means in (head["chosen_key_bits"], head["key_means"]), (head["value_bits"], head["value_means"]):
+    key_bits = packed_bits(head["chosen_key_bits"], head["key_dim"])
+    value_bits = packed_bits(head["value_bits"], head["value_dim"])
+    for bits, n_means in (key_bits, head["key_means"]), (value_bits, head["value_means"]):
         present = dict(
             sink=head["n_sink"],
             codes=head["n_packed"],
@@ -196,7 +203,7 @@ class ListModel:
         if self.untrimmed:
             assert head["n_recent"] >= min(config.recent, self.offset - head["n_sink"])
         first, last = head["n_sink"], head["n_sink"] + head["n_packed"]
-        bits = config.scheme.key_bits, config.scheme.value_bits
+        bits = self._bits()
         for i, (side, x, bits) in enumerate(zip(stored(cache), self.given, bits)):
             for part, want in (("sink", x[:, :, :first]), ("recent", x[:, :, last:])):
                 if want.shape[2]:
@@ -218,8 +225,12 @@ class ListModel:
         segment = centering.segment_of(i)
         return rotation.unrotate(side["means"][:, :, np.arange(n) // segment].astype(np.float64), self.config.seed)
 
+    def _bits(self):
+        scheme = self.config.scheme
+        return [packed_bits(b, x.shape[3]) for b, x in zip((scheme.key_bits, scheme.value_bits), self.given)]
+
     def _check_fetched(self, fetched, n_sink, n_packed):
-        bits = self.config.scheme.key_bits, self.config.scheme.value_bits
+        bits = self._bits()
         for i, (x, want, side, b, dtype) in enumerate(zip(fetched, self.given, stored(self.cache), bits, self.dtypes)):
             assert x.dtype == dtype and tuple(x.shape) == want.shape
             x, first, last = to_numpy(x), n_sink, n_sink + n_packed
