@@ -13,6 +13,7 @@ from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig
 from . import attention
 from .conversion import compress_window
+from .kv_size import KEEP, limit_kv_size, pass_on_max_kv_size
 
 logger = logging.getLogger("mlx_turbo")
 OLDEST_MLX_LM = (0, 31, 2)
@@ -39,6 +40,7 @@ def patch_mlx_lm() -> Any:
     for cache in (TurboKVCache, RotatingTurboKVCache, IndexedCacheList, *of_batches):
         setattr(module, cache.__name__, cache)
     attention.install()
+    pass_on_max_kv_size(module, _EnabledMakeCache)
     return module
 
 
@@ -100,11 +102,11 @@ def make_prompt_cache(
     """A prompt cache for `model` with TurboKVCache where mlx_lm.models.cache.make_prompt_cache has a KVCache, and
     RotatingTurboKVCache where it has a RotatingKVCache (sliding windows).
 
-    config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: as in mlx-lm, the window of models that do not make
-    their own caches; its first 4 tokens are kept. Caches inside a CacheList are treated one by one, except those of an
-    indexer (sparse_indexer.py). Windows of fewer than 2 * (recent + block) tokens, and caches that hold something else
-    (states, ...), stay as mlx-lm makes them. `describe` says which and why; there is a warning if nothing is left to
-    compress.
+    config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: the most tokens that a layer sees, the first 4 of
+    them kept; also for models that make their own caches, for which mlx-lm ignores it. A warning names the layers that
+    it does not limit, and why. Caches inside a CacheList are treated one by one, except those of an indexer
+    (sparse_indexer.py). Windows of fewer than 2 * (recent + block) tokens, and caches that hold something else (states,
+    ...), stay as mlx-lm makes them. `describe` says which and why; there is a warning if nothing is left to compress.
 
     Raises ValueError for an unknown scheme.
     """
@@ -112,18 +114,27 @@ def make_prompt_cache(
     original = getattr(model, "make_cache", None)
     if isinstance(original, _EnabledMakeCache):
         original = original.original
+    from .sparse_indexer import indexers_of_model
+
+    indexers: set[tuple[int, int]] = set()
     if original is not None:
         plain = original()
+        indexers = indexers_of_model(model, plain)
+        if max_kv_size is not None:
+            plain, grow = limit_kv_size(model, plain, max_kv_size, indexers)
+            for why, layers in grow.items():
+                warnings.warn(
+                    f"max_kv_size={max_kv_size} does not limit layers {', '.join(map(str, layers))}: {why}",
+                    stacklevel=2,
+                )
     elif max_kv_size is not None:
-        plain = [module.RotatingKVCache(max_size=max_kv_size, keep=4) for _ in model.layers]
+        plain = [module.RotatingKVCache(max_size=max_kv_size, keep=KEEP) for _ in model.layers]
     else:
         plain = [module.KVCache() for _ in model.layers]
     if _reads_state(model, module.KVCache):
         warnings.warn(f"nothing is compressed: {model.model_type} needs a newer mlx-lm", stacklevel=2)
         return plain
-    from .sparse_indexer import indexers_of_model
-
-    cache = compress(plain, turbo, indexers_of_model(model, plain))
+    cache = compress(plain, turbo, indexers)
     kept = sorted({type(c).__name__ for c in flatten_caches(cache) if not isinstance(c, TurboKVCache)})
     if kept and not any(isinstance(c, TurboKVCache) for c in flatten_caches(cache)):
         warnings.warn(
@@ -142,15 +153,17 @@ class _EnabledMakeCache:
     def __init__(self, model: Any, config: TurboConfig, original: Any) -> None:
         self.model, self.config, self.original = model, config, original
 
-    def __call__(self) -> list[Any]:
-        return make_prompt_cache(self.model, self.config)
+    def __call__(self, max_kv_size: int | None = None) -> list[Any]:
+        return make_prompt_cache(self.model, self.config, max_kv_size)
 
 
 def enable(model: Any, config: str | Scheme | TurboConfig = "turbo4") -> Any:
     """Make every prompt cache that mlx-lm builds for `model` a compressed one, for applications that make their own.
 
-    Sets `make_cache` on this model object only. Calling it again changes the configuration; `disable` undoes it.
-    Returns the model. Raises ValueError for an unknown scheme.
+    Sets `make_cache` on this model object only, and mlx-lm's make_prompt_cache passes max_kv_size on to it. Calling it
+    again changes the configuration; `disable` undoes it. Returns the model.
+
+    Raises ValueError for an unknown scheme.
     """
     turbo = TurboConfig.of(config)
     disable(model)
