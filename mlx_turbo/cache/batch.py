@@ -243,6 +243,7 @@ class BatchTurboKVCache(TurboKVCache):
         if self._n_before_right_padding is not None:
             self._n_before_right_padding = [max(n - n_new, 0) for n in self._n_before_right_padding]
         self._last = plan.spans
+        self._updated()
         self._changed()
         self.shown = plan
         self._evaluate()
@@ -262,6 +263,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_free -= n_new
         self._last = [(0, n_new)] * self.n_rows
         self.version += 1
+        self._updated()
         self.shown = None
         self._set_offset()
         return self._fetch((*self._columns(self._n_packed), self._n_columns))

@@ -20,12 +20,14 @@ from ..quant.rotation import ALLOWED_HEAD_DIMS
 from ..quant.scheme import SCALES, Scheme, TurboConfig
 from . import auto_bits, history
 from .conversion import converter
+from .last_step import NOT_YET, after_update
 from .masks import attention_mask
 from .packing import PackJob, allowed_dtypes, bits_at, make_sides, may_choose_bits, n_segments, pack, write
 from .state import FORMAT_VERSION, HEADER_NAMES, MAGIC, read_state
 from .view import KVView, LazyKV, Unread
 
-_NOT_PICKLED = "_sides", "_offsets", "_unread", "version", "attended_version"  # from the state, or of this process
+# what a pickle leaves out: it is in the state, or belongs to this process
+_NOT_PICKLED = "_sides", "_offsets", "_unread", "version", "attended_version", "last_attention"
 
 
 class TurboKVCache:
@@ -48,6 +50,7 @@ class TurboKVCache:
         self.config = TurboConfig.of(config, **options)
         self.version = 0  # changes with every update: a view of an older version must not be read
         self.attended_version: Optional[int] = None  # set by attention.attend
+        self.last_attention: Optional[str] = NOT_YET
         self._unread = Unread()
         self._clear()
 
@@ -122,6 +125,7 @@ class TurboKVCache:
         if view is None:
             self.n_recent += n_to_recent
         self.version += 1
+        self._updated()
         if first or view:
             self._evaluate()
         if first and not self.undecided:
@@ -146,6 +150,10 @@ class TurboKVCache:
             side.recent = write(None, 0, tail[:, :, n_pack:], self.config.recent + self.config.block)
         self.n_packed += n_pack
         self.n_recent = self.config.recent
+
+    def _updated(self):
+        is_packed = any(side.bits and side.codes is not None for side in self._sides)
+        self.last_attention = after_update(self.last_attention, is_packed)
 
     def _evaluate(self):
         """Start computing new buffers that the returned arrays do not read: another thread cannot evaluate them, and
@@ -368,8 +376,8 @@ class TurboKVCache:
         packed and recent; nbytes; uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would hold);
         packed_bits_per_value (of keys and values, from the arrays themselves); centred (sides with means); not_finite
         (see that method: this waits for the tokens to be computed); exact ({"keys": why, "values": why}, of sides that
-        the scheme packs and that stay exact); auto (None, or how the bits were chosen); backend; attention ("fused", or
-        why a decode step is not)."""
+        the scheme packs and that stay exact); auto (None, or how the bits were chosen); backend; attention (what
+        it did with the tokens of the last update: "fused"; "tiles", "restored" or "exact" and why; "nothing yet")."""
         values = packed_bits = uncompressed = 0
         n_tokens = [sum(counts) for counts in self._seen_counts()]
         n_sink, n_packed, n_recent = map(sum, zip(*self._seen_counts()))
@@ -396,7 +404,7 @@ class TurboKVCache:
             "exact": self._exact_because(),
             "auto": self._auto_report(),
             "backend": get_backend().describe(),
-            "attention": self._attention(),
+            "attention": self.last_attention or NOT_YET,
         }
 
     def _uncompressed_capacity(self, n_tokens):
@@ -415,11 +423,6 @@ class TurboKVCache:
             for name, side, bits in zip(history.NAMES, self._sides, asked)
             if side.recent is not None and bits_at(bits, side.head_dim) != bits
         }
-
-    def _attention(self):
-        if self.empty() or not any(side.bits for side in self._sides):
-            return "mlx-lm's own: nothing is packed"
-        return get_backend().why_not_fused(*((side.bits, side.head_dim) for side in self._sides), 1) or "fused"
 
     def to_kv_cache(self) -> Any:
         """The mlx-lm cache that this one takes the place of (KVCache, RotatingKVCache, BatchKVCache,
@@ -507,6 +510,7 @@ class TurboKVCache:
         self.config, self._sides, self.undecided = state.config, state.sides, state.undecided
         self.n_sink, self.n_packed, self.n_recent = state.counts
         self.version, self.attended_version, self._unread = 0, None, Unread()
+        self.last_attention = NOT_YET
         self._observed, self._errors, self._by = None, {}, None
         vars(self).update(state.own)
         self._evaluate()

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..cache.batch import BatchTurboKVCache
 from ..cache.batch_rotating import BatchRotatingTurboKVCache
+from ..cache.last_step import NOT_YET, NOTHING_PACKED
 from ..cache.rotating import RotatingTurboKVCache, Window
 from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig
@@ -222,7 +223,14 @@ def describe(prompt_cache: list[Any]) -> str:
     if windows:
         sizes = " and ".join(f"{size:,}" for size in sorted({c.max_size for c in windows}))
         text += f" ({len(windows)} of them windows of {sizes} tokens)"
-    return text + _describe_kept(found) + _describe_exact(found) + _describe_auto(found) + _describe_not_finite(found)
+    return (
+        text
+        + _describe_kept(found)
+        + _describe_exact(found)
+        + _describe_auto(found)
+        + _describe_not_finite(found)
+        + _describe_attention(found)
+    )
 
 
 _Reports = list[tuple[int, Any, dict[str, Any] | None, str | None]]
@@ -244,6 +252,16 @@ def _describe_exact(found: _Reports) -> str:
         f"; {side} of layer{'s' * (len(which) > 1)} {', '.join(map(str, which))} stay exact: {why}"
         for (side, why), which in layers.items()
     )
+
+
+def _describe_attention(found: _Reports) -> str:
+    layers: dict[str, set[int]] = {}
+    for layer, _, report, _ in found:
+        if report and report["attention"] not in (NOT_YET, NOTHING_PACKED):
+            layers.setdefault(report["attention"], set()).add(layer)
+    ways = [(*way.partition(": "), len(which)) for way, which in layers.items()]
+    texts = [f"{way} in {n} layer{'s' * (n > 1)}" + (f" ({why})" if why else "") for way, _, why, n in ways]
+    return f"; attention of the last step: {', '.join(texts)}" if texts else ""
 
 
 def _describe_auto(found: _Reports) -> str:

@@ -151,7 +151,7 @@ def test_layers_of_a_head_dim_that_cannot_be_packed_stay_exact_and_are_named(bac
         assert row.report()["exact"] == {} and row.report()["packed"] > 0
 
 
-def test_a_side_that_can_be_packed_is_packed_beside_one_that_cannot(backend):
+def test_a_side_that_can_be_packed_is_packed_beside_one_that_cannot(backend, door):
     rng = np.random.default_rng(0)
     for dims, exact in (((64, 16), "values"), ((16, 64), "keys")):
         cache = TurboKVCache("turbo8", sink=2, recent=4, block=4)
