@@ -9,8 +9,32 @@ import mlx.core as mx
 import numpy as np
 
 from .packing import quantize_tokens, write
+from .view import plain
 
 NAMES = "keys", "values"
+
+
+class History(mx.array):
+    """What `cache.keys` (side 0) or `cache.values` (1) gave: an ordinary array, but what is written into it is set in
+    the cache too, as in mlx-lm's, whose array is the cache's own. Raises ValueError where it cannot be set, or once the
+    cache has changed."""
+
+    def __init__(self, array: mx.array, cache: Any, side: int) -> None:
+        super().__init__(array)
+        self.cache, self.side, self.version = cache, side, cache.version
+
+    def __setitem__(self, where: Any, value: Any) -> None:
+        name = NAMES[self.side]
+        if self.cache.version != self.version:
+            raise ValueError(f"{name}: the cache has changed since this array was read from it; read {name} again")
+        new = self[:]
+        new[where] = value
+        setattr(self.cache, name, new)
+        super().__setitem__(where, value)
+        self.version = self.cache.version
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain, (self[:],)  # pickled, it is a plain array
 
 
 def ties(depth: int = 2) -> bool:

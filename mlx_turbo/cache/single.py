@@ -272,7 +272,7 @@ class TurboKVCache:
         more tokens, another shape or dtype, and a full window. (mlx-lm's own model files tie the cache's update to
         another computation in this way: they get and set the buffer of recent keys.)
         """
-        return self._sides[0].recent if history.ties() else self._history(0)
+        return self._sides[0].recent if history.ties() else self._read(0)
 
     @keys.setter
     def keys(self, keys: Optional[mx.array]) -> None:
@@ -284,7 +284,7 @@ class TurboKVCache:
     @property
     def values(self) -> Optional[mx.array]:
         """All values, as `keys`."""
-        return self._sides[1].recent if history.ties() else self._history(1)
+        return self._sides[1].recent if history.ties() else self._read(1)
 
     @values.setter
     def values(self, values: Optional[mx.array]) -> None:
@@ -292,6 +292,10 @@ class TurboKVCache:
             self._sides[1].recent = values
         else:
             self._assign(1, values)
+
+    def _read(self, i):
+        tokens = self._history(i)
+        return None if tokens is None else history.History(tokens, self, i)
 
     def _assign(self, i, tokens):
         history.assign(self, i, tokens)

@@ -51,10 +51,11 @@ class LazyKV(mx.array):
         self.side = side
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _plain, (self[:],)  # pickled, it is a plain array: its cache does not come with it
+        return plain, (self[:],)  # pickled, it is a plain array: its cache does not come with it
 
 
-def _plain(array):
+def plain(array: mx.array) -> mx.array:
+    """The array itself: what an array that knows its cache is pickled as."""
     return array
 
 

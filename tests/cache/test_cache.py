@@ -370,7 +370,15 @@ def test_what_cannot_be_set_is_an_error_and_changes_nothing(backend):
     ):
         with pytest.raises(error, match=message):
             setattr(thing, name, wrong)
+    old = cache.keys
     cache.offset = np.int64(20)
+    for tokens, message in (
+        (batch.keys, "keys: of a batch they cannot be set"),
+        (full.values, "values: cannot be set in a full window"),
+        (old, "keys: the cache has changed since this array was read from it; read keys again"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tokens[:, :, 3] = 0
     assert same([snapshot(c) for c in (cache, full)], before)
     cache.keys = None
     assert cache.empty() and cache.keys is None

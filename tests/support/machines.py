@@ -61,7 +61,7 @@ class CacheMachine(RuleBasedStateMachine):
         cache = self.model.cache
         for tokens, want in zip((cache.keys, cache.values), cache.keys_and_values()):
             blocks = [tokens[:, :, i : i + step] for i in range(0, cache.offset, step)]
-            assert type(tokens) is mx.array and mx.array_equal(mx.concatenate(blocks, axis=2), want, equal_nan=True)
+            assert isinstance(tokens, mx.array) and mx.array_equal(mx.concatenate(blocks, axis=2), want, equal_nan=True)
 
     @precondition(lambda self: self.model.offset)
     @rule(data=st.data(), order=st.permutations(["keys", "values", "offset"]))
@@ -80,8 +80,13 @@ class CacheMachine(RuleBasedStateMachine):
         model, name = self.model, ("keys", "values")[side]
         changed = data.draw(st.lists(st.integers(0, model.offset - 1), max_size=3, unique=True))
         tokens, new = getattr(model.cache, name), random_tokens(self.rng, model.offset, **self.shape)[side]
-        here = mx.array([i in changed for i in range(model.offset)])[:, None]
-        setattr(model.cache, name, mx.depends(mx.where(here, new, tokens), mx.array(3.0) + 1))
+        if data.draw(st.booleans()):
+            for i in changed:
+                tokens[..., i : i + 1, :] = new[:, :, i : i + 1]
+            assert mx.array_equal(tokens[:, :, changed], new[:, :, changed]) if changed else True
+        else:
+            here = mx.array([i in changed for i in range(model.offset)])[:, None]
+            setattr(model.cache, name, mx.depends(mx.where(here, new, tokens), mx.array(3.0) + 1))
         model.given[side][:, :, changed] = to_numpy(new)[:, :, changed]
         model.check()
 
