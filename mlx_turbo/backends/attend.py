@@ -37,13 +37,28 @@ def max_restored_bytes():
     return int(given)
 
 
-def attend_sides(queries, keys, values, counts, *, scale, mask=None, sinks=None, seed=0, n_evicted=0, backend=None):
+def way_of(keys, values, counts, n_queries, backend=None):
+    """How `attend_sides` serves n_queries query tokens: "fused", or "restored" or "tiles" and why."""
+    why = get_backend(backend).why_not_fused((keys.bits, keys.head_dim), (values.bits, values.head_dim), n_queries)
+    if not why:
+        return "fused"
+    if n_queries <= MAX_QUERY_TOKENS:
+        return f"tiles: {why}"
+    n_bytes, most = _restored_bytes(keys, values, counts), max_restored_bytes()
+    if n_bytes <= most:
+        return f"restored: a chunk of {n_queries} tokens"
+    return f"tiles: a past of {n_bytes:,} bytes, at most {most:,} are restored"
+
+
+def attend_sides(
+    queries, keys, values, counts, *, scale, mask=None, sinks=None, seed=0, n_evicted=0, backend=None, way=None
+):
     """softmax(scale * q k^T + mask) v over all tokens of a cache.
 
     queries: [B, n_heads, L, Dk]. keys, values: `CachedSide`. counts: (n_sink, n_packed, n_recent), the order of the
     tokens. mask: None, "causal" (the queries are the last L tokens), boolean or additive, broadcast to
     [B, n_heads, L, N]; it knows nothing of the first n_evicted packed tokens, which no query sees. sinks: [n_heads],
-    logits without a value (gpt-oss).
+    logits without a value (gpt-oss). way: what `way_of` says, if it is at hand.
 
     Returns [B, n_heads, L, Dv] in the queries' dtype. Raises ValueError for shapes that do not belong together.
     """
@@ -53,13 +68,13 @@ def attend_sides(queries, keys, values, counts, *, scale, mask=None, sinks=None,
         allowed = f"[{batch}, a multiple of {n_kv_heads} heads, tokens, {keys.head_dim}]"
         raise ValueError(f"queries: got {tuple(dims)}, expected {allowed}")
     backend, n_queries = get_backend(backend), queries.shape[2]
-    kinds = (keys.bits, keys.head_dim), (values.bits, values.head_dim)
+    way = way or way_of(keys, values, counts, n_queries, backend)
     options = dict(scale=scale, mask=mask, sinks=sinks)
-    if not backend.why_not_fused(*kinds, n_queries):
+    if way == "fused":
         if n_evicted:
             options["mask"] = _mask_evicted(mask, counts, n_evicted, n_queries)
         return backend.attend(queries, keys, values, counts, seed=seed, **options)
-    if n_queries > MAX_QUERY_TOKENS and _restored_bytes(keys, values, counts) <= max_restored_bytes():
+    if way.startswith("restored"):
         return _attend_restored(queries, keys, values, counts, backend, seed, n_evicted, **options)
     if n_evicted:
         options["mask"] = _mask_evicted(mask, counts, n_evicted, n_queries)
@@ -78,7 +93,7 @@ def _attend_restored(queries, keys, values, counts, backend, seed, n_evicted, *,
     if is_long:
         _wait_for_layers(LAYERS_AT_ONCE - 1)
     keys, values = (_behind(queries, side) for side in (keys, values))
-    k, v = restore(keys, values, counts, backend, seed, n_evicted)
+    k, v = restore(keys, values, counts, backend, seed, n_evicted, wait=True)
     dtype = queries.dtype if queries.dtype == k.dtype == v.dtype else mx.float32
     q, k, v = (a.astype(dtype) for a in (queries, k, v))
     if mask is not None and not isinstance(mask, str) and mask.dtype not in (mx.bool_, dtype):

@@ -13,6 +13,11 @@ class WrongResultError(BackendError):
     """A kernel runs, and disagrees with the reference."""
 
 
+def first_tokens(buffer: mx.array, n: int) -> mx.array:
+    """The first n tokens of a buffer [B, H, capacity, *]; a full one is not sliced, which would take a microsecond."""
+    return buffer if n == buffer.shape[2] else buffer[:, :, :n]
+
+
 class QuantizeSide(NamedTuple):
     """Vectors to quantize. x: [B, H, L, D]. mean: float32 [B, H, 1, D] or None."""
 

@@ -57,8 +57,8 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
     B, n_heads, L, _ = queries.shape
     H = keys.recent.shape[1]
     rows = B, H, n_heads // H * L
-    q = (queries.astype(mx.float32) * scale).reshape(*rows, -1)
-    q_packed = q_rotated = value_order = None
+    logits_of = _Logits((queries.astype(mx.float32) * scale).reshape(*rows, -1), keys, read_rows, seed)
+    sums_of = _ValueSums(values, read_rows)
     n_seen = 0  # by every query, of the first tokens
     if isinstance(mask, str):
         n_seen = n_tokens - L + 1
@@ -70,58 +70,15 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
         sinks = sinks.reshape(*rows, 1)
     tiles = _tiles(counts, B * n_heads * L, MAX_TILE, LOGIT_BYTES)
     one_softmax = len(tiles) == 1 and mask is None and sinks is None
-
-    def attend_tile(spans, splits, top):
-        """The new maximum of the logits, and sums of weights, of packed weights, of weights * values, and of weights *
-        rotated values."""
-        nonlocal q_packed, q_rotated, value_order
-        logits = []
-        for part, first, n, _ in spans:
-            if part != "codes" or not keys.bits:
-                logits.append(q @ _exact(keys, part, first, n).swapaxes(-1, -2))
-                continue
-            k, gamma, order = read_rows(keys, first, n)
-            if q_packed is None:
-                q_packed = q @ _rotation(keys.head_dim, seed, order)[0]
-                q_rotated = None if keys.means is None else q @ _rotation(keys.head_dim, seed, None)[0]
-            x = q_packed @ k.swapaxes(-1, -2)
-            x = x if gamma is None else x * gamma.swapaxes(-1, -2)
-            logits.append(x if keys.means is None else x + _mean_logits(q_rotated, keys, first, n))
-        logits = _join(logits)
-        if one_softmax:
-            sums = [1, 0, 0, 0]
-            weights = mx.softmax(logits, axis=-1)
-        else:
-            if mask is not None:
-                x = _join([mask[..., column : column + n] for _, _, n, column in spans])
-                logits = mx.where(x, logits, DEAD) if mask.dtype == mx.bool_ else mx.where(x > DEAD, logits + x, DEAD)
-            highest = logits.max(-1, keepdims=True)
-            if mask is not None:
-                highest = mx.maximum(highest, DEAD / 2)  # the weight of a masked token is 0 also in a row of such
-            top = highest if top is None else mx.maximum(top, highest)
-            weights = mx.exp(logits - top)
-            sums = [weights.sum(-1, keepdims=True), 0, 0, 0]
-        for (part, first, n, column), w in zip(spans, mx.split(weights, splits, axis=-1) if splits else [weights]):
-            packed = part == "codes" and values.bits
-            if packed:
-                v, gamma, value_order = read_rows(values, first, n)
-            else:
-                v, gamma = _exact(values, part, first, n), None
-            if mask is not None and column + n > n_seen:
-                v, gamma, spoiled = without_nan(v, gamma, w)
-                sums[0] = sums[0] + spoiled
-            if not packed:
-                sums[2] = _plus(sums[2], w @ v)
-                continue
-            sums[3] = _plus(sums[3], (w if gamma is None else w * gamma.swapaxes(-1, -2)) @ v)
-            if values.means is not None:
-                sums[1] = _plus(sums[1], w.sum(-1, keepdims=True))
-        return top, sums
-
     top, sums, started = sinks, None, []
     for spans, splits in tiles:
-        before = top
-        top, new = attend_tile(spans, splits, top)
+        before, logits = top, logits_of(spans)
+        if one_softmax:
+            weights, total = mx.softmax(logits, axis=-1), 1
+        else:
+            weights, top = _weights(logits, None if mask is None else _columns(mask, spans), top)
+            total = weights.sum(-1, keepdims=True)
+        new = sums_of(spans, mx.split(weights, splits, axis=-1) if splits else [weights], total, mask, n_seen)
         if sums is not None:
             fade = mx.exp(before - top)
             new = [a * fade + b for a, b in zip(sums, new)]
@@ -133,7 +90,7 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
                 mx.eval(started.pop(0))
     total, packed_weight, out, rotated = sums
     if values.bits and n_packed:
-        out = _plus(out, rotated @ _rotation(values.head_dim, seed, value_order)[1])
+        out = _plus(out, rotated @ _rotation(values.head_dim, seed, sums_of.order)[1])
         if values.means is not None:
             out = out + packed_weight * (_exact(values, "means", 0, 1) @ _rotation(values.head_dim, seed, None)[1])
     if not one_softmax:
@@ -143,6 +100,73 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
             total = mx.where(total == 0, 1, total)  # a row that attends to nothing gives 0
         out = out / total
     return out.reshape(B, n_heads, L, -1).astype(queries.dtype)
+
+
+class _Logits:
+    """Logits of the queries q [B, H, G * L, D] with the keys of a tile; the rotated queries are made when they are
+    needed first."""
+
+    def __init__(self, q, keys, read_rows, seed):
+        self.q, self.keys, self.read_rows, self.seed = q, keys, read_rows, seed
+        self.q_packed = self.q_rotated = None
+
+    def __call__(self, spans):
+        return _join([self._of_span(part, first, n) for part, first, n, _ in spans])
+
+    def _of_span(self, part, first, n):
+        keys = self.keys
+        if part != "codes" or not keys.bits:
+            return self.q @ _exact(keys, part, first, n).swapaxes(-1, -2)
+        k, gamma, order = self.read_rows(keys, first, n)
+        if self.q_packed is None:
+            self.q_packed = self.q @ _rotation(keys.head_dim, self.seed, order)[0]
+            self.q_rotated = None if keys.means is None else self.q @ _rotation(keys.head_dim, self.seed, None)[0]
+        x = self.q_packed @ k.swapaxes(-1, -2)
+        x = x if gamma is None else x * gamma.swapaxes(-1, -2)
+        return x if keys.means is None else x + _mean_logits(self.q_rotated, keys, first, n)
+
+
+def _weights(logits, mask, top):
+    """exp(logits - maximum) of a tile, masked, and the maximum with that of the tiles before (`top`)."""
+    if mask is not None:
+        logits = mx.where(mask, logits, DEAD) if mask.dtype == mx.bool_ else mx.where(mask > DEAD, logits + mask, DEAD)
+    highest = logits.max(-1, keepdims=True)
+    if mask is not None:
+        highest = mx.maximum(highest, DEAD / 2)  # the weight of a masked token is 0 also in a row of such
+    top = highest if top is None else mx.maximum(top, highest)
+    return mx.exp(logits - top), top
+
+
+class _ValueSums:
+    """Sums over the values of a tile. order: that of the rotated sum, as `read_rows` names it, once there is one."""
+
+    def __init__(self, values, read_rows):
+        self.values, self.read_rows, self.order = values, read_rows, None
+
+    def __call__(self, spans, weights, total, mask, n_seen):
+        """Sums of weights (`total`, spoiled by values that are not finite), of packed weights, of weights * values, and
+        of weights * rotated values. weights: [.., n] of each span."""
+        values, packed_weight, out, rotated = self.values, 0, 0, 0
+        for (part, first, n, column), w in zip(spans, weights):
+            packed = part == "codes" and values.bits
+            if packed:
+                v, gamma, self.order = self.read_rows(values, first, n)
+            else:
+                v, gamma = _exact(values, part, first, n), None
+            if mask is not None and column + n > n_seen:
+                v, gamma, spoiled = without_nan(v, gamma, w)
+                total = total + spoiled
+            if not packed:
+                out = _plus(out, w @ v)
+                continue
+            rotated = _plus(rotated, (w if gamma is None else w * gamma.swapaxes(-1, -2)) @ v)
+            if values.means is not None:
+                packed_weight = _plus(packed_weight, w.sum(-1, keepdims=True))
+        return [total, packed_weight, out, rotated]
+
+
+def _columns(mask, spans):
+    return _join([mask[..., column : column + n] for _, _, n, column in spans])
 
 
 def _join(arrays):

@@ -17,13 +17,15 @@ from typing import Any, Iterable, Optional, Sequence, Union
 import mlx.core as mx
 import numpy as np
 
+from ..backends.sides import first_tokens
 from ..quant.scheme import Scheme, TurboConfig
 from . import auto_bits
 from .batch_plan import Plan
+from .history import NAMES
 from .packing import (
     PackJob,
-    first_tokens,
     grow,
+    may_choose_bits,
     n_segments,
     pack,
     quantize_tokens,
@@ -34,7 +36,6 @@ from .packing import (
 )
 from .single import TurboKVCache
 from .state import BATCH_MAGIC, ROW_NAMES, read_state
-from .view import Unread
 
 
 def _precision(bits):
@@ -106,14 +107,19 @@ class BatchTurboKVCache(TurboKVCache):
         """Whether padding of the prompt is still to come."""
         return any(self._pad) or self._n_before_right_padding is not None
 
-    @property
-    def offset(self) -> mx.array:  # type: ignore[override]  # mlx-lm's contract: an int of one sequence, an array of a batch
-        """Tokens of each row so far, int32 [B]: negative as long as left padding is to come."""
-        return self._offset
+    @property  # type: ignore[override]
+    def offset(self) -> mx.array:  # mlx-lm's contract: an int of one sequence, an array of a batch
+        """Tokens of each row so far, int32 [B]: negative as long as left padding is to come. Setting it raises
+        ValueError."""
+        return self._offsets
+
+    @offset.setter
+    def offset(self, n: Any) -> None:
+        raise ValueError("offset: of a batch it cannot be set; trim(n) drops the newest n tokens of each row")
 
     def _set_offset(self):
         sink = self.config.sink
-        self._offset = mx.array(
+        self._offsets = mx.array(
             [
                 (sink + n_packed if n_packed else 0) + n_recent + n_evicted - pad
                 for n_packed, n_recent, n_evicted, pad in zip(
@@ -237,6 +243,7 @@ class BatchTurboKVCache(TurboKVCache):
         if self._n_before_right_padding is not None:
             self._n_before_right_padding = [max(n - n_new, 0) for n in self._n_before_right_padding]
         self._last = plan.spans
+        self._updated()
         self._changed()
         self.shown = plan
         self._evaluate()
@@ -256,6 +263,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_free -= n_new
         self._last = [(0, n_new)] * self.n_rows
         self.version += 1
+        self._updated()
         self.shown = None
         self._set_offset()
         return self._fetch((*self._columns(self._n_packed), self._n_columns))
@@ -398,7 +406,7 @@ class BatchTurboKVCache(TurboKVCache):
             return
         n = max(self._n_packed)
         if n:
-            keys, means = self._view((0, n, 0)).restore_packed()[0], side.means
+            keys, means = self._view((0, n, 0)).restore()[0], side.means
             side.bits = bits
             if bits:
                 ((codes, scale),) = quantize_tokens([keys], [side.to_pack(means)], [means], 0, self.config)
@@ -447,6 +455,42 @@ class BatchTurboKVCache(TurboKVCache):
         if N > 1:
             mask = mask & (column <= base + query)
         return mask, held, mx.where(column < n_sink + n_packed, column, held + column - base), query
+
+    # ---- what mlx-lm's batches call it: see history.py --------------------------------------------------------
+    def _history(self, i):
+        """All tokens of the rows [B, n_kv_heads, tokens of the longest, D], right-aligned, zeros before them."""
+        if self.is_mid_prompt:
+            raise ValueError(f"{NAMES[i]}: padding of the prompt is still to come")
+        if self.empty():
+            return None
+        columns, rows = self._seen_columns()
+        longest = max(map(len, rows))
+        index = mx.array([[0] * (longest - len(row)) + row for row in rows])[:, None, :, None]
+        held = mx.array([[False] * (longest - len(row)) + [True] * len(row) for row in rows])[:, None, :, None]
+        tokens = mx.take_along_axis(self._view(columns).restore()[i], index, axis=2)
+        return mx.where(held, tokens, mx.zeros_like(tokens))
+
+    def _assign(self, i, tokens):
+        raise ValueError(f"{NAMES[i]}: of a batch they cannot be set; extract(row) gives a cache whose can")
+
+    def _seen_columns(self):
+        """The columns of the buffers, and for each row those of the tokens that a query sees, in their order."""
+        columns, rows = self._columns_of_rows()
+        seen = [(n_sink, sum(others)) for n_sink, *others in self._seen_counts()]
+        return columns, [
+            [*row[:n_sink].tolist(), *row[len(row) - n :].tolist()] for row, (n_sink, n) in zip(rows, seen)
+        ]
+
+    @property
+    def left_padding(self) -> mx.array:
+        """Columns before the first token of each row in `keys` and `values`, int32 [B]."""
+        n_tokens = [len(row) for row in self._seen_columns()[1]]
+        return mx.array([max(n_tokens) - n for n in n_tokens], mx.int32)
+
+    @property
+    def _idx(self) -> int:
+        """Columns of `keys` and `values`."""
+        return max(len(row) for row in self._seen_columns()[1])
 
     # ---- batches ---------------------------------------------------------------------------------------------
     def prepare(
@@ -545,6 +589,7 @@ class BatchTurboKVCache(TurboKVCache):
         if filled:
             for part in filled:
                 part._raise_keys(joined._sides[0].bits)
+            joined._sides[1].bits = filled[0]._sides[1].bits
             joined._centered = tuple([yes for p in parts for yes in p._centered[i]] for i in (0, 1))
             for i, side in enumerate(joined._sides):
                 joined._join_side(side, [p._sides[i] for p in parts], parts)
@@ -599,16 +644,12 @@ class BatchTurboKVCache(TurboKVCache):
 
     def extend(self, other: "BatchTurboKVCache") -> None:
         """Append the rows of another batch cache, which stays as it is. Raises as `merge`, with this one unchanged."""
-        joined = self._join([self._shallow(), other._shallow()])
+        if type(other) is not type(self):
+            raise ValueError(f"other: got a {type(other).__name__}, allowed is a {type(self).__name__}")
+        joined = self._join([copy.copy(self), copy.copy(other)])
         version = self.version + 1
         self.__dict__.update(joined.__dict__)
         self.version = version
-
-    def _shallow(self):
-        """A cache with the same arrays; replacing them there does not change this one."""
-        twin = copy.copy(self)
-        twin._unread, twin._sides = Unread(), [copy.copy(side) for side in self._sides]
-        return twin
 
     def filter(self, batch_indices: Union[Iterable[int], mx.array]) -> None:
         """Keep the rows batch_indices (a list or array of row numbers), in that order.
@@ -652,9 +693,12 @@ class BatchTurboKVCache(TurboKVCache):
         """Row idx as a cache of its own."""
         b = list(range(self.n_rows))[idx]
         cache = self._empty_row()
-        cache.undecided, cache._errors, cache._by = self.undecided, dict(self._errors), self._by
-        cache._sides[0].bits = self._sides[0].bits
-        if not self.n_tokens(b):
+        n = self.n_tokens(b)
+        if n or may_choose_bits(self.config) and not self._exact_because():
+            cache.undecided, cache._errors, cache._by = self.undecided, dict(self._errors), self._by
+            for mine, side in zip(cache._sides, self._sides):
+                mine.bits = side.bits
+        if not n:
             return cache
         cache.n_sink, cache.n_packed, cache.n_recent = self._counts()[b]
         cache._observed, end = self._observed_of(b), self._n_columns

@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..quant.scheme import Scheme, TurboConfig
 from .batch import BatchTurboKVCache
 from .packing import n_segments, take_ending_at, write
-from .rotating import RotatingTurboKVCache, Window
+from .rotating import NO_KEPT_TOKENS, RotatingTurboKVCache, Window
 from .state import BATCH_WINDOW_MAGIC
 
 
@@ -72,12 +72,31 @@ class BatchRotatingTurboKVCache(Window, BatchTurboKVCache):
     def make_mask(self, N: int, return_array: bool = False, window_size: Optional[int] = None) -> mx.array:
         """As BatchTurboKVCache.make_mask, for what each row would see in a RotatingTurboKVCache of its own."""
         mask, held, index, query = self._tokens_in_columns(N)
-        offset = self._offset[:, None, None, None]
+        offset = self._offsets[:, None, None, None]
         before = mx.minimum(offset, self.max_size - 1)  # tokens that the row alone would return, besides the new ones
         outside = held - before
         mask = mask & ((index < self.keep) | (index >= self.keep + outside))
         index = mx.where(index < self.keep, index, index - outside)
-        return mask & (before + query < index + (window_size or self.max_size))
+        mask = mask & ((index < self.keep) | (before + query < index + self.window))
+        return mask if window_size is None else mask & (before + query < index + window_size)
+
+    # ---- what mlx-lm's batches of windows call it -------------------------------------------------------------
+    rotated = False  # `keys` and `values` are in the order of the tokens
+
+    @property
+    def left_padding(self) -> mx.array:
+        """As BatchTurboKVCache.left_padding. Raises ValueError if first tokens are kept: mlx-lm's batches of windows,
+        which ask for it, would evict them."""
+        if self.keep:
+            raise ValueError(NO_KEPT_TOKENS.format(self.keep))
+        return super().left_padding
+
+    @property
+    def _offset(self) -> int:
+        return self._idx
+
+    def _temporal_order(self) -> None:
+        """Nothing to do."""
 
     # ---- the rest of mlx-lm's contract -----------------------------------------------------------------------
     @classmethod

@@ -98,12 +98,3 @@ def stored(means: mx.array, centered: mx.array, seed: int) -> mx.array:
 def plain(means: mx.array, seed: int) -> mx.array:
     """Stored means [B, H, S, D] as vectors to subtract or add, float32."""
     return unrotate(means, seed)
-
-
-def per_token(means: mx.array, first: int, n: int, segment: int) -> mx.array:
-    """The means [B, H, S, D] of packed tokens first .. first + n - 1, one each: [B, H, n or 1, D]."""
-    if segment >= first + n:
-        return means[:, :, :1]
-    last = (first + n - 1) // segment
-    rows = mx.repeat(means[:, :, first // segment : last + 1], segment, axis=2)
-    return rows[:, :, first % segment : first % segment + n]

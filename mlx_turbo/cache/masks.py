@@ -14,6 +14,15 @@ def causal_mask(N: int, offset: int = 0, window_size: Optional[int] = None) -> m
     return mask if window_size is None else mask & (queries < keys + window_size)
 
 
+def windows_mask(N: int, offset: int, keep: int, window: int, window_size: Optional[int] = None) -> mx.array:
+    """Bool [N, offset + N], True where one of N queries, after `offset` tokens, sees a token: the first `keep` ones and
+    the newest `window` up to itself; window_size: of all these, only so many of the newest."""
+    mask = causal_mask(N, offset, window)
+    if keep:
+        mask = mask | (causal_mask(N, offset) & (mx.arange(offset + N) < keep))
+    return mask if window_size is None else mask & causal_mask(N, offset, window_size)
+
+
 def attention_mask(
     N: int, offset: int, return_array: bool = False, window_size: Optional[int] = None
 ) -> Union[mx.array, str, None]:

@@ -8,6 +8,7 @@ import mlx.core as mx
 from ..backends import select
 from ..backends.select import QuantizeSide
 from ..backends.sides import ONE_SEGMENT
+from ..quant.rotation import can_rotate
 from ..quant.scheme import Scheme, TurboConfig
 from . import centering
 
@@ -51,6 +52,11 @@ def make_sides(config: TurboConfig, key_bits: Optional[int] = None) -> list[Side
     """Empty keys and values. key_bits: what auto chose, if it has."""
     bits = config.scheme.key_bits if key_bits is None else key_bits, config.scheme.value_bits
     return [Side(b, centering.segment_of(i)) for i, b in enumerate(bits)]
+
+
+def bits_at(bits: int, head_dim: int) -> int:
+    """The bits of a side whose configuration says `bits`: 0, that is exact, at a head_dim that cannot be packed."""
+    return bits if can_rotate(head_dim) else 0
 
 
 def may_choose_bits(config: TurboConfig) -> bool:
@@ -103,11 +109,6 @@ def grow(buffer: Buffer, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     if buffer is None:
         return mx.zeros(shape, dtype)
     return mx.pad(buffer, [(0, 0), (0, 0), (0, shape[2] - buffer.shape[2]), (0, 0)])
-
-
-def first_tokens(buffer: mx.array, n: int) -> mx.array:
-    """The first n tokens of a buffer; a full one is not sliced, which would take a microsecond."""
-    return buffer if n == buffer.shape[2] else buffer[:, :, :n]
 
 
 def take_rows(array: mx.array, rows: list[int]) -> mx.array:

@@ -15,10 +15,15 @@ from typing import Any, Optional, Union
 import mlx.core as mx
 
 from ..quant.scheme import Scheme, TurboConfig
-from .masks import causal_mask
+from .history import set_offset
+from .masks import windows_mask
 from .packing import n_segments, write
 from .single import TurboKVCache
 from .state import WINDOW_MAGIC
+
+NO_KEPT_TOKENS = (
+    "mlx-lm's batch of windows keeps no first tokens, this window keeps {}: merge it with others of its kind"
+)
 
 
 class Window(TurboKVCache):
@@ -126,8 +131,19 @@ class RotatingTurboKVCache(Window):
 
     @property
     def offset(self) -> int:
-        """Number of tokens so far, evicted ones included: the position for RoPE."""
+        """Number of tokens so far, evicted ones included: the position for RoPE. Set as TurboKVCache.offset, until the
+        window is full."""
         return super().offset + self.n_evicted
+
+    @offset.setter
+    def offset(self, n: int) -> None:
+        set_offset(self, n)
+
+    def _temporal_order(self, tokens: mx.array) -> mx.array:
+        """`keys` or `values` in their order, which they are in: mlx-lm's windows merge others by this method."""
+        if self.keep:
+            raise ValueError(NO_KEPT_TOKENS.format(self.keep))
+        return tokens
 
     # ---- update ----------------------------------------------------------------------------------------------
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -197,17 +213,16 @@ class RotatingTurboKVCache(Window):
     def make_mask(
         self, N: int, window_size: Optional[int] = None, return_array: bool = False
     ) -> Union[mx.array, str, None]:
-        """The mask for the next N tokens, over what `update_and_fetch` will return; as of mlx-lm's RotatingKVCache, but
-        in the order of the tokens."""
-        offset, window_size = min(self.max_size - 1, self.offset), window_size or (self.max_size if N > 1 else None)
-        if N > 1:
-            assert window_size is not None
-            if offset + N > window_size or return_array:
-                return causal_mask(N, offset, window_size)
+        """The mask for the next N tokens, over what `update_and_fetch` will return, in the order of the tokens: each
+        sees the first `keep` tokens and the newest `window` up to itself. (mlx-lm's RotatingKVCache masks the first
+        ones for tokens late in a chunk.) window_size: of the model's layer, if it sees less than this cache holds."""
+        offset = min(self.max_size - 1, self.offset)
+        narrow = window_size is not None and offset + N > window_size
+        if N == 1:
+            return mx.arange(offset + 1) > offset - (window_size or 0) if narrow else None
+        if not (narrow or return_array or offset + N > self.max_size):
             return "causal"
-        if window_size is not None and window_size <= offset:
-            return mx.arange(offset + 1) > offset - window_size
-        return None
+        return windows_mask(N, offset, self.keep, self.window, window_size)
 
     def is_trimmable(self) -> bool:
         return self.offset < self.max_size

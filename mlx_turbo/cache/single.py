@@ -7,6 +7,7 @@ from those exact values, once, so the stored codes do not depend on how the prom
 [B, n_kv_heads, tokens, *]: the bits of a token never leave its row.
 """
 
+import copy
 from typing import Any, Optional, Sequence, Union
 
 import mlx.core as mx
@@ -15,13 +16,18 @@ import numpy as np
 from ..backends import select
 from ..backends.select import check_vectors, get_backend
 from ..backends.sides import CachedSide
+from ..quant.rotation import ALLOWED_HEAD_DIMS
 from ..quant.scheme import SCALES, Scheme, TurboConfig
-from . import auto_bits
+from . import auto_bits, history
 from .conversion import converter
+from .last_step import NOT_YET, after_update
 from .masks import attention_mask
-from .packing import PackJob, allowed_dtypes, make_sides, may_choose_bits, n_segments, pack, write
+from .packing import PackJob, allowed_dtypes, bits_at, make_sides, may_choose_bits, n_segments, pack, write
 from .state import FORMAT_VERSION, HEADER_NAMES, MAGIC, read_state
 from .view import KVView, LazyKV, Unread
+
+# what a pickle leaves out: it is in the state, or belongs to this process
+_NOT_PICKLED = "_sides", "_offsets", "_unread", "version", "attended_version", "last_attention"
 
 
 class TurboKVCache:
@@ -44,6 +50,7 @@ class TurboKVCache:
         self.config = TurboConfig.of(config, **options)
         self.version = 0  # changes with every update: a view of an older version must not be read
         self.attended_version: Optional[int] = None  # set by attention.attend
+        self.last_attention: Optional[str] = NOT_YET
         self._unread = Unread()
         self._clear()
 
@@ -59,8 +66,12 @@ class TurboKVCache:
 
     @property
     def offset(self) -> int:
-        """Number of tokens in the cache."""
+        """Number of tokens in the cache. Setting it to fewer trims it; raises ValueError for more."""
         return self.n_sink + self.n_packed + self.n_recent
+
+    @offset.setter
+    def offset(self, n: int) -> None:
+        history.set_offset(self, n)
 
     # ---- update ----------------------------------------------------------------------------------------------
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -74,7 +85,8 @@ class TurboKVCache:
         such tokens; updates do not wait to find them.
 
         Raises TypeError or ValueError, with the cache unchanged, for wrong shapes, dtypes or head dims, and for a
-        batch, number of heads, head_dim or dtype other than before.
+        batch, number of heads, head_dim or dtype other than before. Keys or values of a head_dim that cannot be packed
+        stay exact; `report` says so.
         """
         self._check(keys, values)
         new, n_new = (keys, values), keys.shape[2]
@@ -113,6 +125,7 @@ class TurboKVCache:
         if view is None:
             self.n_recent += n_to_recent
         self.version += 1
+        self._updated()
         if first or view:
             self._evaluate()
         if first and not self.undecided:
@@ -138,6 +151,10 @@ class TurboKVCache:
         self.n_packed += n_pack
         self.n_recent = self.config.recent
 
+    def _updated(self):
+        is_packed = any(side.bits and side.codes is not None for side in self._sides)
+        self.last_attention = after_update(self.last_attention, is_packed)
+
     def _evaluate(self):
         """Start computing new buffers that the returned arrays do not read: another thread cannot evaluate them, and
         until they are evaluated they keep their inputs alive."""
@@ -155,7 +172,7 @@ class TurboKVCache:
                 and x.shape[3] == had.shape[3]
             ):
                 continue  # a decode step
-            check_vectors(x, name, any_head_dim=side.bits == 0, dtypes=allowed_dtypes(self.config))
+            check_vectors(x, name, any_head_dim=True, dtypes=allowed_dtypes(self.config))
             if had is not None:
                 for what, was, now in (
                     ("batch size", had.shape[0], x.shape[0]),
@@ -169,6 +186,10 @@ class TurboKVCache:
             raise ValueError(
                 f"values: got {tuple(values.shape)}, expected [batch, n_kv_heads, tokens] as keys {tuple(keys.shape)}"
             )
+        if self._sides[0].recent is None:
+            for side, x in zip(self._sides, (keys, values)):
+                side.bits = bits_at(side.bits, x.shape[3])
+            self.undecided = self.undecided and self._sides[0].bits > 0
 
     # ---- auto ------------------------------------------------------------------------------------------------
     def observe(self, queries: mx.array, scale: float, sinks: Optional[mx.array] = None) -> None:
@@ -244,22 +265,43 @@ class TurboKVCache:
     # ---- the rest of mlx-lm's contract -----------------------------------------------------------------------
     @property
     def keys(self) -> Optional[mx.array]:
-        """The buffer of exact recent keys (None while empty). mlx-lm's pipeline models read and set it to tie the
-        cache's update to another computation; it does not hold all tokens: `keys_and_values` does."""
-        return self._sides[0].recent
+        """All keys, [B, n_kv_heads, offset, Dk], packed ones restored lazily; None while empty. In what they take
+        uncompressed: the cache's own bytes are `nbytes`.
+
+        Setting it trims the cache to as many tokens and replaces those that differ. Raises TypeError or ValueError for
+        more tokens, another shape or dtype, and a full window. (mlx-lm's own model files tie the cache's update to
+        another computation in this way: they get and set the buffer of recent keys.)
+        """
+        return self._sides[0].recent if history.ties() else self._read(0)
 
     @keys.setter
-    def keys(self, buffer: mx.array) -> None:
-        self._sides[0].recent = buffer
+    def keys(self, keys: Optional[mx.array]) -> None:
+        if history.ties():
+            self._sides[0].recent = keys
+        else:
+            self._assign(0, keys)
 
     @property
     def values(self) -> Optional[mx.array]:
-        """As `keys`."""
-        return self._sides[1].recent
+        """All values, as `keys`."""
+        return self._sides[1].recent if history.ties() else self._read(1)
 
     @values.setter
-    def values(self, buffer: mx.array) -> None:
-        self._sides[1].recent = buffer
+    def values(self, values: Optional[mx.array]) -> None:
+        if history.ties():
+            self._sides[1].recent = values
+        else:
+            self._assign(1, values)
+
+    def _read(self, i):
+        tokens = self._history(i)
+        return None if tokens is None else history.History(tokens, self, i)
+
+    def _assign(self, i, tokens):
+        history.assign(self, i, tokens)
+
+    def _history(self, i):
+        return None if self.empty() else self._view((self.n_sink, self.n_packed, self.n_recent)).restore()[i]
 
     def is_trimmable(self) -> bool:
         return True
@@ -337,8 +379,9 @@ class TurboKVCache:
         """What the cache holds, as a dict of plain values: scheme (auto's choice included); tokens, of which sink,
         packed and recent; nbytes; uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would hold);
         packed_bits_per_value (of keys and values, from the arrays themselves); centred (sides with means); not_finite
-        (see that method: this waits for the tokens to be computed); auto (None, or how the bits were chosen);
-        backend; attention ("fused", or why a decode step is not)."""
+        (see that method: this waits for the tokens to be computed); exact ({"keys": why, "values": why}, of sides that
+        the scheme packs and that stay exact); auto (None, or how the bits were chosen); backend; attention (what
+        it did with the tokens of the last update: "fused"; "tiles", "restored" or "exact" and why; "nothing yet")."""
         values = packed_bits = uncompressed = 0
         n_tokens = [sum(counts) for counts in self._seen_counts()]
         n_sink, n_packed, n_recent = map(sum, zip(*self._seen_counts()))
@@ -362,9 +405,10 @@ class TurboKVCache:
             "packed_bits_per_value": packed_bits / values if values else 0.0,
             "centred": [name for name, side in zip(("keys", "values"), self._sides) if side.means is not None],
             "not_finite": self.not_finite(),
+            "exact": self._exact_because(),
             "auto": self._auto_report(),
             "backend": get_backend().describe(),
-            "attention": self._attention(),
+            "attention": self.last_attention or NOT_YET,
         }
 
     def _uncompressed_capacity(self, n_tokens):
@@ -372,14 +416,17 @@ class TurboKVCache:
         return -(-n_tokens // 256) * 256
 
     def _auto_report(self):
-        if not may_choose_bits(self.config):
+        if not may_choose_bits(self.config) or "keys" in self._exact_because():
             return None
         return {"undecided": self.undecided, "target": auto_bits.TARGET, "error": dict(self._errors), "by": self._by}
 
-    def _attention(self):
-        if self.empty() or not any(side.bits for side in self._sides):
-            return "mlx-lm's own: nothing is packed"
-        return get_backend().why_not_fused(*((side.bits, side.head_dim) for side in self._sides), 1) or "fused"
+    def _exact_because(self):
+        asked = self.config.scheme.key_bits, self.config.scheme.value_bits
+        return {
+            name: f"head_dim {side.head_dim}, packed are {ALLOWED_HEAD_DIMS}"
+            for name, side, bits in zip(history.NAMES, self._sides, asked)
+            if side.recent is not None and bits_at(bits, side.head_dim) != bits
+        }
 
     def to_kv_cache(self) -> Any:
         """The mlx-lm cache that this one takes the place of (KVCache, RotatingKVCache, BatchKVCache,
@@ -398,6 +445,21 @@ class TurboKVCache:
         NotImplementedError for windows and batches, which mlx-lm cannot quantize.
         """
         return converter("to_quantized")(self, group_size, bits)
+
+    # ---- copies ----------------------------------------------------------------------------------------------
+    def __copy__(self) -> Any:
+        """A cache that goes its own way. It costs nothing: a buffer is copied when one of the two writes into it."""
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update((name, copy.deepcopy(value, memo)) for name, value in vars(self).items())
+        return twin
+
+    def __reduce__(self) -> Any:
+        """For pickle: the `state`, and what that leaves out; packed tokens stay packed."""
+        own = {name: value for name, value in vars(self).items() if name not in _NOT_PICKLED}
+        return _unpickled, (type(self), self.state, own)
 
     # ---- state -----------------------------------------------------------------------------------------------
     def _header(self, counts):
@@ -418,7 +480,7 @@ class TurboKVCache:
             SCALES.index(config.scale),
             config.centre,
             config.auto,
-            -1 if self.undecided else self._sides[0].bits,
+            -1 if self.undecided else self._sides[0].bits if may_choose_bits(config) else scheme.key_bits,
             *counts,
             *dims,
             *dtypes,
@@ -452,6 +514,7 @@ class TurboKVCache:
         self.config, self._sides, self.undecided = state.config, state.sides, state.undecided
         self.n_sink, self.n_packed, self.n_recent = state.counts
         self.version, self.attended_version, self._unread = 0, None, Unread()
+        self.last_attention = NOT_YET
         self._observed, self._errors, self._by = None, {}, None
         vars(self).update(state.own)
         self._evaluate()
@@ -475,3 +538,9 @@ class TurboKVCache:
         cache = cls.__new__(cls)
         cache.state = state
         return cache
+
+
+def _unpickled(cls, state, own):
+    cache = cls.from_state(state)
+    vars(cache).update(own)
+    return cache

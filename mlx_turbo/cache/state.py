@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ..backends import select
 from ..quant.scheme import BITS, SCALES, TurboConfig, words_per_row
-from .packing import Side, allowed_dtypes, make_sides, may_choose_bits, n_segments, write
+from .packing import Side, allowed_dtypes, bits_at, make_sides, may_choose_bits, n_segments, write
 
 MAGIC, FORMAT_VERSION = 0x54554B56, 2  # "TUKV"
 BATCH_MAGIC = 0x54554B42  # "TUKB"
@@ -67,6 +67,9 @@ def read_state(arrays: list, cache: Any) -> State:
     elif not _counts_fit(counts, config, key_bits):
         raise ValueError(f"state: the header names {counts} sink, packed and recent tokens, with {config}")
     sides = make_sides(config, None if key_bits < 0 else key_bits)
+    for side, name in zip(sides, ("key_dim", "value_dim")):
+        if header[name]:
+            side.bits = bits_at(side.bits, header[name])
     _restore_sides(sides, iter(arrays[2 if rows else 1 :]), counts, header, config)
     if sum(counts):
         (batch, heads), others = sides[0].recent.shape[:2], sides[1].recent.shape[:2]

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple, Optional
 import mlx.core as mx
 
 from ..backends import select
+from ..backends.restore import restore
 from ..backends.sides import CachedSide
-from . import centering
-from .packing import first_tokens
 
 
 class KVView(NamedTuple):
@@ -30,37 +29,15 @@ class KVView(NamedTuple):
     def is_current(self) -> bool:
         return self.cache.version == self.version
 
-    def restore_packed(self) -> dict[int, mx.array]:
-        """The packed tokens, {side: [B, n_kv_heads, n_packed, D]} in the model's dtype, lazily; one launch for both."""
-        n_packed = self.counts[1]
-        sides: Any = (self.keys, self.values)  # which of their arrays there are follows from the counts
-        quantized = [i for i in (0, 1) if sides[i].bits]
-        packed = {i: sides[i].codes[:, :, :n_packed] for i in (0, 1) if not sides[i].bits}
-        dtypes = {i: sides[i].recent.dtype if sides[i].means is None else mx.float32 for i in quantized}
-        for dtype in set(dtypes.values()):
-            same = [i for i in quantized if dtypes[i] == dtype]
-            restored = select.dequantize_sides([sides[i].packed() for i in same], 0, n_packed, dtype, self.seed)
-            packed.update(zip(same, restored))
-        for i in quantized:
-            if sides[i].means is not None:
-                means = centering.plain(sides[i].means, self.seed)
-                packed[i] = packed[i] + centering.per_token(means, 0, n_packed, sides[i].segment)
-                packed[i] = packed[i].astype(sides[i].recent.dtype)
-        return packed
+    def restore_packed(self) -> list[mx.array]:
+        """The packed tokens of keys and values, [B, n_kv_heads, n_packed, D] in the model's dtype, lazily."""
+        return restore(self.keys, self.values, (0, self.counts[1], 0), select.get_backend(), self.seed)
 
-    def restore(self, packed: Optional[dict[int, mx.array]] = None) -> list[mx.array]:
+    def restore(self, packed: Optional[list[mx.array]] = None) -> list[mx.array]:
         """Keys and values as arrays [B, n_kv_heads, N, D] of the model's dtype, lazily. packed: the result of
         `restore_packed`, if it is at hand."""
-        n_sink, n_packed, n_recent = self.counts
-        sides: Any = (self.keys, self.values)
-        middle = self.restore_packed() if n_packed and packed is None else packed or {}
-        out = []
-        for i, side in enumerate(sides):
-            parts = [first_tokens(side.sink, n_sink)] if n_sink else []
-            parts += [middle[i][:, :, self.n_evicted :] if self.n_evicted else middle[i]] if n_packed else []
-            parts += [first_tokens(side.recent, n_recent)] if n_recent else []
-            out.append(mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0][:])  # never what we write into
-        return out
+        backend = select.get_backend()
+        return restore(self.keys, self.values, self.counts, backend, self.seed, self.n_evicted, packed)
 
 
 class LazyKV(mx.array):
@@ -73,6 +50,14 @@ class LazyKV(mx.array):
         self.view: KVView = view  # type: ignore[assignment]  # hides mx.array.view, of plain arrays
         self.side = side
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain, (self[:],)  # pickled, it is a plain array: its cache does not come with it
+
+
+def plain(array: mx.array) -> mx.array:
+    """The array itself: what an array that knows its cache is pickled as."""
+    return array
+
 
 class Unread:
     """The lazy restored tokens that the last update returned, if nobody can have read them: building that graph is a
@@ -84,7 +69,7 @@ class Unread:
     """
 
     __slots__ = ("packed", "n_packed", "thread", "version")
-    packed: dict[int, mx.array]
+    packed: Optional[list[mx.array]]
     n_packed: int
     thread: Optional[int]
     version: Optional[int]
@@ -94,17 +79,20 @@ class Unread:
 
     def clear(self) -> None:
         """Called before codes are written: a graph that reads them would turn the write into a copy."""
-        self.packed, self.n_packed, self.thread, self.version = {}, 0, None, None
+        self.packed, self.n_packed, self.thread, self.version = None, 0, None, None
 
     def __deepcopy__(self, memo):
         return Unread()
 
-    def get(self, view: KVView) -> dict[int, mx.array]:
-        """The restored packed tokens of a view, as `KVView.restore_packed`."""
-        n, me = view.counts[1], threading.get_ident()
-        if me != self.thread or n > self.n_packed or view.cache.attended_version != self.version:
+    def get(self, view: KVView) -> Optional[list[mx.array]]:
+        """The restored packed tokens of a view, as `KVView.restore_packed`; None if what the last update returned may
+        have been read: then all tokens are to be restored at once."""
+        n, me, last = view.counts[1], threading.get_ident(), self.version
+        if last is None or view.cache.attended_version != last:
+            self.clear()
+        elif self.packed is None or me != self.thread or n > self.n_packed:
             self.packed, self.n_packed, self.thread = view.restore_packed(), n, me
         self.version = view.version
-        if n == self.n_packed:
+        if self.packed is None or n == self.n_packed:
             return self.packed
-        return {i: x[:, :, self.n_packed - n :] for i, x in self.packed.items()}  # a window evicted its first ones
+        return [x[:, :, self.n_packed - n :] for x in self.packed]  # a window evicted its first ones

@@ -9,6 +9,8 @@ calls attention in its own way stays correct: it reads the lazy arrays and is me
 import sys
 
 from ..backends.attend_launch import MAX_QUERY_TOKENS
+from ..cache.last_step import BY_THE_MODEL, ELSEWHERE, NOT_SEEN, NOT_YET, NOTHING_PACKED, register_attention
+from ..cache.single import TurboKVCache
 from ..cache.view import LazyKV
 
 _original = None  # mlx_lm's function, while ours is installed
@@ -32,11 +34,13 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
 
     Returns [B, n_heads, L, Dv] in the queries' dtype. Raises ValueError for shapes that do not belong together.
     """
-    from ..backends.attend import attend_sides  # with the operations of the CPU fallback: when they are needed
+    from ..backends.attend import attend_sides, way_of  # with the operations of the CPU fallback: when they are needed
 
+    way = way_of(view.keys, view.values, view.counts, queries.shape[2], backend)
     if view.cache is not None:
-        view.cache.attended_version = view.version
-    options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed, n_evicted=view.n_evicted, backend=backend)
+        view.cache.attended_version, view.cache.last_attention = view.version, way
+    options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed, n_evicted=view.n_evicted)
+    options |= dict(backend=backend, way=way)
     return attend_sides(queries, view.keys, view.values, view.counts, **options)
 
 
@@ -44,10 +48,14 @@ def scaled_dot_product_attention(queries, keys, values, cache, scale, mask=None,
     """In the place of mlx_lm.models.base.scaled_dot_product_attention."""
     view = None if options else view_of(keys, values)
     if view is None:
+        if isinstance(cache, TurboKVCache):
+            note = {NOT_SEEN: BY_THE_MODEL, ELSEWHERE: BY_THE_MODEL, NOT_YET: NOTHING_PACKED}
+            cache.last_attention = note.get(cache.last_attention, cache.last_attention)
         return _original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks, **options)
     if view.cache.undecided or not view.counts[1] and queries.shape[2] > MAX_QUERY_TOKENS:  # nothing is packed
         out = _original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
         view.cache.observe(queries, scale, sinks)
+        view.cache.last_attention = NOTHING_PACKED
         return out
     return attend(queries, view, scale=scale, mask=mask, sinks=sinks)
 
@@ -73,3 +81,12 @@ def _replace(old, new):
     for name, module in list(sys.modules.items()):
         if name.startswith("mlx_lm.models.") and getattr(module, "scaled_dot_product_attention", None) is old:
             module.scaled_dot_product_attention = new
+
+
+def is_installed():
+    """Whether our attention is in mlx-lm's place; also if mlx-lm is not loaded."""
+    base = sys.modules.get("mlx_lm.models.base")
+    return base is None or base.scaled_dot_product_attention is scaled_dot_product_attention
+
+
+register_attention(is_installed)

@@ -8,11 +8,13 @@ from typing import Any
 
 from ..cache.batch import BatchTurboKVCache
 from ..cache.batch_rotating import BatchRotatingTurboKVCache
+from ..cache.last_step import NOT_YET, NOTHING_PACKED
 from ..cache.rotating import RotatingTurboKVCache, Window
 from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig
 from . import attention
 from .conversion import compress_window
+from .kv_size import KEEP, limit_kv_size, pass_on_max_kv_size
 
 logger = logging.getLogger("mlx_turbo")
 OLDEST_MLX_LM = (0, 31, 2)
@@ -39,6 +41,7 @@ def patch_mlx_lm() -> Any:
     for cache in (TurboKVCache, RotatingTurboKVCache, IndexedCacheList, *of_batches):
         setattr(module, cache.__name__, cache)
     attention.install()
+    pass_on_max_kv_size(module, _EnabledMakeCache)
     return module
 
 
@@ -100,11 +103,11 @@ def make_prompt_cache(
     """A prompt cache for `model` with TurboKVCache where mlx_lm.models.cache.make_prompt_cache has a KVCache, and
     RotatingTurboKVCache where it has a RotatingKVCache (sliding windows).
 
-    config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: as in mlx-lm, the window of models that do not make
-    their own caches; its first 4 tokens are kept. Caches inside a CacheList are treated one by one, except those of an
-    indexer (sparse_indexer.py). Windows of fewer than 2 * (recent + block) tokens, and caches that hold something else
-    (states, ...), stay as mlx-lm makes them. `describe` says which and why; there is a warning if nothing is left to
-    compress.
+    config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: the most tokens that a layer sees, the first 4 of
+    them kept; also for models that make their own caches, for which mlx-lm ignores it. A warning names the layers that
+    it does not limit, and why. Caches inside a CacheList are treated one by one, except those of an indexer
+    (sparse_indexer.py). Windows of fewer than 2 * (recent + block) tokens, and caches that hold something else (states,
+    ...), stay as mlx-lm makes them. `describe` says which and why; there is a warning if nothing is left to compress.
 
     Raises ValueError for an unknown scheme.
     """
@@ -112,18 +115,27 @@ def make_prompt_cache(
     original = getattr(model, "make_cache", None)
     if isinstance(original, _EnabledMakeCache):
         original = original.original
+    from .sparse_indexer import indexers_of_model
+
+    indexers: set[tuple[int, int]] = set()
     if original is not None:
         plain = original()
+        indexers = indexers_of_model(model, plain)
+        if max_kv_size is not None:
+            plain, grow = limit_kv_size(model, plain, max_kv_size, indexers)
+            for why, layers in grow.items():
+                warnings.warn(
+                    f"max_kv_size={max_kv_size} does not limit layers {', '.join(map(str, layers))}: {why}",
+                    stacklevel=2,
+                )
     elif max_kv_size is not None:
-        plain = [module.RotatingKVCache(max_size=max_kv_size, keep=4) for _ in model.layers]
+        plain = [module.RotatingKVCache(max_size=max_kv_size, keep=KEEP) for _ in model.layers]
     else:
         plain = [module.KVCache() for _ in model.layers]
     if _reads_state(model, module.KVCache):
         warnings.warn(f"nothing is compressed: {model.model_type} needs a newer mlx-lm", stacklevel=2)
         return plain
-    from .sparse_indexer import indexers_of_model
-
-    cache = compress(plain, turbo, indexers_of_model(model, plain))
+    cache = compress(plain, turbo, indexers)
     kept = sorted({type(c).__name__ for c in flatten_caches(cache) if not isinstance(c, TurboKVCache)})
     if kept and not any(isinstance(c, TurboKVCache) for c in flatten_caches(cache)):
         warnings.warn(
@@ -142,15 +154,17 @@ class _EnabledMakeCache:
     def __init__(self, model: Any, config: TurboConfig, original: Any) -> None:
         self.model, self.config, self.original = model, config, original
 
-    def __call__(self) -> list[Any]:
-        return make_prompt_cache(self.model, self.config)
+    def __call__(self, max_kv_size: int | None = None) -> list[Any]:
+        return make_prompt_cache(self.model, self.config, max_kv_size)
 
 
 def enable(model: Any, config: str | Scheme | TurboConfig = "turbo4") -> Any:
     """Make every prompt cache that mlx-lm builds for `model` a compressed one, for applications that make their own.
 
-    Sets `make_cache` on this model object only. Calling it again changes the configuration; `disable` undoes it.
-    Returns the model. Raises ValueError for an unknown scheme.
+    Sets `make_cache` on this model object only, and mlx-lm's make_prompt_cache passes max_kv_size on to it. Calling it
+    again changes the configuration; `disable` undoes it. Returns the model.
+
+    Raises ValueError for an unknown scheme.
     """
     turbo = TurboConfig.of(config)
     disable(model)
@@ -202,13 +216,21 @@ def reports(prompt_cache: list[Any]) -> list[tuple[int, Any, dict[str, Any] | No
 def describe(prompt_cache: list[Any]) -> str:
     """A prompt cache in one line: how many layers are compressed, what stays uncompressed and why, what `auto` chose,
     and which layers hold tokens that are not finite. Waits for the tokens to be computed."""
-    found, windows = reports(prompt_cache), [c for c in flatten_caches(prompt_cache) if isinstance(c, Window)]
-    n_compressed = len({layer for layer, _, report, _ in found if report})
+    found = reports(prompt_cache)
+    compressed = [(layer, cache) for layer, cache, report, _ in found if report and len(report["exact"]) < 2]
+    windows, n_compressed = [c for _, c in compressed if isinstance(c, Window)], len({layer for layer, _ in compressed})
     text = f"{n_compressed} of {len(prompt_cache)} layers compressed"
     if windows:
         sizes = " and ".join(f"{size:,}" for size in sorted({c.max_size for c in windows}))
         text += f" ({len(windows)} of them windows of {sizes} tokens)"
-    return text + _describe_kept(found) + _describe_auto(found) + _describe_not_finite(found)
+    return (
+        text
+        + _describe_kept(found)
+        + _describe_exact(found)
+        + _describe_auto(found)
+        + _describe_not_finite(found)
+        + _describe_attention(found)
+    )
 
 
 _Reports = list[tuple[int, Any, dict[str, Any] | None, str | None]]
@@ -219,6 +241,27 @@ def _describe_kept(found: _Reports) -> str:
     if {kind for kind, _ in kept} == {"KVCache"} and all(report is None for _, _, report, _ in found):
         return ": this is mlx-lm's own cache"
     return "".join(f"; {kind} ({count}) stays uncompressed: {why}" for (kind, why), count in kept.items())
+
+
+def _describe_exact(found: _Reports) -> str:
+    layers: dict[tuple[str, str], dict[int, None]] = {}
+    for layer, _, report, _ in found:
+        for side, why in report["exact"].items() if report else ():
+            layers.setdefault((side, why), {})[layer] = None
+    return "".join(
+        f"; {side} of layer{'s' * (len(which) > 1)} {', '.join(map(str, which))} stay exact: {why}"
+        for (side, why), which in layers.items()
+    )
+
+
+def _describe_attention(found: _Reports) -> str:
+    layers: dict[str, set[int]] = {}
+    for layer, _, report, _ in found:
+        if report and report["attention"] not in (NOT_YET, NOTHING_PACKED):
+            layers.setdefault(report["attention"], set()).add(layer)
+    ways = [(*way.partition(": "), len(which)) for way, which in layers.items()]
+    texts = [f"{way} in {n} layer{'s' * (n > 1)}" + (f" ({why})" if why else "") for way, _, why, n in ways]
+    return f"; attention of the last step: {', '.join(texts)}" if texts else ""
 
 
 def _describe_auto(found: _Reports) -> str:

@@ -124,19 +124,19 @@ def _kinds(caches: list[TurboKVCache], seen: dict[int, Any]) -> dict[Any, _Layer
     """One `_Layer` of each kind; with auto, also for the bits that another text may lead to."""
     kinds: dict[Any, _Layer] = {}
     for c in caches:
-        assert c.keys is not None and c.values is not None  # a prompt has gone through
+        keys, values = (side.recent for side in c._sides)  # a prompt has gone through
         queries, *options = seen.get(id(c), (None, 1.0, None))
         targets = [auto_bits.TARGET / MARGIN, auto_bits.TARGET * MARGIN] if c._errors else []
         bits = {c._sides[0].bits} | {_bits_at(target, c._errors) for target in targets}
         for b in bits:
-            config = replace(c.config, scheme=Scheme(b, c.config.scheme.value_bits), sink=0, auto=False)
+            config = replace(c.config, scheme=Scheme(b, c._sides[1].bits), sink=0, auto=False)
             layer = _Layer(
                 config,
                 bool(c._errors),
-                c.keys.shape[1],
-                c.keys.shape[3],
-                c.values.shape[3],
-                c.keys.dtype,
+                keys.shape[1],
+                keys.shape[3],
+                values.shape[3],
+                keys.dtype,
                 queries,
                 *options,
             )

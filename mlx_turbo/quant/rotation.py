@@ -18,14 +18,19 @@ import numpy as np
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = 32, 576, 4
 
 
-def check_head_dim(head_dim: Any, name: str = "head_dim") -> None:
-    """Raise ValueError, naming `name`, unless a rotation and a packed row exist for `head_dim`."""
+ALLOWED_HEAD_DIMS = f"multiples of {HEAD_DIM_MULTIPLE} from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+
+
+def can_rotate(head_dim: Any) -> bool:
+    """Whether a rotation and a packed row exist for `head_dim`."""
     ok = isinstance(head_dim, (int, np.integer)) and MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM
-    if not ok or head_dim % HEAD_DIM_MULTIPLE:
-        raise ValueError(
-            f"{name}: got {head_dim!r}, allowed are multiples of {HEAD_DIM_MULTIPLE} "
-            f"from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
-        )
+    return bool(ok and head_dim % HEAD_DIM_MULTIPLE == 0)
+
+
+def check_head_dim(head_dim: Any, name: str = "head_dim") -> None:
+    """Raise ValueError, naming `name`, unless `can_rotate`."""
+    if not can_rotate(head_dim):
+        raise ValueError(f"{name}: got {head_dim!r}, allowed are {ALLOWED_HEAD_DIMS}")
 
 
 def windows(head_dim: int) -> tuple[tuple[int, int], ...]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.arrays import to_numpy
 from support.attend_cases import expected, make_case
 from support.backends import BACKENDS
+from support.tolerances import TOLERANCE
 
 from mlx_turbo.backends import attend, select
 from mlx_turbo.backends.attend import attend_sides
@@ -31,15 +32,37 @@ def attended(case, mask=None, sinks=None, **options):
     return to_numpy(out)
 
 
-@pytest.mark.parametrize("means", [False, True])
-@pytest.mark.parametrize("bits", BITS, ids=str)
-def test_restored_tokens_are_those_of_the_oracle(backend, bits, means):
-    for dims, counts, first in (((64, 96), (4, 150, 33), 0), ((128, 128), (0, 257, 0), 0), ((72, 64), (3, 140, 5), 9)):
-        case = make_case(bits, dims, counts, G=1, Hkv=2, B=2, means=means)
-        restored = restore(case.keys, case.values, counts, backend, first=first)
-        for got, want in zip(restored, case.restored):
+@pytest.mark.parametrize("chosen", BACKENDS.values(), ids=list(BACKENDS))
+def test_restored_tokens_are_those_of_the_oracle(chosen):
+    """Also latents, a head_dim that the kernel does not rotate, exact sides, keys and values of two dtypes, evicted
+    tokens, and packed ones that are at hand."""
+
+    @settings(max_examples=30, deadline=None, derandomize=True, database=None)
+    @given(st.data())
+    def check(data):
+        pick = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
+        dtypes = pick((mx.float32, mx.float32), (mx.float16, mx.float16), (mx.float16, mx.float32))
+        bits, dims = pick(*BITS), pick((64, 96), (512, 64), (72, 64))
+        counts = pick((4, 150, 33), (0, 257, 0), (3, 140, 5), (2, 0, 7))
+        first = pick(0, 9) if counts[1] else 0
+        means, B = pick(False, True), pick(1, 2)
+        cases = [make_case(bits, dims, counts, G=1, Hkv=2, B=B, means=means, dtype=dtype) for dtype in set(dtypes)]
+        of = {case.queries.dtype: case for case in cases}
+        sides = [of[dtypes[0]].keys, of[dtypes[1]].values]
+        wanted = [of[dtypes[0]].restored[0], of[dtypes[1]].restored[1]]
+        packed, wait = None, pick(False, True)
+        if counts[1] and pick(False, True):
+            packed = restore(*sides, (0, counts[1], 0), chosen)
+        restored = restore(*sides, counts, chosen, first=first, packed=packed, wait=wait)
+        for side, got, want in zip(sides, restored, wanted):
+            dtype = side.exact_dtype(mx.float32)
             want = np.delete(want, np.s_[counts[0] : counts[0] + first], axis=2)
-            assert np.abs(to_numpy(got) - want).max() <= 2e-5 * np.abs(want).max()
+            assert got.dtype == dtype and got.shape == want.shape
+            if not side.bits or not counts[1]:
+                assert np.array_equal(to_numpy(got), want)
+            assert np.abs(to_numpy(got) - want).max() <= TOLERANCE[dtype] * np.abs(want).max()
+
+    check()
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)

@@ -26,8 +26,7 @@ from support.machines import BatchMachine
 from support.models import DEMO_MODEL, llama, tokens_of
 from support.rows import Rows, check_that_twins_go_their_own_way, state_of
 from support.strategies import quick
-from support.tolerances import TOLERANCE
-from support.walk import Recorder, Walk, merged
+from support.walk import Walk, check_fused_steps, merged
 
 from mlx_turbo import (
     BatchTurboKVCache,
@@ -40,7 +39,6 @@ from mlx_turbo import (
     make_prompt_cache,
 )
 from mlx_turbo.cache import auto_bits
-from mlx_turbo.integration import attention
 from mlx_turbo.integration.prompt_cache import flatten_caches
 
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
@@ -420,7 +418,6 @@ def test_tokens_stay_in_order_while_rows_decide(backend, monkeypatch, seed):
 @pytest.mark.parametrize("scheme", ["turbo4", "turbo8v3"])
 def test_a_decode_step_of_a_batch_runs_the_fused_kernel(simulated, short_segments, monkeypatch, scheme):
     monkeypatch.setattr("mlx_turbo.cache.centering.SEGMENT", 128)  # the kernel's
-    recorder = Recorder(simulated)
     lengths, rng = [150, 3, 41], np.random.default_rng(0)
     config = TurboConfig(scheme, 4, 16, 16)
     caches = []
@@ -428,21 +425,7 @@ def test_a_decode_step_of_a_batch_runs_the_fused_kernel(simulated, short_segment
         caches.append(TurboKVCache(config))
         caches[-1].update_and_fetch(*random_tokens(rng, n, key_dim=64, value_dim=64, bias=20 * (b == 0)))
     batch = TurboKVCache.merge(caches)
-    assert batch.report()["centred"] == ["keys", "values"] and batch.report()["attention"] == "fused"
-    for n_new in (1, 3):
-        new, queries = random_tokens(rng, n_new, batch=3, key_dim=64, value_dim=64), mx.random.normal((3, 4, n_new, 64))
-        mask = batch.make_mask(n_new)
-        view = attention.view_of(*batch.update_and_fetch(*new))
-        got = to_numpy(attention.attend(queries, view, scale=0.1, mask=mask, backend=recorder))
-        assert recorder.calls.pop() == (queries.shape, mask.shape) and not recorder.calls
-        for b, cache in enumerate(caches):
-            keys, values = cache.update_and_fetch(*(x[b : b + 1] for x in new))
-            want = to_numpy(
-                mx.fast.scaled_dot_product_attention(
-                    queries[b : b + 1], keys, values, scale=0.1, mask="causal" if n_new > 1 else None
-                )
-            )
-            assert np.abs(got[b] - want[0]).max() < TOLERANCE[mx.float32] * np.abs(want).max()
+    check_fused_steps(simulated, batch, caches, rng)
 
 
 # ---- models ------------------------------------------------------------------------------------------------------

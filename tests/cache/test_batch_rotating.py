@@ -18,8 +18,7 @@ from support.machines import WindowsMachine
 from support.models import gemma3, tokens_of
 from support.rows import Rows, check_that_twins_go_their_own_way, state_of
 from support.strategies import quick
-from support.tolerances import TOLERANCE
-from support.walk import Recorder
+from support.walk import check_fused_steps
 
 from mlx_turbo import (
     BatchRotatingTurboKVCache,
@@ -360,25 +359,12 @@ def test_undecided_windows_decide_as_alone(backend, max_size):
 # ---- attention -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("scheme, keep", [("turbo4", 0), ("turbo8v3", 4)])
 def test_a_decode_step_of_a_batch_of_windows_runs_the_fused_kernel(simulated, scheme, keep):
-    recorder, rng, caches = Recorder(simulated), np.random.default_rng(0), []
+    rng, caches = np.random.default_rng(0), []
     for b, n in enumerate([330, 3, 101]):
         caches.append(RotatingTurboKVCache(60, keep, scheme, recent=16, block=16))
         caches[-1].update_and_fetch(*random_tokens(rng, n, key_dim=64, value_dim=64, bias=20 * (b == 0)))
     batch = RotatingTurboKVCache.merge(caches)
-    assert batch.report()["centred"] == ["keys", "values"] and batch.report()["attention"] == "fused"
-    for n_new in (1, 3):
-        new, queries = random_tokens(rng, n_new, batch=3, key_dim=64, value_dim=64), mx.random.normal((3, 4, n_new, 64))
-        mask = batch.make_mask(n_new)
-        view = attention.view_of(*batch.update_and_fetch(*new))
-        got = to_numpy(attention.attend(queries, view, scale=0.1, mask=mask, backend=recorder))
-        assert recorder.calls.pop() == (queries.shape, mask.shape) and not recorder.calls
-        for b, cache in enumerate(caches):
-            mask = cache.make_mask(n_new, return_array=True)
-            keys, values = cache.update_and_fetch(*(x[b : b + 1] for x in new))
-            want = to_numpy(
-                mx.fast.scaled_dot_product_attention(queries[b : b + 1], keys, values, scale=0.1, mask=mask)
-            )
-            assert np.abs(got[b] - want[0]).max() < TOLERANCE[mx.float32] * np.abs(want).max()
+    check_fused_steps(simulated, batch, caches, rng)
     assert batch._n_evicted[0] > 0
 
 

@@ -13,6 +13,7 @@ from support.arrays import to_numpy
 from support.backends import BACKENDS
 from support.caches import (
     FAST_BACKENDS,
+    RotatingThatSeesKept,
     held_nbytes,
     random_tokens,
     same,
@@ -71,7 +72,7 @@ def error(got, want):
     [(16, 0, SMALL), (20, 3, SMALL), (64, 4, SMALL), (40, 2, dict(recent=0, block=1)), (150, 0, {}), (12, 0, {})],
 )
 def test_attention_is_that_of_mlx_lm_s_rotating_cache(backend, max_size, keep, config, scheme, close):
-    cache, theirs = RotatingTurboKVCache(max_size, keep, scheme, **config), lm_cache.RotatingKVCache(max_size, keep)
+    cache, theirs = RotatingTurboKVCache(max_size, keep, scheme, **config), RotatingThatSeesKept(max_size, keep)
     errors = []
     for tokens, queries in steps(LENGTHS):
         masks = cache.make_mask(queries.shape[2]), theirs.make_mask(queries.shape[2])
@@ -193,7 +194,7 @@ def lm_nbytes(max_size):
 # ---- trim, copies, state -----------------------------------------------------------------------------------------
 @FAST
 def test_trim_works_until_tokens_are_evicted(backend):
-    cache, theirs = RotatingTurboKVCache(30, 3, "turbo0", **SMALL), lm_cache.RotatingKVCache(30, 3)
+    cache, theirs = RotatingTurboKVCache(30, 3, "turbo0", **SMALL), RotatingThatSeesKept(30, 3)
     for i, (tokens, queries) in enumerate(steps([20, 1, 1, 4, 2, 9, *[1] * 20, 12, 1])):
         got, want = (attend(c, tokens, queries)[1] for c in (cache, theirs))
         np.testing.assert_allclose(to_numpy(got), to_numpy(want), atol=1e-5)
@@ -265,7 +266,7 @@ def test_a_plain_rotating_cache_comes_back(backend, keep):
 @pytest.mark.parametrize("keep", [0, 3])
 def test_the_tokens_of_a_plain_rotating_cache_are_taken_over(backend, keep):
     for lengths in [], [9], [20, 1, 1], [20, *[1] * 30, 25], [70, *[1] * 30]:
-        theirs = lm_cache.RotatingKVCache(24, keep)
+        theirs = RotatingThatSeesKept(24, keep)
         for tokens, _ in steps(lengths):
             theirs.update_and_fetch(*tokens)
         cache = compress_window(theirs, TurboConfig("turbo0", **SMALL))

@@ -437,3 +437,17 @@ def test_what_was_returned_again_unread_is_right_after_trimming_into_the_packed_
     restored = [to_numpy(x) for x in cache.keys_and_values()[0].view.restore()]
     assert all(np.array_equal(to_numpy(x), want) for x, want in zip((keys, values), restored))
     check(q, keys, values, scale=0.2)
+
+
+def test_tokens_that_a_model_reads_are_not_kept_restored():
+    """One layer after another reads its tokens: no restored copy is left in a cache."""
+    with select.use_backend("cpu"):
+        cache = filled("turbo4", 5000, chunk=1024, key_dim=128, sink=4, recent=8, block=8)[0]
+        rng = np.random.default_rng(13)
+        for _ in range(3):
+            kv = [random_array(rng, 1, 2, 1, 128) for _ in range(2)]
+            mx.eval(kv, cache.state)
+            before = mx.get_active_memory()
+            mx.eval(cache.update_and_fetch(*kv))
+            mx.synchronize()
+            assert mx.get_active_memory() - before < 2 * 5000 * 128 * 4

@@ -4,6 +4,7 @@ decode, verification of draft tokens, trimming and files. Batches are in test_ba
 import copy
 import functools
 import sys
+import warnings
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,8 +20,12 @@ from support.families import WRITES_EMPTY_ARRAYS, compressed
 
 from mlx_turbo import (
     RotatingTurboKVCache,
+    TurboConfig,
     TurboKVCache,
     describe,
+    disable,
+    enable,
+    make_prompt_cache,
     save_prompt_cache,
     use_backend,
 )
@@ -190,6 +195,63 @@ def test_in_a_list_those_caches_stay_whose_values_nothing_depends_on(backend, na
             assert mx.isnan(logits).any().item() == isinstance(own, TurboKVCache), (i, j)
             n_stay += not isinstance(own, TurboKVCache)
     assert n_stay == {"deepseek_v32": 4, "glm_moe_dsa": 4, "minimax_m3_vl": 2}.get(name, 0)
+
+
+class Masked(lm_cache.KVCache):
+    """All tokens, in a layer that sees the first `keep` and the newest, max_size in all: a window by its mask."""
+
+    def __init__(self, max_size, keep):
+        super().__init__()
+        self.max_size, self.keep = max_size, keep
+
+    def make_mask(self, N, return_array=False, window_size=None):
+        token, query = mx.arange(self.offset + N), mx.arange(self.offset, self.offset + N)[:, None]
+        mask = (token <= query) & ((token < self.keep) | (token > query - (self.max_size - self.keep)))
+        return mask if window_size is None else mask & (token > query - window_size)
+
+
+@each_family
+@pytest.mark.parametrize("max_kv_size", [20, 12])  # longer and shorter than the families' own windows
+def test_max_kv_size_limits_what_every_layer_sees_or_says_which_not(backend, name, max_kv_size):
+    """Also where the model makes its own caches, and for an enabled model by mlx-lm's own function."""
+    model = families.build(name)
+    own = lm_cache.make_prompt_cache(model)
+    config = TurboConfig("turbo0", recent=2, block=2)  # windows of 12 tokens are compressed too
+
+    def masked(cache):
+        if type(cache) is lm_cache.KVCache:
+            return Masked(max_kv_size, 4)
+        if type(cache) is lm_cache.RotatingKVCache:
+            return Masked(min(cache.max_size, max_kv_size), cache.keep)
+        return cache
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache = make_prompt_cache(model, config, max_kv_size)
+        enabled = lm_cache.make_prompt_cache(enable(model, config), max_kv_size)
+    disable(model)
+    said = [str(w.message) for w in caught if str(w.message).startswith("max_kv_size=")]
+    assert [type(c) for c in flatten_caches(enabled)] == [type(c) for c in flatten_caches(cache)]
+    unlimited = {
+        i
+        for i, layer in enumerate(cache)
+        for c in flatten_caches([layer])
+        if not hasattr(c, "max_size") and type(c).__name__ not in ("ArraysCache", "ChunkedKVCache")
+    }
+    if unlimited:
+        assert name in ("afm7", "deepseek_v32", "deepseek_v41", "glm_moe_dsa", "minimax_m3_vl")
+        assert len(said) == 2 and said[0].startswith(
+            f"max_kv_size={max_kv_size} does not limit layers {', '.join(map(str, sorted(unlimited)))}: "
+        )
+        own = [copy.deepcopy(c) for c in own]
+    else:
+        assert said == []
+        own = [type(c)(*map(masked, c.caches)) if hasattr(c, "caches") else masked(c) for c in own]
+    at = 0
+    for n in 13, 20, 1, 1, 1, 7, 1:
+        got, want = (to_numpy(model(TOKENS[:, at : at + n], cache=c)) for c in (cache, own))
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+        at += n
 
 
 @each_family

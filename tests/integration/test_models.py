@@ -12,11 +12,19 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step, maybe_quantize_kv_cache, speculative_generate_step
 from support.arrays import to_numpy
-from support.caches import FAST_BACKENDS, same
+from support.caches import FAST_BACKENDS, RotatingThatSeesKept, same
 from support.models import DEMO_MODEL, family, gemma3, llama, tokens_of
 
 import mlx_turbo
-from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache
+from mlx_turbo import (
+    RotatingTurboKVCache,
+    Scheme,
+    TurboConfig,
+    TurboKVCache,
+    load_prompt_cache,
+    save_prompt_cache,
+)
+from mlx_turbo.integration import attention
 from mlx_turbo.integration.prompt_cache import describe, disable, enable, make_prompt_cache, reports
 
 STORIES = (DEMO_MODEL / "stories.txt").read_text()
@@ -117,10 +125,44 @@ def test_logits_of_small_models_stay_close(backend, head_dim, scheme, close):
     assert 0 < error < close, error
 
 
-def test_a_head_dim_without_rotation_is_refused_by_name(backend):
-    model = llama(30)
-    with pytest.raises(ValueError, match="keys.*30"):
-        model(tokens_of(5), cache=make_prompt_cache(model, "turbo4"))
+@pytest.mark.parametrize("head_dim", [8, 16, 30])
+@pytest.mark.parametrize("scheme", ["turbo4", "auto"])
+def test_layers_of_a_head_dim_that_cannot_be_packed_stay_exact_and_are_named(backend, door, head_dim, scheme, tmp_path):
+    model, tokens = llama(head_dim), tokens_of(120)
+    want = logits_in_chunks(model, tokens, lm_cache.make_prompt_cache(model))
+    cache = make_prompt_cache(model, TurboConfig.of(scheme, sink=4, recent=8, block=8))
+    got = logits_in_chunks(model, tokens, cache)
+    assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+    why = f"head_dim {head_dim}, packed are multiples of 4 from 32 to 576"
+    assert describe(cache) == "0 of 2 layers compressed" + "".join(
+        f"; {side} of layers 0, 1 stay exact: {why}" for side in ("keys", "values")
+    )
+    assert cache[0].report()["exact"] == {"keys": why, "values": why} and cache[0].report()["scheme"] == "turbo0"
+    save_prompt_cache(tmp_path / "exact", cache)
+    batch = [c.merge([c, type(c)(c.config), c]) for c in cache]
+    for other in load_prompt_cache(tmp_path / "exact.safetensors"), [c.extract(2) for c in batch]:
+        assert describe(other) == describe(cache)
+        for a, b in zip(cache, other):
+            assert mx.array_equal(a.keys, b.keys)
+    for row in batch[0].extract(1), batch[0].extract(0):  # an empty one packs what can be packed
+        row.trim(200)
+        for n in 300, 1:
+            row.update_and_fetch(*(mx.zeros((1, 2, n, 32)) for _ in range(2)))
+        assert row.report()["exact"] == {} and row.report()["packed"] > 0
+
+
+def test_a_side_that_can_be_packed_is_packed_beside_one_that_cannot(backend, door):
+    rng = np.random.default_rng(0)
+    for dims, exact in (((64, 16), "values"), ((16, 64), "keys")):
+        cache = TurboKVCache("turbo8", sink=2, recent=4, block=4)
+        tokens = [mx.array(rng.standard_normal((1, 2, 60, d)), mx.float32) for d in dims]
+        fetched = cache.update_and_fetch(*tokens)
+        fetched = cache.update_and_fetch(*(x[:, :, :1] for x in tokens))
+        queries = mx.array(rng.standard_normal((1, 4, 1, dims[0])), mx.float32)
+        got = attention.scaled_dot_product_attention(queries, *fetched, cache, 0.2)
+        tokens = [mx.concatenate([x, x[:, :, :1]], axis=2) for x in tokens]
+        want = mx.fast.scaled_dot_product_attention(queries, *tokens, scale=0.2)
+        assert np.abs(to_numpy(got - want)).max() < 0.05 and list(cache.report()["exact"]) == [exact]
 
 
 # ---- what is compressed, and what not ------------------------------------------------------------------------
@@ -192,7 +234,7 @@ def test_a_short_rotating_cache_of_max_kv_size_stays_and_a_warning_says_so(backe
 
 def test_max_kv_size_gives_windows_that_keep_the_first_tokens(backend, model, tokenizer):
     tokens = mx.array(tokenizer.encode(STORIES)[:160])[None]
-    want = logits_in_chunks(model, tokens, lm_cache.make_prompt_cache(model, 36))
+    want = logits_in_chunks(model, tokens, [RotatingThatSeesKept(36, 4) for _ in model.layers])
     for config, close in (TurboConfig("turbo0", 2, 8, 8), 1e-5), (TurboConfig("turbo8", 2, 8, 8), 0.03):
         cache = make_prompt_cache(model, config, max_kv_size=36)
         assert [(type(c), c.max_size, c.keep) for c in cache] == 4 * [(RotatingTurboKVCache, 36, 4)]

@@ -3,11 +3,13 @@
 import collections
 import copy
 import functools
+import pickle
 import tempfile
 
 import mlx.core as mx
 import numpy as np
 from hypothesis import stateful
+from mlx_lm.models.cache import RotatingKVCache
 from support.arrays import to_numpy
 
 from mlx_turbo import TurboKVCache, load_prompt_cache, save_prompt_cache
@@ -19,7 +21,7 @@ from mlx_turbo.quant import reference, rotation
 
 FAST_BACKENDS = [select.default_name()]  # for tests with many small launches
 STEPS = collections.Counter()  # of state machines: how often a rule ran, by (class, rule)
-WAYS = "deepcopy", "state", "file"
+WAYS = "copy", "deepcopy", "pickle", "state", "file"
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -39,8 +41,10 @@ def rule(**arguments):
 
 def copied(cache, way):
     """A cache that goes on from what this one holds, by one of WAYS."""
-    if way == "deepcopy":
-        return copy.deepcopy(cache)
+    if way in ("copy", "deepcopy"):
+        return getattr(copy, way)(cache)
+    if way == "pickle":
+        return pickle.loads(pickle.dumps(cache))
     if way == "state":
         return type(cache).from_state(cache.state)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,6 +67,11 @@ def random_tokens(rng, n, *, batch=1, heads=2, key_dim=32, value_dim=32, dtype=m
     return tuple((vectors(rng, batch, heads, n, dim) + biased).astype(dtype) for dim in (key_dim, value_dim))
 
 
+def packed_bits(bits, head_dim):
+    """The bits of a side: none at a head_dim that stays exact."""
+    return bits if 32 <= head_dim <= 576 and head_dim % 4 == 0 else 0
+
+
 def header(cache):
     """The header of a cache's state as a dict."""
     return dict(zip(HEADER_NAMES, cache.state[0].tolist()))
@@ -71,7 +80,9 @@ def header(cache):
 def stored(cache):
     """What a cache's state holds: for keys and values a dict of sink, codes, scale, means, recent, as NumPy or None."""
     head, arrays, sides = header(cache), iter(cache.state[1:]), []
-    for bits, n_means in (head["chosen_key_bits"], head["key_means"]), (head["value_bits"], head["value_means"]):
+    key_bits = packed_bits(head["chosen_key_bits"], head["key_dim"])
+    value_bits = packed_bits(head["value_bits"], head["value_dim"])
+    for bits, n_means in (key_bits, head["key_means"]), (value_bits, head["value_means"]):
         present = dict(
             sink=head["n_sink"],
             codes=head["n_packed"],
@@ -119,6 +130,19 @@ def held_nbytes(thing, seen=None):
     return held_nbytes(vars(thing), seen) if hasattr(thing, "__dict__") else 0
 
 
+class RotatingThatSeesKept(RotatingKVCache):
+    """mlx-lm's window, but tokens late in a chunk see what those that come one by one do: the first `keep` and the
+    newest, max_size in all."""
+
+    def make_mask(self, N, window_size=None, return_array=False):
+        mask = super().make_mask(N, window_size, return_array)
+        if N == 1 or not isinstance(mask, mx.array):
+            return mask
+        column = mx.arange(mask.shape[-1])
+        query = column[-N:, None]
+        return (column <= query) & ((column < self.keep) | (column > query - (self.max_size - self.keep)))
+
+
 class ListModel:
     """A cache in a few lines of NumPy: the tokens as they were given, in a list per side, and which are packed.
 
@@ -156,11 +180,14 @@ class ListModel:
     def trim(self, n):
         want = min(max(n, 0), self.offset)
         assert self.cache.trim(n) == want
-        if want == self.offset:
+        self.trimmed_to(self.offset - want)
+
+    def trimmed_to(self, n):
+        """The cache was trimmed to n tokens in another way than by `trim`."""
+        if n == 0:
             self.clear()
-        elif want:
-            self.given = [x[:, :, : self.offset - want] for x in self.given]
-            self.untrimmed = False
+        elif n < self.offset:
+            self.given, self.untrimmed = [x[:, :, :n] for x in self.given], False
         self.check()
 
     def check(self):
@@ -176,7 +203,7 @@ class ListModel:
         if self.untrimmed:
             assert head["n_recent"] >= min(config.recent, self.offset - head["n_sink"])
         first, last = head["n_sink"], head["n_sink"] + head["n_packed"]
-        bits = config.scheme.key_bits, config.scheme.value_bits
+        bits = self._bits()
         for i, (side, x, bits) in enumerate(zip(stored(cache), self.given, bits)):
             for part, want in (("sink", x[:, :, :first]), ("recent", x[:, :, last:])):
                 if want.shape[2]:
@@ -198,8 +225,12 @@ class ListModel:
         segment = centering.segment_of(i)
         return rotation.unrotate(side["means"][:, :, np.arange(n) // segment].astype(np.float64), self.config.seed)
 
+    def _bits(self):
+        scheme = self.config.scheme
+        return [packed_bits(b, x.shape[3]) for b, x in zip((scheme.key_bits, scheme.value_bits), self.given)]
+
     def _check_fetched(self, fetched, n_sink, n_packed):
-        bits = self.config.scheme.key_bits, self.config.scheme.value_bits
+        bits = self._bits()
         for i, (x, want, side, b, dtype) in enumerate(zip(fetched, self.given, stored(self.cache), bits, self.dtypes)):
             assert x.dtype == dtype and tuple(x.shape) == want.shape
             x, first, last = to_numpy(x), n_sink, n_sink + n_packed

@@ -164,6 +164,34 @@ SMALL = dict(
     logits_soft_cap=30.0,
 )
 
+GEMMA4 = dict(
+    num_hidden_layers=6,
+    global_head_dim=64,
+    vocab_size_per_layer_input=VOCABULARY,
+    num_kv_shared_layers=2,
+    hidden_size_per_layer_input=16,
+    sliding_window_pattern=2,
+)
+KIMI = dict(
+    linear_attn_config=dict(
+        kda_layers=[1, 3], full_attn_layers=[2, 4], num_heads=2, head_dim=32, short_conv_kernel_size=4
+    )
+)
+LFM2 = dict(
+    block_dim=128,
+    block_multiple_of=32,
+    block_ffn_dim_multiplier=1.0,
+    block_auto_adjust_ff_dim=False,
+    full_attn_idxs=[1, 3],
+)
+LONGCAT = dict(
+    attention_method="MLA",
+    zero_expert_type="identity",
+    zero_expert_num=2,
+    mla_scale_q_lora=True,
+    mla_scale_kv_lora=True,
+)
+
 FAMILIES = dict(
     afm7=dict(num_kv_reuse_layers=2),
     afmoe=dict(layer_types=PATTERN),
@@ -199,16 +227,7 @@ FAMILIES = dict(
     falcon_h1={},
     gear=dict(layer_types=["conv_mixer", "sliding_attention", "conv_mixer", "full_attention"]),
     gemma3_text=dict(query_pre_attn_scalar=32, sliding_window_pattern=4),
-    gemma4=dict(
-        text_config=dict(
-            num_hidden_layers=6,
-            global_head_dim=64,
-            vocab_size_per_layer_input=VOCABULARY,
-            num_kv_shared_layers=2,
-            hidden_size_per_layer_input=16,
-            sliding_window_pattern=2,
-        )
-    ),
+    gemma4=dict(text_config=GEMMA4),
     gemma3n=dict(
         text_config=dict(
             vocab_size_per_layer_input=VOCABULARY,
@@ -226,14 +245,7 @@ FAMILIES = dict(
             laurel_rank=8,
         )
     ),
-    gemma4_text=dict(
-        num_hidden_layers=6,
-        global_head_dim=64,
-        vocab_size_per_layer_input=VOCABULARY,
-        num_kv_shared_layers=2,
-        hidden_size_per_layer_input=16,
-        sliding_window_pattern=2,
-    ),
+    gemma4_text=GEMMA4,
     glm4_moe=dict(rope_scaling=None),
     glm_moe_dsa=dict(
         index_head_dim=32, index_n_heads=2, index_topk=24, rope_parameters=dict(rope_theta=10000.0, rope_type="default")
@@ -251,60 +263,19 @@ FAMILIES = dict(
     internlm2=dict(bias=False),
     iquestloopcoder=dict(loop_window_size=16),
     jamba=dict(attn_layer_offset=1, attn_layer_period=2, expert_layer_offset=1, expert_layer_period=2),
-    kimi_linear=dict(
-        kv_lora_rank=512,
-        qk_rope_head_dim=64,
-        linear_attn_config=dict(
-            kda_layers=[1, 3], full_attn_layers=[2, 4], num_heads=2, head_dim=32, short_conv_kernel_size=4
-        ),
-    ),
-    kimi_k3=dict(
-        text_config=dict(
-            hidden_act="situ",
-            linear_attn_config=dict(
-                kda_layers=[1, 3], full_attn_layers=[2, 4], num_heads=2, head_dim=32, short_conv_kernel_size=4
-            ),
-        )
-    ),
+    kimi_linear=dict(KIMI, kv_lora_rank=512, qk_rope_head_dim=64),
+    kimi_k3=dict(text_config=dict(KIMI, hidden_act="situ")),
     laguna=dict(layer_types=PATTERN),
-    lfm2=dict(
-        block_dim=128,
-        block_multiple_of=32,
-        block_ffn_dim_multiplier=1.0,
-        block_auto_adjust_ff_dim=False,
-        full_attn_idxs=[1, 3],
-    ),
-    **{
-        "lfm2-vl": dict(
-            text_config=dict(
-                block_dim=128,
-                block_multiple_of=32,
-                block_ffn_dim_multiplier=1.0,
-                block_auto_adjust_ff_dim=False,
-                full_attn_idxs=[1, 3],
-            )
-        )
-    },
+    lfm2=LFM2,
+    **{"lfm2-vl": dict(text_config=LFM2)},
     **{"lille-130m": dict(block_size=512)},
     llama4=dict(
         text_config=dict(num_experts_per_tok=1, attention_chunk_size=16, interleave_moe_layer_step=2, rope_scaling=None)
     ),
     llama4_text=dict(no_rope_layers=[1, 1, 1, 0]),
     lfm2_moe=dict(full_attn_idxs=[1, 3], use_expert_bias=True),
-    longcat_flash=dict(
-        attention_method="MLA",
-        zero_expert_type="identity",
-        zero_expert_num=2,
-        mla_scale_q_lora=True,
-        mla_scale_kv_lora=True,
-    ),
-    longcat_flash_ngram=dict(
-        attention_method="MLA",
-        zero_expert_type="identity",
-        zero_expert_num=2,
-        mla_scale_q_lora=True,
-        mla_scale_kv_lora=True,
-    ),
+    longcat_flash=LONGCAT,
+    longcat_flash_ngram=LONGCAT,
     mellum=dict(layer_types=PATTERN, rope_parameters={t: dict(rope_theta=10000.0) for t in PATTERN}),
     mimo_v2_flash=dict(
         hybrid_layer_pattern=[1, 1, 1, 0],

@@ -6,11 +6,22 @@ import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition
+from support.arrays import to_numpy
 from support.caches import WAYS, ListModel, copied, held_nbytes, random_tokens, rule, same, snapshot
 from support.rows import Rows
 from support.strategies import CONFIGS, SHAPES
 
 from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache
+
+BATCHES = dict(
+    keys=st.sampled_from([0, 2, 4, 8]),
+    values=st.sampled_from([0, 3, 4]),
+    recent=st.integers(0, 6),
+    block=st.integers(1, 6),
+    n=st.integers(1, 3),
+    centre=st.booleans(),
+    shape=SHAPES,
+)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -42,6 +53,42 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(way=st.sampled_from(WAYS))
     def go_on_with_a_copy(self, way):
         self._replace(copied(self.model.cache, way))
+
+    # ---- what a program does that takes it for mlx-lm's KVCache ------------------------------------------------
+    @precondition(lambda self: self.model.offset)
+    @rule(step=st.integers(1, 9))
+    def read_in_blocks(self, step):
+        cache = self.model.cache
+        for tokens, want in zip((cache.keys, cache.values), cache.keys_and_values()):
+            blocks = [tokens[:, :, i : i + step] for i in range(0, cache.offset, step)]
+            assert isinstance(tokens, mx.array) and mx.array_equal(mx.concatenate(blocks, axis=2), want, equal_nan=True)
+
+    @precondition(lambda self: self.model.offset)
+    @rule(data=st.data(), order=st.permutations(["keys", "values", "offset"]))
+    def trim_by_slicing(self, data, order):
+        cache, n = self.model.cache, data.draw(st.integers(0, self.model.offset))
+        new = dict(keys=cache.keys[..., :n, :], values=cache.values[..., :n, :], offset=n)
+        for name in order[: data.draw(st.integers(1, 3))]:
+            if n or name == "offset" or not cache.empty():
+                setattr(cache, name, new[name])
+        self.model.trimmed_to(n)
+
+    @precondition(lambda self: self.model.offset)
+    @rule(data=st.data(), side=st.sampled_from([0, 1]))
+    def replace_tokens(self, data, side):
+        """None of them, as mlx-lm's pipeline models do, or some."""
+        model, name = self.model, ("keys", "values")[side]
+        changed = data.draw(st.lists(st.integers(0, model.offset - 1), max_size=3, unique=True))
+        tokens, new = getattr(model.cache, name), random_tokens(self.rng, model.offset, **self.shape)[side]
+        if data.draw(st.booleans()):
+            for i in changed:
+                tokens[..., i : i + 1, :] = new[:, :, i : i + 1]
+            assert mx.array_equal(tokens[:, :, changed], new[:, :, changed]) if changed else True
+        else:
+            here = mx.array([i in changed for i in range(model.offset)])[:, None]
+            setattr(model.cache, name, mx.depends(mx.where(here, new, tokens), mx.array(3.0) + 1))
+        model.given[side][:, :, changed] = to_numpy(new)[:, :, changed]
+        model.check()
 
     @precondition(lambda self: self.shape["batch"] == 1)
     @rule(n=st.integers(1, 30), first=st.booleans())
@@ -89,7 +136,16 @@ class WindowMachine(RuleBasedStateMachine):
             fetched, everything = cache.update_and_fetch(*tokens), self.all.append(*tokens)
             n_seen = min(before + 1, cache.max_size) if n == 1 else min(before, cache.max_size - 1) + n
             assert cache.offset == before + n and (mask is None or mask.shape[-1] == n_seen)
+            self.each_sees_the_kept_and_the_newest(mask, n, n_seen)
             self.are_newest(fetched, everything, n_seen)
+
+    def each_sees_the_kept_and_the_newest(self, mask, n, n_seen):
+        cache, n_kept = self.cache, min(self.cache.keep, n_seen)
+        token = np.r_[:n_kept, cache.offset - (n_seen - n_kept) : cache.offset]  # of each column
+        query = np.arange(cache.offset - n, cache.offset)[:, None]
+        want = (token <= query) & ((token < cache.keep) | (token > query - cache.window))
+        got = np.ones((n, n_seen), bool) if mask is None else np.broadcast_to(np.array(mask), (n, n_seen))
+        np.testing.assert_array_equal(got, want)
 
     def are_newest(self, fetched, everything, n_seen):
         for got, x in zip(fetched, everything):
@@ -118,6 +174,12 @@ class WindowMachine(RuleBasedStateMachine):
     def go_on_with_a_copy(self, way):
         self.cache = copied(self.cache, way)
 
+    @precondition(lambda self: self.cache.offset)
+    @rule()
+    def read_all(self):
+        for tokens, want in zip((self.cache.keys, self.cache.values), self.cache.keys_and_values()):
+            assert mx.array_equal(tokens, want)
+
     @rule(n=st.integers(1, 60))
     def go_on_from_a_batch(self, n):
         """Merged with another, extracted again."""
@@ -129,16 +191,7 @@ class WindowMachine(RuleBasedStateMachine):
 class BatchMachine(RuleBasedStateMachine):
     """Everything mlx-lm does to a batch of caches, in any order."""
 
-    @initialize(
-        keys=st.sampled_from([0, 2, 4, 8]),
-        values=st.sampled_from([0, 3, 4]),
-        sink=st.integers(0, 3),
-        recent=st.integers(0, 6),
-        block=st.integers(1, 6),
-        n=st.integers(1, 3),
-        centre=st.booleans(),
-        shape=SHAPES,
-    )
+    @initialize(sink=st.integers(0, 3), **BATCHES)
     def start(self, keys, values, sink, recent, block, n, centre, shape):
         self.make = TurboConfig(f"turbo{keys}v{values}", sink, recent, block, centre=centre)
         self.begin(n, shape)
@@ -191,21 +244,26 @@ class BatchMachine(RuleBasedStateMachine):
         self.rows.batch = copied(self.rows.batch, way)
         self.rows.check()
 
+    @rule()
+    def read_all(self):
+        """`keys` and `values` in the columns of mlx-lm's batches."""
+        batch = self.rows.batch
+        for name in "keys", "values":
+            tokens = getattr(batch, name)
+            assert tokens is None or tokens.shape[2] == batch._idx
+            for b, alone in enumerate(self.rows.alone):
+                if not alone.empty():
+                    want, n = to_numpy(getattr(alone, name)), alone.size()
+                    sink = min(alone.config.sink, n)
+                    want = np.concatenate([want[:, :, :sink], want[:, :, want.shape[2] - n + sink :]], axis=2)
+                    assert same(to_numpy(tokens)[b : b + 1, :, batch._idx - n :], want)
+                    assert not to_numpy(tokens)[b, :, : batch._idx - n].any()
+
 
 class WindowsMachine(BatchMachine):
     """Everything mlx-lm does to a batch of windows, in any order."""
 
-    @initialize(
-        keys=st.sampled_from([0, 2, 4, 8]),
-        values=st.sampled_from([0, 3, 4]),
-        window=st.integers(1, 40),
-        keep=st.integers(0, 3),
-        recent=st.integers(0, 6),
-        block=st.integers(1, 6),
-        n=st.integers(1, 3),
-        centre=st.booleans(),
-        shape=SHAPES,
-    )
+    @initialize(window=st.integers(1, 40), keep=st.integers(0, 3), **BATCHES)
     def start(self, keys, values, window, keep, recent, block, n, centre, shape):
         config = TurboConfig(f"turbo{keys}v{values}", keep, recent, block, centre=centre)
         self.make = functools.partial(RotatingTurboKVCache, window + keep, keep, config)

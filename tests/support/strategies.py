@@ -33,8 +33,8 @@ SHAPES = st.fixed_dictionaries(
     dict(
         batch=st.integers(1, 2),
         heads=st.integers(1, 2),
-        key_dim=st.sampled_from([32, 64, 80]),
-        value_dim=st.sampled_from([32, 96]),
+        key_dim=st.sampled_from([32, 64, 80, 16]),
+        value_dim=st.sampled_from([32, 96, 8]),
         dtype=st.sampled_from(list(DTYPES.values())),
     )
 )

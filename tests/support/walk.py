@@ -3,6 +3,10 @@
 import mlx.core as mx
 import numpy as np
 from support.arrays import to_numpy
+from support.caches import random_tokens
+from support.tolerances import TOLERANCE
+
+from mlx_turbo.integration import attention
 
 
 class Recorder:
@@ -17,6 +21,27 @@ class Recorder:
     def attend(self, queries, *args, **options):
         self.calls.append((queries.shape, options["mask"].shape))
         return self.backend.attend(queries, *args, **options)
+
+
+def check_fused_steps(backend, batch, caches, rng):
+    """One token, then three, of a batch with means, head_dim 64: one call of the kernel serves all rows, and each gets
+    what mlx-lm's attention makes of the tokens that the row alone (`caches`) restores."""
+    recorder = Recorder(backend)
+    assert batch.report()["centred"] == ["keys", "values"]
+    for n_new in (1, 3):
+        new, queries = random_tokens(rng, n_new, batch=3, key_dim=64, value_dim=64), mx.random.normal((3, 4, n_new, 64))
+        mask = batch.make_mask(n_new)
+        view = attention.view_of(*batch.update_and_fetch(*new))
+        got = to_numpy(attention.attend(queries, view, scale=0.1, mask=mask, backend=recorder))
+        assert recorder.calls.pop() == (queries.shape, mask.shape) and not recorder.calls
+        assert batch.report()["attention"] == "fused"
+        for b, cache in enumerate(caches):
+            mask = cache.make_mask(n_new, return_array=True)
+            keys, values = cache.update_and_fetch(*(x[b : b + 1] for x in new))
+            want = to_numpy(
+                mx.fast.scaled_dot_product_attention(queries[b : b + 1], keys, values, scale=0.1, mask=mask)
+            )
+            assert np.abs(got[b] - want[0]).max() < TOLERANCE[mx.float32] * np.abs(want).max()
 
 
 def merged(caches):
