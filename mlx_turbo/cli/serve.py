@@ -6,11 +6,15 @@ Besides the caches, it differs from mlx_lm.server in these ways:
 - Prompt caches are filed under exactly the tokens they hold. If a whole prompt is cached, its last token is trimmed,
   so that the model has one to continue from. --prompt-cache-bytes also applies without batching.
 - GET /kv-cache reports what the prompt caches take.
+- A request that fails gets a status and a message, or an event `error` if its answer is streamed already; the others go
+  on (integration/isolation.py), and so does the server.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import inspect
 import json
 import logging
 import signal
@@ -24,11 +28,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import mlx.core as mx
+import mlx_lm
 import mlx_lm.server as module
 from huggingface_hub.errors import CacheNotFound
+from mlx_lm.generate import PromptProcessingBatch
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from ..backends.select import get_backend, use_backend
+from ..backends.sides import BackendError
+from ..integration.isolation import GenerationError, IsolatedBatchGenerator
 from ..integration.prompt_cache import describe, enable, flatten_caches
 from .common import (
     DEFAULT_SCHEME,
@@ -37,6 +45,7 @@ from .common import (
     Parser,
     TurboProgram,
     add_program_arguments,
+    describe_error,
     describe_model_argument,
     load_model,
     patched_attributes,
@@ -100,6 +109,8 @@ class ModelProvider(module.ModelProvider):
         return super().load(model_path, adapters.get(model_path, adapter_path), draft_model_path)
 
     def load_default(self) -> None:
+        if self.tried.is_set():  # by a generation loop that begins anew: requests load what they name
+            return
         try:
             super().load_default()
         except Exception as e:
@@ -111,29 +122,50 @@ class ModelProvider(module.ModelProvider):
 
 # ---- prompt caches -----------------------------------------------------------------------------------------
 class LRUPromptCache(module.LRUPromptCache):
-    """mlx-lm's class, with two faults corrected: after speculative decoding its entries hold other tokens than they are
-    filed under (the last token is in no cache yet), and if a whole prompt is cached, the model has no token to continue
-    from."""
+    """mlx-lm's class, with three faults corrected: after speculative decoding its entries hold other tokens than they
+    are filed under (the last token is in no cache yet); if a whole prompt is cached, the model has no token to continue
+    from; and a cache that cannot be kept, copied or trimmed ended the server."""
 
     def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any) -> None:
-        caches = flatten_caches(prompt_cache)
-        offsets = [getattr(c, "offset", None) or len(tokens) for c in caches]  # 0: a layer that is not used
-        n = min([len(tokens), *offsets])
-        for cache, offset in zip(caches, offsets):
-            if offset > n:
-                if not cache.is_trimmable():
-                    return
-                cache.trim(offset - n)
-        super().insert_cache(model, tokens[:n], prompt_cache, **options)
+        """File the caches of a sequence; if that fails, they are dropped and the log says so."""
+        try:
+            n = _trim_to_common(prompt_cache, len(tokens))
+            if n is None:
+                return
+            (
+                can_trim_prompt_cache(prompt_cache),
+                [c.nbytes for c in prompt_cache],
+            )  # what fails, fails before it is filed
+            super().insert_cache(model, tokens[:n], prompt_cache, **options)
+        except Exception:
+            logging.exception("the cache of an answer is not kept")
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is None or rest:
-            return cache, rest
-        if not can_trim_prompt_cache(cache):
-            return None, tokens
-        trim_prompt_cache(cache, 1)
-        return cache, tokens[-1:]
+        """A copy of the caches that hold most of a prompt, and the tokens after them; none if that fails."""
+        try:
+            cache, rest = super().fetch_nearest_cache(model, tokens)
+            if cache is None or rest:
+                return cache, rest
+            if can_trim_prompt_cache(cache):
+                trim_prompt_cache(cache, 1)
+                return cache, tokens[-1:]
+        except Exception:
+            logging.exception("a kept cache cannot be used: the whole prompt is computed")
+        return None, tokens
+
+
+def _trim_to_common(prompt_cache: list[Any], n_tokens: int) -> int | None:
+    """Trim caches to the tokens that all of them hold, at most n_tokens, and return how many; None if one cannot be
+    trimmed."""
+    caches = flatten_caches(prompt_cache)
+    offsets = [getattr(c, "offset", None) or n_tokens for c in caches]  # 0: a layer that is not used
+    n = min([n_tokens, *offsets])
+    for cache, offset in zip(caches, offsets):
+        if offset > n:
+            if not cache.is_trimmable():
+                return None
+            cache.trim(offset - n)
+    return n
 
 
 # ---- requests ----------------------------------------------------------------------------------------------
@@ -141,29 +173,74 @@ class RequestError(ValueError):
     """A request that cannot be answered: status 400."""
 
 
+class Answer:
+    """The queue on which mlx-lm's loop puts the parts of an answer, which ends with None or with an exception."""
+
+    def __init__(self, queue: Any, unfinished: "set[Answer]") -> None:
+        self.queue, self.unfinished = queue, unfinished
+        self.context: module.GenerationContext | None = None
+        unfinished.add(self)
+
+    def put(self, part: Any) -> None:
+        """Hand on a part. The progress of a row that failed is a GenerationError: the loop then drops the row, as one
+        whose client is gone."""
+        if isinstance(part, module.GenerationContext):
+            self.context = part
+        if part is None or isinstance(part, Exception):
+            self.unfinished.discard(self)
+        if isinstance(part, Exception):
+            if self.context is not None:
+                self.context.stop()
+            if not isinstance(part, (CliError, GenerationError, RequestError)):
+                logging.error("a request failed", exc_info=part)
+                part = GenerationError(part)
+        self.queue.put(part)
+
+
 class ResponseGenerator(module.ResponseGenerator):
-    """mlx-lm's class; refuses prompts beyond the context, and reports what the prompt caches hold."""
+    """mlx-lm's class; refuses requests that cannot be answered, goes on after a fault, and reports what the prompt
+    caches hold."""
 
     model_provider: ModelProvider
 
     def __init__(self, model_provider: ModelProvider, prompt_cache: LRUPromptCache) -> None:
+        self._unfinished: set[Answer] = set()
         if model_provider.cli_args.prompt_cache_bytes is not None:
             prompt_cache.max_bytes = model_provider.cli_args.prompt_cache_bytes
         super().__init__(model_provider, prompt_cache)
 
+    def _next_request(self, timeout: float | None = None) -> Any:
+        request = super()._next_request(timeout)
+        return request and (Answer(request[0], self._unfinished), *request[1:])
+
     def _generate(self) -> None:
-        """The generation thread."""
+        """The generation thread. What ends mlx-lm's loop ends the answers it was at, and the loop begins anew."""
         try:
-            super()._generate()
-        except Exception as e:
-            if e is not self.model_provider.failure:  # which the main thread raises: mlx-lm would log its traceback
-                raise
+            while not self._stop:
+                try:
+                    super()._generate()
+                except Exception as e:
+                    if e is self.model_provider.failure:  # which the main thread raises: mlx-lm would log its traceback
+                        return
+                    if self._is_distributed:  # other machines are in the middle of the same step
+                        raise
+                    logging.exception("%d requests failed", len(self._unfinished))
+                    for answer in list(self._unfinished):
+                        answer.put(GenerationError(e))
         finally:
             if hasattr(mx, "clear_streams"):  # else MLX 0.32.4 aborts when the process ends (9 of 13 runs)
                 mx.clear_streams()
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        out = super()._tokenize(tokenizer, request, args)
+        try:
+            stop = args.stop_words
+            if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
+                raise ValueError(f"stop: got {stop!r}, expected a string or a list of strings, none of them empty")
+            module._make_sampler(args, tokenizer)  # where mlx-lm makes these, an exception would be of all requests
+            module._make_logits_processors(args)
+            out = super()._tokenize(tokenizer, request, args)
+        except Exception as e:
+            raise RequestError(str(e) if isinstance(e, ValueError) else describe_error(e)) from e
         n = len(out[0])
         if n == 0:
             raise RequestError("the prompt is empty")
@@ -195,14 +272,38 @@ class ResponseGenerator(module.ResponseGenerator):
 
 
 class APIHandler(module.APIHandler):
-    """mlx-lm's class, with GET /kv-cache, and with status 400 for a request that cannot be answered."""
+    """mlx-lm's class, with GET /kv-cache, and with a status and a message for a request that fails: 400 if it cannot be
+    answered, 500 if that failed."""
 
     response_generator: ResponseGenerator
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
-        """mlx-lm's handler answers 404 whether the model cannot be found or the request is wrong."""
-        wrong_request = status_code == 404 and isinstance(sys.exc_info()[1], RequestError)
-        super()._set_completion_headers(400 if wrong_request else status_code)
+        """mlx-lm's handler answers 404 whether the model cannot be found, the request is wrong or something fails."""
+        error = sys.exc_info()[1]
+        if status_code == 404 and error is not None and not isinstance(error, CliError):
+            status_code = 400 if isinstance(error, RequestError) else 500
+        super()._set_completion_headers(status_code)
+
+    def handle_completion(self, request: Any, stop_words: Any) -> None:
+        """Answer a completion request. mlx-lm closes the connection without a word if an answer fails once it has
+        begun."""
+        try:
+            super().handle_completion(request, stop_words)
+        except OSError:  # the client's connection
+            raise
+        except Exception as e:
+            if not isinstance(e, GenerationError):
+                logging.exception("a request failed")
+                e = GenerationError(e)
+            if self.stream:
+                event = {"error": {"message": str(e), "type": "server_error"}}
+                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+            else:
+                self._headers_buffer: list[bytes] = []  # status 200, not sent yet
+                self._set_completion_headers(500)
+                self.end_headers()
+                self.wfile.write(json.dumps({"error": str(e)}).encode())
+            self.wfile.flush()
 
     def do_GET(self) -> None:
         """Answer a GET request."""
@@ -258,6 +359,36 @@ def check_port(host: str, port: int) -> None:
     except OSError as e:
         flag = "--host" if isinstance(e, socket.gaierror) else "--port"
         raise CliError(f"{flag}: cannot listen on {host}:{port}: {e.strerror}") from e
+
+
+def batch_generator() -> Callable[..., Any]:
+    """What the generation loop makes its batches with.
+
+    Raises BackendError if the installed mlx-lm's loop is not the one that isolation.py is written for: then a request
+    that fails would end the server.
+    """
+    if mx.distributed.init().size() > 1:  # a row must fail on all machines, or on none
+        return module.BatchGenerator
+    used = inspect.unwrap(module.ResponseGenerator._generate).__code__.co_names
+    wanted = "BatchGenerator", "insert_segments", "next", "extract_cache", "remove", "close", "progress", "_should_stop"
+    missing = [f"the loop does not use {name}" for name in wanted if name not in used]
+    fields = [f.name for f in dataclasses.fields(PromptProcessingBatch.Response)]
+    if fields != ["uid", "progress", "end_of_segment", "end_of_prompt"]:
+        missing.append(f"a prompt's response has {', '.join(fields)}")
+    taken = inspect.signature(module.BatchGenerator.insert_segments).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        missing += [f"no {n} in a batch" for n in ("segments", "caches", "all_tokens", "samplers") if n not in taken]
+    missing += [
+        f"no {n}" for n in ("_next_request", "_tokenize", "_generate") if not hasattr(module.ResponseGenerator, n)
+    ]
+    missing += [f"no {n}" for n in ("_make_sampler", "_make_logits_processors") if not hasattr(module, n)]
+    if missing:
+        raise BackendError(
+            f"mlx_lm.server of mlx-lm {mlx_lm.__version__} answers its requests in a way that mlx_turbo does not know "
+            f"({'; '.join(missing)}): one that fails would end the server. Install another version of mlx-lm, or use "
+            "mlx_lm.server itself"
+        )
+    return functools.partial(IsolatedBatchGenerator, module.BatchGenerator)
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -317,6 +448,7 @@ def main(argv: Sequence[str]) -> int:
             ModelProvider=ModelProvider,
             LRUPromptCache=LRUPromptCache,
             ResponseGenerator=ResponseGenerator,
+            BatchGenerator=batch_generator(),
             scan_cache_dir=functools.partial(_scan_cache_dir, module.scan_cache_dir),
             _run_http_server=functools.partial(_run_http_server, module._run_http_server),
         ),

@@ -31,15 +31,17 @@ def free_port():
 
 
 class Server:
-    """`mlx-turbo serve` with some arguments; `with Server(...) as server:` ends it."""
+    """`mlx-turbo serve` with some arguments; `with Server(...) as server:` ends it. prelude: Python that its process
+    runs first."""
 
-    def __init__(self, folder, *argv):
+    def __init__(self, folder, *argv, prelude=""):
         self.port, self.log_file = free_port(), Path(folder) / "server.log"
         package = str(Path(mlx_turbo.__file__).parents[1])
         # what a shell starts in the background, and all that this starts, ignores SIGINT
         command = (
             "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-            f"sys.path.insert(0, {package!r}); from mlx_turbo.cli.main import main; sys.exit(main(sys.argv[1:]))"
+            f"sys.path[:0] = {[package, str(Path(__file__).parents[1])]!r}; {prelude}\n"
+            "from mlx_turbo.cli.main import main; sys.exit(main(sys.argv[1:]))"
         )
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
         with open(self.log_file, "w") as log:
