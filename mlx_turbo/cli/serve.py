@@ -36,8 +36,10 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 
 from ..backends.select import get_backend, use_backend
 from ..backends.sides import BackendError
+from ..cache.single import TurboKVCache
 from ..integration.isolation import GenerationError, IsolatedBatchGenerator
 from ..integration.prompt_cache import describe, enable, flatten_caches
+from ..quant.scheme import TurboConfig
 from .common import (
     DEFAULT_SCHEME,
     DEMO_TEMPLATE,
@@ -124,7 +126,12 @@ class ModelProvider(module.ModelProvider):
 class LRUPromptCache(module.LRUPromptCache):
     """mlx-lm's class, with three faults corrected: after speculative decoding its entries hold other tokens than they
     are filed under (the last token is in no cache yet); if a whole prompt is cached, the model has no token to continue
-    from; and a cache that cannot be kept, copied or trimmed ended the server."""
+    from; and a cache that cannot be kept, copied or trimmed ended the server.
+
+    schemes: what `schemes_of` says of the caches that a request gets now; those of another scheme are not gone on from.
+    """
+
+    schemes: Callable[[], Any] | None = None
 
     def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any) -> None:
         """File the caches of a sequence; if that fails, they are dropped and the log says so."""
@@ -144,7 +151,9 @@ class LRUPromptCache(module.LRUPromptCache):
         """A copy of the caches that hold most of a prompt, and the tokens after them; none if that fails."""
         try:
             cache, rest = super().fetch_nearest_cache(model, tokens)
-            if cache is None or rest:
+            if cache is None or (self.schemes is not None and schemes_of(cache) != self.schemes()):
+                return None, tokens
+            if rest:
                 return cache, rest
             if can_trim_prompt_cache(cache):
                 trim_prompt_cache(cache, 1)
@@ -152,6 +161,11 @@ class LRUPromptCache(module.LRUPromptCache):
         except Exception:
             logging.exception("a kept cache cannot be used: the whole prompt is computed")
         return None, tokens
+
+
+def schemes_of(prompt_cache: list[Any]) -> set[TurboConfig]:
+    """The configurations of compressed caches; none if they are all mlx-lm's own."""
+    return {c.config for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)}
 
 
 def _trim_to_common(prompt_cache: list[Any], n_tokens: int) -> int | None:
@@ -207,7 +221,13 @@ class ResponseGenerator(module.ResponseGenerator):
         self._unfinished: set[Answer] = set()
         if model_provider.cli_args.prompt_cache_bytes is not None:
             prompt_cache.max_bytes = model_provider.cli_args.prompt_cache_bytes
+        prompt_cache.schemes = self._schemes
         super().__init__(model_provider, prompt_cache)
+
+    def _schemes(self) -> set[TurboConfig]:
+        """Those of the caches that the next request gets: `enable` may be called while the server runs."""
+        models = self.model_provider.model, self.model_provider.draft_model
+        return schemes_of([c for model in models if model is not None for c in make_prompt_cache(model)])
 
     def _next_request(self, timeout: float | None = None) -> Any:
         request = super()._next_request(timeout)

@@ -1,10 +1,10 @@
 """mlx-lm's BatchGenerator, in which a fault ends one request and not all of them.
 
-A step computes all rows together, so an exception from a cache, a kernel, a sampler or the model does not say whose it is,
-and leaves some layers one token further than others. Nothing of such a batch is kept: its rows are computed anew from
-their tokens, in two halves, each of which is a batch of its own from then on. A half that fails again is halved again; a
-row that fails alone is the one at fault, and is reported. So rows that fail only beside others are answered alone, and a
-fault that does not come back costs no request.
+A step computes all rows together, so an exception from a cache, a kernel, a sampler or the model does not say whose
+it is, and leaves some layers one token further than others. Nothing of such a batch is kept: its rows are computed
+anew from their tokens, in two halves, each of which is a batch of its own from then on. A half that fails again is
+halved again; a row that fails alone is the one at fault, and is reported. So rows that fail only beside others are
+answered alone, and a fault that does not come back costs no request.
 
 A row that is computed anew repeats its history: the chunks of its prompt, then one step for each token it had already
 answered, which is put in place of what is sampled. So a compressed cache packs the same tokens at the same moments, and

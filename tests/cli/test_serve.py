@@ -380,7 +380,7 @@ def ask(server, i, n, **options):
 
 
 def first_fault(kind):
-    """How many tokens a request of `faulty` answers before it is marked to fail; it merges and packs its prompt only."""
+    """How many tokens a request of `faulty` answers before it fails; it merges and packs its prompt only."""
     return 0 if kind in ("merging", "packing") else 4
 
 
@@ -469,6 +469,24 @@ def test_a_thousand_requests_of_which_one_in_twenty_fails(faulty, right):
         assert 0 < failed < 30 and faulty.get("/health") == (200, {"status": "ok"})
     assert rest[-1][0] < rest[0][0] + 2e6 and rest[-1][1] < rest[0][1] + 30e6, rest
     print(json.dumps({"active_memory beside the prompt caches, rss": rest}))
+
+
+def test_what_was_kept_in_another_scheme_is_not_gone_on_from(tmp_path, model):
+    """`enable` is called while the server runs: by a request for 6 top_logprobs."""
+    prelude = """
+import mlx_lm.server as server, mlx_turbo, mlx_turbo.cli.serve as serve
+init, original = serve.ModelProvider.__init__, server._format_top_logprobs
+serve.ModelProvider.__init__ = lambda self, *args: (globals().update(provider=self), init(self, *args))[1]
+def switch(*args):
+    if args[1] == 6:
+        mlx_turbo.enable(provider.model, "turbo2")
+    return original(*args)
+server._format_top_logprobs = switch
+"""
+    with Server(tmp_path, "--model", model, "--chat-template", DEMO_TEMPLATE, "--kv", "turbo4", prelude=prelude) as s:
+        n_cached = [cached(ask(s, 0, 3, **options)[1]) for options in ({}, {"top_logprobs": 6}, {}, {})]
+        assert n_cached[0] == n_cached[2] == 0 and min(n_cached[1], n_cached[3]) > 50
+        assert "failed" not in s.log
 
 
 # ---- wrong arguments ---------------------------------------------------------------------------------------
