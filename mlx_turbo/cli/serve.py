@@ -226,7 +226,7 @@ class ResponseGenerator(module.ResponseGenerator):
 
     def _schemes(self) -> set[TurboConfig]:
         """Those of the caches that the next request gets: `enable` may be called while the server runs."""
-        models = self.model_provider.model, self.model_provider.draft_model
+        models: tuple[Any, Any] = (self.model_provider.model, self.model_provider.draft_model)
         return schemes_of([c for model in models if model is not None for c in make_prompt_cache(model)])
 
     def _next_request(self, timeout: float | None = None) -> Any:
