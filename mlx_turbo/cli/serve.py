@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -47,6 +48,7 @@ from .common import (
     Parser,
     TurboProgram,
     add_program_arguments,
+    check_going_back,
     describe_error,
     describe_model_argument,
     load_model,
@@ -84,6 +86,13 @@ class ServerProgram(TurboProgram):
         return original(model, max_kv_size)  # the model's own make_cache is ours
 
 
+def _new_cache(model: Any) -> list[Any]:
+    """A prompt cache as the next request gets it, to look at."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the model was loaded
+        return make_prompt_cache(model)
+
+
 def context_of(model: Any) -> int | None:
     """The number of tokens the model was made for; None if its configuration does not say."""
     args = vars(getattr(model, "args", None) or types.SimpleNamespace())
@@ -108,7 +117,16 @@ class ModelProvider(module.ModelProvider):
     def load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> Any:
         """mlx-lm 0.31.3 loses the adapter of --adapter-path, which it looks up after replacing the model's name."""
         adapters = getattr(self, "_adapter_map", {})
-        return super().load(model_path, adapters.get(model_path, adapter_path), draft_model_path)
+        loaded = super().load(model_path, adapters.get(model_path, adapter_path), draft_model_path)
+        if self.draft_model is not None:
+            check_going_back(_new_cache(self.model), self.limit(), "the model")
+            check_going_back(_new_cache(self.draft_model), self.limit(), "the draft model")
+        return loaded
+
+    def limit(self) -> int | None:
+        """The most tokens that prompt and answer may have: of --max-context, or the model's context; None: no limit."""
+        given = self.cli_args.max_context
+        return (context_of(self.model) if given is None else given) or None
 
     def load_default(self) -> None:
         if self.tried.is_set():  # by a generation loop that begins anew: requests load what they name
@@ -227,7 +245,7 @@ class ResponseGenerator(module.ResponseGenerator):
     def _schemes(self) -> set[TurboConfig]:
         """Those of the caches that the next request gets: `enable` may be called while the server runs."""
         models: tuple[Any, Any] = (self.model_provider.model, self.model_provider.draft_model)
-        return schemes_of([c for model in models if model is not None for c in make_prompt_cache(model)])
+        return schemes_of([c for model in models if model is not None for c in _new_cache(model)])
 
     def _next_request(self, timeout: float | None = None) -> Any:
         request = super()._next_request(timeout)
@@ -264,13 +282,10 @@ class ResponseGenerator(module.ResponseGenerator):
         n = len(out[0])
         if n == 0:
             raise RequestError("the prompt is empty")
-        given = self.cli_args.max_context
-        limit = context_of(self.model_provider.model) if given is None else given
+        limit = self.model_provider.limit()
         if limit and n >= limit:
-            raise RequestError(
-                f"the prompt has {n} tokens, but must have fewer than {limit}, "
-                f"{'the context of the model' if given is None else 'the value of --max-context'}"
-            )
+            whose = "the context of the model" if self.cli_args.max_context is None else "the value of --max-context"
+            raise RequestError(f"the prompt has {n} tokens, but must have fewer than {limit}, {whose}")
         if limit:
             args.max_tokens = min(args.max_tokens, limit - n)
         return out

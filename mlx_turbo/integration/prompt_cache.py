@@ -16,6 +16,11 @@ from .conversion import compress_window
 
 logger = logging.getLogger("mlx_turbo")
 OLDEST_MLX_LM = (0, 31, 2)
+# before the class's name in a file: what mlx-lm shows where mlx_turbo is not in use (prompt_cache_file.py)
+FOREIGN_NAME = (
+    "written by mlx_turbo. Run `mlx-turbo generate` in place of `mlx_lm.generate`, or load the file with "
+    "mlx_turbo.load_prompt_cache. Its class is "
+)
 
 
 def patch_mlx_lm() -> Any:
@@ -38,6 +43,8 @@ def patch_mlx_lm() -> Any:
     of_batches = BatchTurboKVCache, BatchRotatingTurboKVCache, BatchIndexerKVCache
     for cache in (TurboKVCache, RotatingTurboKVCache, IndexedCacheList, *of_batches):
         setattr(module, cache.__name__, cache)
+        setattr(module, FOREIGN_NAME + cache.__name__, cache)
+    setattr(module, FOREIGN_NAME + "CacheList", module.CacheList)
     attention.install()
     return module
 

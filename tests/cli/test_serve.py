@@ -28,6 +28,7 @@ from support.servers import (
     cached,
     free_port,
     save_model,
+    save_state_model,
     save_window_model,
     text_of,
 )
@@ -512,6 +513,32 @@ BAD = {
         ["--adapter-path: the folder '/no/such' does not exist"],
     ),
 }
+
+
+@pytest.mark.parametrize("draft", [False, True], ids=["model", "draft model"])
+@pytest.mark.parametrize("kv", ["auto", "none"])
+def test_a_draft_model_is_refused_where_caches_cannot_go_back(run, tmp_path, draft, kv):
+    save_state_model(tmp_path / "states")
+    save_window_model(tmp_path / "windows", 150)
+    common = "--port", free_port(), "--kv", kv
+    for name, words in (("states", ["ArraysCache"]), ("windows", ["window of 150 tokens", "hold 4096 tokens"])):
+        models = [DEMO_MODEL, tmp_path / name]
+        code, _, err = run(*common, "--model", models[not draft], "--draft-model", models[draft])
+        assert code == 2 and "Traceback" not in err
+        last = err.splitlines()[-1]
+        assert last.startswith(f"mlx-turbo: error: --draft-model: the {'draft ' * draft}model has ")
+        assert all(word in last for word in words)
+
+
+def test_a_draft_model_and_a_window_longer_than_max_context_go_together(tmp_path, model):
+    """A draft is never longer than the answer may be, so the window does not fill up."""
+    save_window_model(tmp_path / "windows", 41)
+    reference = Reference(tmp_path / "windows")
+    argv = "--model", tmp_path / "windows", "--draft-model", model, "--chat-template", DEMO_TEMPLATE
+    with Server(tmp_path, *argv, "--max-context", 40) as server:
+        for n in 3, 90:
+            answer = server.chat(STORY, 200, num_draft_tokens=n)
+            assert answer["usage"]["total_tokens"] == 40 and not reference.behind(STORY, answer).any()
 
 
 @pytest.mark.parametrize("argv, words", BAD.values(), ids=BAD)

@@ -175,6 +175,38 @@ def save_window_model(folder, window):
     mlx_lm.utils.save_model(folder, model, donate_model=False)
 
 
+def save_state_model(folder):
+    """A random model that speaks the embedded one's tokens, whose layers hold states (Mamba 2)."""
+    import mlx_lm.utils
+    from mlx_lm.models import mamba2
+
+    args = dict(
+        model_type="mamba2",
+        num_heads=4,
+        head_dim=32,
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=128,
+        state_size=16,
+        num_hidden_layers=2,
+        layer_norm_epsilon=1e-5,
+        conv_kernel=4,
+        n_groups=1,
+        use_bias=False,
+        use_conv_bias=True,
+        tie_word_embeddings=True,
+        time_step_limit=[0.0, 100.0],
+        time_step_rank="auto",
+    )
+    mx.random.seed(0)
+    model = mamba2.Model(mamba2.ModelArgs(**args))
+    folder.mkdir()
+    for file in DEMO_MODEL.glob("tokenizer*.json"):
+        shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps(args | {"eos_token_id": 0}))
+    mlx_lm.utils.save_model(folder, model, donate_model=False)
+
+
 class Reference:
     """What the model itself says, without a server and without compression."""
 
