@@ -21,6 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .mixed_batch import kind_of
 from .prompt_cache import flatten_caches
 
 logger = logging.getLogger("mlx_turbo")
@@ -66,11 +67,8 @@ class _Batch:
     rows: dict[int, _Row] = dataclasses.field(default_factory=dict)  # by the generator's own uid
 
 
-def kind_of(prompt_cache: list[Any]) -> tuple[Any, ...]:
-    """What the caches of two rows must have in common to share a batch."""
-    return tuple(
-        (type(c), getattr(c, "config", None), getattr(c, "max_size", None)) for c in flatten_caches(prompt_cache)
-    )
+def _kinds(prompt_cache: list[Any]) -> tuple[Any, ...]:
+    return tuple(map(kind_of, flatten_caches(prompt_cache)))
 
 
 class IsolatedBatchGenerator:
@@ -209,7 +207,7 @@ class IsolatedBatchGenerator:
             if len(self._batches) > 1 and sum(len(b.rows) for b in self._batches) >= self._most_rows:
                 return
             row = self._waiting.popleft()
-            self._add(self._open_batch(kind_of(row.cached[0] if row.cached else row.blank)), row)
+            self._add(self._open_batch(_kinds(row.cached[0] if row.cached else row.blank)), row)
 
     def _open_batch(self, kind: tuple[Any, ...]) -> _Batch:
         """The batch that takes new rows of a kind."""
@@ -258,7 +256,7 @@ class IsolatedBatchGenerator:
         mx.clear_cache()
         half = (len(rows) + 1) // 2
         for part in filter(None, (rows[:half], rows[half:])):
-            again = self._new_batch(kind_of(part[0].blank), takes_rows=False)
+            again = self._new_batch(_kinds(part[0].blank), takes_rows=False)
             for row in part:
                 row.anew = True
                 self._add(again, row)

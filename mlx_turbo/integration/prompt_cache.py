@@ -13,6 +13,7 @@ from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig
 from . import attention
 from .conversion import compress_window
+from .mixed_batch import let_batches_mix
 
 logger = logging.getLogger("mlx_turbo")
 OLDEST_MLX_LM = (0, 31, 2)
@@ -46,6 +47,7 @@ def patch_mlx_lm() -> Any:
         setattr(module, FOREIGN_NAME + cache.__name__, cache)
     setattr(module, FOREIGN_NAME + "CacheList", module.CacheList)
     attention.install()
+    let_batches_mix()
     return module
 
 
@@ -182,6 +184,7 @@ _KEPT = {
     "RotatingKVCache": "its window is so short that most of it would stay exact",
     "KVCache": "it was made without mlx_turbo",
     "QuantizedKVCache": "kv_bits made mlx-lm quantize it",
+    "MixedBatchCache": "its rows began under several schemes, each of which keeps its own",
     "LayerCache": "the model's own class, which holds a window and tokens that it merges itself",
 }
 
