@@ -113,13 +113,17 @@ def uninstall():
 def leads_to_a_door(function):
     """Whether a function is one of ours, or refers to one: as what it wraps, in its closure, its defaults, an attribute
     or a global name that its code uses."""
+    return _leads_to(_doors, function)
+
+
+def _leads_to(doors, function):
     seen, to_see = set(), [function]
     while to_see and len(seen) < 1000:
         item = to_see.pop()
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if any(item is door for door in _doors):
+        if any(item is door for door in doors):
             return True
         to_see += _referred(item)
     return False
@@ -175,15 +179,15 @@ def _original_of(door):
 
 
 def _door_over(function):
-    """The door that leads to a function. The first one is scaled_dot_product_attention itself, as long as it is not in
-    use over something else."""
+    """The door that leads to a function: scaled_dot_product_attention itself, unless it is in use over another one."""
     global _original
+    first = scaled_dot_product_attention
+    if _original is not function and not any(_leads_to([first], getattr(m, _NAME)) for m in _model_modules()):
+        if _is_mlx_lm_s(function) or not any(door.original is function for door in _doors[1:]):
+            _original = function
     for door in _doors:
         if _original_of(door) is function:
             return door
-    if not any(getattr(module, _NAME) is scaled_dot_product_attention for module in _model_modules()):
-        _original = function
-        return scaled_dot_product_attention
 
     def door(queries, keys, values, cache, scale, mask=None, sinks=None, **options):
         return _pass_through(door, function, queries, keys, values, cache, scale, mask, sinks, **options)

@@ -1,7 +1,8 @@
 """Batches whose rows have caches of several kinds, because `enable` or `disable` was called while requests ran.
 
 mlx-lm's batches take one kind of cache per layer. Here each kind keeps a batch of its own, so that a running answer
-goes on with the scheme it began with; attention sees the tokens of all of them as ordinary arrays until one kind is left.
+goes on with the scheme it began with; attention sees the tokens of all of them as ordinary arrays until one kind is
+left.
 """
 
 import functools

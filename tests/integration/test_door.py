@@ -246,6 +246,21 @@ def test_two_programs_that_each_wrap_what_they_find_again_and_again_do_not_call_
                 assert np.allclose(to_numpy(got), to_numpy(want), rtol=0, atol=1e-5)
 
 
+def test_mlx_lm_s_own_function_is_below_ours_again_after_another_one_was(clean):
+    original = base.scaled_dot_product_attention
+    for _ in range(2):
+        base.scaled_dot_product_attention = other = replacement()
+        attention.install()  # over the other one, and over mlx-lm's in the model's module
+        attention.uninstall()
+        assert base.scaled_dot_product_attention is other
+        base.scaled_dot_product_attention = original
+        attention.install()
+        assert base.scaled_dot_product_attention is attention.scaled_dot_product_attention
+        assert attention._original is original
+        attention.uninstall()
+        assert base.scaled_dot_product_attention is original
+
+
 def test_installing_again_and_again_over_other_functions_adds_nothing(clean):
     attention.install()
     n = len(attention._doors)
