@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence
@@ -111,7 +112,7 @@ def save(tuned: Tuned, chip: Optional[str] = None) -> Path:
     ]
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(f".{os.getpid()}")
+    draft = file.with_suffix(f".{uuid.uuid4().hex}")
     draft.write_text(json.dumps({"entries": kept + new}, indent=1))
     os.replace(draft, file)  # another process may be reading
     return file

@@ -174,6 +174,7 @@ class TurboProgram:
         names, and in mlx_lm.models.cache, where mlx-lm 0.31 looks them up. Raises BackendError at the end if no cache
         was made through us."""
         cache_module = patch_mlx_lm()  # so that load_prompt_cache knows our classes
+        self._make_plain_cache = cache_module.make_prompt_cache
         with contextlib.ExitStack() as stack:
             for module in (self.module, cache_module):
                 names = [
@@ -211,6 +212,14 @@ class TurboProgram:
         )
         print_message(f"{n} kernels in {time.perf_counter() - start:.1f} s")
 
+    def new_cache(self, model: Any) -> list[Any]:
+        """A prompt cache as this program makes it, to look at."""
+        if self.config is None:
+            return self._make_plain_cache(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said where one is made to be used
+            return make_prompt_cache(model, self.config)
+
     def _make_prompt_cache(self, original: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> list[Any]:
         if self.config is None:
             cache = original(model, max_kv_size)
@@ -226,6 +235,10 @@ class TurboProgram:
         except (OSError, ValueError) as e:
             raise CliError(f"--prompt-cache-file: cannot read {file!r}: {describe_error(e)}") from e
         cache, *rest = result if isinstance(result, tuple) else (result,)
+        for metadata in rest:  # what mlx_lm.generate reads there, and only mlx_lm.cache_prompt and the like write
+            metadata.setdefault("tokenizer_config", "{}")
+            if metadata.setdefault("model", getattr(self.args, "model", None)) is None:
+                raise CliError(f"--prompt-cache-file: {file!r} does not say which model it is of; pass --model")
         for saved in (c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)):
             self._file_config = saved.config
             self._check_flags(saved, file)
@@ -353,6 +366,36 @@ def refuse_kv_bits(program: TurboProgram) -> None:
         raise CliError(
             f"--kv-bits: mlx-lm's own cache quantization cannot be combined with --kv {program.scheme}; "
             "leave --kv-bits out, or pass --kv none"
+        )
+
+
+def refuse_prompt_cache_file(args: argparse.Namespace) -> None:
+    """Raise CliError for --prompt-cache-file beside --draft-model."""
+    if args.draft_model is not None and args.prompt_cache_file is not None:
+        raise CliError(
+            "--prompt-cache-file: a file holds the caches of one model, and --draft-model needs its tokens too; "
+            "leave one of them out"
+        )
+
+
+def check_going_back(prompt_cache: list[Any], n_most: int | None, what: str) -> None:
+    """Raise CliError unless caches, as they were made, can give back the tokens of a rejected draft.
+
+    n_most: the most tokens they may hold; None: no limit. what: the model, in words.
+    """
+    caches = flatten_caches(prompt_cache)
+    kinds = sorted({type(c).__name__ for c in caches if not getattr(c, "is_trimmable", bool)()})
+    if kinds:
+        raise CliError(
+            f"--draft-model: {what} has {' and '.join(kinds)}s, which cannot go back to an earlier token, as they must "
+            "after a rejected draft; leave --draft-model out"
+        )
+    window = min((c.max_size for c in caches if hasattr(c, "max_size")), default=None)
+    if window is not None and (n_most is None or n_most >= window):
+        most = "any number of tokens" if n_most is None else f"{n_most} tokens"
+        raise CliError(
+            f"--draft-model: {what} has a window of {window} tokens, which cannot go back once it is full, and may "
+            f"hold {most}; leave --draft-model out, or set a lower limit"
         )
 
 

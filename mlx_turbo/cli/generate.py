@@ -14,9 +14,11 @@ from .common import (
     TurboProgram,
     add_program_arguments,
     cached_tokens,
+    check_going_back,
     describe_model_argument,
     patched_attributes,
     refuse_kv_bits,
+    refuse_prompt_cache_file,
     report_lines,
     use_demo_model,
     warn_beyond_context,
@@ -40,6 +42,9 @@ def main(argv: Sequence[str]) -> int:
     refuse_kv_bits(program)
     if args.max_tokens < -1 or args.max_tokens == 0:
         raise CliError(f"--max-tokens: got {args.max_tokens}, expected a positive number, or -1 for no limit")
+    refuse_prompt_cache_file(args)
+    if args.draft_model is not None and args.max_kv_size is not None:
+        raise CliError("--max-kv-size: mlx-lm has no window beside --draft-model; leave one of them out")
     if demo := args.model is None and args.prompt_cache_file is None:
         use_demo_model(args)
     if args.prompt is None:
@@ -51,6 +56,10 @@ def main(argv: Sequence[str]) -> int:
             raise CliError("--prompt: the prompt is empty")
         before = cached_tokens(kwargs.get("prompt_cache") or [])
         warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
+        if (draft := kwargs.get("draft_model")) is not None:
+            n_most = len(prompt) + args.max_tokens if args.max_tokens > 0 else None
+            for each, what in ((model, "the model"), (draft, "the draft model")):
+                check_going_back(program.new_cache(each), n_most, what)
         return original(model, tokenizer, prompt, **kwargs)
 
     setattr(parser, "parse_args", lambda: args)

@@ -6,11 +6,15 @@ Besides the caches, it differs from mlx_lm.server in these ways:
 - Prompt caches are filed under exactly the tokens they hold. If a whole prompt is cached, its last token is trimmed,
   so that the model has one to continue from. --prompt-cache-bytes also applies without batching.
 - GET /kv-cache reports what the prompt caches take.
+- A request that fails gets a status and a message, or an event `error` if its answer is streamed already; the others go
+  on (integration/isolation.py), and so does the server.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import functools
+import inspect
 import json
 import logging
 import signal
@@ -18,18 +22,25 @@ import socket
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn
 
 import mlx.core as mx
+import mlx_lm
 import mlx_lm.server as module
 from huggingface_hub.errors import CacheNotFound
+from mlx_lm.generate import PromptProcessingBatch
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from ..backends.select import get_backend, use_backend
+from ..backends.sides import BackendError
+from ..cache.single import TurboKVCache
+from ..integration.isolation import GenerationError, IsolatedBatchGenerator
 from ..integration.prompt_cache import describe, enable, flatten_caches
+from ..quant.scheme import TurboConfig
 from .common import (
     DEFAULT_SCHEME,
     DEMO_TEMPLATE,
@@ -37,6 +48,8 @@ from .common import (
     Parser,
     TurboProgram,
     add_program_arguments,
+    check_going_back,
+    describe_error,
     describe_model_argument,
     load_model,
     patched_attributes,
@@ -73,6 +86,13 @@ class ServerProgram(TurboProgram):
         return original(model, max_kv_size)  # the model's own make_cache is ours
 
 
+def _new_cache(model: Any) -> list[Any]:
+    """A prompt cache as the next request gets it, to look at."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the model was loaded
+        return make_prompt_cache(model)
+
+
 def context_of(model: Any) -> int | None:
     """The number of tokens the model was made for; None if its configuration does not say."""
     args = vars(getattr(model, "args", None) or types.SimpleNamespace())
@@ -97,9 +117,20 @@ class ModelProvider(module.ModelProvider):
     def load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> Any:
         """mlx-lm 0.31.3 loses the adapter of --adapter-path, which it looks up after replacing the model's name."""
         adapters = getattr(self, "_adapter_map", {})
-        return super().load(model_path, adapters.get(model_path, adapter_path), draft_model_path)
+        loaded = super().load(model_path, adapters.get(model_path, adapter_path), draft_model_path)
+        if self.draft_model is not None:
+            check_going_back(_new_cache(self.model), self.limit(), "the model")
+            check_going_back(_new_cache(self.draft_model), self.limit(), "the draft model")
+        return loaded
+
+    def limit(self) -> int | None:
+        """The most tokens that prompt and answer may have: of --max-context, or the model's context; None: no limit."""
+        given = self.cli_args.max_context
+        return (context_of(self.model) if given is None else given) or None
 
     def load_default(self) -> None:
+        if self.tried.is_set():  # by a generation loop that begins anew: requests load what they name
+            return
         try:
             super().load_default()
         except Exception as e:
@@ -111,29 +142,62 @@ class ModelProvider(module.ModelProvider):
 
 # ---- prompt caches -----------------------------------------------------------------------------------------
 class LRUPromptCache(module.LRUPromptCache):
-    """mlx-lm's class, with two faults corrected: after speculative decoding its entries hold other tokens than they are
-    filed under (the last token is in no cache yet), and if a whole prompt is cached, the model has no token to continue
-    from."""
+    """mlx-lm's class, with three faults corrected: after speculative decoding its entries hold other tokens than they
+    are filed under (the last token is in no cache yet); if a whole prompt is cached, the model has no token to continue
+    from; and a cache that cannot be kept, copied or trimmed ended the server.
+
+    schemes: what `schemes_of` says of the caches that a request gets now; those of another scheme are not gone on from.
+    """
+
+    schemes: Callable[[], Any] | None = None
 
     def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any) -> None:
-        caches = flatten_caches(prompt_cache)
-        offsets = [getattr(c, "offset", None) or len(tokens) for c in caches]  # 0: a layer that is not used
-        n = min([len(tokens), *offsets])
-        for cache, offset in zip(caches, offsets):
-            if offset > n:
-                if not cache.is_trimmable():
-                    return
-                cache.trim(offset - n)
-        super().insert_cache(model, tokens[:n], prompt_cache, **options)
+        """File the caches of a sequence; if that fails, they are dropped and the log says so."""
+        try:
+            n = _trim_to_common(prompt_cache, len(tokens))
+            if n is None:
+                return
+            (
+                can_trim_prompt_cache(prompt_cache),
+                [c.nbytes for c in prompt_cache],
+            )  # what fails, fails before it is filed
+            super().insert_cache(model, tokens[:n], prompt_cache, **options)
+        except Exception:
+            logging.exception("the cache of an answer is not kept")
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is None or rest:
-            return cache, rest
-        if not can_trim_prompt_cache(cache):
-            return None, tokens
-        trim_prompt_cache(cache, 1)
-        return cache, tokens[-1:]
+        """A copy of the caches that hold most of a prompt, and the tokens after them; none if that fails."""
+        try:
+            cache, rest = super().fetch_nearest_cache(model, tokens)
+            if cache is None or (self.schemes is not None and schemes_of(cache) != self.schemes()):
+                return None, tokens
+            if rest:
+                return cache, rest
+            if can_trim_prompt_cache(cache):
+                trim_prompt_cache(cache, 1)
+                return cache, tokens[-1:]
+        except Exception:
+            logging.exception("a kept cache cannot be used: the whole prompt is computed")
+        return None, tokens
+
+
+def schemes_of(prompt_cache: list[Any]) -> set[TurboConfig]:
+    """The configurations of compressed caches; none if they are all mlx-lm's own."""
+    return {c.config for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)}
+
+
+def _trim_to_common(prompt_cache: list[Any], n_tokens: int) -> int | None:
+    """Trim caches to the tokens that all of them hold, at most n_tokens, and return how many; None if one cannot be
+    trimmed."""
+    caches = flatten_caches(prompt_cache)
+    offsets = [getattr(c, "offset", None) or n_tokens for c in caches]  # 0: a layer that is not used
+    n = min([n_tokens, *offsets])
+    for cache, offset in zip(caches, offsets):
+        if offset > n:
+            if not cache.is_trimmable():
+                return None
+            cache.trim(offset - n)
+    return n
 
 
 # ---- requests ----------------------------------------------------------------------------------------------
@@ -141,39 +205,87 @@ class RequestError(ValueError):
     """A request that cannot be answered: status 400."""
 
 
+class Answer:
+    """The queue on which mlx-lm's loop puts the parts of an answer, which ends with None or with an exception."""
+
+    def __init__(self, queue: Any, unfinished: "set[Answer]") -> None:
+        self.queue, self.unfinished = queue, unfinished
+        self.context: module.GenerationContext | None = None
+        unfinished.add(self)
+
+    def put(self, part: Any) -> None:
+        """Hand on a part. The progress of a row that failed is a GenerationError: the loop then drops the row, as one
+        whose client is gone."""
+        if isinstance(part, module.GenerationContext):
+            self.context = part
+        if part is None or isinstance(part, Exception):
+            self.unfinished.discard(self)
+        if isinstance(part, Exception):
+            if self.context is not None:
+                self.context.stop()
+            if not isinstance(part, (CliError, GenerationError, RequestError)):
+                logging.error("a request failed", exc_info=part)
+                part = GenerationError(part)
+        self.queue.put(part)
+
+
 class ResponseGenerator(module.ResponseGenerator):
-    """mlx-lm's class; refuses prompts beyond the context, and reports what the prompt caches hold."""
+    """mlx-lm's class; refuses requests that cannot be answered, goes on after a fault, and reports what the prompt
+    caches hold."""
 
     model_provider: ModelProvider
 
     def __init__(self, model_provider: ModelProvider, prompt_cache: LRUPromptCache) -> None:
+        self._unfinished: set[Answer] = set()
         if model_provider.cli_args.prompt_cache_bytes is not None:
             prompt_cache.max_bytes = model_provider.cli_args.prompt_cache_bytes
+        prompt_cache.schemes = self._schemes
         super().__init__(model_provider, prompt_cache)
 
+    def _schemes(self) -> set[TurboConfig]:
+        """Those of the caches that the next request gets: `enable` may be called while the server runs."""
+        models: tuple[Any, Any] = (self.model_provider.model, self.model_provider.draft_model)
+        return schemes_of([c for model in models if model is not None for c in _new_cache(model)])
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        request = super()._next_request(timeout)
+        return request and (Answer(request[0], self._unfinished), *request[1:])
+
     def _generate(self) -> None:
-        """The generation thread."""
+        """The generation thread. What ends mlx-lm's loop ends the answers it was at, and the loop begins anew."""
         try:
-            super()._generate()
-        except Exception as e:
-            if e is not self.model_provider.failure:  # which the main thread raises: mlx-lm would log its traceback
-                raise
+            while not self._stop:
+                try:
+                    super()._generate()
+                except Exception as e:
+                    if e is self.model_provider.failure:  # which the main thread raises: mlx-lm would log its traceback
+                        return
+                    if self._is_distributed:  # other machines are in the middle of the same step
+                        raise
+                    logging.exception("%d requests failed", len(self._unfinished))
+                    for answer in list(self._unfinished):
+                        answer.put(GenerationError(e))
         finally:
             if hasattr(mx, "clear_streams"):  # else MLX 0.32.4 aborts when the process ends (9 of 13 runs)
                 mx.clear_streams()
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        out = super()._tokenize(tokenizer, request, args)
+        try:
+            stop = args.stop_words
+            if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
+                raise ValueError(f"stop: got {stop!r}, expected a string or a list of strings, none of them empty")
+            module._make_sampler(args, tokenizer)  # where mlx-lm makes these, an exception would be of all requests
+            module._make_logits_processors(args)
+            out = super()._tokenize(tokenizer, request, args)
+        except Exception as e:
+            raise RequestError(str(e) if isinstance(e, ValueError) else describe_error(e)) from e
         n = len(out[0])
         if n == 0:
             raise RequestError("the prompt is empty")
-        given = self.cli_args.max_context
-        limit = context_of(self.model_provider.model) if given is None else given
+        limit = self.model_provider.limit()
         if limit and n >= limit:
-            raise RequestError(
-                f"the prompt has {n} tokens, but must have fewer than {limit}, "
-                f"{'the context of the model' if given is None else 'the value of --max-context'}"
-            )
+            whose = "the context of the model" if self.cli_args.max_context is None else "the value of --max-context"
+            raise RequestError(f"the prompt has {n} tokens, but must have fewer than {limit}, {whose}")
         if limit:
             args.max_tokens = min(args.max_tokens, limit - n)
         return out
@@ -195,14 +307,38 @@ class ResponseGenerator(module.ResponseGenerator):
 
 
 class APIHandler(module.APIHandler):
-    """mlx-lm's class, with GET /kv-cache, and with status 400 for a request that cannot be answered."""
+    """mlx-lm's class, with GET /kv-cache, and with a status and a message for a request that fails: 400 if it cannot be
+    answered, 500 if that failed."""
 
     response_generator: ResponseGenerator
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
-        """mlx-lm's handler answers 404 whether the model cannot be found or the request is wrong."""
-        wrong_request = status_code == 404 and isinstance(sys.exc_info()[1], RequestError)
-        super()._set_completion_headers(400 if wrong_request else status_code)
+        """mlx-lm's handler answers 404 whether the model cannot be found, the request is wrong or something fails."""
+        error = sys.exc_info()[1]
+        if status_code == 404 and error is not None and not isinstance(error, CliError):
+            status_code = 400 if isinstance(error, RequestError) else 500
+        super()._set_completion_headers(status_code)
+
+    def handle_completion(self, request: Any, stop_words: Any) -> None:
+        """Answer a completion request. mlx-lm closes the connection without a word if an answer fails once it has
+        begun."""
+        try:
+            super().handle_completion(request, stop_words)
+        except OSError:  # the client's connection
+            raise
+        except Exception as e:
+            if not isinstance(e, GenerationError):
+                logging.exception("a request failed")
+                e = GenerationError(e)
+            if self.stream:
+                event = {"error": {"message": str(e), "type": "server_error"}}
+                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+            else:
+                self._headers_buffer: list[bytes] = []  # status 200, not sent yet
+                self._set_completion_headers(500)
+                self.end_headers()
+                self.wfile.write(json.dumps({"error": str(e)}).encode())
+            self.wfile.flush()
 
     def do_GET(self) -> None:
         """Answer a GET request."""
@@ -258,6 +394,36 @@ def check_port(host: str, port: int) -> None:
     except OSError as e:
         flag = "--host" if isinstance(e, socket.gaierror) else "--port"
         raise CliError(f"{flag}: cannot listen on {host}:{port}: {e.strerror}") from e
+
+
+def batch_generator() -> Callable[..., Any]:
+    """What the generation loop makes its batches with.
+
+    Raises BackendError if the installed mlx-lm's loop is not the one that isolation.py is written for: then a request
+    that fails would end the server.
+    """
+    if mx.distributed.init().size() > 1:  # a row must fail on all machines, or on none
+        return module.BatchGenerator
+    used = inspect.unwrap(module.ResponseGenerator._generate).__code__.co_names
+    wanted = "BatchGenerator", "insert_segments", "next", "extract_cache", "remove", "close", "progress", "_should_stop"
+    missing = [f"the loop does not use {name}" for name in wanted if name not in used]
+    fields = [f.name for f in dataclasses.fields(PromptProcessingBatch.Response)]
+    if fields != ["uid", "progress", "end_of_segment", "end_of_prompt"]:
+        missing.append(f"a prompt's response has {', '.join(fields)}")
+    taken = inspect.signature(module.BatchGenerator.insert_segments).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):
+        missing += [f"no {n} in a batch" for n in ("segments", "caches", "all_tokens", "samplers") if n not in taken]
+    missing += [
+        f"no {n}" for n in ("_next_request", "_tokenize", "_generate") if not hasattr(module.ResponseGenerator, n)
+    ]
+    missing += [f"no {n}" for n in ("_make_sampler", "_make_logits_processors") if not hasattr(module, n)]
+    if missing:
+        raise BackendError(
+            f"mlx_lm.server of mlx-lm {mlx_lm.__version__} answers its requests in a way that mlx_turbo does not know "
+            f"({'; '.join(missing)}): one that fails would end the server. Install another version of mlx-lm, or use "
+            "mlx_lm.server itself"
+        )
+    return functools.partial(IsolatedBatchGenerator, module.BatchGenerator)
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -317,6 +483,7 @@ def main(argv: Sequence[str]) -> int:
             ModelProvider=ModelProvider,
             LRUPromptCache=LRUPromptCache,
             ResponseGenerator=ResponseGenerator,
+            BatchGenerator=batch_generator(),
             scan_cache_dir=functools.partial(_scan_cache_dir, module.scan_cache_dir),
             _run_http_server=functools.partial(_run_http_server, module._run_http_server),
         ),

@@ -6,14 +6,16 @@ the packed state; for anything else the original runs. So a model that transform
 calls attention in its own way stays correct: it reads the lazy arrays and is merely slower.
 """
 
+import dis
+import functools
 import sys
+import threading
+import types
 
 from ..backends.attend_launch import MAX_QUERY_TOKENS
 from ..cache.last_step import BY_THE_MODEL, ELSEWHERE, NOT_SEEN, NOT_YET, NOTHING_PACKED, register_attention
 from ..cache.single import TurboKVCache
 from ..cache.view import LazyKV
-
-_original = None  # mlx_lm's function, while ours is installed
 
 
 def view_of(keys, values):
@@ -44,49 +46,169 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
     return attend_sides(queries, view.keys, view.values, view.counts, **options)
 
 
-def scaled_dot_product_attention(queries, keys, values, cache, scale, mask=None, sinks=None, **options):
-    """In the place of mlx_lm.models.base.scaled_dot_product_attention."""
-    view = None if options else view_of(keys, values)
-    if view is None:
-        if isinstance(cache, TurboKVCache):
-            note = {NOT_SEEN: BY_THE_MODEL, ELSEWHERE: BY_THE_MODEL, NOT_YET: NOTHING_PACKED}
-            cache.last_attention = note.get(cache.last_attention, cache.last_attention)
-        return _original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks, **options)
-    if view.cache.undecided or not view.counts[1] and queries.shape[2] > MAX_QUERY_TOKENS:  # nothing is packed
-        out = _original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+def _pass_through(door, original, queries, keys, values, cache, scale, mask=None, sinks=None, **options):
+    """What a door does: attention on the packed state for the arrays of a cache, `original` for anything else."""
+    view = None if options or not _is_open else view_of(keys, values)
+    if view is not None and not view.cache.undecided and (view.counts[1] or queries.shape[2] <= MAX_QUERY_TOKENS):
+        return attend(queries, view, scale=scale, mask=mask, sinks=sinks)
+    if door in _entered.doors:  # programs that replaced each other's functions lead in a circle
+        original = _mlx_lm_function() or original
+    _entered.doors.append(door)
+    try:
+        out = original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks, **options)
+    finally:
+        _entered.doors.pop()
+    if view is not None:
         view.cache.observe(queries, scale, sinks)
         view.cache.last_attention = NOTHING_PACKED
-        return out
-    return attend(queries, view, scale=scale, mask=mask, sinks=sinks)
+    elif isinstance(cache, TurboKVCache):
+        note = {NOT_SEEN: BY_THE_MODEL, ELSEWHERE: BY_THE_MODEL, NOT_YET: NOTHING_PACKED}
+        cache.last_attention = note.get(cache.last_attention, cache.last_attention)
+    return out
+
+
+def scaled_dot_product_attention(queries, keys, values, cache, scale, mask=None, sinks=None, **options):
+    """In the place of mlx_lm.models.base.scaled_dot_product_attention."""
+    return _pass_through(
+        scaled_dot_product_attention, _original, queries, keys, values, cache, scale, mask, sinks, **options
+    )
+
+
+# ---- the door ----------------------------------------------------------------------------------------------------
+# Other programs put their functions there too, before us or after us, and remember what they found. So a door leads to
+# the function that it was put over, for good, and an uninstalled one to nothing else.
+_NAME = "scaled_dot_product_attention"
+_original = None  # what the first door was put over
+_doors = [scaled_dot_product_attention]
+_is_open = False
+
+
+class _Entered(threading.local):
+    def __init__(self):
+        self.doors = []
+
+
+_entered = _Entered()
 
 
 def install():
-    """Put our scaled_dot_product_attention into mlx_lm.models.base and every loaded model module that has the
-    original. Does nothing where it is already there; `uninstall` undoes it. Models loaded later import ours."""
-    global _original
+    """Put our scaled_dot_product_attention over the one in mlx_lm.models.base, and in every loaded model module over
+    what it took from there. Where calls already reach ours, directly or through another program's function that wraps
+    it, nothing changes. `uninstall` undoes it. Models loaded later import ours."""
+    global _is_open
     import mlx_lm.models.base as base
 
-    if base.scaled_dot_product_attention is not scaled_dot_product_attention:
-        _original = base.scaled_dot_product_attention
-    _replace(_original, scaled_dot_product_attention)
+    _is_open, found = True, getattr(base, _NAME)
+    if not leads_to_a_door(found):
+        setattr(base, _NAME, _door_over(found))
+    for module in _model_modules():
+        bound = getattr(module, _NAME)
+        if bound is found or _is_mlx_lm_s(bound) or any(_original_of(door) is bound for door in _doors):
+            if not leads_to_a_door(bound):
+                setattr(module, _NAME, _door_over(bound))
 
 
 def uninstall():
-    """Put mlx_lm's own function back everywhere."""
-    if _original is not None:
-        _replace(scaled_dot_product_attention, _original)
-
-
-def _replace(old, new):
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mlx_lm.models.") and getattr(module, "scaled_dot_product_attention", None) is old:
-            module.scaled_dot_product_attention = new
+    """Take ours away everywhere: what it was put over is back. Functions of other programs that wrap ours stay, and
+    reach what is below ours."""
+    global _is_open
+    _is_open = False
+    for module in _model_modules():
+        if (bound := getattr(module, _NAME)) in _doors:
+            setattr(module, _NAME, _original_of(bound))
 
 
 def is_installed():
-    """Whether our attention is in mlx-lm's place; also if mlx-lm is not loaded."""
+    """Whether our attention is in mlx-lm's place, or another program's that leads to it; also if mlx-lm is not loaded."""
     base = sys.modules.get("mlx_lm.models.base")
-    return base is None or base.scaled_dot_product_attention is scaled_dot_product_attention
+    return base is None or _is_open and leads_to_a_door(getattr(base, _NAME))
 
 
 register_attention(is_installed)
+
+
+def leads_to_a_door(function):
+    """Whether a function is one of ours, or refers to one: as what it wraps, in its closure, its defaults, an attribute
+    or a global name that its code uses."""
+    return _leads_to(_doors, function)
+
+
+def _leads_to(doors, function):
+    seen, to_see = set(), [function]
+    while to_see and len(seen) < 1000:
+        item = to_see.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if any(item is door for door in doors):
+            return True
+        to_see += _referred(item)
+    return False
+
+
+def _referred(item):
+    """What leads_to_a_door looks at next."""
+    if isinstance(item, dict):
+        return list(item.values())
+    if isinstance(item, (list, tuple)):
+        return list(item)
+    if isinstance(item, functools.partial):
+        return [item.func, *item.args, *item.keywords.values()]
+    if isinstance(item, types.MethodType):
+        return [item.__func__, item.__self__]
+    if isinstance(item, types.FunctionType):
+        cells = [cell.cell_contents for cell in item.__closure__ or () if cell != types.CellType()]
+        steps = [step for code in _codes(item.__code__) for step in dis.get_instructions(code)]
+        used = [item.__globals__.get(step.argval) for step in steps if step.opname == "LOAD_GLOBAL"]
+        defaults = [*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values()]
+        return [*cells, *defaults, *vars(item).values(), *(v for v in used if not isinstance(v, types.ModuleType))]
+    if isinstance(item, (type, types.ModuleType)) or not hasattr(item, "__dict__"):
+        return []
+    call = getattr(type(item), "__call__", None)
+    return [*vars(item).values(), *([call] if isinstance(call, types.FunctionType) else [])]
+
+
+def _codes(code):
+    """A function's code, and that of the functions inside it."""
+    return [code, *(inner for const in code.co_consts if isinstance(const, types.CodeType) for inner in _codes(const))]
+
+
+def _model_modules():
+    """Loaded modules of mlx_lm.models with an attention function, models.base among them."""
+    found = [module for name, module in list(sys.modules.items()) if name.startswith("mlx_lm.models.")]
+    return [module for module in found if callable(getattr(module, _NAME, None))]
+
+
+def _is_mlx_lm_s(function):
+    return isinstance(function, types.FunctionType) and (function.__module__, function.__name__) == (
+        "mlx_lm.models.base",
+        _NAME,
+    )
+
+
+def _mlx_lm_function():
+    """mlx-lm's own function, if a door is over it."""
+    return next(filter(_is_mlx_lm_s, map(_original_of, _doors)), None)
+
+
+def _original_of(door):
+    return _original if door is scaled_dot_product_attention else door.original
+
+
+def _door_over(function):
+    """The door that leads to a function: scaled_dot_product_attention itself, unless it is in use over another one."""
+    global _original
+    first = scaled_dot_product_attention
+    if _original is not function and not any(_leads_to([first], getattr(m, _NAME)) for m in _model_modules()):
+        if _is_mlx_lm_s(function) or not any(door.original is function for door in _doors[1:]):
+            _original = function
+    for door in _doors:
+        if _original_of(door) is function:
+            return door
+
+    def door(queries, keys, values, cache, scale, mask=None, sinks=None, **options):
+        return _pass_through(door, function, queries, keys, values, cache, scale, mask, sinks, **options)
+
+    door.original = function
+    _doors.append(door)
+    return door

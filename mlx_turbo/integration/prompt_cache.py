@@ -15,9 +15,15 @@ from ..quant.scheme import Scheme, TurboConfig
 from . import attention
 from .conversion import compress_window
 from .kv_size import KEEP, limit_kv_size, pass_on_max_kv_size
+from .mixed_batch import let_batches_mix
 
 logger = logging.getLogger("mlx_turbo")
 OLDEST_MLX_LM = (0, 31, 2)
+# before the class's name in a file: what mlx-lm shows where mlx_turbo is not in use (prompt_cache_file.py)
+FOREIGN_NAME = (
+    "written by mlx_turbo. Run `mlx-turbo generate` in place of `mlx_lm.generate`, or load the file with "
+    "mlx_turbo.load_prompt_cache. Its class is "
+)
 
 
 def patch_mlx_lm() -> Any:
@@ -40,8 +46,11 @@ def patch_mlx_lm() -> Any:
     of_batches = BatchTurboKVCache, BatchRotatingTurboKVCache, BatchIndexerKVCache
     for cache in (TurboKVCache, RotatingTurboKVCache, IndexedCacheList, *of_batches):
         setattr(module, cache.__name__, cache)
+        setattr(module, FOREIGN_NAME + cache.__name__, cache)
+    setattr(module, FOREIGN_NAME + "CacheList", module.CacheList)
     attention.install()
     pass_on_max_kv_size(module, _EnabledMakeCache)
+    let_batches_mix()
     return module
 
 
@@ -189,6 +198,7 @@ _KEPT = {
     "RotatingKVCache": "its window is so short that most of it would stay exact",
     "KVCache": "it was made without mlx_turbo",
     "QuantizedKVCache": "kv_bits made mlx-lm quantize it",
+    "MixedBatchCache": "its rows began under several schemes, each of which keeps its own",
     "LayerCache": "the model's own class, which holds a window and tokens that it merges itself",
 }
 

@@ -2,15 +2,18 @@
 
 The file is what mlx_lm.models.cache.save_prompt_cache writes: the `state` of every layer, whose header (cache/state.py)
 holds the version of that format, the scheme and the head dims. Its metadata has one more entry, `mlx_turbo`: a version
-and the CRC-32 of the whole file, computed with eight zeros in place of the checksum. mlx-lm reads such a file like any
-other, and a file without the entry is read here without the check. The checksum is not part of `state`, because mlx-lm
-evaluates that after every prompt chunk.
+and the CRC-32 of the whole file, computed with eight zeros in place of the checksum. Once mlx_turbo is in use, mlx-lm
+reads such a file like any other; without it, mlx-lm does not know the class of the first compressed layer, and the
+KeyError that it raises gives the name that stands there, `FOREIGN_NAME`, which says what to do. A file without the
+entry is read here without the check. The checksum is not part of `state`, because mlx-lm evaluates that after every
+prompt chunk.
 """
 
 import inspect
 import json
 import os
 import re
+import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +23,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..cache.single import TurboKVCache
-from .prompt_cache import patch_mlx_lm
+from .prompt_cache import FOREIGN_NAME, flatten_caches, patch_mlx_lm
 
 FILE_VERSION = 1
 MARK = "mlx_turbo"  # the entry of the metadata
@@ -50,7 +53,8 @@ def save_prompt_cache(file_name: str | Path, cache: list[Any], metadata: dict[st
     among its layers.
 
     file_name: ".safetensors" is appended if missing. metadata: {str: str}. The file is written under a temporary name
-    next to its place and then renamed, so it appears whole or not at all.
+    next to its place and then renamed, so it appears whole or not at all; of several threads or processes that write
+    one file, the last one to finish wins.
 
     Raises ValueError for an entry "mlx_turbo" in the metadata, and OSError or RuntimeError if it cannot be written.
     """
@@ -59,10 +63,10 @@ def save_prompt_cache(file_name: str | Path, cache: list[Any], metadata: dict[st
         raise ValueError(f"metadata: {MARK!r} is reserved for the checksum; use another name")
     path = Path(file_name)
     path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
+    temporary = path.with_name(f".mlx_turbo-{uuid.uuid4().hex}.safetensors")
     try:
         entry = {MARK: f"version={FILE_VERSION} crc32={0:08x}"}
-        module.save_prompt_cache(str(temporary), cache, {**(metadata or {}), **entry})
+        module.save_prompt_cache(str(temporary), _named_for_others(cache), {**(metadata or {}), **entry})
         with open(temporary, "r+b") as file:
             found = _ENTRY.search(_read_header(file))
             assert found is not None  # written just above
@@ -75,6 +79,15 @@ def save_prompt_cache(file_name: str | Path, cache: list[Any], metadata: dict[st
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _named_for_others(prompt_cache: list[Any]) -> list[Any]:
+    """The same caches, the first one of ours under the name that tells a program without mlx_turbo what to do."""
+    for i, cache in enumerate(prompt_cache):
+        if any(isinstance(c, TurboKVCache) for c in flatten_caches([cache])):
+            own = {"__getattr__": lambda _, name: getattr(cache, name)}
+            return [*prompt_cache[:i], type(FOREIGN_NAME + type(cache).__name__, (), own)(), *prompt_cache[i + 1 :]]
+    return prompt_cache
 
 
 def load_prompt_cache(file_name: str | Path, return_metadata: bool = False) -> Any:
@@ -179,6 +192,7 @@ def _check_classes(metadata: dict[str, str], tensors: dict[str, Any], module: An
             or not (found.__module__ == module.__name__ or found.__module__.startswith("mlx_turbo."))
         ):
             raise ValueError(f"holds a cache of class {name!r}, which the installed mlx-lm does not have")
+        name = found.__name__
         dtype, shape, _ = tensors.get(f"{layer}.0", (None, [], None))
         if issubclass(found, TurboKVCache) != (dtype == "I32" and len(shape) == 1):
             raise ValueError(f"damaged: layer {layer} is not the state of a {name}")

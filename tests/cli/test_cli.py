@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from support.no_kernels import DoesNotBuild
+from support.servers import save_state_model, save_window_model
 
 import mlx_turbo
 from mlx_turbo.cli import common, main
@@ -228,6 +229,39 @@ def test_a_prompt_cache_file_is_used_and_a_plain_one_compressed(run, prompt_cach
     assert int(re.search(r"Prompt: (\d+)", out)[1]) < 5  # the story itself comes from the file
     packed = int(re.search(rf"KV cache: {scheme or 'turbo4'}, .* (\d+) packed", out)[1])
     assert packed > 50
+
+
+def test_a_file_that_names_no_model_is_used_with_the_given_one(run, prompt_cache_file, tmp_path):
+    """As mlx_turbo.save_prompt_cache writes it: with the metadata that it is given."""
+    caches, file = mlx_turbo.load_prompt_cache(prompt_cache_file("turbo4")), tmp_path / "own.safetensors"
+    mlx_turbo.save_prompt_cache(file, caches)
+    code, _, err = run("generate", "-p", " Then", "-m", 5, "--prompt-cache-file", file)
+    assert code == 2 and "does not say which model it is of; pass --model" in err
+    code, out, err = run("generate", "-p", " Then", "-m", 5, "--prompt-cache-file", file, "--model", DEMO_MODEL)
+    assert code == 0 and int(re.search(r"Prompt: (\d+)", out)[1]) < 5, err
+
+
+@pytest.mark.parametrize("flag", ["--prompt-cache-file", "--max-kv-size"])
+def test_what_does_not_go_with_a_draft_model_is_refused_before_anything_is_loaded(run, flag):
+    code, out, err = run("generate", "-m", 5, "--draft-model", "/no/such", flag, 64)
+    assert code == 2 and out == "" and f"error: {flag}: " in err and "--draft-model" in err
+
+
+@pytest.mark.parametrize("kv", ["turbo4", "none"])
+def test_a_draft_model_is_refused_where_caches_cannot_go_back(run, tmp_path, kv):
+    save_state_model(tmp_path / "states")
+    save_window_model(tmp_path / "windows", 150)
+    for name, n, word in (
+        ("states", 5, "ArraysCache"),
+        ("windows", 150, "window of 150"),
+        ("windows", -1, "any number"),
+    ):
+        models = ["--model", DEMO_MODEL, "--draft-model", tmp_path / name]
+        for argv in (models, [models[0], models[3], models[2], models[1]]):
+            code, _, err = run("generate", "-m", n, "--kv", kv, *argv)
+            assert code == 2 and "error: --draft-model: the " in err and word in err
+    code, _, err = run("generate", "-m", 50, "--kv", kv, *models)
+    assert code == 0, err
 
 
 def test_a_prompt_cache_file_of_another_scheme_is_refused(run, prompt_cache_file):

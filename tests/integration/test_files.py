@@ -4,7 +4,10 @@ import copy
 import json
 import subprocess
 import sys
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -212,6 +215,63 @@ files.save_prompt_cache({str(file)!r}, [TurboKVCache()])
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(mlx_turbo.__file__).parents[1])
     assert done.returncode == 3 and file.read_bytes() == before
     load_prompt_cache(file)
+
+
+def test_threads_and_processes_that_save_one_file_leave_one_of_theirs_at_any_moment(backend, tmp_path):
+    file, n_writers = tmp_path / "a.safetensors", 3
+    caches = [[filled(30 + 10 * n) for _ in range(1 + n)] for n in range(n_writers)]
+    for cache in caches:
+        mx.eval([c.state for c in cache])
+    save_prompt_cache(file, caches[0])
+    code = f"""
+import sys
+sys.path[:0] = {[str(Path(mlx_turbo.__file__).parents[1]), str(Path(__file__).parents[1])]!r}
+from mlx_turbo import save_prompt_cache
+from support.caches import filled
+cache = [filled(90) for _ in range(5)]
+for _ in range(20):
+    save_prompt_cache({str(file)!r}, cache)
+"""
+    others = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    stop, seen, deadline = threading.Event(), set(), time.time() + 60
+
+    def write(n):
+        while not stop.is_set():
+            save_prompt_cache(file, caches[n])
+
+    with ThreadPoolExecutor(n_writers) as pool:
+        writing = [pool.submit(write, n) for n in range(n_writers)]
+        try:
+            while any(p.poll() is None for p in others) or len(seen) < n_writers + 1:
+                assert time.time() < deadline
+                loaded = load_prompt_cache(file)
+                seen.add((len(loaded), *{c.offset for c in loaded}))
+        finally:
+            stop.set()
+        for done in writing:
+            done.result()
+    assert [p.returncode for p in others] == [0, 0] and [p.name for p in tmp_path.iterdir()] == [file.name]
+    assert seen == {(1, 30), (2, 40), (3, 50), (5, 90)}
+
+
+def test_without_mlx_turbo_mlx_lm_names_what_to_do(backend, tmp_path):
+    """A process of mlx_lm alone: its KeyError is all it says about a class it does not have."""
+    kinds = [filled(60), window(), lm_cache.CacheList(plain(), filled(20)), IndexedCacheList(filled(60), plain())]
+    for i, cache in enumerate(kinds):
+        save_prompt_cache(tmp_path / f"{i}", [cache, filled(30)])
+        save_prompt_cache(tmp_path / f"{i} later", [plain(), plain(), cache])
+    code = f"""
+import pathlib, mlx_lm.models.cache as c
+for file in pathlib.Path({str(tmp_path)!r}).iterdir():
+    try:
+        c.load_prompt_cache(str(file))
+    except KeyError as e:
+        print(e)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 * len(kinds)
+    assert all("written by mlx_turbo" in line and "mlx-turbo generate" in line for line in lines)
 
 
 def test_the_checksum_s_name_and_a_missing_folder_are_refused(backend, tmp_path):

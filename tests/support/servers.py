@@ -31,15 +31,17 @@ def free_port():
 
 
 class Server:
-    """`mlx-turbo serve` with some arguments; `with Server(...) as server:` ends it."""
+    """`mlx-turbo serve` with some arguments; `with Server(...) as server:` ends it. prelude: Python that its process
+    runs first."""
 
-    def __init__(self, folder, *argv):
+    def __init__(self, folder, *argv, prelude=""):
         self.port, self.log_file = free_port(), Path(folder) / "server.log"
         package = str(Path(mlx_turbo.__file__).parents[1])
         # what a shell starts in the background, and all that this starts, ignores SIGINT
         command = (
             "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-            f"sys.path.insert(0, {package!r}); from mlx_turbo.cli.main import main; sys.exit(main(sys.argv[1:]))"
+            f"sys.path[:0] = {[package, str(Path(__file__).parents[1])]!r}; {prelude}\n"
+            "from mlx_turbo.cli.main import main; sys.exit(main(sys.argv[1:]))"
         )
         env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
         with open(self.log_file, "w") as log:
@@ -166,6 +168,38 @@ def save_window_model(folder, window):
     mx.random.seed(0)
     model = llama.Model(llama.ModelArgs(**args))
     model.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.1 if a.ndim > 1 else a, model.parameters()))
+    folder.mkdir()
+    for file in DEMO_MODEL.glob("tokenizer*.json"):
+        shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps(args | {"eos_token_id": 0}))
+    mlx_lm.utils.save_model(folder, model, donate_model=False)
+
+
+def save_state_model(folder):
+    """A random model that speaks the embedded one's tokens, whose layers hold states (Mamba 2)."""
+    import mlx_lm.utils
+    from mlx_lm.models import mamba2
+
+    args = dict(
+        model_type="mamba2",
+        num_heads=4,
+        head_dim=32,
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=128,
+        state_size=16,
+        num_hidden_layers=2,
+        layer_norm_epsilon=1e-5,
+        conv_kernel=4,
+        n_groups=1,
+        use_bias=False,
+        use_conv_bias=True,
+        tie_word_embeddings=True,
+        time_step_limit=[0.0, 100.0],
+        time_step_rank="auto",
+    )
+    mx.random.seed(0)
+    model = mamba2.Model(mamba2.ModelArgs(**args))
     folder.mkdir()
     for file in DEMO_MODEL.glob("tokenizer*.json"):
         shutil.copy(file, folder)
