@@ -43,6 +43,7 @@ WAYS = {  # whether the keys are centred, exponent of s
     "centred": (True, 0),
     "balanced": (False, 1),
     "centred, s^1/2": (True, 0.5),
+    "centred, s^3/4": (True, 0.75),
     "centred, s^1": (True, 1),
 }
 

@@ -1,6 +1,10 @@
 """One suite over all backends: the NumPy oracle, the MLX fallback, the Metal kernels in the simulator (metalsim),
 and, where there is one, a real Metal GPU. With MLX_TURBO_REQUIRE_METAL=1 a missing GPU is an error."""
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's: its threads spin, and a busy core costs them five times
+
 import metalsim
 import mlx.core as mx
 import mlx_lm
