@@ -29,6 +29,7 @@ from mlx_turbo.backends.device import device_name  # noqa: E402
 from mlx_turbo.cli import common
 from mlx_turbo.integration import prompt_cache
 from mlx_turbo.quality import metrics, plots
+from mlx_turbo.quality.cpu_products import use_numpy_products
 from mlx_turbo.quality.style import check_plot
 
 LEAST = dict(scale="least-squares", centre=False)  # the cache without any of the protections
@@ -67,6 +68,8 @@ def load():
     """(the embedded model in float32, its held-out stories as tokens)"""
     model, tokenizer = common.load_model(mlx_lm.load, common.DEMO_MODEL, "--model")
     model.set_dtype(mx.float32)
+    if mx.default_device().type == mx.DeviceType.cpu:
+        model = use_numpy_products(model)
     text = (common.DEMO_MODEL / "stories.txt").read_text()
     return model, mx.array(sum((tokenizer.encode(t) for t in text.split("<|endoftext|>")), []))
 

@@ -9,6 +9,10 @@ import os
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX reads it
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's: its threads spin, and a busy core costs them five times
+
 import metalsim
 import mlx.core as mx
 import mlx_lm

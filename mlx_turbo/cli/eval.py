@@ -1,4 +1,5 @@
-"""`mlx-turbo eval`: perplexity, KL divergence, agreement and recall of caches, against the uncompressed one."""
+"""`mlx-turbo eval`: perplexity, KL divergence with its tail, recall and function calls of caches, against the
+uncompressed one."""
 
 import argparse
 import functools
@@ -18,11 +19,21 @@ from tqdm import tqdm
 
 from ..backends.select import get_backend, use_backend
 from ..integration.prompt_cache import describe, make_prompt_cache, reports
-from ..quality import metrics, needles, plots
-from ..quality.baselines import MLX_LM_BITS, make_plain_cache, make_quantized_cache, why_not_quantized
+from ..quality import metrics, needles, plots, tool_calls
+from ..quality.baselines import (
+    MLX_LM_BITS,
+    import_factory,
+    keep_exact,
+    make_foreign_cache,
+    make_plain_cache,
+    make_quantized_cache,
+    why_not_quantized,
+)
+from ..quality.cpu_products import use_numpy_products
 from ..quality.style import PlotError, check_plot
 from ..quant.scheme import TurboConfig
 from .common import (
+    DEFAULT_SCHEME,
     DEMO_MODEL,
     CliError,
     Parser,
@@ -35,11 +46,15 @@ from .common import (
 )
 from .provenance import provenance
 
-DEFAULT_KV = ("mlx8", "mlx4", "turbo8v4", "turbo4", "turbo3", "turbo2")
-NEEDLE_CHUNK = 128
+DEFAULT_KV = ("mlx8", "mlx4", "mlx4+exact", "turbo8v4", "turbo4", "turbo3", "turbo2")
+WITH_EXACT = "+exact"  # at the end of a name: with the exact tokens of our caches
+DOCUMENT_CHUNK = 128  # tokens per step of documents with needles or schemas
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
 TEXT_TYPES = (".txt", ".jsonl", ".parquet")
 NOTE = f"""\
+KL div.: KL divergence from the uncompressed cache, nats per token; +-: standard error of the mean over the windows.
+flips: how often the most likely token is another one.
+exact: first + newest tokens that a chunk sees exactly before itself, measured on one layer; "chunk": itself too.
 resident: 8 * bytes of the cache's buffers / numbers held, at the measured length. Exact tokens and the scales of
   mlx8 and mlx4 are stored in --dtype.
 at 32K: the same cache with {metrics.PROJECTED_TOKENS:,} tokens of a 16-bit model: (packed * capacity for packed tokens
@@ -53,9 +68,9 @@ def build_parser() -> Parser:
         prog="mlx-turbo eval",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Perplexity of a text, and how far the model's output moves from that with an uncompressed cache:\n"
-        "KL divergence (nats per token) and how often the most likely token is the same. The text passes\n"
-        "through the cache in chunks, so that all but the newest tokens are read back from it.",
-        epilog="Bits per number (bits/value) in the table:\n" + NOTE,
+        "KL divergence (nats per token), its tail, and how often the most likely token is another one. The\n"
+        "text passes through the cache in chunks, so that all but the newest tokens are read back from it.",
+        epilog="In the tables:\n" + NOTE,
     )
     add = parser.add_argument
     add("--model", help="a local folder or a Hugging Face id (default: the embedded demo model)")
@@ -102,6 +117,26 @@ def build_parser() -> Parser:
         help="documents per length (default: 10; with 10 facts each, a fact is one percent)",
     )
     add("--needle-facts", type=int, default=10, metavar="N", help="facts per document (default: 10)")
+    add(
+        "--tools",
+        action="store_true",
+        help="give the model schemas of functions and ask for calls: how many are valid JSON, of the right function, "
+        "with the right arguments (for models with a chat template)",
+    )
+    add(
+        "--tool-tokens",
+        type=int,
+        default=1536,
+        metavar="N",
+        help="length of the context with the schemas and a part of the text, in tokens (default: 1536)",
+    )
+    add(
+        "--tool-documents",
+        type=int,
+        default=3,
+        metavar="N",
+        help=f"contexts, with {len(tool_calls.FUNCTIONS)} requests each (default: 3)",
+    )
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--png", metavar="FILE", help="also write a plot of KL divergence against bits per number")
     add("--quiet", action="store_true", help="no progress bar (there is none either if stderr is not a terminal)")
@@ -116,9 +151,11 @@ def build_parser() -> Parser:
         "--kv",
         nargs="+",
         action="extend",
-        metavar="SCHEME",
-        help="caches to compare with the uncompressed one: turbo4, turbo8v4, ..., and mlx8 and mlx4, "
-        f"mlx-lm's own QuantizedKVCache (default: {' '.join(DEFAULT_KV)})",
+        metavar="CACHE",
+        help="caches to compare with the uncompressed one: turbo4, turbo8v4, ...; mlx8 and mlx4, mlx-lm's own "
+        "QuantizedKVCache; and any other as package.module:factory, where factory(model) returns new caches, one per "
+        f"layer. mlx4{WITH_EXACT} and package.module:factory{WITH_EXACT} keep the same tokens exact as ours "
+        f"(default: {' '.join(DEFAULT_KV)})",
     )
     return parser
 
@@ -209,43 +246,74 @@ def make_caches(model: Any, args: argparse.Namespace) -> dict[str, MakeCache]:
     made: dict[str, MakeCache] = {"none": lambda: make_plain_cache(model)}
     why_not = None
     for name, config in _configs(args).items():
-        if config is not None:
+        base = name.removesuffix(WITH_EXACT)
+        if base == name and config is not None:
             made[name] = functools.partial(make_prompt_cache, model, config)
             continue
-        why_not = why_not or why_not_quantized(model)
-        if why_not and args.kv:
-            raise CliError(f"--kv: {name}: {why_not}")
-        if why_not:
-            print_message(f"warning: skipping {name}: {why_not}")
+        if base in MLX_LM_BITS:
+            why_not = why_not or why_not_quantized(model)
+            if why_not and args.kv:
+                raise CliError(f"--kv: {name}: {why_not}")
+            if why_not:
+                print_message(f"warning: skipping {name}: {why_not}")
+                continue
+            make = functools.partial(make_quantized_cache, model, base)
         else:
-            made[name] = functools.partial(make_quantized_cache, model, name)
+            make = functools.partial(make_foreign_cache, model, import_factory(base), base)
+            try:
+                make()
+            except ValueError as e:
+                raise CliError(f"--kv: {e}") from e
+        made[name] = make if config is None else functools.partial(_with_exact, model, make, config)
     return made
 
 
+def _with_exact(model: Any, make: MakeCache, config: TurboConfig) -> list[Any]:
+    return keep_exact(model, make(), config.sink, config.recent, config.block)
+
+
 def _configs(args: argparse.Namespace) -> dict[str, TurboConfig | None]:
-    """--kv as name -> TurboConfig, None for mlx-lm's quantized cache. Raises CliError."""
+    """--kv as name -> TurboConfig; for mlx-lm's and foreign caches that of the exact tokens they get, or None. Raises
+    CliError."""
     configs: dict[str, TurboConfig | None] = {}
     for name in args.kv or DEFAULT_KV:
-        if name.startswith("mlx") and name not in MLX_LM_BITS:
-            raise CliError(f"--kv: got {name!r}; mlx-lm's own quantized cache is {' or '.join(MLX_LM_BITS)}")
-        config = None if name in MLX_LM_BITS else kv_config(name, args)
-        if config is not None and args.kv_block is not None:
+        base = name.removesuffix(WITH_EXACT)
+        if ":" in base:
             try:
-                config = replace(config, block=args.kv_block)
+                import_factory(base)
             except ValueError as e:
-                raise CliError(f"--kv-{e}") from e
+                raise CliError(f"--kv: {e}") from e
+        elif name.startswith("mlx") and base not in MLX_LM_BITS:
+            raise CliError(f"--kv: got {name!r}; mlx-lm's own quantized cache is {' or '.join(MLX_LM_BITS)}")
+        elif base != name and base not in MLX_LM_BITS:
+            raise CliError(f"--kv: got {name!r}; {WITH_EXACT} is for mlx-lm's and other caches: ours keep exact tokens")
+        config = None
+        if base != name or base not in MLX_LM_BITS and ":" not in base:
+            config = _with_block(kv_config(DEFAULT_SCHEME if base != name else name, args), args)
         if name != "none":  # the others are compared with it anyway
             configs[name] = config
     return configs
 
 
+def _with_block(config: TurboConfig | None, args: argparse.Namespace) -> TurboConfig | None:
+    if config is None or args.kv_block is None:
+        return config
+    try:
+        return replace(config, block=args.kv_block)
+    except ValueError as e:
+        raise CliError(f"--kv-{e}") from e
+
+
 # ---- what was measured ---------------------------------------------------------------------------------------
-def _row(name: str, measured: dict[str, Any], cache: list[Any], baseline: dict[str, Any]) -> dict[str, Any]:
+def _row(
+    name: str, measured: dict[str, Any], cache: list[Any], baseline: dict[str, Any], plain: list[Any]
+) -> dict[str, Any]:
+    """A cache's row. baseline, plain: what was measured with mlx-lm's own cache, and that cache."""
     row = {
         "kv": name,
         **measured,
         "perplexity_change": measured["perplexity"] / baseline["perplexity"] - 1,
-        "resident_bits_per_value": metrics.resident_bits(cache),
+        "resident_bits_per_value": metrics.resident_bits(cache) or metrics.foreign_bits(cache, plain),
         "resident_bits_per_value_32k": metrics.projected_bits(cache),
         "packed_bits_per_value": metrics.packed_bits(cache) if name != "none" else None,
     }
@@ -270,7 +338,7 @@ def _recall_rows(
         documents = needles.needle_documents(text, tokenizer, length, args.needle_documents, args.needle_facts)
         for name, make in caches.items():
             right = [
-                needles.recalls(model, tokenizer, document, make, NEEDLE_CHUNK, progress=progress)
+                needles.recalls(model, tokenizer, document, make, DOCUMENT_CHUNK, progress=progress)
                 for document in documents
             ]
             by_depth = [sum(column) / len(documents) for column in zip(*right)]
@@ -288,8 +356,40 @@ def _recall_rows(
     return rows
 
 
+def _tool_rows(
+    model: Any,
+    documents: list[tool_calls.ToolDocument],
+    tokenizer: Any,
+    caches: dict[str, MakeCache],
+    progress: Callable[[int], Any],
+) -> list[dict[str, Any]]:
+    """Function calls: a row per cache, with what was right, and how many answers are those of the first cache."""
+    rows, first = [], None
+    for name, make in caches.items():
+        grades = [
+            grade
+            for document in documents
+            for grade in tool_calls.tool_calls(model, tokenizer, document, make, DOCUMENT_CHUNK, progress)
+        ]
+        first = first or grades
+        right = {field: sum(getattr(grade, field) for grade in grades) for field in ("valid", "function", "arguments")}
+        same = sum(grade.text == reference.text for grade, reference in zip(grades, first))
+        rows.append({"kv": name, "requests": len(grades), **right, "same_answer": same})
+    return rows
+
+
 def _bits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _exact_text(exact: dict[str, Any] | str | None) -> str:
+    """The exact tokens of a row in a few words: "4 + 64 to 96, chunk"."""
+    if not isinstance(exact, dict):
+        return exact or "-"
+    first, (low, high), chunk = exact["first"], exact["newest"], exact["chunk"]
+    if not first and not high and not chunk:
+        return "none"
+    return f"{first} + {low}" + (f" to {high}" if high > low else "") + (", chunk" if chunk else "")
 
 
 def print_tables(report: dict[str, Any]) -> None:
@@ -299,16 +399,24 @@ def print_tables(report: dict[str, Any]) -> None:
         f"{report['model']}, {report['windows']} x {report['tokens']} tokens of {report['text']} in chunks of "
         f"{report['chunk']}, dtype {report['dtype']}\n"
     )
-    print(f"{'':<10}{'':>11}{'':>9}{'KL div.':>10}{'':>10}{'same':>9}{'bits/value:':>13}")
+    width = 2 + max(len(row["kv"]) for row in report["results"])
+    print(f"{'':<{width}}{'':>11}{'':>9}{'KL div.:':>10}")
     print(
-        f"{'kv':<10}{'perplexity':>11}{'change':>9}{'nats':>10}{'+-':>10}{'top-1':>9}{'resident':>10}{'at 32K':>9}"
-        f"{'packed':>9}"
+        f"{'kv':<{width}}{'perplexity':>11}{'change':>9}{'mean':>10}{'+-':>10}{'median':>10}{'p99':>10}{'p99.9':>10}"
+        f"{'max':>10}{'flips':>9}"
     )
     for row in report["results"]:
         error = "-" if row["kld_se"] is None else f"{row['kld_se']:.6f}"
         print(
-            f"{row['kv']:<10}{row['perplexity']:>11.4f}{row['perplexity_change']:>9.2%}{row['kld']:>10.6f}{error:>10}"
-            f"{row['top1']:>9.2%}{_bits(row['resident_bits_per_value']):>10}"
+            f"{row['kv']:<{width}}{row['perplexity']:>11.4f}{row['perplexity_change']:>9.2%}{row['kld']:>10.6f}"
+            f"{error:>10}{row['kld_median']:>10.6f}{row['kld_p99']:>10.5f}{row['kld_p999']:>10.5f}"
+            f"{row['kld_max']:>10.5f}{1 - row['top1']:>9.2%}"
+        )
+    print(f"\n{'':<{width}}{'':<24}{'bits/value:':>13}")
+    print(f"{'kv':<{width}}{'exact':<24}{'resident':>10}{'at 32K':>9}{'packed':>9}")
+    for row in report["results"]:
+        print(
+            f"{row['kv']:<{width}}{_exact_text(row['exact']):<24}{_bits(row['resident_bits_per_value']):>10}"
             f"{_bits(row['resident_bits_per_value_32k']):>9}{_bits(row['packed_bits_per_value']):>9}"
         )
     print(f"\n{NOTE}")
@@ -317,18 +425,30 @@ def print_tables(report: dict[str, Any]) -> None:
         print(f"\nRecalled of {n} numbers hidden in texts of each length, in % (depth 0: start of the text)\n")
         depths = len(recalled[0]["by_depth"])
         print(
-            f"{'kv':<10}{'length':>7}{'all':>7}   depth" + "".join(f"{(i + 0.5) / depths:>6.2f}" for i in range(depths))
+            f"{'kv':<{width}}{'length':>7}{'all':>7}   depth"
+            + "".join(f"{(i + 0.5) / depths:>6.2f}" for i in range(depths))
         )
         for row in recalled:
             print(
-                f"{row['kv']:<10}{row['length']:>7}{100 * row['accuracy']:>7.1f}{'':>8}"
+                f"{row['kv']:<{width}}{row['length']:>7}{100 * row['accuracy']:>7.1f}{'':>8}"
                 + "".join(f"{100 * share:>6.0f}" for share in row["by_depth"])
+            )
+    if calls := report.get("tools"):
+        print(
+            f"\nOf {calls[0]['requests']} calls of functions whose schemas stand in the context "
+            f"({report['tool_tokens']:,} tokens)\n"
+        )
+        print(f"{'kv':<{width}}{'valid JSON':>11}{'+ function':>12}{'+ arguments':>13}{'answer as none':>16}")
+        for row in calls:
+            print(
+                f"{row['kv']:<{width}}{row['valid']:>11}{row['function']:>12}{row['arguments']:>13}"
+                f"{row['same_answer']:>16}"
             )
     print()
     for layers in dict.fromkeys(row["layers"] for row in report["results"] if "layers" in row):
         print(layers)
     facts = about["machine"]
-    print(f"Backend: {report['backend']}; {facts['chip']}, {facts['system']}")
+    print(f"Backend: {report['backend']}; linear layers: {report['linear_layers']}; {facts['chip']}, {facts['system']}")
     print(
         f"mlx_turbo {facts['mlx_turbo']}"
         + (f" ({about['commit']})" if about["commit"] else "")
@@ -337,11 +457,17 @@ def print_tables(report: dict[str, Any]) -> None:
     print(f"Command: {about['command']}")
 
 
+def _group(name: str) -> str:
+    """Whose cache a row is, for the legend."""
+    whose = "mlx-lm's QuantizedKVCache" if name.startswith("mlx") else name if ":" in name else "mlx_turbo"
+    return whose.removesuffix(WITH_EXACT) + (", ends exact" if name.endswith(WITH_EXACT) else "")
+
+
 def _plot(report: dict[str, Any], file: str) -> None:
     points = [
         (
             row["kv"],
-            "mlx-lm's QuantizedKVCache" if row["kv"].startswith("mlx") else "mlx_turbo",
+            _group(row["kv"]),
             row["resident_bits_per_value_32k"],
             row["kld"],
             row["kld_se"],
@@ -366,7 +492,14 @@ def _plot(report: dict[str, Any], file: str) -> None:
 # ---- the command ---------------------------------------------------------------------------------------------
 def _check(args: argparse.Namespace) -> None:
     """Raise CliError for what is wrong with the arguments, before anything is loaded."""
-    for name, least in (("tokens", 2), ("windows", 1), ("chunk", 1), ("needle_documents", 1), ("needle_facts", 1)):
+    for name, least in (
+        ("tokens", 2),
+        ("windows", 1),
+        ("chunk", 1),
+        ("needle_documents", 1),
+        ("needle_facts", 1),
+        ("tool_documents", 1),
+    ):
         if getattr(args, name) < least:
             raise CliError(
                 f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected a whole number of at least {least}"
@@ -389,11 +522,25 @@ def _check_needles(text: str, tokenizer: Any, args: argparse.Namespace) -> None:
             raise CliError(f"--{flag}:{rest}") from e
 
 
+def _tool_documents(text: str, tokenizer: Any, args: argparse.Namespace) -> list[tool_calls.ToolDocument]:
+    try:
+        return tool_calls.tool_documents(text, tokenizer, args.tool_tokens, args.tool_documents)
+    except ValueError as e:
+        name, _, rest = str(e).partition(":")
+        raise CliError(f"--{ {'length': 'tool-tokens', 'tokenizer': 'tools'}.get(name, name) }:{rest}") from e
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
 def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     load = importlib.import_module("mlx_lm.utils").load
     model, tokenizer, *_ = load_model(load, args.model or DEMO_MODEL, "--model")
     if args.dtype != "model":
         model.set_dtype(getattr(mx, args.dtype))
+    if _on_cpu():
+        model = use_numpy_products(model)
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     return model, tokenizer
 
@@ -409,22 +556,39 @@ def _read_windows(tokenizer: Any, text: str, text_name: str, args: argparse.Name
 
 
 def _measure(
-    model: Any, tokenizer: Any, windows: list[list[int]], filler: str, args: argparse.Namespace
-) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
-    """`metrics.compare` of all caches, and the rows of needles or None. Prints each warning once."""
+    model: Any,
+    tokenizer: Any,
+    windows: list[list[int]],
+    filler: str,
+    documents: list[tool_calls.ToolDocument],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """What a report has of the caches: {"results"}, and {"needles"} and {"tools"} if they were asked for. documents: of
+    --tools. Prints each warning once."""
     with warnings.catch_warnings(record=True) as caught:
         caches = make_caches(model, args)
         n_steps = sum(len(w) - 1 for w in windows)
         with tqdm(total=n_steps, desc="text", unit=" tokens", disable=args.quiet or None) as bar:
             results = metrics.compare(model, windows, caches, args.chunk, bar.update)
-        recalled = None
+        baseline, plain = results["none"]
+        measured: dict[str, Any] = {
+            "results": [_row(name, *found, baseline, plain) for name, found in results.items()],
+        }
+        for row in measured["results"]:
+            exact = metrics.exact_tokens(caches[row["kv"]], plain, args.chunk, min(len(windows[0]), 1024))
+            row["exact"] = exact._asdict() if isinstance(exact, metrics.ExactTokens) else exact
         if args.needles:
             total = sum(args.needle_lengths) * args.needle_documents * len(caches)
             with tqdm(total=total, desc="needles", unit=" tokens", disable=args.quiet or None) as bar:
-                recalled = _recall_rows(model, tokenizer, filler, caches, args, bar.update)
+                measured["needles"] = _recall_rows(model, tokenizer, filler, caches, args, bar.update)
+        if args.tools:
+            total = sum(len(document.tokens) for document in documents) * len(caches)
+            with tqdm(total=total, desc="tools", unit=" tokens", disable=args.quiet or None) as bar:
+                measured["tools"] = _tool_rows(model, documents, tokenizer, caches, bar.update)
+                measured["tool_tokens"] = args.tool_tokens
     for message in dict.fromkeys(str(warning.message) for warning in caught):
         print_message(f"warning: {message}")
-    return results, recalled
+    return measured
 
 
 def main(argv: Sequence[str]) -> int:
@@ -434,12 +598,14 @@ def main(argv: Sequence[str]) -> int:
     text, text_name = read_text(args.text or str(DEMO_MODEL / "stories.txt"))
     model, tokenizer = _load_model(args)
     windows = _read_windows(tokenizer, text, text_name, args)
-    warn_beyond_context(model, max([len(windows[0])] + args.needle_lengths * args.needles), 0)
+    lengths = [len(windows[0]), *args.needle_lengths * args.needles, *[args.tool_tokens] * args.tools]
+    warn_beyond_context(model, max(lengths), 0)
     filler = text.replace(tokenizer.eos_token or "\0", "\n")
     if args.needles:
         _check_needles(filler, tokenizer, args)
+    documents = _tool_documents(filler, tokenizer, args) if args.tools else []
     with use_backend(args.backend):
-        results, recalled = _measure(model, tokenizer, windows, filler, args)
+        measured = _measure(model, tokenizer, windows, filler, documents, args)
         backend = get_backend().describe()
     report = {
         "model": args.model or "embedded demo model",
@@ -450,16 +616,15 @@ def main(argv: Sequence[str]) -> int:
         "dtype": args.dtype,
         "backend": backend,
         "device": str(mx.default_device()),
+        "linear_layers": "NumPy, float32" if _on_cpu() else "MLX",
         "provenance": provenance(["eval", *argv]),
-        "results": [_row(name, measured, cache, results["none"][0]) for name, (measured, cache) in results.items()],
+        **measured,
     }
     for row in report["results"][1:]:
         if row.get("packed") == 0:
             print_message(
                 f"warning: {row['kv']} packed nothing in {report['tokens']} tokens, so what was measured is exact"
             )
-    if recalled:
-        report["needles"] = recalled
     report["seconds"] = round(time.perf_counter() - tic, 1)
     if args.png:
         try:

@@ -1,5 +1,5 @@
-"""How far a compressed cache moves a model's output (perplexity, KL divergence, agreement of the most likely token),
-and how many bits per number it takes.
+"""How far a compressed cache moves a model's output (perplexity, the distribution of the KL divergence, agreement of
+the most likely token), how many bits per number it takes, and which tokens it keeps exact.
 
 The first three are teacher-forced: the model reads a given text through its cache chunk by chunk, so that it attends to
 tokens read back from the cache. Small chunks matter, because the tokens of the current chunk are exact in our caches.
@@ -7,14 +7,18 @@ tokens read back from the cache. Small chunks matter, because the tokens of the 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ..cache.single import TurboKVCache
 from ..integration.prompt_cache import flatten_caches
+from .baselines import ExactEndsCache
 
 PROJECTED_TOKENS = 32768
+# of the KL divergences of single tokens, interpolated linearly as NumPy does
+QUANTILES = {"kld_median": 0.5, "kld_p99": 0.99, "kld_p999": 0.999, "kld_max": 1.0}
 
 
 # ---- distance between outputs --------------------------------------------------------------------------------
@@ -67,40 +71,86 @@ def compare(
     tokens done since the last call.
 
     Returns name -> ({"perplexity", "kld" (mean, nats per token), "kld_se" (standard error of the windows' means, None
-    for one window), "top1" (fraction)}, the prompt cache after the last window).
+    for one window), QUANTILES of the tokens' KL divergences, "top1" (fraction)}, the prompt cache after the last
+    window).
     """
-    sums: dict[str, list[list[float]]] = {name: [] for name in make_caches}  # per window: [nll, kld, top1] per token
+    by_token: dict[str, list[np.ndarray]] = {name: [] for name in make_caches}  # per window: [3, n] nll, kld, top1
     for window in windows:
         caches = {name: make() for name, make in make_caches.items()}
         tokens, n = mx.array(window), len(window) - 1
-        totals = {name: mx.zeros(3) for name in caches}
+        columns: dict[str, list[mx.array]] = {name: [] for name in caches}
         for start in range(0, n, chunk):
             inputs, targets = tokens[start : min(start + chunk, n)], tokens[start + 1 : start + chunk + 1]
             log_p = None
             for name, cache in caches.items():
                 log_q = log_probabilities(model(inputs[None], cache=cache)[0])
                 log_p = log_q if log_p is None else log_p
-                totals[name] += mx.stack(
-                    [
-                        negative_log_likelihood(log_q, targets).sum(),
-                        kl_divergence(log_p, log_q).sum(),
-                        same_top1(log_p, log_q).sum().astype(mx.float32),
-                    ]
-                )
-                mx.eval(totals[name])
+                same = same_top1(log_p, log_q).astype(mx.float32)
+                column = mx.stack([negative_log_likelihood(log_q, targets), kl_divergence(log_p, log_q), same])
+                mx.eval(column)
+                columns[name].append(column)
             if progress:
                 progress(len(inputs))
-        for name, total in totals.items():
-            values: Any = total.tolist()
-            sums[name].append([x / n for x in values])
-    n_tokens, results = [len(window) - 1 for window in windows], {}
-    for name, rows in sums.items():
-        nll, kld, top1 = (sum(n * x for n, x in zip(n_tokens, column)) / sum(n_tokens) for column in zip(*rows))
-        results[name] = (
-            {"perplexity": perplexity(nll), "kld": kld, "kld_se": standard_error([r[1] for r in rows]), "top1": top1},
-            caches[name],
-        )
+        for name, parts in columns.items():
+            by_token[name].append(np.array(mx.concatenate(parts, axis=1), np.float64))
+    results = {}
+    for name, of_windows in by_token.items():
+        nll, kld, top1 = np.concatenate(of_windows, axis=1)
+        measured = {
+            "perplexity": perplexity(nll.mean()),
+            "kld": float(kld.mean()),
+            "kld_se": standard_error([window[1].mean() for window in of_windows]),
+            **{name: float(np.quantile(kld, share)) for name, share in QUANTILES.items()},
+            "top1": float(top1.mean()),
+        }
+        results[name] = measured, caches[name]
     return results
+
+
+# ---- exact tokens --------------------------------------------------------------------------------------------
+class ExactTokens(NamedTuple):
+    """Which tokens of a layer a chunk of the text sees exactly. first: number of leading ones. newest: least and
+    greatest number of those just before the chunk. chunk: whether the chunk sees itself exactly."""
+
+    first: int
+    newest: tuple[int, int]
+    chunk: bool
+
+
+def exact_tokens(
+    make_cache: Callable[[], list[Any]], plain_cache: list[Any], chunk: int, n_tokens: int = 1024
+) -> ExactTokens | str | None:
+    """What a cache keeps exact, measured: random keys and values pass through that of the first layer with a plain
+    KVCache, n_tokens in chunks, and are compared with what `update_and_fetch` returns.
+
+    plain_cache: mlx-lm's, filled by the same model. Returns an `ExactTokens`, "all" if nothing was packed, or None if
+    there is no such layer, or its cache returns no arrays [1, n_kv_heads, tokens, head_dim] to look at.
+    """
+    from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+    layer = next((i for i, c in enumerate(plain_cache) if type(c) is KVCache and c.offset), None)
+    if layer is None:
+        return None
+    cache = make_cache()[layer]
+    if type(cache) is QuantizedKVCache:  # packs every token as it comes
+        return ExactTokens(0, (0, 0), False)
+    rng, found = mx.random.key(0), []
+    shapes = [(1, x.shape[1], n_tokens, x.shape[3]) for x in (plain_cache[layer].keys, plain_cache[layer].values)]
+    given = [mx.random.normal(shape, key=k) for shape, k in zip(shapes, mx.random.split(rng))]
+    for start in range(0, n_tokens, chunk):
+        stop = min(start + chunk, n_tokens)
+        seen = cache.update_and_fetch(*(x[:, :, start:stop] for x in given))
+        if any(not isinstance(x, mx.array) or x.shape != g[:, :, :stop].shape for x, g in zip(seen, given)):
+            return None
+        same = np.logical_and(*(np.array((x == g[:, :, :stop]).all((0, 1, 3))) for x, g in zip(seen, given)))
+        if not same.all():
+            (packed,) = np.nonzero(~same)
+            found.append((int(packed[0]), stop - 1 - int(packed[-1]), stop - start))
+    if not found:
+        return "all"
+    newest = [max(n_exact - n_new, 0) for _, n_exact, n_new in found]
+    is_exact = all(n_exact >= n_new for _, n_exact, n_new in found)
+    return ExactTokens(min(first for first, _, _ in found), (min(newest), max(newest)), is_exact)
 
 
 # ---- bits per number -----------------------------------------------------------------------------------------
@@ -112,6 +162,8 @@ def _sides_of(cache: Any) -> list[_Side] | None:
     kv heads), or None for a cache that holds no plain keys and values."""
     from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
+    if isinstance(cache, ExactEndsCache):
+        cache = cache.packed
     if type(cache) not in (KVCache, QuantizedKVCache, TurboKVCache) or cache.offset == 0:
         return None
     if isinstance(cache, TurboKVCache):
@@ -143,9 +195,19 @@ def resident_bits(prompt_cache: list[Any]) -> float | None:
     for cache in flatten_caches(prompt_cache):
         if sides := _sides_of(cache):
             values += cache.offset * sum(head_dim * heads for _, head_dim, heads in sides)
-            ours = isinstance(cache, TurboKVCache)
-            held += cache.nbytes if ours else sum(a.nbytes for arrays, _, _ in sides for a, _ in arrays)
+            counts_itself = isinstance(cache, (TurboKVCache, ExactEndsCache))
+            held += cache.nbytes if counts_itself else sum(a.nbytes for arrays, _, _ in sides for a, _ in arrays)
     return 8 * held / values if values else None
+
+
+def foreign_bits(prompt_cache: list[Any], plain_cache: list[Any]) -> float | None:
+    """`resident_bits` of caches that nothing is known about but their nbytes; None if they have none. plain_cache:
+    mlx-lm's, with the same tokens, which tells how many numbers they are."""
+    layers = [(c, sides) for c, p in zip(prompt_cache, plain_cache) if (sides := _sides_of(p))]
+    values = sum(p.offset * dims * heads for p in plain_cache for _, dims, heads in _sides_of(p) or [])
+    if not values or not all(hasattr(c, "nbytes") for c, _ in layers):
+        return None
+    return 8 * sum(c.nbytes for c, _ in layers) / values
 
 
 def packed_bits(prompt_cache: list[Any]) -> float | None:
@@ -173,10 +235,12 @@ def projected_bits(prompt_cache: list[Any], n_tokens: int = PROJECTED_TOKENS) ->
         numbers = sum(head_dim * heads for _, head_dim, heads in sides)
         exact = n_rest = 0
         if isinstance(cache, TurboKVCache):
-            exact, n_rest = (
-                cache.config.sink + cache.config.recent + cache.config.block,
-                cache.config.sink + cache.config.recent,
-            )
+            n_rest = cache.config.sink + cache.config.recent
+            exact = n_rest + cache.config.block
+        elif isinstance(cache, ExactEndsCache):
+            n_rest = cache.n_sink + cache.n_recent
+            exact = n_rest + cache.block
+            cache = cache.packed
         capacity = -(-(n_tokens - n_rest) // cache.step) * cache.step
         total += 8 * capacity * sum(_bytes_per_token(arrays) for arrays, _, _ in sides) + 16 * exact * numbers
         values += n_tokens * numbers

@@ -1,13 +1,12 @@
 """Documents with hidden facts, and whether a model recalls them."""
 
-import copy
 import itertools
 import random
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import mlx.core as mx
+from .answers import answer, read
 
 # ---- needles -------------------------------------------------------------------------------------------------
 # The wording that the embedded model was trained on (scripts/train_demo_model.py); other models understand it too.
@@ -24,6 +23,7 @@ FACTS = (
 )
 QUESTIONS = ("\n\nQuestion: What is the {what} of {name}? Answer:", "\n\nQuestion: What is {name}'s {what}? Answer:")
 SENTENCE_END = re.compile(r"""(?<=[.!?])(?=\s)|(?<=[.!?]["'])(?=\s)|(?=\n)""")
+N_DIGITS = 4  # of a number to recall
 LONGEST_PIECE = 64  # tokens; longer sentences, or a text without any, are cut into pieces of this size
 
 
@@ -67,7 +67,7 @@ def needle_documents(
     out, start = [], tokenizer.encode("")  # the first token, for models that need one
     for i in range(n_documents):
         pairs = rng.sample([(name, what) for name in NAMES for what in WHAT], n_facts)
-        numbers = ["".join(rng.choices("0123456789", k=4)) for _ in pairs]
+        numbers = ["".join(rng.choices("0123456789", k=N_DIGITS)) for _ in pairs]
         facts = [
             encode(rng.choice(FACTS).format(name=name, what=what, digits=" ".join(number)))
             for (name, what), number in zip(pairs, numbers)
@@ -124,23 +124,16 @@ def recalls(
     The document passes through the cache in chunks, so that it is packed as in real use. Then each question is asked
     with a copy of that cache and answered greedily. An answer is correct if its first digits are the number.
     """
-    cache = make_cache()
-    for start in range(0, len(document.tokens), chunk):
-        piece = mx.array(document.tokens[start : start + chunk])
-        mx.eval(model(piece[None], cache=cache))
-        if progress:
-            progress(piece.size)
-    out = []
+
+    def digits(text: str) -> str:
+        return re.sub(r"\D", "", text)
+
+    def is_complete(text: str) -> bool:
+        return len(digits(text)) >= N_DIGITS
+
+    cache, out = make_cache(), []
+    read(model, document.tokens, cache, chunk, progress)
     for question in document.questions:
-        used, digits = copy.deepcopy(cache), ""
-        tokens: list[int] = []
-        logits = model(mx.array(question.tokens)[None], cache=used)
-        while len(tokens) < max_tokens and len(digits) < len(question.number):
-            tokens.append(logits[0, -1].argmax().item())
-            if tokens[-1] in tokenizer.eos_token_ids:
-                break
-            digits = re.sub(r"\D", "", tokenizer.decode(tokens))
-            if len(digits) < len(question.number):
-                logits = model(mx.array(tokens[-1:])[None], cache=used)
-        out.append(digits.startswith(question.number))
+        text = answer(model, tokenizer, cache, question.tokens, max_tokens, is_complete)
+        out.append(digits(text).startswith(question.number))
     return out

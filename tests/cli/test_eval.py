@@ -128,7 +128,10 @@ def test_mlx4_is_what_mlx_lm_s_quantized_cache_gives(demo):
     args = evaluate.build_parser().parse_args(["--kv", "mlx4"])
     result, cache = metrics.compare(model, [tokens], evaluate.make_caches(model, args), chunk)["mlx4"]
     assert [type(c) for c in cache] == [QuantizedKVCache] * 4 and cache[0].offset == 96
-    assert result["kld"] == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-3)
+    by_token = (np.exp(p) * (p - q)).sum(-1)
+    assert result["kld"] == pytest.approx(by_token.mean(), rel=1e-3)
+    for name, share in (("kld_median", 0.5), ("kld_p99", 0.99), ("kld_p999", 0.999), ("kld_max", 1)):
+        assert result[name] == pytest.approx(np.quantile(by_token, share), rel=1e-2)
     assert result["top1"] == (p.argmax(-1) == q.argmax(-1)).mean()
     assert result["perplexity"] == pytest.approx(np.exp(-q[np.arange(96), tokens[1:]].mean()), rel=1e-5)
 
@@ -332,14 +335,17 @@ def test_the_table_has_a_row_per_cache_and_says_where_it_comes_from(run, tmp_pat
     ):
         assert part in out
     number = r" +-?[\d.]+%?"
-    assert re.search(rf"^none{number * 3} +-{number * 3} +-$", out, re.MULTILINE)
-    assert re.search(rf"^turbo4{number * 3} +-{number * 3} +4\.1\d+$", out, re.MULTILINE)
+    assert re.search(rf"^none{number * 3} +-{number * 5}$", out, re.MULTILINE)
+    assert re.search(rf"^turbo4{number * 3} +-{number * 5}$", out, re.MULTILINE)
+    assert re.search(rf"^none +all{number * 2} +-$", out, re.MULTILINE)
+    assert re.search(rf"^turbo4 +4 \+ 64, chunk{number * 2} +4\.1\d+$", out, re.MULTILINE)
 
 
 def test_a_cache_that_packed_nothing_is_pointed_out(run):
     code, out, err = run("eval", "--tokens", 40, "--kv", "turbo4")
     assert code == 0 and "warning: turbo4 packed nothing in 40 tokens" in err
-    assert re.search(r"^turbo4.* 0\.000000 .* - +-$", out, re.MULTILINE)
+    assert re.search(r"^turbo4.* 0\.000000 .* 0\.00%$", out, re.MULTILINE)
+    assert re.search(r"^turbo4 +all .* - +-$", out, re.MULTILINE)
 
 
 def test_progress_is_for_terminals_that_want_it(run, monkeypatch):
@@ -403,6 +409,10 @@ def test_a_device_without_the_products_of_a_quantized_cache_is_named(demo, monke
     [
         (["--kv", "turbo5"], ["--kv: got 'turbo5'", "turbo8v4"]),
         (["--kv", "mlx5"], ["--kv: got 'mlx5'", "mlx8 or mlx4"]),
+        (["--kv", "mlx5+exact"], ["--kv: got 'mlx5+exact'", "mlx8 or mlx4"]),
+        (["--kv", "turbo4+exact"], ["--kv: got 'turbo4+exact'", "ours keep exact tokens"]),
+        (["--kv", "no_such_module:make"], ["--kv: cannot import 'no_such_module'"]),
+        (["--tool-documents", "0"], ["--tool-documents: got 0"]),
         (["--kv-block", "0"], ["--kv-block: got 0"]),
         (["--kv-recent", "-1"], ["--kv-recent: got -1"]),
         (["--tokens", "1"], ["--tokens: got 1", "at least 2"]),

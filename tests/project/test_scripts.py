@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -114,3 +115,42 @@ def test_centring_measures_that_a_bias_that_turns_needs_means_by_segment():
     unbiased, low = rows["none"]["not centred"], rows["low frequencies, base 1e4"]
     assert low["per 128"] < 2 * unbiased < 50 * unbiased < min(low["not centred"], low["first 2,048"])
     assert rows["constant after RoPE"]["first 2,048"] < 1.5 * unbiased
+
+
+def test_attention_errors_of_a_model_are_captured_and_shown(tmp_path):
+    file = str(tmp_path / "captured.npz")
+    demo_model = SCRIPTS.parent / "mlx_turbo" / "demo_model"
+    assert (
+        "4 layers, 300 tokens" in run("attention_errors.py", "capture", str(demo_model), file, "--tokens", "300").stdout
+    )
+    out = json.loads(run("attention_errors.py", "show", file, "--json", "--recent", "64").stdout)
+    eight = json.loads(run("attention_errors.py", "show", file, "--json", "--recent", "64", "--bits", "8").stdout)
+    assert out["tokens"] == 300 and len(out["layers"]) == 4
+    for layer, better in zip(out["layers"], eight["layers"]):
+        for way, found in layer["ways"].items():
+            assert len(found["kl"]) == 2 and 1e-5 < max(found["kl"]) < 0.1
+            assert max(better["ways"][way]["kl"]) < max(found["kl"]) / 50 and found["keys"] < found["both"] < 0.1
+        assert better["values"] < layer["values"] / 50
+
+
+def test_attention_errors_find_what_centering_and_balance_are_for(tmp_path):
+    rng, n, dims = np.random.default_rng(0), 512, 64
+    queries, keys, values = (rng.standard_normal((1, heads, n, dims)) for heads in (4, 2, 2))
+    loud = np.where(np.arange(dims) < 4, 30, 1)  # channels with large keys that the queries hardly look at
+    arrays = {}
+    balanced = queries / loud, keys * loud
+    for i, (q, k) in enumerate(((queries, keys), (queries, keys + 40), balanced, (balanced[0], balanced[1] + 40))):
+        layer = {"q": q, "k": k, "v": values, "scale": np.float64(0.125), "visible": np.tri(n, dtype=bool)}
+        arrays |= {f"{i} {name}": x for name, x in layer.items()}
+    np.savez(tmp_path / "captured.npz", **arrays)
+    command = "attention_errors.py", "show", str(tmp_path / "captured.npz"), "--json"
+    by_layer = [
+        {way: max(x["kl"]) for way, x in layer["ways"].items()} for layer in json.loads(run(*command).stdout)["layers"]
+    ]
+    plain, biased, loud, both = by_layer
+    assert biased["plain"] > 20 * plain["plain"] and biased["centred"] < 1.5 * plain["centred"]
+    assert loud["centred"] > 10 * plain["plain"] and loud["centred, s^1"] < 1.5 * plain["plain"]
+    assert loud["centred, s^1"] < loud["centred, s^3/4"] < loud["centred, s^1/2"] < loud["centred"]
+    assert both["centred, s^1"] < 1.5 * plain["plain"] < both["centred"] / 5  # s is that of the centred keys
+    exact = json.loads(run(*command, "--recent", str(n - 4)).stdout)["layers"]
+    assert all(max(*x["kl"], x["both"]) < 1e-12 for layer in exact for x in layer["ways"].values())
