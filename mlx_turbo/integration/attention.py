@@ -119,7 +119,7 @@ def uninstall():
 
 
 def is_installed():
-    """Whether our attention is in mlx-lm's place, or another function that leads to it; also if mlx-lm is not loaded."""
+    """Whether our attention is in mlx-lm's place, or a function that leads to it; also if mlx-lm is not loaded."""
     base = sys.modules.get("mlx_lm.models.base")
     return base is None or _is_open and leads_to_a_door(getattr(base, _NAME))
 
