@@ -126,13 +126,13 @@ def changes(values: AttendTuning, default: AttendTuning = AttendTuning()) -> str
     )
 
 
-def describe() -> str:
-    """One line for `doctor` and `bench`."""
+def describe(default: AttendTuning = AttendTuning()) -> str:
+    """One line for `doctor` and `bench`. default: of the backend."""
     found = load()
     if not found:
         return "none (bench kernels --tune measures what this chip likes)"
     return "; ".join(
-        f"{k} and {v} bits, head_dim {dk}{f'/{dv}' if dv != dk else ''}: {changes(values)}"
+        f"{k} and {v} bits, head_dim {dk}{f'/{dv}' if dv != dk else ''}: {changes(values, default)}"
         for (k, v, dk, dv), values in found.items()
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..backends import tuning
+from ..backends import select, tuning
 from ..backends.device import float32_is_tf32
 from ..version import __version__
 
@@ -59,7 +59,7 @@ def machine() -> dict[str, str]:
         "metal": "yes" if mx.metal.is_available() else "no",
         "cuda": "yes" if mx.cuda.is_available() else "no",
         "float32 products": "TF32 (MLX_ENABLE_TF32=0 makes them exact)" if float32_is_tf32() else "exact",
-        "attention tuning": tuning.describe(),
+        "attention tuning": _attention_tuning(),
     }
     if not (mx.metal.is_available() or mx.cuda.is_available()):
         return facts | {
@@ -77,6 +77,11 @@ def machine() -> dict[str, str]:
         if key in info:
             facts[name] = _gib(int(info[key]))
     return facts
+
+
+def _attention_tuning() -> str:
+    name = select.default_name()
+    return tuning.describe(select.get_backend(name).tuning) if name in select.GPUS else tuning.describe()
 
 
 def _gib(nbytes: int) -> str:

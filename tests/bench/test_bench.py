@@ -573,6 +573,8 @@ def test_tune_starts_from_what_the_backend_has_by_default(run, monkeypatch):
     monkeypatch.setenv("MLX_TURBO_CACHE_DIR", str(tuning.path().parent))
     tuning.save(metal.tuned, "M9")
     assert tuning.load("M9") == metal.tuned  # it is no candidate, but a backend's own
+    monkeypatch.setattr(tuning, "device_name", lambda: "M9")
+    assert tuning.describe(metal.tuning).endswith("head_dim 64: the defaults")
 
 
 def test_a_cache_folder_that_cannot_be_written_is_said_before_anything_is_tuned(run, monkeypatch, tmp_path):
