@@ -16,6 +16,7 @@ function or a position (`simd_...`, `..._in_grid`) that the prelude does not def
 """
 
 import functools
+import math
 import re
 from typing import Any, Callable, Mapping, Optional, Sequence
 
@@ -124,13 +125,14 @@ def launch_bounds(template: Sequence[tuple[str, Any]], simdgroups: int) -> tuple
 
 @functools.lru_cache(maxsize=64)  # the layers of a step launch alike
 def launch_arguments(name: str, grid: tuple[int, int, int], threadgroup: tuple[int, int, int]) -> dict[str, Any]:
-    """MLX's grid, in threads: Metal's threadgroups along y lie along x (prelude.cuh)."""
+    """MLX's grid, in threads: Metal's threadgroups along y lie along x (prelude.cuh). Metal cuts the last threadgroup
+    where the grid ends and CUDA does not: ours divide the grid, or threads would write beyond it."""
     if grid[0] != SIMDGROUP or threadgroup[0] != SIMDGROUP:
         raise BackendError(f"{name}: got a grid {grid} of threadgroups {threadgroup}, expected both {SIMDGROUP} wide")
-    if -(-grid[2] // threadgroup[2]) > MOST_BLOCKS:
+    height, depth = math.gcd(grid[1], threadgroup[1]), math.gcd(grid[2], threadgroup[2])
+    if grid[2] // depth > MOST_BLOCKS:
         raise BackendError(f"{name}: got {grid[2]} threadgroups along z, CUDA allows {MOST_BLOCKS}")
-    blocks = -(-grid[1] // threadgroup[1])
-    return dict(grid=(SIMDGROUP * blocks, threadgroup[1], grid[2]), threadgroup=threadgroup)
+    return dict(grid=(SIMDGROUP * (grid[1] // height), height, grid[2]), threadgroup=(SIMDGROUP, height, depth))
 
 
 @functools.lru_cache(maxsize=None)
