@@ -24,7 +24,7 @@ _NO_VALUES = [("int n = min(TILE, end - t0);", "int n = 0;")]
 _NO_SOFTMAX = [
     ("top = simd_max(top);", ""),
     ("if (top > m) {", "if (false) {"),
-    ("float p = fast::exp2(s[i * ROWS + h] - m);", "float p = s[i * ROWS + h];"),
+    ("float weight = fast::exp2(s[i * ROWS + h] - m);", "float weight = s[i * ROWS + h];"),
 ]
 # Every word is read and enters the result through one operation.
 _BYTES_ONLY = _NO_SOFTMAX + [
@@ -61,14 +61,7 @@ _BYTES_ONLY = _NO_SOFTMAX + [
     (
         "half2 z[DIMS_PER_LANE / 2];",
         """uint words = 0;
-    if (B == 3) {
-      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 16; i++) {
-        int t = u * (DIMS_PER_LANE / 16) + i;
-        words ^= row[t] ^ row[R::UNITS + t / 2];
-      }
-    } else {
-      TQ_UNROLL for (int i = 0; i < (DIMS_PER_LANE * B + 31) / 32; i++) words ^= row[u * DIMS_PER_LANE * B / 32 + i];
-    }
+    TQ_UNROLL for (int i = 0; i < int(sizeof(raw.w) / sizeof(uint)); i++) words ^= raw.w[i];
     TQ_UNROLL for (int i = 1; i < DIMS_PER_LANE; i++) y[i] = 0;
     y[0] = float(words & 1u);
     return;
