@@ -13,8 +13,9 @@ def restore(keys, values, counts, backend, seed=0, first=0, packed=None, wait=Fa
 
     keys, values: `CachedSide`. counts: (n_sink, n_packed, n_recent), the order of the tokens; the first `first` packed
     ones are left out, so N = sum(counts) - first. One launch where the backend has a kernel for both sides. packed:
-    the packed tokens, the result for counts (0, n_packed, 0), if they are at hand: then nothing is launched. wait:
-    whether MLX operations restore one slice after the other, each waited for: not lazily, and in half the memory.
+    the packed tokens, the result for counts (0, n_packed, 0), if they are at hand: then nothing is launched, and
+    backend may be None. wait: whether MLX operations restore one slice after the other, each waited for: not lazily,
+    and in half the memory.
     """
     if packed is None:
         together = backend.restore(keys, values, counts, seed, first)

@@ -152,7 +152,8 @@ class TurboKVCache:
         self.n_recent = self.config.recent
 
     def _updated(self):
-        is_packed = any(side.bits and side.codes is not None for side in self._sides)
+        keys, values = self._sides
+        is_packed = keys.codes is not None and (keys.bits or values.bits) > 0
         self.last_attention = after_update(self.last_attention, is_packed)
 
     def _evaluate(self):

@@ -36,7 +36,7 @@ class KVView(NamedTuple):
     def restore(self, packed: Optional[list[mx.array]] = None) -> list[mx.array]:
         """Keys and values as arrays [B, n_kv_heads, N, D] of the model's dtype, lazily. packed: the result of
         `restore_packed`, if it is at hand."""
-        backend = select.get_backend()
+        backend = select.get_backend() if packed is None else None  # looking it up takes a microsecond
         return restore(self.keys, self.values, self.counts, backend, self.seed, self.n_evicted, packed)
 
 

@@ -459,8 +459,11 @@ def print_tables(report: dict[str, Any]) -> None:
 
 def _group(name: str) -> str:
     """Whose cache a row is, for the legend."""
-    whose = "mlx-lm's QuantizedKVCache" if name.startswith("mlx") else name if ":" in name else "mlx_turbo"
-    return whose.removesuffix(WITH_EXACT) + (", ends exact" if name.endswith(WITH_EXACT) else "")
+    if ":" in name:
+        return "other caches"
+    if not name.startswith("mlx"):
+        return "mlx_turbo"
+    return "mlx-lm's QuantizedKVCache" + (", ends exact" if name.endswith(WITH_EXACT) else "")
 
 
 def _plot(report: dict[str, Any], file: str) -> None:

@@ -13,6 +13,7 @@ import threading
 import types
 
 from ..backends.attend_launch import MAX_QUERY_TOKENS
+from ..backends.select import get_backend
 from ..cache.last_step import BY_THE_MODEL, ELSEWHERE, NOT_SEEN, NOT_YET, NOTHING_PACKED, register_attention
 from ..cache.single import TurboKVCache
 from ..cache.view import LazyKV
@@ -38,11 +39,13 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
     """
     from ..backends.attend import attend_sides, way_of  # with the operations of the CPU fallback: when they are needed
 
+    backend = get_backend(backend)
     way = way_of(view.keys, view.values, view.counts, queries.shape[2], backend)
     if view.cache is not None:
         view.cache.attended_version, view.cache.last_attention = view.version, way
-    options = dict(scale=scale, mask=mask, sinks=sinks, seed=view.seed, n_evicted=view.n_evicted)
-    options |= dict(backend=backend, way=way)
+    options = dict(
+        scale=scale, mask=mask, sinks=sinks, seed=view.seed, n_evicted=view.n_evicted, backend=backend, way=way
+    )
     return attend_sides(queries, view.keys, view.values, view.counts, **options)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from .style import BLUE, DARK_GRAY, LIGHT_GRAY, PlotError, add_titles, open_frame, save_png
 
 GROUP_COLORS = ("#c8641e", "#3c8c3c", "#7a3fa0")  # of groups other than "mlx_turbo"
+MARKERS = "osD^"
 
 Point = tuple[str, str, float, float, float | None]
 Bar = tuple[str, float, float | None, str]
@@ -46,7 +47,7 @@ def quality_plot(file: str | Path, points: Sequence[Point], title: str, subtitle
         raise PlotError("no cache differs from the uncompressed one, so there is nothing to show on a log axis")
     figure, axes = _new_figure((8, 5.6), dpi=150)
     groups, others = list(dict.fromkeys(p[1] for p in points)), iter(GROUP_COLORS)
-    for group, marker in zip(groups, "osD^"):
+    for group, marker in zip(groups, MARKERS):
         color = BLUE if group == "mlx_turbo" else next(others)
         _draw_group(axes, [p for p in points if p[1] == group], group, marker, color)
     axes.set_yscale("log")

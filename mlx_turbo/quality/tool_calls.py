@@ -69,12 +69,13 @@ You call functions. These are their schemas:
 Answer a request with one JSON object, with the name and all arguments of one function, and nothing else.
 Example. Request: {request} Answer: {call}"""
 USER = "These notes do not matter for the request:\n{filler}\n\nRequest: {request}"
+PREFILL = '{"name": "'  # how each answer begins: without it, small models talk about the request
 FILLER, REQUEST = "@@FILLER@@", "@@REQUEST@@"  # places in the chat template's text
 MAX_TOKENS = 96  # of an answer; the longest right one takes about 50
 
 
 class Request(NamedTuple):
-    """tokens: of the request, which follow the document. name, arguments: the right call."""
+    """tokens: of the request and PREFILL, which follow the document. name, arguments: the right call."""
 
     tokens: list[int]
     name: str
@@ -137,7 +138,7 @@ def tool_documents(text: str, tokenizer: Any, length: int, n_documents: int = 3,
             drawn = {p: rng.randint(*v) if is_integer(v) else rng.choice(v) for p, v in parameters.items()}
             asked.append((request.format(**drawn), names[name], drawn))
         before, between, after = _template(tokenizer, names, rng)
-        requests = [Request(_encode(tokenizer, r + after), name, arguments) for r, name, arguments in asked]
+        requests = [Request(_encode(tokenizer, r + after + PREFILL), name, arguments) for r, name, arguments in asked]
         n_filler = length - len(before) - len(between) - max(len(r.tokens) for r in requests)
         if n_filler < 1:
             raise ValueError(f"length: got {length}, the schemas and a request alone take {length - n_filler} tokens")
@@ -205,13 +206,13 @@ def tool_calls(
 ) -> list[Grade]:
     """How the model answers each request of a document, greedily, with a copy of the cache that the document passed
     through in chunks."""
-    cache = make_cache()
+
+    def is_complete(text: str) -> bool:
+        return first_json(PREFILL + text) is not None
+
+    cache, out = make_cache(), []
     read(model, document.tokens, cache, chunk, progress)
-    return [
-        grade(
-            answer(model, tokenizer, cache, request.tokens, MAX_TOKENS, lambda text: first_json(text) is not None),
-            request.name,
-            request.arguments,
-        )
-        for request in document.requests
-    ]
+    for request in document.requests:
+        text = answer(model, tokenizer, cache, request.tokens, MAX_TOKENS, is_complete)
+        out.append(grade(PREFILL + text, request.name, request.arguments))
+    return out

@@ -24,7 +24,7 @@ from mlx_turbo import TurboConfig, TurboKVCache, make_prompt_cache
 from mlx_turbo.cli import common, main
 from mlx_turbo.cli import eval as evaluate
 from mlx_turbo.cli.common import DEMO_MODEL, CliError
-from mlx_turbo.quality import baselines, metrics, needles, style
+from mlx_turbo.quality import baselines, metrics, needles, plots, style
 
 ROOT = Path(__file__).resolve().parents[2]
 STORIES = (DEMO_MODEL / "stories.txt").read_text()
@@ -454,6 +454,12 @@ def test_the_picture_is_a_png_with_something_on_it(measured):
     assert pixels.shape[0] > 700 and pixels.shape[1] > 1000
     assert 15_000 < measured[2].stat().st_size < 400_000
     assert 0.02 < (pixels[..., :3].min(-1) < 0.7).mean() < 0.3  # drawn on, and not filled
+
+
+def test_the_picture_has_a_marker_for_every_group_of_caches():
+    names = ("mlx4", "mlx8", "mlx4+exact", "a.b:c", "d:e", "d:e+exact", "turbo4", "auto")
+    groups = {evaluate._group(name) for name in names}
+    assert len(groups) == 4 == len(plots.MARKERS) and len(plots.GROUP_COLORS) == 3
 
 
 def test_a_picture_without_matplotlib_is_refused_with_the_command_that_installs_it(

@@ -60,7 +60,7 @@ class Reader:
                 arguments = {
                     p: int(match[p]) if tool_calls.is_integer(values) else match[p] for p, values in parameters.items()
                 }
-                return "Sure: " + json.dumps({"name": found[1] if found else name, "arguments": arguments})
+                return json.dumps({"name": found[1] if found else name, "arguments": arguments})
         raise AssertionError(f"no function for {request!r}")
 
 
@@ -87,7 +87,7 @@ def test_a_document_has_every_schema_and_a_request_ends_the_chat():
         by_name = {schema["name"]: schema["parameters"] for schema in schemas}
         for request in document.requests:
             asked = Characters().decode(request.tokens)
-            assert asked.endswith("[assistant]") and request.name not in asked
+            assert asked.endswith("[assistant]" + tool_calls.PREFILL) and request.name not in asked
             properties = by_name[request.name]["properties"]
             assert list(properties) == by_name[request.name]["required"] == list(request.arguments)
             for key, value in request.arguments.items():
