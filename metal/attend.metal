@@ -45,13 +45,12 @@
 //   mask                  bool or T [B, Hq, L, N], any strides, columns in the order of the tokens. Read only if flag 2
 //   sinks                 T [Hq], a logit per head that takes weight and gives no value. Read here only if flag 8 and
 //                         SINGLE_LAUNCH
-//   numbers               an array that is not read: its strides are 16 numbers of 32 bits, two in each, which so reach
-//                         the kernel without a buffer. n_sink, n_packed, n_recent, X = exact blocks, blocks, row groups,
-//                         flags, L, Hq, Hkv, scale * log2 e (the bits of a float), SEGMENT (a multiple of 128),
-//                         ACC_ROWS, B, simdgroups of merge.metal, 0
+//   diagonals             float [..] + 8 dims of size 1: of the rotation of the keys [ROUNDS, KEY_DIM], then of the
+//                         values [ROUNDS, VALUE_DIM]. The strides of the 8 dims are 16 numbers of 32 bits, two in each,
+//                         which so reach the kernel without a buffer: n_sink, n_packed, n_recent, X = exact blocks,
+//                         blocks, row groups, flags, L, Hq, Hkv, scale * log2 e (the bits of a float), SEGMENT (a
+//                         multiple of 128), ACC_ROWS, B, simdgroups of merge.metal, 0
 //                         flags: 1 causal (query l is token N - L + l), 2 mask, 8 sinks
-//   diagonals             float [..]: of the rotation of the keys [ROUNDS, KEY_DIM], then of the values
-//                         [ROUNDS, VALUE_DIM]
 // OUTPUT  acc
 //   SINGLE_LAUNCH: the output of attention, T [B, Hq, L, VALUE_DIM]
 //   else float [B, Hkv, blocks, ACC_ROWS, ACC_ROW]: the first VALUE_DIM numbers of the first R rows are sums of
@@ -494,8 +493,8 @@ METAL_FUNC void tq_read_values(typename VALUES::Pointer v, int left, int u,
 typedef const threadgroup float *Weights;
 // out += weight * value, U * TOKENS_IN_FLIGHT tokens at a time while at least that many are left. `left` counts the
 // tokens from this lane's next one to the end. (A pointer set that far back could lie before its array.)
-// raw: the first U values, if they are read AHEAD. Then the next ones are read as soon as these are decoded, so that the
-// memory works while the sums are formed.
+// raw: the first U values, if they are read AHEAD. Then the next ones are read as soon as these are decoded, so that
+// the memory works while the sums are formed.
 template <int U, int TOKENS_IN_FLIGHT, int PADDED_ROWS, class VALUES, int ROWS, int DIMS_PER_LANE>
 METAL_FUNC void tq_sum_values(thread typename VALUES::Pointer &v, thread Weights &w, thread int &left, int u,
                               thread typename VALUES::template RawValues<DIMS_PER_LANE> *raw,
@@ -793,11 +792,12 @@ threadgroup float bias[ALL_ROWS], run_ml[SHARED_TILES ? 1 : 2 * SIMDGROUPS * ROW
 threadgroup float *memory = (threadgroup float *)memory4;
 int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_threadgroup.y,
     block = uint(thread_position_in_grid.y) / SIMDGROUPS;
-int n_sink = tq_number(numbers_strides, 0), n_packed = tq_number(numbers_strides, 1),
-    n_recent = tq_number(numbers_strides, 2), exact_blocks = tq_number(numbers_strides, 3),
-    blocks = tq_number(numbers_strides, 4), row_groups = tq_number(numbers_strides, 5);
-int flags = tq_number(numbers_strides, 6), L = tq_number(numbers_strides, 7), Hq = tq_number(numbers_strides, 8),
-    Hkv = tq_number(numbers_strides, 9), acc_rows = tq_number(numbers_strides, 12), N = n_sink + n_packed + n_recent;
+int n_sink = tq_number(diagonals_strides, 0), n_packed = tq_number(diagonals_strides, 1),
+    n_recent = tq_number(diagonals_strides, 2), exact_blocks = tq_number(diagonals_strides, 3),
+    blocks = tq_number(diagonals_strides, 4), row_groups = tq_number(diagonals_strides, 5);
+int flags = tq_number(diagonals_strides, 6), L = tq_number(diagonals_strides, 7), Hq = tq_number(diagonals_strides, 8),
+    Hkv = tq_number(diagonals_strides, 9), acc_rows = tq_number(diagonals_strides, 12),
+    N = n_sink + n_packed + n_recent;
 int G = Hq / Hkv, R = G * L, z = thread_position_in_grid.z, head = z / row_groups,
     group_row = (z - head * row_groups) * ALL_ROWS;
 int b = head / Hkv, kvh = head - b * Hkv;
@@ -811,7 +811,7 @@ typedef Queries<QUERIES_IN_DEVICE_MEMORY, KEY_DIM, ACC_ROW> Q;
 device float *results = (device float *)acc + (((long)head * blocks + block) * acc_rows + group_row) * ACC_ROW;
 typename Q::Pointer q = Q::choose(memory, results), q_rotated = q + (SINGLE_LAUNCH && KEY_BITS ? ROWS * KEY_DIM : 0);
 const device float *v_diag = diag + (tq_power_of_two_from(KEY_DIM / 2 + 1) == KEY_DIM ? 1 : 2) * KEY_DIM;
-float factor = as_type<float>(tq_number(numbers_strides, 10));
+float factor = as_type<float>(tq_number(diagonals_strides, 10));
 if (SINGLE_LAUNCH || exact || KEY_BITS == 0)
   tq_load_query<0, KEY_DIM, SIMDGROUPS, Q::FLOATS, false>(queries + b * queries_strides[0], queries_strides, kvh *G, L,
                                                           group_row, group_rows, R - 1, factor, diag, q, bias,
@@ -875,7 +875,7 @@ if (exact) {
                                                v_scale + b * v_scale_strides[0] + kvh * v_scale_strides[1]);
   tq_run<ROWS, PADDED_ROWS, TOKENS_PER_LANE, DIMS_PER_LANE, SIMDGROUPS, SHARED_TILES, CHUNKS, Q::FLOATS, KEY_DIM,
          VALUE_DIM, KEY_MEANS>(keys, values, begin, end, safe_end, split, shift, q_rotated, weights, tile, row_bias,
-                               key_means, tq_number(numbers_strides, 11), masks, out, rows > 0, simdgroup, lane);
+                               key_means, tq_number(diagonals_strides, 11), masks, out, rows > 0, simdgroup, lane);
 }
 
 // ---- results of the simdgroup: its sums over tokens in flight
@@ -894,7 +894,7 @@ TQ_UNROLL for (int h = 0; h < ROWS; h++) {
     out.acc[h][d] = a;
   }
 }
-device float *ml = (device float *)acc + (long)tq_number(numbers_strides, 13) * Hkv * blocks * acc_rows * ACC_ROW +
+device float *ml = (device float *)acc + (long)tq_number(diagonals_strides, 13) * Hkv * blocks * acc_rows * ACC_ROW +
                    (((long)head * R + first_row) * blocks + block) * 2;
 if (SHARED_TILES) {
   if (QUERIES_IN_DEVICE_MEMORY) simdgroup_barrier(mem_flags::mem_device);  // the queries are not needed now

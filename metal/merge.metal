@@ -9,17 +9,17 @@
 //
 // MAPPING. A threadgroup of n = number 14 simdgroups makes one row. The first ones sum the exact blocks, the others the
 //   packed ones (all are the former if BITS = 0), with weights relative to the largest m of their own. Lane t knows the
-//   weight of one of 32 blocks, and sums dims 4t .. 4t + 3 (and 128 further, ...) of all, with AT_ONCE blocks in flight.
-//   Then the threads add the sums of the simdgroups, one dim each, and the first simdgroup un-rotates, DIMS_PER_LANE = 16
-//   dims (32 if D > 512) per lane as in dequantize.metal.
+//   weight of one of 32 blocks, and sums dims 4t .. 4t + 3 (and 128 further, ...) of all, with AT_ONCE blocks in
+//   flight. Then the threads add the sums of the simdgroups, one dim each, and the first simdgroup un-rotates,
+//   DIMS_PER_LANE = 16 dims (32 if D > 512) per lane as in dequantize.metal.
 //
 // INPUTS
 //   acc    float [B, Hkv, blocks, ACC_ROWS, ACC_ROW], behind it [B, Hkv, R, blocks, 2] = (m, sum): as written by
 //          attend.metal; R = Hq / Hkv * L; of acc the first R rows and their first D numbers
 //   means  float16 [B, Hkv, CAPACITY, D], rows contiguous, rotated: row 0 is of all packed values. Read only if MEAN
 //   sinks  any float type [Hq]: a logit per head that takes weight and gives no value. Read only if flag 8
-//   numbers, diagonals  the same arrays as attend.metal's; the diagonals of the values' rotation [ROUNDS, D] begin at
-//          element OFFSET
+//   diagonals  the same array as attend.metal's, with the same numbers; those of the values' rotation [ROUNDS, D] begin
+//          at element OFFSET
 // OUTPUTS
 //   out    T [B, Hq, L, D]
 // TEMPLATE  T float type of the output; BITS of the values, 0 = exact; D their head dim, a multiple of 16, 32 to 576;
@@ -27,8 +27,8 @@
 //   per threadgroup.
 // LAUNCH  grid (32, n, B * Hq * L), threadgroup (32, n, 1), n <= MOST_SIMDGROUPS.
 //
-// REGISTERS (estimate, 32-bit): 4 * AT_ONCE * PER_LANE of blocks in flight, 4 * PER_LANE sums and 14: 50 for D <= 128, 82
-//   beyond. Threadgroup memory: 4 * MOST_SIMDGROUPS * D bytes.
+// REGISTERS (estimate, 32-bit): 4 * AT_ONCE * PER_LANE of blocks in flight, 4 * PER_LANE sums and 14: 50 for D <= 128,
+//   82 beyond. Threadgroup memory: 4 * MOST_SIMDGROUPS * D bytes.
 
 constant constexpr const float TQ_LOG2E = 1.44269504f, TQ_LOWEST = -1e29f;
 
@@ -37,14 +37,14 @@ typedef Row<4, D> F;
 constexpr int DIMS_PER_LANE = F::DIMS_PER_LANE, FOURS = D / 4, PER_LANE = (FOURS + 31) / 32, AT_ONCE = D <= 256 ? 8 : 4;
 threadgroup float sums[MOST_SIMDGROUPS * D], weight_sums[2 * MOST_SIMDGROUPS];  // of each simdgroup; largest m, weights
 int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_threadgroup.y, row = thread_position_in_grid.z;
-int simdgroups = tq_number(numbers_strides, 14), exact_blocks = tq_number(numbers_strides, 3),
-    blocks = tq_number(numbers_strides, 4), flags = tq_number(numbers_strides, 6), L = tq_number(numbers_strides, 7),
-    Hq = tq_number(numbers_strides, 8), Hkv = tq_number(numbers_strides, 9);
+int simdgroups = tq_number(diagonals_strides, 14), exact_blocks = tq_number(diagonals_strides, 3),
+    blocks = tq_number(diagonals_strides, 4), flags = tq_number(diagonals_strides, 6),
+    L = tq_number(diagonals_strides, 7), Hq = tq_number(diagonals_strides, 8), Hkv = tq_number(diagonals_strides, 9);
 int G = Hq / Hkv, R = G * L, head = row / R, r = row - head * R, g = r / L, b = head / Hkv;
 int kvh = head - b * Hkv, query_head = kvh * G + g;
-long block_floats = (long)tq_number(numbers_strides, 12) * ACC_ROW;
+long block_floats = (long)tq_number(diagonals_strides, 12) * ACC_ROW;
 const device float *ml =
-    acc + (long)tq_number(numbers_strides, 13) * Hkv * blocks * block_floats + (long)row * blocks * 2;
+    acc + (long)tq_number(diagonals_strides, 13) * Hkv * blocks * block_floats + (long)row * blocks * 2;
 acc += head * blocks * block_floats + (long)r * ACC_ROW;
 
 // ---- this simdgroup's share of the blocks: first, first + step, ... end - 1

@@ -13,10 +13,10 @@
 #define TQ_UNROLL _Pragma("clang loop unroll(full)")
 #define TQ_ROLLED _Pragma("clang loop unroll(disable)")
 
-// Number i of an array's strides, of which each carries two.
+// Number i of those that an array's strides carry, two in each but the first.
 template <class STRIDES>
 METAL_FUNC int tq_number(STRIDES strides, int i) {
-  return int(strides[i / 2] >> (i % 2 * 32));
+  return int(strides[1 + i / 2] >> (i % 2 * 32));
 }
 constexpr int tq_power_of_two_from(int n) {  // least power of two >= n
   int p = 1;

@@ -53,10 +53,10 @@ WITH_EXACT = "between exact tokens"
 ATTEND_ARGUMENTS = (
     ["queries"]
     + [f"{side}_{part}" for side in "kv" for part in ("sink", "codes", "scale", "recent")]
-    + ["k_means", "v_means", "mask", "sinks", "numbers", "diagonals"],
+    + ["k_means", "v_means", "mask", "sinks", "diagonals"],
     ["acc"],
 )
-MERGE_ARGUMENTS = ["acc", "means", "sinks", "numbers", "diagonals"], ["out"]
+MERGE_ARGUMENTS = ["acc", "means", "sinks", "diagonals"], ["out"]
 
 
 class KernelBackend:
@@ -310,13 +310,13 @@ class KernelBackend:
         """`attend` untested, as planned."""
         plan, _, (batch, n_heads, n_query_tokens), attend, merge = launches
         flags, mask = _flags_and_mask(mask, sinks, (batch, n_heads, n_query_tokens, sum(counts)))
-        numbers = _attend_numbers(
+        diagonals = _diagonals_with_numbers(
             (*counts, plan.exact_blocks, plan.blocks, plan.row_groups),
             (flags, n_query_tokens, n_heads, keys.n_kv_heads),
             scale,
             (keys.segment, plan.partial_rows, batch, plan.merge_simdgroups),
+            (keys.head_dim, values.head_dim, seed),
         )
-        both = _both_diagonals(keys.head_dim, values.head_dim, seed)
         key_means = keys.means if keys.has_means else _nothing(mx.float16)
         value_means = values.means if values.has_means else _nothing(mx.float16)
         sinks_or_any = queries if sinks is None else sinks
@@ -329,14 +329,13 @@ class KernelBackend:
                 value_means,
                 _nothing(mx.bool_) if mask is None else mask,
                 sinks_or_any,
-                numbers,
-                both,
+                diagonals,
             ],
             **attend,
         )
         if merge is None:
             return acc
-        inputs = [acc, value_means, sinks_or_any, numbers, both]
+        inputs = [acc, value_means, sinks_or_any, diagonals]
         return self.kernel("merge", *MERGE_ARGUMENTS)(inputs=inputs, **merge)[0]
 
     def _launch_planned(self, plan: AttendPlan, kernel: AttendKernel, queries: mx.array, *arguments: Any) -> mx.array:
@@ -525,31 +524,40 @@ def _side_inputs(side: CachedSide, queries: mx.array) -> tuple[mx.array, ...]:
     )
 
 
-def _attend_numbers(
-    partition: tuple[int, ...], call: tuple[int, ...], scale: float, sizes: tuple[int, ...]
+def _diagonals_with_numbers(
+    partition: tuple[int, ...],
+    call: tuple[int, ...],
+    scale: float,
+    sizes: tuple[int, ...],
+    rotations: tuple[int, int, int],
 ) -> mx.array:
-    """attend.metal's `numbers`, the same array for all layers of a step."""
-    if not hasattr(_of_this_thread, "attend_numbers"):  # MLX evaluates a lazy array in no other thread
-        _of_this_thread.attend_numbers = functools.lru_cache(maxsize=64)(_new_attend_numbers)
-    return _of_this_thread.attend_numbers(partition, call, scale, sizes)
+    """attend.metal's `diagonals`, the same array for all layers of a step."""
+    if not hasattr(_of_this_thread, "diagonals"):  # MLX evaluates a lazy array in no other thread
+        _of_this_thread.diagonals = functools.lru_cache(maxsize=64)(_new_diagonals_with_numbers)
+    return _of_this_thread.diagonals(partition, call, scale, sizes, rotations)
 
 
 _of_this_thread = threading.local()
 
 
-def _new_attend_numbers(
-    partition: tuple[int, ...], call: tuple[int, ...], scale: float, sizes: tuple[int, ...]
+def _new_diagonals_with_numbers(
+    partition: tuple[int, ...],
+    call: tuple[int, ...],
+    scale: float,
+    sizes: tuple[int, ...],
+    rotations: tuple[int, int, int],
 ) -> mx.array:
-    """Numbers as the strides of an array: MLX hands strides to a kernel with the launch, while a buffer that the CPU
-    writes at each step costs a GPU with memory of its own more than attention."""
+    """The diagonals of both rotations, and numbers as the strides of further dims of size 1. MLX hands strides to a
+    kernel with the launch; a buffer that the CPU writes at each step costs a GPU with its own memory more than
+    attention."""
     numbers = [*partition, *call, int(np.float32(scale * LOG2_E).view(np.int32)), *sizes, 0]
     pairs = np.array(numbers, np.int32).view(np.int64).tolist()  # little-endian: the first one in the low half
-    return mx.as_strided(_nothing(mx.bool_), [1] * len(pairs), pairs)
+    both = _both_diagonals(*rotations)
+    return mx.as_strided(both, [both.size] + [1] * len(pairs), [1, *pairs])
 
 
 @functools.lru_cache(maxsize=None)
 def _both_diagonals(key_dim: int, value_dim: int, seed: int) -> mx.array:
-    """attend.metal's `diagonals`."""
     both = mx.array(np.concatenate([rotation.diagonals(d, seed).ravel() for d in (key_dim, value_dim)]), mx.float32)
     mx.eval(both)
     return both

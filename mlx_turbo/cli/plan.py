@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.select import use_backend
+from ..cache.packing import bits_at
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
 from ..integration.prompt_cache import flatten_caches
@@ -237,6 +238,14 @@ def configs_of(model: Any, scheme: TurboConfig | None) -> list[TurboConfig | Non
     return [c.config if isinstance(c, TurboKVCache) else None for c in flatten_caches(cache)]
 
 
+def is_compressed(layer: Layer, config: TurboConfig | None) -> bool:
+    """Whether anything of a layer is packed: not where its head_dim cannot be."""
+    if config is None or layer.shape is None:
+        return config is not None
+    bits = config.scheme.key_bits, config.scheme.value_bits
+    return any(map(bits_at, bits, layer.shape[1:]))
+
+
 @functools.lru_cache(None)
 def _measured(config: TurboConfig, key_dim: int, value_dim: int, dtype: str) -> tuple[int, int]:
     """(bytes with up to STEP packed tokens, bytes of another STEP) of a TurboKVCache with one head."""
@@ -261,8 +270,6 @@ def cache_bytes(layers: list[Layer], configs: list[TurboConfig | None], tokens: 
 
     layers, configs: from `layers_of` and `configs_of`. A compressed layer counts at least sink + recent + STEP tokens.
     What depends on the text is not counted: means, and the key bits that `auto` chooses.
-
-    Raises ValueError for a head_dim that cannot be packed.
     """
     total = 0
     for layer, config in zip(layers, configs):
@@ -371,13 +378,10 @@ def plan(
     rows = []
     for scheme, turbo in schemes.items():
         configs = configs_of(model, turbo)
-        try:
-            far = [cache_bytes(layers, configs, n) for n in (2**24, 2**25)]
-        except ValueError as e:
-            raise CliError(f"--kv: {scheme} cannot be used with this model: {e}") from e
+        far = [cache_bytes(layers, configs, n) for n in (2**24, 2**25)]
         row: dict[str, Any] = {
             "kv": scheme,
-            "compressed": sum(c is not None for c in configs),
+            "compressed": sum(map(is_compressed, layers, configs)),
             "bytes_per_token": (far[1] - far[0]) / 2**24,
         }
         if tokens is None:

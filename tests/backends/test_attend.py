@@ -629,7 +629,7 @@ def test_means_of_keys_and_values_cost_less_than_two_percent(bits, head_dim, G):
 
 # The same for many rows, G = 8 and more query tokens: shared tiles, in two chunks at (256, 16), with queries in
 # device memory at 64.
-ROWS_CEILING = {(128, 32): 84.3, (256, 16): 44.7, (128, 64): 161.8}
+ROWS_CEILING = {(128, 32): 84.3, (256, 16): 44.7, (128, 64): 162.0}
 
 
 @pytest.mark.parametrize("head_dim, n_rows", ROWS_CEILING, ids=str)

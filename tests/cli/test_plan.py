@@ -253,12 +253,17 @@ def test_wrong_input_is_one_line(run, argv, says):
         ({"model_type": "gpt99"}, "mlx-lm cannot build a 'gpt99' model"),
         ({"model_type": None}, "mlx-lm cannot build a None model"),
         ({"num_hidden_layers": "four"}, "cannot build a 'qwen3' model"),
-        ({"head_dim": 30}, "turbo8v4 cannot be used with"),
     ],
 )
 def test_configurations_that_do_not_work(run, folder, change, says):
     code, out, err = run("--model", folder(CONFIG | change))
     assert (code, out, err.count("\n")) == (2, "", 1) and says in err
+
+
+def test_a_head_dim_that_cannot_be_packed_is_planned_as_exact(run, folder):
+    code, out, err = run("--model", folder(CONFIG | {"head_dim": 30}), "--kv", "none", "turbo4")
+    none, turbo4 = (line.split() for line in out.splitlines() if line.startswith(("none", "turbo4")))
+    assert (code, err) == (0, "") and turbo4[1:3] == none[1:3] == ["0", "960"]
 
 
 @pytest.mark.parametrize(
