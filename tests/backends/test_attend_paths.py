@@ -150,3 +150,27 @@ def test_a_layers_past_is_restored_when_its_own_queries_are_there(monkeypatch):
         assert peak(6) <= peak(2) + past / 2
         monkeypatch.setattr(attend, "_behind", lambda queries, side: side)
         assert peak(6) > peak(2) + past / 2
+
+
+def test_a_long_past_waits_for_the_layer_before_the_last_one(backend, monkeypatch):
+    """A failed layer of another call is not this call's error, and a function that is transformed waits for nothing."""
+    case, begun, waited = make_case((4, 4), (64, 64), (4, 150, 40), G=2, L=20), attend._layers.begun, []
+    short = attended(case)
+    assert not begun
+    monkeypatch.setattr(attend, "LONG_PAST_BYTES", 0)
+    evaluate = mx.eval
+
+    def fails(*arrays):
+        waited.append(len(begun))
+        evaluate(*arrays)
+        raise RuntimeError("of another request")
+
+    for n in (1, 2, 2, 2):
+        with monkeypatch.context() as patched:
+            patched.setattr(mx, "eval", fails)
+            out = attend_sides(case.queries, case.keys, case.values, case.counts, scale=case.scale)
+        assert len(begun) == n == attend.LAYERS_AT_ONCE - (n == 1) and np.array_equal(to_numpy(out), short)
+    assert waited == [1, 1]
+    evaluate(mx.compile(lambda x: attend._begin(x) or 2 * x)(case.queries))
+    assert len(begun) == 2
+    begun.clear()
