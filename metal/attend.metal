@@ -193,8 +193,9 @@ struct PackedRows {
       y[i] = float(z[(HALF ? x % 2 * 4 : 0) + i / 2][i % 2]);
   }
   template <int DIMS_PER_LANE>
-  struct RawValues {  // 3 bits: a word of plane A and a byte of plane B per unit, or half a unit
-    uint w[B == 3 && DIMS_PER_LANE > 8 ? DIMS_PER_LANE / 8 : (DIMS_PER_LANE * B + 31) / 32];
+  struct RawValues {  // 2 bits: a word per 16 dims, or two bytes per 8; 3 bits: a word and two bytes per unit, or half
+    static constant constexpr const int EIGHTS = DIMS_PER_LANE / 8;
+    uint w[tq_max(1, B >= 4 ? EIGHTS * B / 4 : B == 3 || EIGHTS % 2 ? EIGHTS : EIGHTS / 2)];
   };
   template <int DIMS_PER_LANE>
   static METAL_FUNC void read_values(Pointer row, int u, thread RawValues<DIMS_PER_LANE> &raw) {
