@@ -50,7 +50,7 @@ def test_packing_kernels_keep_to_their_registers(bits):
 @pytest.mark.parametrize("bits", BITS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_kernels_of_any_models_shape_keep_to_their_registers(shape, bits):
-    """Other bits than the first only for one query token and one architecture: a variant takes the compiler a second."""
+    """Other bits than the first for one query token and one architecture: a variant takes the compiler a second."""
     if bits == BITS[0]:
         check(steps([shape], [bits], QUERY_TOKENS), nvrtc.ARCHITECTURES)
     else:
