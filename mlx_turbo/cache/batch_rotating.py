@@ -77,7 +77,8 @@ class BatchRotatingTurboKVCache(Window, BatchTurboKVCache):
         outside = held - before
         mask = mask & ((index < self.keep) | (index >= self.keep + outside))
         index = mx.where(index < self.keep, index, index - outside)
-        mask = mask & ((index < self.keep) | (before + query < index + self.window))
+        window = self.window if self.keep or window_size is None else window_size  # the model's may be wider in a chunk
+        mask = mask & ((index < self.keep) | (before + query < index + window))
         return mask if window_size is None else mask & (before + query < index + window_size)
 
     # ---- what mlx-lm's batches of windows call it -------------------------------------------------------------

@@ -222,7 +222,8 @@ class RotatingTurboKVCache(Window):
             return mx.arange(offset + 1) > offset - (window_size or 0) if narrow else None
         if not (narrow or return_array or offset + N > self.max_size):
             return "causal"
-        return windows_mask(N, offset, self.keep, self.window, window_size)
+        window = self.window if self.keep or window_size is None else window_size  # the model's may be wider in a chunk
+        return windows_mask(N, offset, self.keep, window, window_size)
 
     def is_trimmable(self) -> bool:
         return self.offset < self.max_size
