@@ -524,17 +524,11 @@ def _side_inputs(side: CachedSide, queries: mx.array) -> tuple[mx.array, ...]:
     )
 
 
-def _diagonals_with_numbers(
-    partition: tuple[int, ...],
-    call: tuple[int, ...],
-    scale: float,
-    sizes: tuple[int, ...],
-    rotations: tuple[int, int, int],
-) -> mx.array:
-    """attend.metal's `diagonals`, the same array for all layers of a step."""
+def _diagonals_with_numbers(*numbers: Any) -> mx.array:
+    """attend.metal's `diagonals`, the same array for all layers of a step. numbers: as _new_diagonals_with_numbers."""
     if not hasattr(_of_this_thread, "diagonals"):  # MLX evaluates a lazy array in no other thread
         _of_this_thread.diagonals = functools.lru_cache(maxsize=64)(_new_diagonals_with_numbers)
-    return _of_this_thread.diagonals(partition, call, scale, sizes, rotations)
+    return _of_this_thread.diagonals(*numbers)
 
 
 _of_this_thread = threading.local()
