@@ -64,7 +64,7 @@ def _pass_through(door, original, queries, keys, values, cache, scale, mask=None
     if view is not None:
         view.cache.observe(queries, scale, sinks)
         view.cache.last_attention = NOTHING_PACKED
-    elif isinstance(cache, TurboKVCache):
+    elif _is_open and isinstance(cache, TurboKVCache):
         note = {NOT_SEEN: BY_THE_MODEL, ELSEWHERE: BY_THE_MODEL, NOT_YET: NOTHING_PACKED}
         cache.last_attention = note.get(cache.last_attention, cache.last_attention)
     return out

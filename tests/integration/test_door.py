@@ -15,6 +15,7 @@ from support.arrays import to_numpy
 from support.strategies import quick
 
 from mlx_turbo import TurboKVCache, use_backend
+from mlx_turbo.cache import last_step
 from mlx_turbo.integration import attention
 
 NAME = "scaled_dot_product_attention"
@@ -284,3 +285,17 @@ def test_a_models_own_function_of_that_name_is_left_alone(clean, monkeypatch):
     monkeypatch.setitem(importlib.sys.modules, module.__name__, module)
     attention.install()
     assert module.scaled_dot_product_attention is own
+
+
+def test_only_an_open_door_notes_what_a_model_did_with_a_cache(clean):
+    attention.install()
+    door, cache, x = base.scaled_dot_product_attention, TurboKVCache(recent=64, block=64), mx.ones((1, 2, 300, 64))
+    with use_backend("cpu"):
+        cache.update_and_fetch(x, x)
+        keys, values = cache.update_and_fetch(x[:, :, :1], x[:, :, :1])
+        notes = []
+        for close in (attention.uninstall, attention.install):
+            close()
+            door(x[:, :, :1], keys[:], values[:], cache, 0.125)
+            notes.append(cache.last_attention)
+    assert notes == [last_step.ELSEWHERE, last_step.BY_THE_MODEL]
