@@ -145,9 +145,19 @@ def save_model(folder, seed=None, infinite=None):
     mlx_lm.utils.save_model(folder, model, donate_model=False)
 
 
+def _save(folder, model, args):
+    """A new folder with a model and the embedded one's tokens."""
+    import mlx_lm.utils
+
+    folder.mkdir()
+    for file in DEMO_MODEL.glob("tokenizer*.json"):
+        shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps(args | {"eos_token_id": 0}))
+    mlx_lm.utils.save_model(folder, model, donate_model=False)
+
+
 def save_window_model(folder, window):
     """A random model that speaks the embedded one's tokens, with layers that see the newest `window` of them only."""
-    import mlx_lm.utils
     from mlx_lm.models import llama
 
     args = dict(
@@ -168,16 +178,11 @@ def save_window_model(folder, window):
     mx.random.seed(0)
     model = llama.Model(llama.ModelArgs(**args))
     model.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.1 if a.ndim > 1 else a, model.parameters()))
-    folder.mkdir()
-    for file in DEMO_MODEL.glob("tokenizer*.json"):
-        shutil.copy(file, folder)
-    (folder / "config.json").write_text(json.dumps(args | {"eos_token_id": 0}))
-    mlx_lm.utils.save_model(folder, model, donate_model=False)
+    _save(folder, model, args)
 
 
 def save_state_model(folder):
     """A random model that speaks the embedded one's tokens, whose layers hold states (Mamba 2)."""
-    import mlx_lm.utils
     from mlx_lm.models import mamba2
 
     args = dict(
@@ -200,11 +205,7 @@ def save_state_model(folder):
     )
     mx.random.seed(0)
     model = mamba2.Model(mamba2.ModelArgs(**args))
-    folder.mkdir()
-    for file in DEMO_MODEL.glob("tokenizer*.json"):
-        shutil.copy(file, folder)
-    (folder / "config.json").write_text(json.dumps(args | {"eos_token_id": 0}))
-    mlx_lm.utils.save_model(folder, model, donate_model=False)
+    _save(folder, model, args)
 
 
 class Reference:
