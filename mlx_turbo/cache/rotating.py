@@ -215,14 +215,15 @@ class RotatingTurboKVCache(Window):
     ) -> Union[mx.array, str, None]:
         """The mask for the next N tokens, over what `update_and_fetch` will return, in the order of the tokens: each
         sees the first `keep` tokens and the newest `window` up to itself. (mlx-lm's RotatingKVCache masks the first
-        ones for tokens late in a chunk.) window_size: of the model's layer, if it sees less than this cache holds."""
+        ones for tokens late in a chunk.) window_size: of the model's layer, if it sees less than this cache holds;
+        without kept tokens it may be more: inside a chunk a token sees as many, as far as they are still held."""
         offset = min(self.max_size - 1, self.offset)
         narrow = window_size is not None and offset + N > window_size
         if N == 1:
             return mx.arange(offset + 1) > offset - (window_size or 0) if narrow else None
         if not (narrow or return_array or offset + N > self.max_size):
             return "causal"
-        window = self.window if self.keep or window_size is None else window_size  # the model's may be wider in a chunk
+        window = self.window if self.keep or window_size is None else window_size
         return windows_mask(N, offset, self.keep, window, window_size)
 
     def is_trimmable(self) -> bool:
