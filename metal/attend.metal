@@ -9,6 +9,8 @@
 //   position), values have one mean for all tokens. With R the rotation:
 //     q.k     = (R q).(levels * scale) + (R q).mean
 //     sum p v = R^T (sum p (levels * scale) + (sum p) mean)
+//   Where the channels of the keys are balanced, R begins with a diagonal of the kv head's own, for the query the inverse
+//   of that for the keys.
 //   So the query is rotated once and nothing is un-rotated in the loop over tokens. A mean costs one addition per row
 //   and token. Sums over packed values and over exact values stay apart until the end, where the former are un-rotated.
 //   Logits, the running maximum and sums are float32. Softmax has base 2: the query carries scale * log2 e. When the
@@ -46,10 +48,12 @@
 //   sinks                 T [Hq], a logit per head that takes weight and gives no value. Read here only if flag 8 and
 //                         SINGLE_LAUNCH
 //   diagonals             float [..] + 8 dims of size 1: of the rotation of the keys [ROUNDS, KEY_DIM], then of the
-//                         values [ROUNDS, VALUE_DIM]. The strides of the 8 dims are 16 numbers of 32 bits, two in each,
-//                         which so reach the kernel without a buffer: n_sink, n_packed, n_recent, X = exact blocks,
-//                         blocks, row groups, flags, L, Hq, Hkv, scale * log2 e (the bits of a float), SEGMENT (a
-//                         multiple of 128), ACC_ROWS, B, simdgroups of merge.metal, 0
+//                         values [ROUNDS, VALUE_DIM]. With balanced keys then those by which the queries of each kv
+//                         head are rotated [B, Hkv, ROUNDS, KEY_DIM]. The strides of the 8 dims are 16 numbers of 32
+//                         bits, two in each, which so reach the kernel without a buffer: n_sink, n_packed, n_recent,
+//                         X = exact blocks, blocks, row groups, flags, L, Hq, Hkv, scale * log2 e (the bits of a
+//                         float), SEGMENT (a multiple of 128), ACC_ROWS, B, simdgroups of merge.metal, where the
+//                         diagonals of the kv heads begin (0: there are none)
 //                         flags: 1 causal (query l is token N - L + l), 2 mask, 8 sinks
 // OUTPUT  acc
 //   SINGLE_LAUNCH: the output of attention, T [B, Hq, L, VALUE_DIM]
@@ -805,22 +809,24 @@ int b = head / Hkv, kvh = head - b * Hkv;
 int first_row = group_row + (SHARED_TILES ? simdgroup * ROWS : 0), rows = min(ROWS, R - first_row);
 int group_rows = min((R - group_row + ROWS - 1) / ROWS * ROWS, ALL_ROWS);  // of the simdgroups that have rows
 bool exact = (SINGLE_LAUNCH ? simdgroup : block) < exact_blocks;
-const device float *diag = diagonals;
+constexpr int KEY_ROUNDS = tq_power_of_two_from(KEY_DIM / 2 + 1) == KEY_DIM ? 1 : 2;
+int balanced = tq_number(diagonals_strides, 15);
+const device float *q_diag = diagonals + (balanced ? balanced + head * (KEY_ROUNDS * KEY_DIM) : 0);
 
 // ---- the query: as it is for exact keys, rotated for packed ones
 typedef Queries<QUERIES_IN_DEVICE_MEMORY, KEY_DIM, ACC_ROW> Q;
 device float *results = (device float *)acc + (((long)head * blocks + block) * acc_rows + group_row) * ACC_ROW;
 typename Q::Pointer q = Q::choose(memory, results), q_rotated = q + (SINGLE_LAUNCH && KEY_BITS ? ROWS * KEY_DIM : 0);
-const device float *v_diag = diag + (tq_power_of_two_from(KEY_DIM / 2 + 1) == KEY_DIM ? 1 : 2) * KEY_DIM;
+const device float *v_diag = diagonals + KEY_ROUNDS * KEY_DIM;
 float factor = as_type<float>(tq_number(diagonals_strides, 10));
 if (SINGLE_LAUNCH || exact || KEY_BITS == 0)
   tq_load_query<0, KEY_DIM, SIMDGROUPS, Q::FLOATS, false>(queries + b * queries_strides[0], queries_strides, kvh *G, L,
-                                                          group_row, group_rows, R - 1, factor, diag, q, bias,
+                                                          group_row, group_rows, R - 1, factor, q_diag, q, bias,
                                                           simdgroup, lane);
 if (KEY_BITS && (SINGLE_LAUNCH || !exact))
   tq_load_query<KEY_BITS, KEY_DIM, SIMDGROUPS, Q::FLOATS, KEY_BITS != 0>(queries + b * queries_strides[0],
                                                                          queries_strides, kvh *G, L, group_row,
-                                                                         group_rows, R - 1, factor, diag, q_rotated,
+                                                                         group_rows, R - 1, factor, q_diag, q_rotated,
                                                                          bias, simdgroup, lane);
 if (QUERIES_IN_DEVICE_MEMORY) threadgroup_barrier(mem_flags::mem_device);
 threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -17,9 +17,10 @@
 //   mean0/1       MEAN = 1: float [B, H, 1, D], row-contiguous. MEAN = 2: float16 [B, H, CAPACITY, D], rotated, rows
 //                 contiguous: row i belongs to the packed tokens i * segment .. (i + 1) * segment - 1. Else not read.
 //   sink0/1, recent0/1   T [B, H, CAPACITY, D], rows contiguous. Read only if EXACT.
-//   diag0/1       float [ROUNDS, D], row-contiguous: the diagonals of the rotation. Read only if ROTATE0/1.
+//   diag0/1       float [n, ROUNDS, D], row-contiguous: the diagonals of the inverse rotation, of all heads or of
+//                 B * H / n of them (balanced keys). Read only if ROTATE0/1.
 //   span          int32 [8]: first packed token, number of packed tokens, n_sink, n_recent, segment of the keys, of the
-//                 values, 0, 0
+//                 values, heads that share diagonals, of side 0, of side 1
 // OUTPUT
 //   x0, x1        T [B, H, L, D], L = n_sink + packed tokens + n_recent, in that order
 // TEMPLATE  T float type of the output; B0, B1 bits in {2, 3, 4, 8}; D0, D1 head_dim, multiple of 4, 32 to 576;
@@ -37,8 +38,8 @@ template <int BITS, int D, bool ROTATE, int MEAN, bool EXACT, class CODES, class
           class SHAPE, class STRIDES, class SPAN, class T>
 METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_strides, SCALE scale, STRIDES scale_strides,
                               MEANS mean, STRIDES mean_strides, ROWS sink, STRIDES sink_strides, ROWS recent,
-                              STRIDES recent_strides, const device float *diag, SPAN span, int segment, device T *x,
-                              int simdgroup, int lane) {
+                              STRIDES recent_strides, const device float *diag, SPAN span, int segment,
+                              int heads_per_diag, device T *x, int simdgroup, int lane) {
   typedef Row<BITS, D> R;
   constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, UNITS = DIMS_PER_LANE / 16,
                 P = tq_power_of_two_from(D / 2 + 1);
@@ -50,6 +51,7 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
   bool live = vector < n_vectors;
   vector = min(vector, n_vectors - 1);  // lanes past the end shuffle along
   int head = vector / L, l = vector - head * L, b = head / n_heads, h = head - b * n_heads;
+  if (ROTATE) diag += head / heads_per_diag * ((P == D ? 1 : 2) * D);
   bool packed = live && l >= n_sink && l < n_sink + n_packed;
   int token = packed ? first + l - n_sink : 0;
   CODES row = codes + b * codes_strides[0] + h * codes_strides[1] + token * codes_strides[2];
@@ -121,8 +123,8 @@ int S0 = uint(codes0_shape[0] * codes0_shape[1] * L + V0 - 1) / V0;
 if (simdgroup < S0)
   tq_dequantize<B0, D0, ROTATE0, MEAN0, EXACT>(codes0, codes0_shape, codes0_strides, scale0, scale0_strides, mean0,
                                                mean0_strides, sink0, sink0_strides, recent0, recent0_strides, diag0,
-                                               span, span[4], x0, simdgroup, lane);
+                                               span, span[4], span[6], x0, simdgroup, lane);
 else
   tq_dequantize<B1, D1, ROTATE1, MEAN1, EXACT>(codes1, codes1_shape, codes1_strides, scale1, scale1_strides, mean1,
                                                mean1_strides, sink1, sink1_strides, recent1, recent1_strides, diag1,
-                                               span, span[5], x1, simdgroup - S0, lane);
+                                               span, span[5], span[7], x1, simdgroup - S0, lane);

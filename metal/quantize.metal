@@ -3,7 +3,7 @@
 // the header of mx.fast.metal_kernel, the rest its source.
 //
 // MATHEMATICS, per vector x of D numbers:
-//   y = rotation of (x - mean);  code = nearest level of y * sqrt(D) / ||y||;  scale = <y, c> / <c, c> with c the
+//   y = rotation of (x - mean), of balanced keys of (x - mean) * factors;  code = nearest level of y * sqrt(D) / ||y||;  scale = <y, c> / <c, c> with c the
 //   levels of the codes (least squares), or another RULE. A zero vector gives scale 0; NaN or infinity in x and a scale
 //   beyond float16 give NaN: with infinity a token could weigh nothing, by the sign of its logit.
 //   The rotation is ROUNDS rounds "multiply by a diagonal, Hadamard-transform a window": one round over all dims if D
@@ -17,7 +17,8 @@
 // INPUTS  (side 0 = keys, side 1 = values; with one side the arguments of side 1 are never read)
 //   x0, x1        T [B, H, L, D], any strides
 //   shift0/1      float [B, H, 1, D], row-contiguous: -diagonal of round 0 * mean. Read only if MEAN0/1.
-//   diag0/1       float [ROUNDS, D], row-contiguous: the diagonals. Read only if ROTATE0/1.
+//   diag0/1       float [n, ROUNDS, D], row-contiguous: the diagonals, of all heads or of B * H / n of them: balanced
+//                 keys have their factors in that of round 0. Read only if ROTATE0/1.
 // OUTPUTS
 //   codes0/1      uint32 [B, H, L, WORDS]
 //   scale0/1      float16 [B, H, L, 1]
@@ -68,7 +69,7 @@ METAL_FUNC float tq_sum_lanes(float v) {  // over the lanes of a vector
 // Quantizes the 32 / LANES vectors of simdgroup `simdgroup`. x_shape, x_strides: of [B, H, L, D].
 template <int BITS, int D, bool ROTATE, bool MEAN, int RULE, class X, class SHAPE, class STRIDES>
 METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device float *shift, const device float *diag,
-                            device uint *codes, device half *scale, int simdgroup, int lane) {
+                            SHAPE diag_shape, device uint *codes, device half *scale, int simdgroup, int lane) {
   static_assert(RULE >= 0 && RULE <= 3, "RULE is 0, 1, 2 or 3");
   typedef Row<BITS, D> R;
   constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, UNITS = DIMS_PER_LANE / 16,
@@ -78,6 +79,7 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
   bool live = vector < n_vectors;
   vector = min(vector, n_vectors - 1);  // lanes past the end shuffle along
   int head = vector / L, l = vector - head * L, b = head / n_heads, h = head - b * n_heads;
+  if (ROTATE) diag += head / (x_shape[0] * n_heads / diag_shape[0]) * ((P == D ? 1 : 2) * D);
   X from = x + b * x_strides[0] + h * x_strides[1] + l * x_strides[2];
 
   // ---- read, centre, rotate
@@ -188,7 +190,7 @@ constexpr int V0 = Row<B0, D0>::VECTORS;
 int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_grid.y;
 int S0 = uint(x0_shape[0] * x0_shape[1] * x0_shape[2] + V0 - 1) / V0;
 if (simdgroup < S0)
-  tq_quantize<B0, D0, ROTATE0, MEAN0, RULE>(x0, x0_shape, x0_strides, shift0, diag0, codes0, scale0, simdgroup, lane);
+  tq_quantize<B0, D0, ROTATE0, MEAN0, RULE>(x0, x0_shape, x0_strides, shift0, diag0, diag0_shape, codes0, scale0, simdgroup, lane);
 else
-  tq_quantize<B1, D1, ROTATE1, MEAN1, RULE>(x1, x1_shape, x1_strides, shift1, diag1, codes1, scale1, simdgroup - S0,
+  tq_quantize<B1, D1, ROTATE1, MEAN1, RULE>(x1, x1_shape, x1_strides, shift1, diag1, diag1_shape, codes1, scale1, simdgroup - S0,
                                             lane);

@@ -31,7 +31,7 @@ from .attend_launch import (
 from .device import device_name
 from .rotate import diagonals, rotate, unrotate
 from .self_test import AttendKernel, AttendSide, VectorsKernel
-from .sides import BackendError, CachedSide, PackedSide, QuantizeSide, WrongResultError
+from .sides import BackendError, Balance, CachedSide, PackedSide, QuantizeSide, WrongResultError
 from .sources import metal_source
 
 Counts = tuple[int, int, int]  # sink, packed and recent tokens
@@ -108,8 +108,7 @@ class KernelBackend:
         for side in sides:
             in_kernel = rotates_in_kernel(side.x.shape[-1])
             if not in_kernel:
-                x = side.x.astype(mx.float32)
-                side = QuantizeSide(rotate(x if side.mean is None else x - side.mean, seed), side.bits)
+                side = QuantizeSide(rotate(side.centered(), seed), side.bits)
             prepared.append((side, in_kernel))
         if len({side.x.dtype for side, _ in prepared}) > 1:  # one input rotated beforehand, the other not
             prepared = [(side._replace(x=side.x.astype(mx.float32)), r) for side, r in prepared]
@@ -126,13 +125,13 @@ class KernelBackend:
         """
         in_kernel = [rotates_in_kernel(side.head_dim) for side in sides]
         out_dtype = dtype if all(in_kernel) else mx.float32
-        prepared = [(s if r else s._replace(mean=None), r) for s, r in zip(sides, in_kernel)]
+        prepared = [(s if r else s._replace(mean=None, balance=None), r) for s, r in zip(sides, in_kernel)]
         kernels = tuple(VectorsKernel(s.head_dim, s.bits, r, s.mean is not None) for s, r in prepared)
         self._test_vectors("dequantize", kernels, out_dtype)
         outs = self.launch_dequantize(prepared, first, length, out_dtype, seed)
         for i, side in enumerate(sides):
             if not in_kernel[i]:
-                outs[i] = unrotate(outs[i], seed) if side.mean is None else unrotate(outs[i], seed) + side.mean
+                outs[i] = side.turned_back(unrotate(outs[i], seed))
         return [x.astype(dtype) for x in outs]
 
     def restore(
@@ -160,7 +159,8 @@ class KernelBackend:
         [B, H, n, head_dim]; no scale and no other order of the dims."""
         kernels = (VectorsKernel(side.head_dim, side.bits, False, False),)
         self._test_vectors("dequantize", kernels, mx.float32)
-        return self.launch_dequantize([(side.packed(), False)], first, n, mx.float32, 0)[0], None, None
+        packed = side.packed()._replace(balance=None)
+        return self.launch_dequantize([(packed, False)], first, n, mx.float32, 0)[0], None, None
 
     def why_not_fused(self, keys: tuple[int, int], values: tuple[int, int], n_query_tokens: int) -> Optional[str]:
         """Why `attend` does not cover this, or None if it does. keys, values: (bits, head_dim)."""
@@ -236,12 +236,15 @@ class KernelBackend:
         xs, shifts, diags, code_shapes, scale_shapes = [], [], [], [], []
         template: Template = [("RULE", SCALES.index(scale))]
         for i in (0, 1):
-            (x, bits, mean), rotates = prepared[min(i, n - 1)]
+            (x, bits, mean, balance), rotates = prepared[min(i, n - 1)]
             *batch, head_dim = x.shape
             diag = diagonals(head_dim, seed)
             xs.append(x)
-            diags.append(diag)
-            shifts.append(diag if mean is None else mx.contiguous(-diag[0] * mean))
+            diags.append(diag[None] if balance is None else balance.made(_diagonals_of_heads, seed, False))
+            if mean is None:
+                shifts.append(diag)
+            else:
+                shifts.append(mx.contiguous(-diag[0] * (mean if balance is None else mean * balance.of_heads(batch[1]))))
             template += _vectors_template(i, VectorsKernel(head_dim, bits, rotates, mean is not None))
             code_shapes.append((*batch, words_per_row(bits, head_dim)) if i < n else (1,))
             scale_shapes.append((*batch, 1) if i < n else (1,))
@@ -267,13 +270,14 @@ class KernelBackend:
         """`dequantize` untested. prepared: sides, and whether the kernel turns them back. cached: the sides they belong
         to, of which the exact tokens (counts) and the means of segments come too."""
         n, template = len(prepared), [("T", dtype), ("EXACT", bool(cached))]
-        codes, scales, means, diags, shapes, exact, segments = [], [], [], [], [], [], []
+        codes, scales, means, diags, shapes, exact, segments, shared = [], [], [], [], [], [], [], []
         for i in (0, 1):
             side, rotates = prepared[min(i, n - 1)]
             diag = diagonals(side.head_dim, seed)
             codes.append(side.codes)
             scales.append(side.scale)
-            diags.append(diag)
+            diags.append(diag[None] if side.balance is None else side.balance.made(_diagonals_of_heads, seed, True))
+            shared.append(math.prod(side.codes.shape[:2]) // diags[-1].shape[0])
             mean, has_mean, segment = side.mean, int(side.mean is not None), 0
             if cached and cached[i].has_means:
                 mean, has_mean, segment = cached[i].means, OF_SEGMENTS, cached[i].segment
@@ -285,7 +289,7 @@ class KernelBackend:
             n_tokens = counts[0] + length + counts[2]
             shapes.append((*side.codes.shape[:2], n_tokens, side.head_dim) if i < n else (1,))
         sinks, recents = zip(*exact)
-        span = _span(first, length, counts[0], counts[2], *segments)
+        span = _span(first, length, counts[0], counts[2], *segments, *shared)
         outs = self.kernel("dequantize", *DEQUANTIZE_ARGUMENTS)(
             inputs=[*codes, *scales, *means, *sinks, *recents, *diags, span],
             template=template,
@@ -311,11 +315,12 @@ class KernelBackend:
         plan, _, (batch, n_heads, n_query_tokens), attend, merge = launches
         flags, mask = _flags_and_mask(mask, sinks, (batch, n_heads, n_query_tokens, sum(counts)))
         diagonals = _diagonals_with_numbers(
+            (keys.head_dim, values.head_dim, seed),
+            keys.balance if keys.bits else None,
             (*counts, plan.exact_blocks, plan.blocks, plan.row_groups),
             (flags, n_query_tokens, n_heads, keys.n_kv_heads),
             scale,
             (keys.segment, plan.partial_rows, batch, plan.merge_simdgroups),
-            (keys.head_dim, values.head_dim, seed),
         )
         key_means = keys.means if keys.has_means else _nothing(mx.float16)
         value_means = values.means if values.has_means else _nothing(mx.float16)
@@ -390,9 +395,9 @@ class KernelBackend:
 
 # ---- what a launch is given ------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=64)  # the layers of a step have the same
-def _span(first: int, length: int, n_sink: int, n_recent: int, *segments: int) -> mx.array:
+def _span(first: int, length: int, n_sink: int, n_recent: int, *of_sides: int) -> mx.array:
     """dequantize.metal's `span`."""
-    return mx.array([first, length, n_sink, n_recent, *segments, 0, 0], mx.int32)
+    return mx.array([first, length, n_sink, n_recent, *of_sides], mx.int32)
 
 
 def _vectors_template(i: int, kernel: VectorsKernel) -> Template:
@@ -524,30 +529,39 @@ def _side_inputs(side: CachedSide, queries: mx.array) -> tuple[mx.array, ...]:
     )
 
 
-def _diagonals_with_numbers(*numbers: Any) -> mx.array:
-    """attend.metal's `diagonals`, the same array for all layers of a step. numbers: as _new_diagonals_with_numbers."""
+def _diagonals_with_numbers(rotations: tuple[int, int, int], balance: Optional[Balance], *numbers: Any) -> mx.array:
+    """attend.metal's `diagonals`: those of both rotations, and numbers as the strides of further dims of size 1. MLX
+    hands strides to a kernel with the launch; a buffer that the CPU writes at each step costs a GPU with its own memory
+    more than attention. The same array for all layers of a step, except those with balanced keys."""
+    if balance is not None:
+        key_dim, value_dim, seed = rotations
+        array = balance.made(_diagonals_and_balanced, value_dim, seed)
+        return _with_numbers(array, _both_diagonals(*rotations).size, *numbers)
     if not hasattr(_of_this_thread, "diagonals"):  # MLX evaluates a lazy array in no other thread
-        _of_this_thread.diagonals = functools.lru_cache(maxsize=64)(_new_diagonals_with_numbers)
-    return _of_this_thread.diagonals(*numbers)
+        _of_this_thread.diagonals = functools.lru_cache(maxsize=64)(_diagonals_as_they_are)
+    return _of_this_thread.diagonals(rotations, *numbers)
 
 
 _of_this_thread = threading.local()
 
 
-def _new_diagonals_with_numbers(
-    partition: tuple[int, ...],
-    call: tuple[int, ...],
-    scale: float,
-    sizes: tuple[int, ...],
-    rotations: tuple[int, int, int],
-) -> mx.array:
-    """The diagonals of both rotations, and numbers as the strides of further dims of size 1. MLX hands strides to a
-    kernel with the launch; a buffer that the CPU writes at each step costs a GPU with its own memory more than
-    attention."""
-    numbers = [*partition, *call, int(np.float32(scale * LOG2_E).view(np.int32)), *sizes, 0]
-    pairs = np.array(numbers, np.int32).view(np.int64).tolist()  # little-endian: the first one in the low half
-    both = _both_diagonals(*rotations)
-    return mx.as_strided(both, [both.size] + [1] * len(pairs), [1, *pairs])
+def _diagonals_as_they_are(rotations: tuple[int, int, int], *numbers: Any) -> mx.array:
+    return _with_numbers(_both_diagonals(*rotations), 0, *numbers)
+
+
+def _with_numbers(diagonals: mx.array, balanced: int, *numbers: Any) -> mx.array:
+    return mx.as_strided(diagonals, [diagonals.size] + [1] * N_PAIRS, [1, *_pairs(balanced, *numbers)])
+
+
+N_PAIRS = 8  # of the numbers
+
+
+@functools.lru_cache(maxsize=64)  # the layers of a step have the same
+def _pairs(
+    balanced: int, partition: tuple[int, ...], call: tuple[int, ...], scale: float, sizes: tuple[int, ...]
+) -> list[int]:
+    numbers = [*partition, *call, int(np.float32(scale * LOG2_E).view(np.int32)), *sizes, balanced]
+    return np.array(numbers, np.int32).view(np.int64).tolist()  # little-endian: the first one in the low half
 
 
 @functools.lru_cache(maxsize=None)
@@ -555,6 +569,20 @@ def _both_diagonals(key_dim: int, value_dim: int, seed: int) -> mx.array:
     both = mx.array(np.concatenate([rotation.diagonals(d, seed).ravel() for d in (key_dim, value_dim)]), mx.float32)
     mx.eval(both)
     return both
+
+
+def _diagonals_of_heads(factors: mx.array, seed: int, inverse: bool) -> mx.array:
+    """The diagonals of the rotation, float32 [B * H, rounds, D], which balance the channels too, or un-balance them.
+    factors: of a `Balance`."""
+    first, *others = diagonals(factors.shape[-1], seed)
+    of_heads = mx.flatten(first / factors if inverse else first * factors, 0, 1)
+    return mx.concatenate([of_heads, *(mx.broadcast_to(d, of_heads.shape) for d in others)], axis=1)
+
+
+def _diagonals_and_balanced(factors: mx.array, value_dim: int, seed: int) -> mx.array:
+    """`_both_diagonals`, and behind them those of each kv head of the keys, by which queries are rotated."""
+    of_heads = _diagonals_of_heads(factors, seed, True)
+    return mx.concatenate([_both_diagonals(factors.shape[-1], value_dim, seed), of_heads.reshape(-1)])
 
 
 @functools.lru_cache(maxsize=None)

@@ -97,8 +97,8 @@ def _read_slots(words: mx.array, bits: int, head_dim: int) -> mx.array:
 
 
 # ---- the backend ---------------------------------------------------------------------------------------------
-def _quantize(x: mx.array, bits: int, mean: Optional[mx.array], seed: int, rule: str) -> tuple[mx.array, mx.array]:
-    y = rotate(x if mean is None else x.astype(mx.float32) - mean, seed)
+def _quantize(side: QuantizeSide, seed: int, rule: str) -> tuple[mx.array, mx.array]:
+    y, bits = rotate(side.centered(), seed), side.bits
     sigma = mx.sqrt(mx.square(y).mean(-1, keepdims=True))
     if bits == 8:
         inverse = mx.where(sigma > 0, 1 / (sigma * codebook.UNIFORM_STEP), 0)
@@ -118,7 +118,7 @@ def _quantize(x: mx.array, bits: int, mean: Optional[mx.array], seed: int, rule:
     elif rule == "least-squares":
         scale = dot / energy
     else:
-        scale = sigma if rule == "norm" else sigma * mx.sqrt(x.shape[-1] / energy)
+        scale = sigma if rule == "norm" else sigma * mx.sqrt(y.shape[-1] / energy)
     # a vector of zeros has no dot product; 8-bit codes are all 0 if sigma is 0 or infinite
     scale = mx.where(dot > 0 if rule == "inner-product" else energy > 0, scale, sigma).astype(mx.float16)
     return pack(codes, bits), scale + (scale - scale)  # infinity: NaN
@@ -131,10 +131,10 @@ def _quantize_in_slices(side: QuantizeSide, seed: int, rule: str) -> tuple[mx.ar
     x, n = side.x, side.x.shape[2]
     step = max(1, SLICE_VALUES // (x.size // n))
     if step >= n:
-        return _quantize(x, side.bits, side.mean, seed, rule)
+        return _quantize(side, seed, rule)
     slices = []
     for at in range(0, n, step):
-        slices.append(_quantize(x[:, :, at : at + step], side.bits, side.mean, seed, rule))
+        slices.append(_quantize(side._replace(x=x[:, :, at : at + step]), seed, rule))
         mx.eval(slices[-1])
     codes, scales = (mx.concatenate(list(parts), axis=2) for parts in zip(*slices))
     return codes, scales
@@ -177,8 +177,7 @@ class CpuBackend:
         for side in sides:
             rows, scale, _ = self.read_rows(side, first, length)
             rows = mx.take(rows, constant(_dim_slots, side.bits, side.head_dim), axis=-1)
-            x = unrotate(rows * scale.astype(mx.float32), seed)
-            outs.append((x if side.mean is None else x + side.mean).astype(dtype))
+            outs.append(side.turned_back(unrotate(rows * scale.astype(mx.float32), seed)).astype(dtype))
         return outs
 
     def restore(

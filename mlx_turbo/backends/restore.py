@@ -55,5 +55,6 @@ def _restore_slice(side, first, n, backend, seed):
     if side.means is None:
         return backend.dequantize([side.packed()], first, n, dtype, seed)[0]
     (x,) = backend.dequantize([side.packed()], first, n, mx.float32, seed)
-    segments = mx.arange(first, first + n) // side.segment
-    return (x + unrotate(side.means, seed)[:, :, segments]).astype(dtype)
+    segments, means = mx.arange(first, first + n) // side.segment, unrotate(side.means, seed)
+    means = means if side.balance is None else means / side.balance.factors
+    return (x + means[:, :, segments]).astype(dtype)

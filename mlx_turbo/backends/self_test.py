@@ -3,7 +3,7 @@
 One kit for a kernel's first use, `mlx-turbo doctor`, `mlx-turbo bench` and the tests.
 """
 
-from typing import Callable, NamedTuple, Optional, Sequence
+from typing import Callable, NamedTuple, Optional, Sequence, Union
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +13,7 @@ from ..quant.reference import Quantized
 from ..quant.scheme import SCALES
 from .attend_launch import MAX_QUERY_TOKENS, SEGMENT_STEP, AttendShape, AttendTuning, plan_launches
 from .device import float32_is_tf32
-from .sides import ONE_SEGMENT, CachedSide, PackedSide, QuantizeSide
+from .sides import ONE_SEGMENT, Balance, CachedSide, PackedSide, QuantizeSide
 
 # ---- the table of tolerances -----------------------------------------------------------------------------------
 # Rounding to the output's dtype: half a unit in the last place. float32 is left to the other tables.
@@ -64,12 +64,14 @@ def random_cached_side(
     seed: int = 0,
     room: int = 0,
     growth: Optional[np.ndarray] = None,
+    balanced: bool = False,
 ) -> CachedSide:
     """A `CachedSide` of random tokens; `restored_tokens` says what it stands for.
 
     shape: (batch, n_kv_heads, head_dim). counts: sink, packed and recent tokens; a part without tokens is None.
     segment: packed tokens are relative to means, one for this many of them; 0 for no means. They are there with 0 bits
     too, where they must do nothing. seed: of the rotation. growth: [tokens], each token is multiplied by its number.
+    balanced: whether the channels have factors, between 1/2 and 2.
     room: rows of capacity behind the last token of each part, filled with what must never be read: NaN, all bits set.
     """
     batch, n_kv_heads, head_dim = shape
@@ -95,7 +97,19 @@ def random_cached_side(
         codes = buffer(packed.packed(), mx.uint32, 0xFFFFFFFF)
         scale = buffer(packed.scale[..., None].astype(np.float16), mx.float16)
     parts = buffer(sink, dtype), codes, scale, buffer(recent, dtype)
-    return CachedSide(*parts, bits, head_dim, buffer(means, mx.float16), segment)
+    balance = random_balance(rng, (batch, n_kv_heads, head_dim)) if balanced else None
+    return CachedSide(*parts, bits, head_dim, buffer(means, mx.float16), segment, balance)
+
+
+def random_balance(rng: "np.random.Generator", shape: tuple[int, int, int]) -> Balance:
+    """Factors between 1/2 and 2 for the channels of (batch, n_kv_heads, head_dim)."""
+    factors = 2.0 ** rng.uniform(-1, 1, (*shape[:2], 1, shape[2]))
+    return Balance(mx.array(factors.astype(np.float32)))
+
+
+def factors_of(side: Union[QuantizeSide, PackedSide, CachedSide], n_heads: int) -> Optional[np.ndarray]:
+    """The factors of a side's channels, float64 [B, n_heads, 1, D], or None."""
+    return None if side.balance is None else to_float64(side.balance.of_heads(n_heads))
 
 
 def restored_tokens(side: CachedSide, counts: tuple[int, int, int], seed: int = 0) -> np.ndarray:
@@ -109,11 +123,13 @@ def restored_tokens(side: CachedSide, counts: tuple[int, int, int], seed: int = 
         parts.append(to_float64(side.sink[:, :, :n_sink]))
     if n_packed and side.bits:
         codes, scale = (np.array(a[:, :, :n_packed]) for a in side.packed()[:2])
-        packed = reference.dequantize(reference.from_packed(codes, scale, side.bits, side.head_dim, rotation=seed))
+        rows = reference.from_packed(codes, scale, side.bits, side.head_dim, rotation=seed)
+        packed = reference.dequantize(rows)
         if side.means is not None:
             means = to_float64(side.means[:, :, : -(-n_packed // side.segment)])
             packed += rotation.unrotate(means, seed)[:, :, np.arange(n_packed) // side.segment]
-        parts.append(packed)
+        factors = factors_of(side, side.n_kv_heads)
+        parts.append(packed if factors is None else packed / factors)
     elif n_packed and side.codes is not None:
         parts.append(to_float64(side.codes[:, :, :n_packed]))
     if n_recent and side.recent is not None:
@@ -124,14 +140,16 @@ def restored_tokens(side: CachedSide, counts: tuple[int, int, int], seed: int = 
 def reference_rows(side: QuantizeSide, seed: Optional[int] = 0, scale: str = SCALES[0]) -> Quantized:
     """What the reference makes of a `QuantizeSide`. seed: of the rotation, None for none. scale: the scale's rule."""
     mean = None if side.mean is None else np.array(side.mean)
-    return reference.quantize(to_float64(side.x), side.bits, rotation=seed, mean=mean, scale=scale)
+    balance = factors_of(side, side.x.shape[1])
+    return reference.quantize(to_float64(side.x), side.bits, rotation=seed, mean=mean, balance=balance, scale=scale)
 
 
 def packed_side(rows: Quantized) -> PackedSide:
     """Rows that the reference has quantized, [B, H, L, head_dim], as a backend restores them."""
     scale = mx.array(rows.scale[..., None].astype(np.float16))
     mean = None if rows.mean is None else mx.array(np.asarray(rows.mean, np.float32))
-    return PackedSide(mx.array(rows.packed()), scale, rows.bits, rows.codes.shape[-1], mean)
+    balance = None if rows.balance is None else Balance(mx.array(np.asarray(rows.balance, np.float32)))
+    return PackedSide(mx.array(rows.packed()), scale, rows.bits, rows.codes.shape[-1], mean, balance)
 
 
 # ---- comparison ------------------------------------------------------------------------------------------------
@@ -227,7 +245,8 @@ def check_quantize(
     rng, prepared, wants = np.random.default_rng(0), [], []
     for kernel in sides:
         mean = random_array(rng, (1, 3, 1, kernel.head_dim)) if kernel.has_mean else None
-        side = QuantizeSide(random_array(rng, (1, 3, 7, kernel.head_dim), dtype), kernel.bits, mean)
+        balance = random_balance(rng, (1, 3, kernel.head_dim)) if kernel.rotates else None
+        side = QuantizeSide(random_array(rng, (1, 3, 7, kernel.head_dim), dtype), kernel.bits, mean, balance)
         prepared.append((side, kernel.rotates))
         wants.append(reference_rows(side, 0 if kernel.rotates else None, rule))
     for (codes, scale), want in zip(launch(prepared, 0, rule), wants):
@@ -247,7 +266,8 @@ def check_dequantize(
     for kernel in sides:
         mean = rng.standard_normal((1, 3, 1, kernel.head_dim)).astype(np.float32) if kernel.has_mean else None
         x = rng.standard_normal((1, 3, 9, kernel.head_dim))
-        rows = reference.quantize(x, kernel.bits, rotation=0 if kernel.rotates else None)
+        factors = random_balance(rng, (1, 3, kernel.head_dim)).factors if kernel.rotates else None
+        rows = reference.quantize(x, kernel.bits, rotation=0 if kernel.rotates else None, balance=factors)
         wants.append(reference.dequantize(rows, mean=mean)[:, :, 2:])
         side = packed_side(rows)._replace(mean=None if mean is None else mx.array(mean))
         prepared.append((side, kernel.rotates))
@@ -263,7 +283,8 @@ def _check_restore(
     rng, counts, first, cached, wants = np.random.default_rng(0), (2, SEGMENT_STEP + 9, 5), 3, [], []
     for kernel, segment in zip(sides, (SEGMENT_STEP, ONE_SEGMENT)):
         segment = segment if kernel.has_mean else 0
-        cached.append(random_cached_side(rng, (1, 2, kernel.head_dim), counts, kernel.bits, dtype, segment))
+        shape = 1, 2, kernel.head_dim
+        cached.append(random_cached_side(rng, shape, counts, kernel.bits, dtype, segment, balanced=not cached))
         wants.append(np.delete(restored_tokens(cached[-1], counts), np.s_[counts[0] : counts[0] + first], axis=2))
     prepared = [(side.packed(), True) for side in cached]
     for got, want in zip(launch(prepared, first, counts[1] - first, dtype, 0, cached, counts), wants):
@@ -277,8 +298,8 @@ def check_attend(launch: Callable[..., mx.array], kernel: AttendKernel, tuning: 
     There are a few tokens of each kind, and one is masked at either end."""
     rng, counts = np.random.default_rng(0), (3, 150, 20)
     keys, values = (
-        random_cached_side(rng, (1, 1, side.head_dim), counts, side.bits, side.exact_dtype, side.has_means * segment)
-        for side, segment in ((kernel.keys, SEGMENT_STEP), (kernel.values, ONE_SEGMENT))
+        random_cached_side(rng, (1, 1, s.head_dim), counts, s.bits, s.exact_dtype, s.has_means * segment, balanced=keys)
+        for s, segment, keys in ((kernel.keys, SEGMENT_STEP, True), (kernel.values, ONE_SEGMENT, False))
     )
     key_dim = kernel.keys.head_dim
     queries = random_array(rng, (1, kernel.shape.rows, 1, key_dim), kernel.dtype)

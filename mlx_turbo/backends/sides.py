@@ -1,6 +1,6 @@
 """What a backend is given, the keys or the values of one call, and the errors it raises."""
 
-from typing import NamedTuple, Optional
+from typing import Any, Callable, Hashable, NamedTuple, Optional
 
 import mlx.core as mx
 
@@ -18,23 +18,67 @@ def first_tokens(buffer: mx.array, n: int) -> mx.array:
     return buffer if n == buffer.shape[2] else buffer[:, :, :n]
 
 
+class Balance:
+    """Factors of the channels of keys, by kv head. What is packed is (key - mean) * factors, and the queries that meet
+    it are divided by the factors: a logit stays what it was, and its error gets smaller (cache/balancing.py).
+
+    factors: positive float32 [B, H, 1, D]; nothing changes them. What kernels make of them is kept beside them.
+    """
+
+    __slots__ = ("factors", "_made")
+
+    def __init__(self, factors: mx.array) -> None:
+        self.factors = factors
+        self._made: dict[Hashable, Any] = {}
+
+    def made(self, make: Callable[..., mx.array], *args: Any) -> mx.array:
+        """make(factors, *args), made once."""
+        key = make, args
+        if key not in self._made:
+            self._made[key] = array = make(self.factors, *args)
+            mx.async_eval(array)  # what is lazy cannot be used from another thread
+        return self._made[key]
+
+    def of_heads(self, n: int) -> mx.array:
+        """The factors [B, n, 1, D] of n heads of which H are one behind the other in each of the H heads."""
+        B, H = self.factors.shape[:2]
+        return self.factors if n == H else mx.repeat(self.factors, n // H, axis=1)
+
+    def __deepcopy__(self, memo: Any) -> "Balance":
+        return self
+
+
 class QuantizeSide(NamedTuple):
-    """Vectors to quantize. x: [B, H, L, D]. mean: float32 [B, H, 1, D] or None."""
+    """Vectors to quantize. x: [B, H, L, D]. mean: float32 [B, H, 1, D] or None. balance: of H heads, or of fewer, of
+    each of which there are several here, one behind the other."""
 
     x: mx.array
     bits: int
     mean: Optional[mx.array] = None
+    balance: Optional[Balance] = None
+
+    def centered(self) -> mx.array:
+        """What is rotated, float32 [B, H, L, D]."""
+        x = self.x.astype(mx.float32)
+        x = x if self.mean is None else x - self.mean
+        return x if self.balance is None else x * self.balance.of_heads(x.shape[1])
 
 
 class PackedSide(NamedTuple):
     """Packed rows. codes: uint32 [B, H, capacity, words]. scale: float16 [B, H, capacity, 1].
-    mean: float32 [B, H, 1, head_dim] or None."""
+    mean: float32 [B, H, 1, head_dim] or None. balance: as of QuantizeSide."""
 
     codes: mx.array
     scale: mx.array
     bits: int
     head_dim: int
     mean: Optional[mx.array] = None
+    balance: Optional[Balance] = None
+
+    def turned_back(self, x: mx.array) -> mx.array:
+        """Vectors x float32 [B, H, L, head_dim] that are un-rotated, as they were before `centered`."""
+        x = x if self.balance is None else x / self.balance.of_heads(x.shape[1])
+        return x if self.mean is None else x + self.mean
 
 
 ONE_SEGMENT = 1 << 30  # of CachedSide: all packed tokens have the same mean
@@ -46,7 +90,8 @@ class CachedSide(NamedTuple):
     sink, recent: exact tokens, [B, Hkv, capacity, head_dim] in the model's dtype. codes: uint32 [B, Hkv, capacity,
     words] and scale: float16 [B, Hkv, capacity, 1]; with 0 bits codes are exact vectors and scale is None.
     means: float16 [B, Hkv, capacity, head_dim] in rotated space, added to packed token p: that of row p // segment.
-    segment: a multiple of 128 for keys, ONE_SEGMENT for values. Both are for packed sides (bits > 0) only.
+    segment: a multiple of 128 for keys, ONE_SEGMENT for values. balance: of H heads; only of keys. All three are for
+    packed sides (bits > 0) only.
     """
 
     sink: Optional[mx.array]
@@ -57,11 +102,12 @@ class CachedSide(NamedTuple):
     head_dim: int
     means: Optional[mx.array] = None
     segment: int = 0
+    balance: Optional[Balance] = None
 
     def packed(self) -> PackedSide:
         """Its packed rows without the means, as the dequantize kernel takes them. There must be some."""
         assert self.codes is not None and self.scale is not None
-        return PackedSide(self.codes, self.scale, self.bits, self.head_dim)
+        return PackedSide(self.codes, self.scale, self.bits, self.head_dim, None, self.balance)
 
     @property
     def has_means(self) -> bool:

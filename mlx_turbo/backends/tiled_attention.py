@@ -119,8 +119,9 @@ class _Logits:
             return self.q @ _exact(keys, part, first, n).swapaxes(-1, -2)
         k, gamma, order = self.read_rows(keys, first, n)
         if self.q_packed is None:
-            self.q_packed = self.q @ _rotation(keys.head_dim, self.seed, order)[0]
-            self.q_rotated = None if keys.means is None else self.q @ _rotation(keys.head_dim, self.seed, None)[0]
+            q = self.q if keys.balance is None else self.q / keys.balance.factors
+            self.q_packed = q @ _rotation(keys.head_dim, self.seed, order)[0]
+            self.q_rotated = None if keys.means is None else q @ _rotation(keys.head_dim, self.seed, None)[0]
         x = self.q_packed @ k.swapaxes(-1, -2)
         x = x if gamma is None else x * gamma.swapaxes(-1, -2)
         return x if keys.means is None else x + _mean_logits(self.q_rotated, keys, first, n)

@@ -25,7 +25,7 @@ class Quantized:
     scale: float64 [...], float16-representable unless quantize was told otherwise.
     normalized: float64 [..., head_dim], the centered and rotated vectors scaled to norm sqrt(head_dim): what the
         codes were chosen for (to tell a wrong code from a tie). None if only packed rows are known.
-    rotation, levels, mean: as given to `quantize`.
+    rotation, levels, mean, balance: as given to `quantize`.
     """
 
     codes: np.ndarray
@@ -35,6 +35,7 @@ class Quantized:
     rotation: Rotation
     levels: Levels
     mean: Optional[np.ndarray]
+    balance: Optional[np.ndarray] = None
 
     def packed(self) -> np.ndarray:
         """The codes as words, uint32 [..., words_per_row]: the layout of the cache (scheme.py)."""
@@ -74,16 +75,18 @@ def quantize(
     rotation: Rotation = 0,
     levels: Levels = None,
     mean: Optional[np.ndarray] = None,
+    balance: Optional[np.ndarray] = None,
     scale: str = SCALES[0],
     scale_dtype: Any = np.float16,
 ) -> Quantized:
-    """Quantize vectors x [..., head_dim] to `bits` per number: center, rotate, nearest level, scale.
+    """Quantize vectors x [..., head_dim] to `bits` per number: center, balance, rotate, nearest level, scale.
 
     bits: 1 to 8.
     rotation: seed of the product's rotation (rotation.py), an orthogonal matrix R [head_dim, head_dim] used as
         y = R x, or None.
     levels: "product" (the kernels' levels; default at 2, 3, 4 and 8 bits), "lloyd-max", or an array [2**bits].
     mean: subtracted before rotation, broadcast against x; None = 0.
+    balance: positive factors of the channels, multiplied after that, broadcast against x; None = 1.
     scale: "inner-product" <y, y> / <y, c> keeps the vector's inner product with itself, so that a large logit is not
         systematically too small; "least-squares" <y, c> / <c, c> minimizes the error; "norm" ||y|| / sqrt(head_dim) is
         the paper's; "matched-norm" ||y|| / ||c|| keeps the norm of the vector.
@@ -98,7 +101,8 @@ def quantize(
     if scale not in SCALES:
         raise ValueError(f"scale: got {scale!r}, allowed are {SCALES}")
     table, head_dim = _levels_of(levels, bits), x.shape[-1]
-    y = _rotate(x if mean is None else x - np.asarray(mean, np.float64), rotation)
+    x = x if mean is None else x - np.asarray(mean, np.float64)
+    y = _rotate(x if balance is None else x * np.asarray(balance, np.float64), rotation)
     norm = np.linalg.norm(y, axis=-1, keepdims=True)
     u = np.divide(y * np.sqrt(head_dim), norm, out=np.zeros_like(y), where=norm > 0)
     codes = np.searchsorted(codebook.thresholds(table), u, side="right").astype(np.uint8)
@@ -117,7 +121,7 @@ def quantize(
         gamma = gamma.astype(scale_dtype).astype(np.float64)
     if not np.isfinite(gamma).all():
         raise ValueError(f"x: a vector's scale is beyond {np.dtype(scale_dtype).name}")
-    return Quantized(codes, gamma, u, bits, rotation, table, mean)
+    return Quantized(codes, gamma, u, bits, rotation, table, mean, balance)
 
 
 _SAME: Any = object()
@@ -132,6 +136,7 @@ def dequantize(
     q = replace(quantized, **{k: v for k, v in given.items() if v is not _SAME})
     table = _levels_of(q.levels, q.bits)
     x = _rotate(table[q.codes] * q.scale[..., None], q.rotation, inverse=True)
+    x = x if q.balance is None else x / np.asarray(q.balance, np.float64)
     return x if q.mean is None else x + np.asarray(q.mean, np.float64)
 
 
@@ -153,13 +158,15 @@ def from_packed(
     *,
     rotation: Rotation = 0,
     mean: Optional[np.ndarray] = None,
+    balance: Optional[np.ndarray] = None,
 ) -> Quantized:
     """The `Quantized` (without `normalized`) of packed rows as a cache holds them.
 
-    words: uint32 [..., words_per_row]. scale: [..., 1]. rotation, mean: as `quantize` was given them.
+    words: uint32 [..., words_per_row]. scale: [..., 1]. rotation, mean, balance: as `quantize` was given
+    them.
     """
     scale = np.asarray(scale)[..., 0].astype(np.float64)
-    return Quantized(unpack(words, bits, head_dim), scale, None, bits, rotation, None, mean)
+    return Quantized(unpack(words, bits, head_dim), scale, None, bits, rotation, None, mean, balance)
 
 
 def unpack(words: np.ndarray, bits: int, head_dim: int) -> np.ndarray:

@@ -45,8 +45,8 @@ def test_restored_tokens_are_those_of_the_oracle(chosen):
         bits, dims = pick(*BITS), pick((64, 96), (512, 64), (72, 64))
         counts = pick((4, 150, 33), (0, 257, 0), (3, 140, 5), (2, 0, 7))
         first = pick(0, 9) if counts[1] else 0
-        means, B = pick(False, True), pick(1, 2)
-        cases = [make_case(bits, dims, counts, G=1, Hkv=2, B=B, means=means, dtype=dtype) for dtype in set(dtypes)]
+        options = dict(means=pick(False, True), balanced=pick(False, True), B=pick(1, 2))
+        cases = [make_case(bits, dims, counts, G=1, Hkv=2, dtype=dtype, **options) for dtype in set(dtypes)]
         of = {case.queries.dtype: case for case in cases}
         sides = [of[dtypes[0]].keys, of[dtypes[1]].values]
         wanted = [of[dtypes[0]].restored[0], of[dtypes[1]].restored[1]]
@@ -81,6 +81,7 @@ def test_a_prompt_chunk_agrees_with_the_oracle_restored_and_in_tiles(data):
         L=L,
         dtype=dtype,
         means=pick(True, False),
+        balanced=pick(True, False),
     )
     B, heads, n = case.queries.shape[0], case.queries.shape[1], sum(counts)
     rng = np.random.default_rng(0)

@@ -7,6 +7,7 @@ from support.arrays import to_numpy
 from support.round_trip import check_round_trip, vectors
 
 from mlx_turbo.backends import select
+from mlx_turbo.backends.self_test import random_balance
 from mlx_turbo.backends.sides import PackedSide, QuantizeSide
 from mlx_turbo.quant import reference
 from mlx_turbo.quant.scheme import words_per_row
@@ -34,6 +35,18 @@ def test_a_mean_is_taken_off_before_and_added_after(backend, head_dim):
     mean = vectors(2, 3, 1, head_dim, seed=5, scale=20)
     x = vectors(2, 3, 4, head_dim) + mean
     check_round_trip([QuantizeSide(x, 4, mean), QuantizeSide(x, 8, mean)])
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("head_dim", [72, 80, 128, 576])
+def test_channels_are_balanced_after_the_mean_and_turned_back_before_it(backend, head_dim, copies):
+    """copies: heads that share the factors of one, as the segments of keys do."""
+    rng = np.random.default_rng(head_dim)
+    balance = random_balance(rng, (2, 2, head_dim))
+    mean = vectors(2, 2 * copies, 1, head_dim, seed=5, scale=20)
+    x = vectors(2, 2 * copies, 4, head_dim) + mean
+    check_round_trip([QuantizeSide(x, 4, mean, balance), QuantizeSide(x, 8, mean)])
+    check_round_trip([QuantizeSide(x, 3, None, balance)])
 
 
 @pytest.mark.parametrize("scale", reference.SCALES)

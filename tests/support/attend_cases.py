@@ -38,14 +38,17 @@ def make_case(
     rng_seed=0,
     gain=1.0,
     segment=128,
+    balanced=False,
 ):
-    """means: packed tokens are relative to one, of the keys to one for each `segment` of them. gain: the logits grow
+    """means: packed tokens are relative to one, of the keys to one for each `segment` of them. balanced: the channels of
+    the keys are. gain: the logits grow
     along the sequence, up to this many times their usual size."""
     rng = np.random.default_rng(rng_seed)
     growth = None if gain == 1 else np.linspace(0.01, 1, sum(counts))
     options = dict(seed=seed, room=POISON)
+    shape = B, Hkv, dims[0]
     keys = random_cached_side(
-        rng, (B, Hkv, dims[0]), counts, bits[0], dtype, means and segment, growth=growth, **options
+        rng, shape, counts, bits[0], dtype, means and segment, growth=growth, balanced=balanced, **options
     )
     values = random_cached_side(rng, (B, Hkv, dims[1]), counts, bits[1], dtype, means and ONE_SEGMENT, **options)
     q = rng.standard_normal((B, L, Hkv * G, dims[0])).astype(np.float32) * 2 * gain

@@ -15,7 +15,7 @@ from mlx_turbo.backends import select
 from mlx_turbo.backends.cuda import CudaBackend
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.mlx_ops import CpuBackend
-from mlx_turbo.backends.self_test import restored_tokens
+from mlx_turbo.backends.self_test import factors_of, restored_tokens
 from mlx_turbo.quant import reference
 from mlx_turbo.quant.scheme import SCALES
 
@@ -36,7 +36,13 @@ class OracleBackend:
             finite = np.isfinite(x).all(-1, keepdims=True)
             with np.errstate(over="ignore"):
                 q = reference.quantize(
-                    np.where(finite, x, 0), side.bits, rotation=seed, mean=mean, scale=scale, scale_dtype=np.float64
+                    np.where(finite, x, 0),
+                    side.bits,
+                    rotation=seed,
+                    mean=mean,
+                    balance=factors_of(side, x.shape[1]),
+                    scale=scale,
+                    scale_dtype=np.float64,
                 )
                 scales = np.where(finite, q.scale[..., None], np.nan).astype(np.float16)
             scales = np.where(np.isfinite(scales), scales, np.float16(np.nan))
@@ -48,7 +54,8 @@ class OracleBackend:
         for side in sides:
             codes, scale = (np.array(a[:, :, first : first + length]) for a in (side.codes, side.scale))
             mean = None if side.mean is None else np.array(side.mean)
-            q = reference.from_packed(codes, scale, side.bits, side.head_dim, rotation=seed, mean=mean)
+            balance = factors_of(side, codes.shape[1])
+            q = reference.from_packed(codes, scale, side.bits, side.head_dim, rotation=seed, mean=mean, balance=balance)
             with np.errstate(invalid="ignore"):  # of vectors that are not finite
                 outs.append(mx.array(reference.dequantize(q).astype(np.float32)).astype(dtype))
         return outs
