@@ -190,7 +190,8 @@ constexpr int V0 = Row<B0, D0>::VECTORS;
 int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_grid.y;
 int S0 = uint(x0_shape[0] * x0_shape[1] * x0_shape[2] + V0 - 1) / V0;
 if (simdgroup < S0)
-  tq_quantize<B0, D0, ROTATE0, MEAN0, RULE>(x0, x0_shape, x0_strides, shift0, diag0, diag0_shape, codes0, scale0, simdgroup, lane);
+  tq_quantize<B0, D0, ROTATE0, MEAN0, RULE>(x0, x0_shape, x0_strides, shift0, diag0, diag0_shape, codes0, scale0,
+                                            simdgroup, lane);
 else
-  tq_quantize<B1, D1, ROTATE1, MEAN1, RULE>(x1, x1_shape, x1_strides, shift1, diag1, diag1_shape, codes1, scale1, simdgroup - S0,
-                                            lane);
+  tq_quantize<B1, D1, ROTATE1, MEAN1, RULE>(x1, x1_shape, x1_strides, shift1, diag1, diag1_shape, codes1, scale1,
+                                            simdgroup - S0, lane);

@@ -244,7 +244,9 @@ class KernelBackend:
             if mean is None:
                 shifts.append(diag)
             else:
-                shifts.append(mx.contiguous(-diag[0] * (mean if balance is None else mean * balance.of_heads(batch[1]))))
+                shifts.append(
+                    mx.contiguous(-diag[0] * (mean if balance is None else mean * balance.of_heads(batch[1])))
+                )
             template += _vectors_template(i, VectorsKernel(head_dim, bits, rotates, mean is not None))
             code_shapes.append((*batch, words_per_row(bits, head_dim)) if i < n else (1,))
             scale_shapes.append((*batch, 1) if i < n else (1,))

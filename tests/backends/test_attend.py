@@ -190,9 +190,9 @@ def test_many_rows_that_share_a_tile_have_their_own_means():
 @pytest.mark.parametrize("bits", [(4, 4), (3, 8), (0, 2), (8, 0)], ids=str)
 def test_the_channels_of_each_kv_head_may_be_balanced(bits):
     """Also where the rotation has two rounds, keys have means too, and queries wait in the results' place."""
-    check(make_case(bits, (64, 96), Hkv=2, B=2, G=3, balanced=True), tolerance=1.5)
-    check(make_case(bits, (96, 64), Hkv=3, G=6, L=2, balanced=True, means=True), tolerance=1.5)
-    check(make_case(bits, (576, 80), Hkv=2, G=16, L=2, counts=(3, 70, 40), balanced=True), [TWO])
+    check(make_case(bits, (64, 96), Hkv=2, B=2, G=3, balanced=True), tolerance=2)
+    check(make_case(bits, (96, 64), Hkv=3, G=6, L=2, balanced=True, means=True), tolerance=2)
+    check(make_case(bits, (576, 80), Hkv=2, G=16, L=2, counts=(3, 70, 40), balanced=True), [TWO], tolerance=2)
 
 
 def test_segments_may_be_long_and_means_zero():
