@@ -25,8 +25,6 @@ class Balance:
     factors: positive float32 [B, H, 1, D]; nothing changes them. What kernels make of them is kept beside them.
     """
 
-    __slots__ = ("factors", "_made")
-
     def __init__(self, factors: mx.array) -> None:
         self.factors = factors
         self._made: dict[Hashable, Any] = {}
@@ -38,6 +36,10 @@ class Balance:
             self._made[key] = array = make(self.factors, *args)
             mx.async_eval(array)  # what is lazy cannot be used from another thread
         return self._made[key]
+
+    def arrays(self) -> list[mx.array]:
+        """All that is held."""
+        return [self.factors, *self._made.values()]
 
     def of_heads(self, n: int) -> mx.array:
         """The factors [B, n, 1, D] of n heads of which H are one behind the other in each of the H heads."""

@@ -17,9 +17,10 @@ from typing import Any, Iterable, Optional, Sequence, Union
 import mlx.core as mx
 import numpy as np
 
-from ..backends.sides import first_tokens
+from ..backends.sides import Balance, first_tokens
 from ..quant.scheme import Scheme, TurboConfig
-from . import auto_bits
+from . import auto_bits, balancing
+from .attention_error import join, newest, sample_queries
 from .batch_plan import Plan
 from .history import NAMES
 from .packing import (
@@ -69,11 +70,13 @@ class BatchTurboKVCache(TurboKVCache):
         B = len(self._pad)
         self._n_packed, self._n_recent, self._n_evicted = [0] * B, [0] * B, [0] * B
         self._centered = [False] * B, [False] * B  # of keys, of values: whether the row has means
+        self._balanced = [False] * B  # whether the channels of its keys are
         self._n_before_right_padding = None  # per row, if the prompt is padded on the right
         self._n_columns = 0  # of the recent tokens
         self.shown = None  # the plan of the last update, if that returned other columns than it left
         self._n_free = 0  # number of tokens that every row can take while nothing else happens
         self._observed, self._observed_with, self._last = [[] for _ in range(B)], None, []
+        self._to_balance = None  # [(rows, keys from the first token on, number packed)] that wait for their queries
         self._set_offset()
 
     @classmethod
@@ -218,7 +221,7 @@ class BatchTurboKVCache(TurboKVCache):
             return self.keys_and_values() if self._n_columns or any(self._n_packed) else new
         if n_new <= self._n_free:
             return self._append(new, n_new)
-        plan = self.plan(n_new)
+        plan, self._to_balance = self.plan(n_new), None
         if plan.decide_bits:
             self._decide()
         if any(plan.n_evict):
@@ -247,7 +250,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._changed()
         self.shown = plan
         self._evaluate()
-        if first and not self.undecided:
+        if first and not self._shows_queries(n_new):
             return new
         return self._fetch((*plan.columns[:2], R + n_new), tails, new if first else None)
 
@@ -276,7 +279,7 @@ class BatchTurboKVCache(TurboKVCache):
         """Pack what `plan` says of `tails` (recent columns and the new chunk, per side), and keep the rest."""
         ends = [n_before + first + n for first, n in plan.spans]
         n_exact = [had + n for had, (_, n) in zip(self._n_recent, plan.spans)]
-        self._pack_rows(plan.pack_after, tails, ends, n_exact)
+        self._pack_rows(plan.pack_after, tails, ends, n_exact, wait=True)
         self._n_columns = max(self._n_recent)
         for side, tail in zip(self._sides, tails):
             side.recent = write(None, 0, take_ending_at(tail, ends, self._n_columns), self._room())
@@ -292,28 +295,37 @@ class BatchTurboKVCache(TurboKVCache):
             tails = [first_tokens(side.recent, self._n_columns) for side in self._sides]
             self._pack_rows(n_pack, tails, [self._n_columns] * self.n_rows, self._n_recent)
 
-    def _pack_rows(self, n_pack, tails, ends, n_exact):
+    def _pack_rows(self, n_pack, tails, ends, n_exact, wait=False):
         """Quantize n_pack[b] tokens of each row b: the oldest, sink tokens apart, of the n_exact[b] that end before
         token ends[b] of `tails`. Rows in the same situation are quantized together. Raises before anything is
-        changed."""
+        changed. wait: keys that are the first of their row are balanced when their queries have come."""
         self._unread.clear()
         groups = {}
         for b, n in enumerate(n_pack):
             if n:
                 situation = n, n_exact[b], ends[b], self._n_packed[b], *(c[b] for c in self._centered)
                 groups.setdefault(situation, []).append(b)
-        jobs, exact_of = [], []
+        jobs, exact_of, balanced = [], [], {}
         for (n, n_tail, end, n_packed, *centered), rows in groups.items():
             means = [take_rows(s.means, rows) if c and n_packed else None for s, c in zip(self._sides, centered)]
             exact = [take_rows(tail, rows)[:, :, end - n_tail : end] for tail in tails]
             after_sink = [x[:, :, self._n_new_sinks(n_packed) :] for x in exact]
             sides = [side.to_pack(mean) for side, mean in zip(self._sides, means)]
+            if n_packed:
+                balance = self._balance_of(rows)
+            else:
+                balance, balanced[rows[0]] = (None, []) if wait else self._choose_balance(rows, exact[0])
+            sides[0] = sides[0]._replace(balance=balance)
             jobs.append(PackJob(sides, after_sink, n_packed, n))
             exact_of.append(exact)
         packed = pack(jobs, self.config, self.step)
         self._n_recent = list(n_exact)
         for rows, job, exact, new in zip(groups.values(), jobs, exact_of, packed):
             sinks = self._n_new_sinks(job.n_packed)
+            if not job.n_packed:
+                self._set_balance(rows, job.sides[0].balance, balanced[rows[0]])
+            if not job.n_packed and wait and self._may_balance:
+                self._to_balance = [*(self._to_balance or []), (rows, exact[0], job.n_pack)]
             for i, side in enumerate(self._sides):
                 if sinks:
                     side.sink = write_rows(side.sink, self.n_rows, rows, 0, exact[i][:, :, :sinks], sinks)
@@ -322,6 +334,69 @@ class BatchTurboKVCache(TurboKVCache):
                 self._n_packed[b] += job.n_pack
                 self._n_recent[b] -= job.n_pack + sinks
         self._cover_means()
+
+    # ---- balance ---------------------------------------------------------------------------------------------
+    @property
+    def _may_balance(self):
+        return self.config.balance and self._sides[0].bits > 0
+
+    @property
+    def _begins_to_pack(self):
+        return self._may_balance and not all(self._n_packed)
+
+    def _balance_of(self, rows):
+        """The balance of rows, or None if none of them has one."""
+        balance = self._sides[0].balance
+        if balance is None or rows == list(range(self.n_rows)):
+            return balance
+        return Balance(take_rows(balance.factors, rows)) if any(self._balanced[b] for b in rows) else None
+
+    def _choose_balance(self, rows, keys):
+        """The balance of rows whose keys [len(rows), H, n, D] from the first token on are at hand, as far as it can be
+        chosen, and those rows that it could be chosen for."""
+        chosen = []
+        for i, b in enumerate(rows):
+            observed, self._observed[b] = self._observed_of(b), []
+            joined = join(*observed) if observed else None
+            chosen.append(balancing.choose(keys[i : i + 1], self.config, self._sides[0].bits, joined))
+        balanced = [b for b, factors in zip(rows, chosen) if factors is not None]
+        if not balanced:
+            return None, balanced
+        ones = mx.ones((1, keys.shape[1], 1, keys.shape[3]))
+        return Balance(mx.concatenate([ones if factors is None else factors for factors in chosen])), balanced
+
+    def _set_balance(self, rows, balance, balanced=()):
+        """The balance of `rows` is this one, chosen for those of `balanced`. None: their channels are as they are."""
+        side = self._sides[0]
+        for b in rows:
+            self._balanced[b] = b in balanced
+        if rows == list(range(self.n_rows)) or not any(self._balanced):
+            side.balance = balance
+        elif balance is not None or side.balance is not None:
+            shape = self.n_rows, side.recent.shape[1], 1, side.head_dim
+            factors = mx.ones(shape) if side.balance is None else side.balance.factors[:]
+            factors[mx.array(rows)] = mx.ones((1,)) if balance is None else balance.factors
+            side.balance = Balance(factors)
+
+    def _balance(self):
+        """Pack the keys of the last update again: now there are queries to balance them by."""
+        waiting, self._to_balance = self._to_balance, None
+        side, changed = self._sides[0], False
+        for rows, keys, n_pack in waiting:
+            balance, balanced = self._choose_balance(rows, keys)
+            if balance is None:
+                continue
+            to_pack = side.to_pack(None)._replace(balance=balance)
+            ((new,),) = pack([PackJob([to_pack], [keys[:, :, self._n_new_sinks(0) :]], 0, n_pack)], self.config, self.step)
+            if rows == list(range(self.n_rows)):
+                side.codes = side.scale = side.means = None
+            self._set_balance(rows, balance, balanced)
+            self._write_packed(0, rows, 0, n_pack, new)
+            changed = True
+        if changed:
+            self._cover_means()
+            self._unread.clear()
+        self._evaluate()
 
     def _n_new_sinks(self, n_packed):
         """Tokens that become sink tokens when a row with n_packed packed tokens packs."""
@@ -354,20 +429,23 @@ class BatchTurboKVCache(TurboKVCache):
 
     # ---- auto ------------------------------------------------------------------------------------------------
     def observe(self, queries: mx.array, scale: float, sinks: Optional[mx.array] = None) -> None:
-        """As TurboKVCache.observe. The queries are used at the next update, so that all layers pack at once."""
-        if not self.undecided:
+        """As TurboKVCache.observe. `auto` uses the queries at the next update, so that all layers pack at once."""
+        if not self.wants_queries:
             return
         self._observed_with = scale, sinks
+        waiting = {b for rows, *_ in self._to_balance or [] for b in rows}
         for b, (first, n) in enumerate(self._last):
-            if not n:
+            if not n or self._n_packed[b] and b not in waiting:
                 continue
-            sample = auto_bits.sample_queries(n)
+            sample = sample_queries(n)
             positions = [self.n_tokens(b) - n + i for i in sample]
             seen = queries, b, positions
             if queries.shape[2] > 1:  # one token's queries are evaluated with the step, and kept as they are
                 seen = mx.take(queries[b : b + 1], mx.array([first + i for i in sample]), axis=2), 0, positions
                 mx.async_eval(seen[0])
-            self._observed[b] = auto_bits.newest([*self._observed[b], seen])
+            self._observed[b] = newest([*self._observed[b], seen])
+        if waiting:
+            self._balance()
 
     def _observed_of(self, b):
         """What a TurboKVCache of row b would have observed: ([(queries, positions)], scale, sinks) or None."""
@@ -378,6 +456,9 @@ class BatchTurboKVCache(TurboKVCache):
             for q, row, positions in self._observed[b]
         ]
         return seen, *self._observed_with
+
+    def _keys_to_balance(self):
+        return [keys for _, keys, _ in self._to_balance or []]
 
     def _observed_queries(self):
         by_id = {id(q): q for seen in self._observed for q, *_ in seen}  # rows share those of a decode step
@@ -391,13 +472,19 @@ class BatchTurboKVCache(TurboKVCache):
         choices = []
         for b in asked:
             keys = self._sides[0].recent[b : b + 1, :, self._n_columns - tokens[b] : self._n_columns]
-            choices.append(auto_bits.choose_by(keys, self.config, self._observed_of(b)))
+            observed = self._observed_of(b)
+            joined = join(*observed) if observed else None
+            factors = balancing.choose(keys, self.config, self._sides[0].bits, joined)
+            balance = None if factors is None else Balance(factors)
+            choices.append(auto_bits.choose_key_bits(keys, self.config, joined, balance))
         bits, errors, by = max(choices, key=lambda choice: _precision(choice[0]))
         self._decided(bits, errors, by)
 
     def _decided(self, bits, errors, by):
         self._sides[0].bits, self._errors, self._by = bits, errors, by
-        self.undecided, self._observed = False, [[] for _ in range(self.n_rows)]
+        self.undecided = False
+        if not self._may_balance:
+            self._observed = [[] for _ in range(self.n_rows)]
 
     def _raise_keys(self, bits):
         """Bring packed keys to more bits, or to exact ones: restored and quantized again about the same means."""
@@ -412,7 +499,8 @@ class BatchTurboKVCache(TurboKVCache):
                 ((codes, scale),) = quantize_tokens([keys], [side.to_pack(means)], [means], 0, self.config)
                 side.scale = write(None, 0, scale, self.step)
             else:
-                codes, side.scale, side.means = keys, None, None
+                codes, side.scale, side.means, side.balance = keys, None, None, None
+                self._balanced = [False] * self.n_rows
                 self._centered = [False] * self.n_rows, self._centered[1]
             side.codes = write(None, 0, codes, self.step)
         side.bits = bits
@@ -552,6 +640,8 @@ class BatchTurboKVCache(TurboKVCache):
                 )
             else:
                 mine.sink, mine.codes, mine.scale, mine.means = side.sink, side.codes, side.scale, side.means
+                mine.balance = side.balance
+                batch._balanced[0] = batch._balanced[0] or side.balance is not None
                 batch._centered[i][0] = side.means is not None
         batch._n_packed, batch._n_recent = [cache.n_packed], [cache.n_recent + (cache.n_sink if unpacked else 0)]
         batch._n_columns = batch._n_recent[0]
@@ -577,7 +667,7 @@ class BatchTurboKVCache(TurboKVCache):
         if decided:
             best = max(decided, key=lambda p: _precision(p._sides[0].bits))
             joined._decided(best._sides[0].bits, dict(best._errors), best._by)
-        else:
+        if joined.undecided or joined._may_balance:
             joined._observed = [seen for p in parts for seen in p._observed]
             joined._observed_with = next((p._observed_with for p in parts if p._observed_with), None)
         for name in "_n_packed", "_n_recent", "_n_evicted":
@@ -593,6 +683,7 @@ class BatchTurboKVCache(TurboKVCache):
             joined._centered = tuple([yes for p in parts for yes in p._centered[i]] for i in (0, 1))
             for i, side in enumerate(joined._sides):
                 joined._join_side(side, [p._sides[i] for p in parts], parts)
+            joined._join_balance(parts)
             joined._cover_means()
             joined._evaluate()
         joined._set_offset()
@@ -633,6 +724,16 @@ class BatchTurboKVCache(TurboKVCache):
                 pieces.append(mx.pad(a, [(0, 0), (0, 0), pad, (0, 0)]) if any(pad) else a)
             setattr(side, name, write(None, 0, mx.concatenate(pieces), step))
 
+    def _join_balance(self, parts):
+        if not self._may_balance:
+            return
+        of_parts = [p._sides[0].balance for p in parts]
+        self._balanced = [yes for p in parts for yes in p._balanced]
+        if any(self._balanced):
+            side = self._sides[0]
+            ones = [mx.ones((p.n_rows, side.recent.shape[1], 1, side.head_dim)) for p in parts]
+            side.balance = Balance(mx.concatenate([o if b is None else b.factors for b, o in zip(of_parts, ones)]))
+
     def _held(self, name, segment):
         """Tokens, or means, of the longest row in a buffer."""
         n_packed = max(self._n_packed)
@@ -671,7 +772,10 @@ class BatchTurboKVCache(TurboKVCache):
         self._observed, self._last = pick(self._observed), pick(self._last) if self._last else []
         self._centered = tuple(map(pick, self._centered))
         start, n_packed = self._n_columns - max(self._n_recent, default=0), max(self._n_packed, default=0)
-        index, self._n_columns = mx.array(rows), self._n_columns - start
+        index, self._n_columns, self._to_balance = mx.array(rows), self._n_columns - start, None
+        self._balanced = pick(self._balanced)
+        if (balance := self._sides[0].balance) is not None:
+            self._sides[0].balance = Balance(balance.factors[index]) if any(self._balanced) else None
         for side in self._sides:
             if side.recent is None:
                 continue
@@ -702,6 +806,8 @@ class BatchTurboKVCache(TurboKVCache):
             return cache
         cache.n_sink, cache.n_packed, cache.n_recent = self._counts()[b]
         cache._observed, end = self._observed_of(b), self._n_columns
+        if self._balanced[b]:
+            cache._sides[0].balance = self._balance_of([b])
         for side, mine, centered in zip(self._sides, cache._sides, self._centered):
             exact = side.recent[b : b + 1, :, end - self._n_recent[b] : end]
             if cache.n_sink:
@@ -749,6 +855,9 @@ class BatchTurboKVCache(TurboKVCache):
         for b, packed in enumerate(self._n_packed):
             for centered in self._centered:
                 centered[b] = centered[b] and packed > 0
+            if not packed:
+                self._set_balance([b], None)
+        self._to_balance = None
         if self._sides[0].recent is not None:
             self._cover_means()
         self._last = []
@@ -773,13 +882,14 @@ class BatchTurboKVCache(TurboKVCache):
             self._pad,
             self._n_before_right_padding or [-1] * self.n_rows,
             *self._centered,
+            self._balanced,
         )
 
     @property
     def state(self) -> list[mx.array]:
         """Everything as a list of arrays: an int32 header, int32 [B, names] with what `row_names` names of each row,
-        then per side sink, codes, scale, means and recent, cut to the columns they have; parts without columns are left
-        out. Setting it raises ValueError for arrays that are not the state of such a cache."""
+        then per side sink, codes, scale, means and recent, cut to the columns they have, then the balance of the keys;
+        what is not there is left out. Setting it raises ValueError for arrays that are not the state of such a cache."""
         columns = (*self._columns(self._n_packed), self._n_columns)
         rows = mx.array([*zip(*self._row_counts())], mx.int32)
         return [mx.array(self._header(columns), mx.int32), rows, *self._arrays(columns)]
@@ -796,6 +906,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_columns = state.counts[2]
         self._n_before_right_padding = None if -1 in rows["n_until"] else rows["n_until"]
         self._centered = [bool(x) for x in rows["key_means"]], [bool(x) for x in rows["value_means"]]
+        self._balanced = [bool(x) for x in rows["balanced"]]
         self._set_offset()
         self._evaluate()
 

@@ -11,12 +11,12 @@ them, and the rounded means are what is subtracted.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import mlx.core as mx
 
 from ..backends.rotate import rotate, unrotate
-from ..backends.sides import ONE_SEGMENT
+from ..backends.sides import ONE_SEGMENT, Balance
 
 SEGMENT = 128  # packed tokens that share a mean of keys: 16 / SEGMENT = 0.125 bits per number where it is used
 SLICE = 1024  # tokens that are summed at a time
@@ -88,13 +88,14 @@ def rows_to_center(decisions: Sequence[mx.array]) -> list[list[bool]]:
     return [flags[a:b] for a, b in zip(edges, edges[1:])]
 
 
-def stored(means: mx.array, centered: mx.array, seed: int) -> mx.array:
-    """Means [B, H, S, D] as they are stored: rotated, float16, 0 where `centered` [B, H, 1, 1] is false or they do not
-    fit."""
-    means = rotate(means, seed).astype(mx.float16)
+def stored(means: mx.array, centered: mx.array, seed: int, balance: Optional[Balance] = None) -> mx.array:
+    """Means [B, H, S, D] as they are stored: balanced as the tokens are, rotated, float16, 0 where `centered`
+    [B, H, 1, 1] is false or they do not fit."""
+    means = rotate(means if balance is None else means * balance.factors, seed).astype(mx.float16)
     return mx.where(centered & mx.isfinite(means).all(-1, keepdims=True), means, mx.zeros_like(means))
 
 
-def plain(means: mx.array, seed: int) -> mx.array:
+def plain(means: mx.array, seed: int, balance: Optional[Balance] = None) -> mx.array:
     """Stored means [B, H, S, D] as vectors to subtract or add, float32."""
-    return unrotate(means, seed)
+    means = unrotate(means, seed)
+    return means if balance is None else means / balance.factors

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from ..backends import select
 from ..backends.select import QuantizeSide
-from ..backends.sides import ONE_SEGMENT
+from ..backends.sides import ONE_SEGMENT, Balance
 from ..quant.rotation import can_rotate
 from ..quant.scheme import Scheme, TurboConfig
 from . import centering
@@ -21,7 +21,7 @@ class Side:
 
     sink, recent: model dtype [B, H, capacity, D]. codes: uint32 [B, H, capacity, words], or with 0 bits the exact
     vectors [B, H, capacity, D]. scale: float16 [B, H, capacity, 1], or None with 0 bits. means: float16 [B, H,
-    segments, D], rotated (centering.py), or None.
+    segments, D], rotated (centering.py), or None. balance: of the channels (balancing.py), or None.
     """
 
     def __init__(self, bits: int, segment: int) -> None:
@@ -31,13 +31,16 @@ class Side:
         self.scale: Buffer = None
         self.recent: Buffer = None
         self.means: Buffer = None
+        self.balance: Optional[Balance] = None
 
     @property
     def head_dim(self) -> int:
         return self.recent.shape[-1]
 
     def buffers(self) -> list[mx.array]:
-        return [a for a in (self.sink, self.codes, self.scale, self.recent, self.means) if a is not None]
+        balance = [] if self.balance is None else self.balance.arrays()
+        buffers = self.sink, self.codes, self.scale, self.recent, self.means, *balance
+        return [a for a in buffers if a is not None]
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +48,7 @@ class Side:
 
     def to_pack(self, means: Optional[mx.array]) -> "SideToPack":
         """How rows with these means are packed."""
-        return SideToPack(self.bits, self.segment, means)
+        return SideToPack(self.bits, self.segment, means, self.balance)
 
 
 def make_sides(config: TurboConfig, key_bits: Optional[int] = None) -> list[Side]:
@@ -130,11 +133,12 @@ def take_ending_at(array: mx.array, ends: list[int], n: int) -> mx.array:
 # ---- packing ---------------------------------------------------------------------------------------------------------
 class SideToPack(NamedTuple):
     """How keys or values are packed. means: float16 [B, H, segments, D], rotated, of the tokens that are packed
-    already; None if nothing is packed yet or no head is centered."""
+    already; None if nothing is packed yet or no head is centered. balance: of the rows' channels."""
 
     bits: int
     segment: int
     means: Optional[mx.array]
+    balance: Optional[Balance] = None
 
 
 class PackJob(NamedTuple):
@@ -216,7 +220,7 @@ def _extend_means(job, new, centered, config, step):
     for i, (segments, heads) in new.items():
         if any(centered[i]):
             segment = job.sides[i].segment
-            rotated = centering.stored(segments, heads, config.seed)
+            rotated = centering.stored(segments, heads, config.seed, job.sides[i].balance)
             means[i] = write(means[i], n_segments(job.n_packed, segment), rotated, max(step // segment, 1))
     return means
 
@@ -239,8 +243,11 @@ def quantize_tokens(
         elif side.bits:
             together.append(i)
     if together:
-        exact = [(i, None if (mean := means[i]) is None else centering.plain(mean, seed)) for i in together]
-        launched = [QuantizeSide(tails[i], sides[i].bits, mean) for i, mean in exact]
+        launched = []
+        for i in together:
+            mean, side = means[i], sides[i]
+            plain = None if mean is None else centering.plain(mean, seed, side.balance)
+            launched.append(QuantizeSide(tails[i], side.bits, plain, side.balance))
         for i, result in zip(together, select.quantize_sides(launched, seed, scale=config.scale)):
             out[i] = result
     return out
@@ -253,9 +260,9 @@ def _quantize_by_segment(x, side, means, first, config):
     at, s, parts = 0, first // side.segment, []
     for n_tokens, count in (begun, 1), (whole * side.segment, whole), (rest, 1):
         if n_tokens:
-            mean = centering.plain(means[:, :, s : s + count], config.seed).reshape(B, H * count, 1, D)
+            mean = centering.plain(means[:, :, s : s + count], config.seed, side.balance).reshape(B, H * count, 1, D)
             piece = x[:, :, at : at + n_tokens].reshape(B, H * count, -1, D)
-            launched = [QuantizeSide(piece, side.bits, mean)]
+            launched = [QuantizeSide(piece, side.bits, mean, side.balance)]
             (quantized,) = select.quantize_sides(launched, config.seed, scale=config.scale)
             parts.append([a.reshape(B, H, n_tokens, -1) for a in quantized])
             at, s = at + n_tokens, s + count

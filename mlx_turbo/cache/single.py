@@ -14,11 +14,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..backends import select
+from ..backends.attend_launch import MAX_QUERY_TOKENS
 from ..backends.select import check_vectors, get_backend
-from ..backends.sides import CachedSide
+from ..backends.sides import Balance, CachedSide
 from ..quant.rotation import ALLOWED_HEAD_DIMS
 from ..quant.scheme import SCALES, Scheme, TurboConfig
-from . import auto_bits, history
+from . import auto_bits, balancing, history
+from .attention_error import Observed, join, newest, sample_queries
 from .conversion import converter
 from .last_step import NOT_YET, after_update
 from .masks import attention_mask
@@ -27,7 +29,7 @@ from .state import FORMAT_VERSION, HEADER_NAMES, MAGIC, read_state
 from .view import KVView, LazyKV, Unread
 
 # what a pickle leaves out: it is in the state, or belongs to this process
-_NOT_PICKLED = "_sides", "_offsets", "_unread", "version", "attended_version", "last_attention"
+_NOT_PICKLED = "_sides", "_offsets", "_unread", "_to_balance", "version", "attended_version", "last_attention"
 
 
 class TurboKVCache:
@@ -63,6 +65,7 @@ class TurboKVCache:
     def _clear_counts(self):
         self.n_sink = self.n_packed = self.n_recent = 0
         self._observed = None
+        self._to_balance = None  # keys [B, H, n, D] that the last update packed first: they wait for its queries
 
     @property
     def offset(self) -> int:
@@ -92,7 +95,7 @@ class TurboKVCache:
         new, n_new = (keys, values), keys.shape[2]
         if n_new == 0:
             return self.keys_and_values() if self.offset else new
-        first = self.offset == 0
+        first, self._to_balance = self.offset == 0, None
         n_to_sink = min(self.config.sink - self.n_sink, n_new)
         n_to_recent = n_new - n_to_sink
         if self.undecided and (
@@ -104,7 +107,11 @@ class TurboKVCache:
         if self.n_recent + n_to_recent <= capacity or self.undecided:
             view = None
         elif n_to_recent <= self.config.block:  # make room: what is appended stays exact until a later update
-            self._pack([side.recent[:, :, : self.n_recent] for side in self._sides])
+            tails = [side.recent[:, :, : self.n_recent] for side in self._sides]
+            if self._begins_to_pack:
+                self._sides[0].balance = self._sides[0].balance or self._choose_balance(tails[0])
+                self._observed = None
+            self._pack(tails)
             view = None
         else:  # a prompt chunk: attended exactly now, packed at once
             tails = [x[:, :, n_to_sink:] for x in new]
@@ -113,8 +120,9 @@ class TurboKVCache:
                     mx.concatenate([side.recent[:, :, : self.n_recent], t], axis=2)
                     for side, t in zip(self._sides, tails)
                 ]
-            view = self.n_packed, tails
+            view, begins = (self.n_packed, tails), self._begins_to_pack
             self._pack(tails)
+            self._to_balance = tails[0] if begins else None
         for side, x in zip(self._sides, new):
             if n_to_sink:
                 side.sink = write(side.sink, self.n_sink, x[:, :, :n_to_sink], self.config.sink)
@@ -128,7 +136,7 @@ class TurboKVCache:
         self._updated()
         if first or view:
             self._evaluate()
-        if first and not self.undecided:
+        if first and not self._shows_queries(n_new):
             return new
         if view is None:
             return self._fetch((self.n_sink, self.n_packed, self.n_recent), new=new if first else None)
@@ -194,25 +202,67 @@ class TurboKVCache:
 
     # ---- auto ------------------------------------------------------------------------------------------------
     def observe(self, queries: mx.array, scale: float, sinks: Optional[mx.array] = None) -> None:
-        """Take note of the queries [B, n_heads, L, Dk] of the newest L tokens, by which `auto` chooses bits. Attention
-        calls it. scale: the softmax scale. sinks: [n_heads] sink logits."""
-        if not self.undecided:
+        """Take note of the queries [B, n_heads, L, Dk] of the newest L tokens, by which keys are balanced and `auto`
+        chooses bits. Attention calls it. scale: the softmax scale. sinks: [n_heads] sink logits."""
+        if not self.wants_queries:
             return
         n, (counts,) = queries.shape[2], self._counts()
         held = sum(counts)
         if n > 1:  # one token's queries are evaluated with the step, and kept as they are
-            sample = auto_bits.sample_queries(n)
+            sample = sample_queries(n)
             queries, positions = mx.take(queries, mx.array(sample), axis=2), [held - n + i for i in sample]
             mx.async_eval(queries)
         else:
             positions = [held - 1]
         seen = self._observed[0] if self._observed else []
-        self._observed = auto_bits.newest([*seen, (queries, positions)]), scale, sinks
-        if self.n_recent > self._capacity():
+        self._observed = newest([*seen, (queries, positions)]), scale, sinks
+        if self._to_balance is not None:
+            self._balance()
+        elif self.undecided and self.n_recent > self._capacity():
             self._decide()
 
+    @property
+    def wants_queries(self) -> bool:
+        """Whether `observe` has use for queries: until the first keys are packed, and once after that, if their own
+        queries came behind them."""
+        return self.undecided or self._to_balance is not None or self._begins_to_pack
+
+    def _shows_queries(self, n_new):
+        """Whether the first n_new tokens are returned as `LazyKV`, for the sake of their queries. Those of a few tokens
+        are not worth it, unless auto counts them."""
+        return self.undecided or self.wants_queries and n_new > MAX_QUERY_TOKENS
+
+    @property
+    def _begins_to_pack(self):
+        """Whether the next keys to be packed are the first, and may be balanced."""
+        return not self.n_packed and self.config.balance and self._sides[0].bits > 0
+
+    def _choose_balance(self, tail):
+        """The balance of keys of which `tail` comes after the sink, as far as it can be chosen."""
+        if not self._observed:
+            return None
+        keys = mx.concatenate([self._sides[0].sink[:, :, : self.n_sink], tail], axis=2) if self.n_sink else tail
+        factors = balancing.choose(keys, self.config, self._sides[0].bits, join(*self._observed))
+        return None if factors is None else Balance(factors)
+
+    def _balance(self):
+        """Pack the keys of the last update again: now there are queries to balance them by."""
+        tail, self._to_balance = self._to_balance, None
+        balance, self._observed, side = self._choose_balance(tail), None, self._sides[0]
+        if balance is not None:
+            side.balance = balance
+            job = PackJob([side.to_pack(None)], [tail], 0, self.n_packed)
+            ((new,),) = pack([job], self.config, self.step)
+            side.codes, side.scale = (write(None, 0, a, self.step) for a in (new.codes, new.scale))
+            side.means = new.means
+            self._unread.clear()
+        self._evaluate()
+
+    def _keys_to_balance(self):
+        return [] if self._to_balance is None else [self._to_balance]
+
     def _observed_queries(self):
-        """The arrays that `observe` holds on to; none once auto has chosen. (The sink logits are the model's.)"""
+        """The arrays that `observe` holds on to; none once they have been used. (The sink logits are the model's.)"""
         return [queries for queries, _ in self._observed[0]] if self._observed else []
 
     def _capacity(self):
@@ -230,8 +280,11 @@ class TurboKVCache:
         `observe`) the keys alone decide."""
         parts = [(side.sink, side.recent[:, :, : self.n_recent]) for side in self._sides]
         keys = mx.concatenate([parts[0][0][:, :, : self.n_sink], parts[0][1]], axis=2) if self.n_sink else parts[0][1]
-        bits, self._errors, self._by = auto_bits.choose_by(keys, self.config, self._observed)
+        balance = self._choose_balance(parts[0][1])
+        observed = join(*self._observed) if self._observed else None
+        bits, self._errors, self._by = auto_bits.choose_key_bits(keys, self.config, observed, balance)
         self._sides[0].bits, self.undecided, self._observed = bits, False, None
+        self._sides[0].balance = balance if bits else None
         if self.n_recent > self._capacity():
             self._pack([recent for _, recent in parts])
 
@@ -250,7 +303,17 @@ class TurboKVCache:
         for i, side in enumerate(self._sides):
             tail = side.recent if tails is None else mx.contiguous(tails[i])
             sides.append(
-                CachedSide(side.sink, side.codes, side.scale, tail, side.bits, side.head_dim, side.means, side.segment)
+                CachedSide(
+                    side.sink,
+                    side.codes,
+                    side.scale,
+                    tail,
+                    side.bits,
+                    side.head_dim,
+                    side.means,
+                    side.segment,
+                    side.balance,
+                )
             )
         return KVView(*sides, counts, self.config.seed, self, self.version)
 
@@ -319,6 +382,10 @@ class TurboKVCache:
             take = min(n, getattr(self, name))
             setattr(self, name, getattr(self, name) - take)
             n -= take
+        if trimmed:
+            self._to_balance = None
+        if not self.n_packed:
+            self._sides[0].balance = None
         return trimmed
 
     def make_mask(
@@ -342,8 +409,11 @@ class TurboKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, unused room included, and of the queries that auto holds until it has chosen."""
-        return sum(side.nbytes for side in self._sides) + sum(queries.nbytes for queries in self._observed_queries())
+        """Bytes of all buffers, unused room included, and of the queries and keys that are held until the keys are
+        balanced and auto has chosen."""
+        return sum(side.nbytes for side in self._sides) + sum(
+            a.nbytes for a in (*self._observed_queries(), *self._keys_to_balance())
+        )
 
     def _counts(self):
         """(n_sink, n_packed, n_recent) of each sequence."""
@@ -486,6 +556,8 @@ class TurboKVCache:
             *dims,
             *dtypes,
             *n_means,
+            config.balance,
+            self._sides[0].balance is not None,
         ]
 
     def _arrays(self, counts):
@@ -499,12 +571,13 @@ class TurboKVCache:
                 (side.recent, n_recent),
             )
             arrays += [a[:, :, :n] for a, n in parts if a is not None and n]  # never the object we write into
-        return arrays
+        balance = self._sides[0].balance
+        return arrays if balance is None else [*arrays, balance.factors]
 
     @property
     def state(self) -> list[mx.array]:
         """Everything as a list of arrays: an int32 header, then per side sink, codes, scale, means and recent, cut to
-        the tokens they hold; parts without tokens are left out. Setting it raises ValueError for arrays that are not
+        the tokens they hold, then the balance of the keys; what is not there is left out. Setting it raises ValueError for arrays that are not
         the state of such a cache."""
         counts = self.n_sink, self.n_packed, self.n_recent
         return [mx.array(self._header(counts), mx.int32), *self._arrays(counts)]
@@ -516,7 +589,7 @@ class TurboKVCache:
         self.n_sink, self.n_packed, self.n_recent = state.counts
         self.version, self.attended_version, self._unread = 0, None, Unread()
         self.last_attention = NOT_YET
-        self._observed, self._errors, self._by = None, {}, None
+        self._observed, self._errors, self._by, self._to_balance = None, {}, None, None
         vars(self).update(state.own)
         self._evaluate()
 

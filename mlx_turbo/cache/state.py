@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..backends import select
+from ..backends.sides import Balance
 from ..quant.scheme import BITS, SCALES, TurboConfig, words_per_row
 from .packing import Side, allowed_dtypes, bits_at, make_sides, may_choose_bits, n_segments, write
 
-MAGIC, FORMAT_VERSION = 0x54554B56, 2  # "TUKV"
+MAGIC, FORMAT_VERSION = 0x54554B56, 3  # "TUKV"
 BATCH_MAGIC = 0x54554B42  # "TUKB"
 WINDOW_MAGIC, BATCH_WINDOW_MAGIC = 0x54554B57, 0x54554B52  # "TUKW", "TUKR"
 HEADER_NAMES = (
@@ -33,8 +34,12 @@ HEADER_NAMES = (
     "value_dtype",
     "key_means",
     "value_means",
+    "balance",
+    "key_balance",
 )
-ROW_NAMES = ("n_packed", "n_recent", "n_pad", "n_until", "key_means", "value_means")  # n_until: -1 if not right-padded
+SINCE_VERSION_3 = {"balance": 1, "key_balance": 0, "balanced": 0}  # what a state of version 2 stands for
+# of a batch; n_until: -1 if not right-padded
+ROW_NAMES = ("n_packed", "n_recent", "n_pad", "n_until", "key_means", "value_means", "balanced")
 
 
 class State(NamedTuple):
@@ -61,7 +66,8 @@ def read_state(arrays: list, cache: Any) -> State:
     rows = {}
     if cache.row_names:
         array: Any = arrays[1] if len(arrays) > 1 else None
-        rows = _read_rows(array, cache.row_names)
+        rows = _read_rows(array, _names_of(cache.row_names, header["version"]))
+        rows = {"balanced": [0] * len(rows["n_packed"])} | rows
         if not _rows_fit(rows, counts, config, key_bits, own):
             raise ValueError(f"state: the header names {counts} columns, the rows {array.tolist()}, with {config}")
     elif not _counts_fit(counts, config, key_bits):
@@ -70,7 +76,12 @@ def read_state(arrays: list, cache: Any) -> State:
     for side, name in zip(sides, ("key_dim", "value_dim")):
         if header[name]:
             side.bits = bits_at(side.bits, header[name])
-    _restore_sides(sides, iter(arrays[2 if rows else 1 :]), counts, header, config)
+    arrays, balance = list(arrays[2 if rows else 1 :]), None
+    if header["key_balance"]:
+        balance = arrays.pop() if arrays else None
+    _restore_sides(sides, iter(arrays), counts, header, config)
+    if header["key_balance"]:
+        sides[0].balance = _read_balance(balance, sides[0])
     if sum(counts):
         (batch, heads), others = sides[0].recent.shape[:2], sides[1].recent.shape[:2]
         if (batch, heads) != others or rows and batch != len(rows["n_packed"]):
@@ -86,9 +97,14 @@ def _read_header(array, cache):
     numbers = array.tolist()
     if numbers[0] != cache.magic:
         raise ValueError(f"state: not the state of a {kind}")
-    if numbers[1] != FORMAT_VERSION or len(numbers) != len(cache.header_names):
-        raise ValueError(f"state: format version {numbers[1]}, this version of mlx_turbo reads {FORMAT_VERSION}")
-    return dict(zip(cache.header_names, numbers))
+    names = _names_of(cache.header_names, numbers[1])
+    if numbers[1] not in (2, FORMAT_VERSION) or len(numbers) != len(names):
+        raise ValueError(f"state: format version {numbers[1]}, this version of mlx_turbo reads 2 and {FORMAT_VERSION}")
+    return SINCE_VERSION_3 | dict(zip(names, numbers))
+
+
+def _names_of(names, version):
+    return [name for name in names if version != 2 or name not in SINCE_VERSION_3]
 
 
 def _read_config(header):
@@ -103,6 +119,7 @@ def _read_config(header):
         header["seed"],
         SCALES[header["scale"]],
         bool(header["centre"]),
+        bool(header["balance"]),
         auto=bool(header["auto"]),
     )
     chosen = header["chosen_key_bits"]
@@ -141,6 +158,16 @@ def _rows_fit(rows, columns, config, key_bits, own):
     if any(gone and n < own["max_size"] - 1 for gone, n in zip(n_evicted, held)):
         return False  # only a full window evicts
     return key_bits >= 0 or not longest
+
+
+def _read_balance(factors, side):
+    want = "float32 [B, H, 1, D]"
+    if side.recent is not None:
+        want = f"float32 {(*side.recent.shape[:2], 1, side.head_dim)}"
+    got = "nothing" if factors is None else f"{str(factors.dtype).split('.')[-1]} {tuple(factors.shape)}"
+    if side.recent is None or not side.bits or got != want:
+        raise ValueError(f"state: got {got} as the balance of the keys, expected {want} of packed keys")
+    return Balance(factors)
 
 
 def _restore_sides(sides, arrays, counts, header, config):

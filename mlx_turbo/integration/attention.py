@@ -53,7 +53,10 @@ def _pass_through(door, original, queries, keys, values, cache, scale, mask=None
     """What a door does: attention on the packed state for the arrays of a cache, `original` for anything else."""
     view = None if options or not _is_open else view_of(keys, values)
     if view is not None and not view.cache.undecided and (view.counts[1] or queries.shape[2] <= MAX_QUERY_TOKENS):
-        return attend(queries, view, scale=scale, mask=mask, sinks=sinks)
+        out = attend(queries, view, scale=scale, mask=mask, sinks=sinks)
+        if view.cache.wants_queries:
+            view.cache.observe(queries, scale, sinks)
+        return out
     if door in _entered.doors:  # programs that replaced each other's functions lead in a circle
         original = _mlx_lm_function() or original
     _entered.doors.append(door)

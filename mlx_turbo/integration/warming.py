@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..backends.attend_launch import MAX_QUERY_TOKENS
 from ..backends.select import GPUS, get_backend
-from ..cache import auto_bits, centering
+from ..cache import attention_error, auto_bits, centering
 from ..cache.rotating import Window
 from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig
@@ -172,7 +172,7 @@ def _try_layer(layer: _Layer, centered: bool, steps: range) -> None:
                 say(n)
     for bits in [b for b in auto_bits.LADDER if b and layer.auto]:  # auto measures before it chooses
         mx.eval(
-            auto_bits.key_error(
+            attention_error.key_error(
                 keys=mx.zeros((1, layer.n_kv_heads, 2, layer.key_dim), layer.dtype), bits=bits, config=layer.config
             )
         )

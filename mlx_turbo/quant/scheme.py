@@ -60,6 +60,8 @@ class TurboConfig:
     seed: of the rotation's signs.
     scale: how the scale of a packed vector is chosen, one of SCALES (reference.quantize).
     centre: subtract a mean from keys and values where it carries most of their energy (cache/centering.py).
+    balance: give the channels of keys factors, chosen by the queries of the first prompt chunk, so that the rounding
+        errs least where queries look (cache/balancing.py).
     boundary: number of layers at either end of the model whose keys get at least 8 bits.
     auto: more bits for the keys of a layer whose attention errs too much on the first prompt chunk
         (cache/auto_bits.py).
@@ -74,6 +76,7 @@ class TurboConfig:
     seed: int = 0
     scale: str = SCALES[0]
     centre: bool = True
+    balance: bool = True
     boundary: int = 0
     auto: bool = False
 
@@ -86,7 +89,7 @@ class TurboConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
                 raise ValueError(f"{name}: got {value!r}, allowed are whole numbers from {least} to 2**31 - 1")
-        for name, allowed in (("scale", SCALES), ("centre", (False, True)), ("auto", (False, True))):
+        for name, allowed in (("scale", SCALES), ("centre", (False, True)), ("balance", (False, True)), ("auto", (False, True))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed are {allowed}")
 

@@ -15,7 +15,7 @@ from support.keys import queries_for, turning
 from mlx_turbo import TurboConfig, TurboKVCache
 from mlx_turbo.backends import select
 from mlx_turbo.backends.mlx_ops import CpuBackend
-from mlx_turbo.cache import auto_bits
+from mlx_turbo.cache import attention_error, auto_bits
 from mlx_turbo.cli import common
 from mlx_turbo.integration import attention, prompt_cache
 from mlx_turbo.quality import metrics
@@ -67,31 +67,27 @@ def test_the_error_is_the_divergence_of_the_attention_weights(backend, bits, sin
     p, q = weights
     kl = np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0).sum(-1)
     want = kl.reshape(2, 2, 6).mean(-1).max()
-    got = auto_bits.attention_error(
-        *(mx.array(queries, mx.float32), positions, mx.array(keys, mx.float32)),
-        bits,
-        TurboConfig("auto"),
-        0.3,
-        None if sinks is None else mx.array(sinks, mx.float32),
-    )
-    assert got.item() == pytest.approx(want, rel=0.03)
+    sinks = None if sinks is None else mx.array(sinks, mx.float32)
+    observed = attention_error.Observed(mx.array(queries, mx.float32), positions, 0.3, sinks)
+    got = attention_error.attention_error(observed, mx.array(keys, mx.float32), bits, TurboConfig("auto"))
+    assert got.shape == (2, 2) and got.max().item() == pytest.approx(want, rel=0.03)
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 100, 2048])
 def test_samples_are_tokens_that_exist_each_once(n):
-    queries, (starts, length) = auto_bits.sample_queries(n), auto_bits.sample_keys(n)
+    queries, (starts, length) = attention_error.sample_queries(n), attention_error.sample_keys(n)
     assert queries == sorted(set(queries)) and 0 <= queries[0] and queries[-1] == n - 1
-    assert len(queries) == min(n, auto_bits.N_QUERIES) and (n < 32 or queries[0] >= n // 2)
+    assert len(queries) == min(n, attention_error.N_QUERIES) and (n < 32 or queries[0] >= n // 2)
     assert all(a + length <= b for a, b in zip(starts, [*starts[1:], n])) and starts[0] == 0
     assert len(starts) * length <= 4 * 128 and (n > 128 or length == n)
 
 
 # ---- the choice ---------------------------------------------------------------------------------------------------
 @fast
-@pytest.mark.parametrize("norm, bits", [(0, 4), (300, 8), (10000, 0)])
-def test_keys_get_the_bits_they_need(backend, norm, bits):
+@pytest.mark.parametrize("balance, norm, bits", [(False, 0, 4), (False, 300, 8), (False, 10000, 0), (True, 10000, 8)])
+def test_keys_get_the_bits_they_need(backend, balance, norm, bits):
     keys, values = turning(512, norm)
-    cache = TurboKVCache("auto")
+    cache = TurboKVCache("auto", balance=balance)
     prompt(cache, keys, values, 512, queries_for(keys))
     report = cache.report()
     assert report["scheme"] == {4: "turbo4", 8: "turbo8v4", 0: "turbo0v4"}[bits]
@@ -142,7 +138,7 @@ def test_observed_queries_are_bytes_of_the_cache_until_it_has_chosen(backend):
 def test_auto_from_another_scheme_never_takes_bits_away(backend):
     keys, values = turning(512, 0)
     for scheme, name in (("turbo3", "turbo4v3"), ("turbo8v2", "turbo8v2"), ("turbo0v4", "turbo0v4")):
-        cache = TurboKVCache(scheme, auto=True)
+        cache = TurboKVCache(scheme, auto=True, balance=False)
         prompt(cache, keys, values, 512, queries_for(keys))
         assert cache.report()["scheme"] == name
 
@@ -230,7 +226,7 @@ def test_without_the_hook_auto_still_decides(backend, demo):
 @fast
 def test_describe_names_the_layers_that_were_raised(backend, demo):
     model, tokens = construct.bad_ends(demo[0], where="all"), demo[1]
-    cache = prompt_cache.make_prompt_cache(model, "auto")
+    cache = prompt_cache.make_prompt_cache(model, TurboConfig("auto", balance=False))
     assert "auto: not yet decided" in prompt_cache.describe(cache)
     model(tokens[None, :300], cache=cache)
     assert "auto: keys at 4 bits in 2 layers, at 8 bits in 1 (0), exact in 1 (3)" in prompt_cache.describe(cache)

@@ -205,7 +205,7 @@ def test_what_does_not_belong_together_is_refused(backend):
         with pytest.raises(error, match="batch_indices: got none|out of range"):
             batch.filter(rows)
         assert same(state_of(batch), before)
-    one_row_is_padded = mx.array([[0, 0, 0, 3, 0, 0], [0] * 6], mx.int32)
+    one_row_is_padded = mx.array([[0, 0, 0, 3, 0, 0, 0], [0] * 7], mx.int32)
     for spoil in (
         lambda s: s[:1],
         lambda s: [s[0], s[1][:1], *s[2:]],
@@ -300,7 +300,7 @@ def test_undecided_rows_stay_undecided_and_decide_as_alone(backend):
 def chosen(monkeypatch, bits, n=400, seed=0, **shape):
     """A cache of n tokens with key biases, for whose keys auto chose `bits`."""
     cache = TurboKVCache(AUTO)
-    monkeypatch.setattr(auto_bits, "choose_key_bits", lambda *_: (bits, {}))
+    monkeypatch.setattr(auto_bits, "choose_key_bits", lambda *_: (bits, {}, "the test"))
     keys, values = random_tokens(np.random.default_rng(seed), n, bias=9, **shape)
     for at in range(0, n, 300):
         cache.update_and_fetch(keys[:, :, at : at + 300], values[:, :, at : at + 300])
@@ -341,7 +341,7 @@ def test_an_undecided_row_follows_the_others_if_it_is_short_and_decides_if_it_is
     for n, want in ((9, 8), (256, 0)):
         waiting, decided = TurboKVCache(AUTO), chosen(monkeypatch, 8)
         waiting.update_and_fetch(*random_tokens(np.random.default_rng(0), n))
-        monkeypatch.setattr(auto_bits, "choose_key_bits", lambda *_: (0, {}))
+        monkeypatch.setattr(auto_bits, "choose_key_bits", lambda *_: (0, {}, "the test"))
         batch = TurboKVCache.merge([waiting, decided])
         assert not batch.undecided and batch._sides[0].bits == want and waiting.undecided
         batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=2))
@@ -366,7 +366,7 @@ def test_a_row_whose_bits_were_chosen_before_it_has_packed_is_saved(backend, doo
 def test_tokens_stay_in_order_while_rows_decide(backend, monkeypatch, seed):
     """Against lists of tokens: auto keeps all exact here, but rows decide, and pack, at any time and in any company."""
     monkeypatch.setattr(auto_bits, "FEWEST", 24)
-    monkeypatch.setattr(auto_bits, "choose_key_bits", lambda *_: (0, {}))
+    monkeypatch.setattr(auto_bits, "choose_key_bits", lambda *_: (0, {}, "the test"))
     rng, config = np.random.default_rng(seed), TurboConfig("turbo4v0", 2, 4, 4, auto=True)
     cache, rows, n_decided = BatchTurboKVCache(config, [0]), [np.zeros((1, 2, 0, 32))], 0
     for step in range(80):

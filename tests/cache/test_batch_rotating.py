@@ -159,10 +159,10 @@ def test_windows_that_do_not_belong_together_are_refused(backend):
     with pytest.raises(ValueError, match="batch size 3"):
         batch.update_and_fetch(*random_tokens(np.random.default_rng(0), 1, batch=3))
     header, counts = batch.state[0].tolist(), batch.state[1]
-    forgotten = mx.array([0, 0, 0, 0, 0, 0, 1], mx.int32)
+    forgotten = mx.array([0, 0, 0, 0, 0, 0, 0, 1], mx.int32)
     for spoil in (
         lambda s: s[:1],
-        lambda s: [s[0], s[1][:, :6], *s[2:]],
+        lambda s: [s[0], s[1][:, :7], *s[2:]],
         lambda s: s[:-1],
         lambda s: [*s, s[-1]],
         lambda s: [s[0], counts + forgotten, *s[2:]],  # of the short row, which has forgotten nothing

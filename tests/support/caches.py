@@ -1,6 +1,7 @@
 """What the cache's tests share: random vectors, what a cache holds in NumPy, and the oracle's view of it."""
 
 import collections
+import contextlib
 import copy
 import functools
 import pickle
@@ -8,6 +9,7 @@ import tempfile
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from hypothesis import stateful
 from mlx_lm.models.cache import RotatingKVCache
 from support.arrays import to_numpy
@@ -15,7 +17,7 @@ from support.arrays import to_numpy
 from mlx_turbo import TurboKVCache, load_prompt_cache, save_prompt_cache
 from mlx_turbo.backends import select
 from mlx_turbo.backends.self_test import compare_quantized, compare_vectors
-from mlx_turbo.cache import centering
+from mlx_turbo.cache import balancing, centering
 from mlx_turbo.cache.state import HEADER_NAMES
 from mlx_turbo.quant import reference, rotation
 
@@ -95,6 +97,7 @@ def stored(cache):
             array = next(arrays) if n else None
             side[name] = None if array is None else np.array(array) if array.dtype == mx.uint32 else to_numpy(array)
         sides.append(side)
+    sides[0]["balance"] = to_numpy(next(arrays)) if head["key_balance"] else None
     assert next(arrays, None) is None
     return sides
 
@@ -166,7 +169,8 @@ class ListModel:
         given = [to_numpy(x) for x in new]
         old, self.dtypes = self.offset, [x.dtype for x in new]
         self.given = given if old == 0 else [np.concatenate(p, axis=2) for p in zip(self.given, given)]
-        fetched = self.cache.update_and_fetch(keys, values)
+        with few_keys_are_balanced():
+            fetched = self.cache.update_and_fetch(keys, values)
         # what was packed before, or to make room, comes back restored, all the rest as it was given; a chunk too
         # large for the recent window is packed only after it has been returned
         after = header(self.cache)
@@ -175,6 +179,10 @@ class ListModel:
         for x, want in zip(fetched, given):
             np.testing.assert_array_equal(to_numpy(x)[:, :, old:], want)
         self.check()
+        if keys.shape[2]:
+            with few_keys_are_balanced():
+                self.cache.observe(queries_of(keys), 0.1)
+            self.check()
         return fetched
 
     def trim(self, n):
@@ -211,9 +219,9 @@ class ListModel:
             if last > first and not bits:
                 np.testing.assert_array_equal(side["codes"], x[:, :, first:last])
             elif last > first:
-                want = reference.quantize(
-                    x[:, :, first:last], bits, rotation=config.seed, mean=self._mean(side, i, last - first)
-                )
+                mean, balance = self._mean(side, i, last - first), side.get("balance")
+                x = x[:, :, first:last]
+                want = reference.quantize(x, bits, rotation=config.seed, mean=mean, balance=balance)
                 error = compare_quantized(side["codes"], side["scale"], want)
                 assert error is None, error
         self._check_fetched(cache.keys_and_values(), head["n_sink"], head["n_packed"])
@@ -223,7 +231,8 @@ class ListModel:
         if side["means"] is None:
             return None
         segment = centering.segment_of(i)
-        return rotation.unrotate(side["means"][:, :, np.arange(n) // segment].astype(np.float64), self.config.seed)
+        means = rotation.unrotate(side["means"][:, :, np.arange(n) // segment].astype(np.float64), self.config.seed)
+        return means if side.get("balance") is None else means / side["balance"]
 
     def _bits(self):
         scheme = self.config.scheme
@@ -243,6 +252,7 @@ class ListModel:
                     side["codes"][:, :, :n_packed], side["scale"][:, :, :n_packed], b, x.shape[3], self.config.seed
                 )
                 mean = self._mean(side, i, n_packed)
+                restored = restored if side.get("balance") is None else restored / side["balance"]
                 restored = restored if mean is None else restored + mean
                 error = compare_vectors(x[:, :, first:last], restored, dtype)
                 assert error is None, error
@@ -251,6 +261,20 @@ class ListModel:
 def restore(codes, scale, bits, head_dim, seed=0):
     """The oracle's vectors of packed rows: float64 [B, H, n, head_dim]."""
     return reference.dequantize(reference.from_packed(codes, scale, bits, head_dim, rotation=seed))
+
+
+@contextlib.contextmanager
+def few_keys_are_balanced():
+    """Inside this context keys are balanced however few there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(balancing, "FEWEST", 2)
+        yield
+
+
+def queries_of(keys, n_rows=2):
+    """Queries [B, n_rows * H, n, D] that look at other channels than keys [B, H, n, D] are large in."""
+    D = keys.shape[3]
+    return mx.repeat(keys[..., ::-1], n_rows, axis=1) * mx.linspace(0.7, 1.4, D).astype(keys.dtype)
 
 
 def filled(n=40, scheme="turbo4", seed=0, sink=2, recent=4, block=4, chunk=None, **options):

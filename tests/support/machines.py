@@ -242,6 +242,8 @@ class BatchMachine(RuleBasedStateMachine):
     @rule(way=st.sampled_from(WAYS))
     def go_on_with_a_copy(self, way):
         self.rows.batch = copied(self.rows.batch, way)
+        if way in ("state", "file"):  # without the queries of tokens that are not packed yet
+            self.rows.alone = [copied(cache, "state") for cache in self.rows.alone]
         self.rows.check()
 
     @rule()
