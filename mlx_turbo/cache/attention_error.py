@@ -18,8 +18,8 @@ N_QUERIES, N_SEGMENTS = 16, 4  # sampled query tokens; sampled runs of SEGMENT k
 
 
 class Observed(NamedTuple):
-    """Queries that a cache has been shown. queries: [B, n_heads, n, D], of the tokens at `positions`. scale: the softmax
-    scale. sinks: [n_heads] sink logits, or None."""
+    """Queries that a cache has been shown. queries: [B, n_heads, n, D], of the tokens at `positions`. scale: the
+    softmax scale. sinks: [n_heads] sink logits, or None."""
 
     queries: mx.array
     positions: list[int]
@@ -89,8 +89,8 @@ def attention_error(
 
 
 def without_infinite(queries: mx.array) -> tuple[mx.array, mx.array]:
-    """Queries float32 [..., D], 0 where they are not finite, and which are, bool [...]. They are not packed: they may be
-    far larger than keys."""
+    """Queries float32 [..., D], 0 where they are not finite, and which are, bool [...]. They are not packed: they may
+    be far larger than keys."""
     good = mx.isfinite(mx.square(queries).sum(-1))
     return mx.where(good[..., None], queries, 0), good
 

@@ -387,7 +387,9 @@ class BatchTurboKVCache(TurboKVCache):
             if balance is None:
                 continue
             to_pack = side.to_pack(None)._replace(balance=balance)
-            ((new,),) = pack([PackJob([to_pack], [keys[:, :, self._n_new_sinks(0) :]], 0, n_pack)], self.config, self.step)
+            ((new,),) = pack(
+                [PackJob([to_pack], [keys[:, :, self._n_new_sinks(0) :]], 0, n_pack)], self.config, self.step
+            )
             if rows == list(range(self.n_rows)):
                 side.codes = side.scale = side.means = None
             self._set_balance(rows, balance, balanced)
@@ -889,7 +891,8 @@ class BatchTurboKVCache(TurboKVCache):
     def state(self) -> list[mx.array]:
         """Everything as a list of arrays: an int32 header, int32 [B, names] with what `row_names` names of each row,
         then per side sink, codes, scale, means and recent, cut to the columns they have, then the balance of the keys;
-        what is not there is left out. Setting it raises ValueError for arrays that are not the state of such a cache."""
+        what is not there is left out. Setting it raises ValueError for arrays that are not the state of such a
+        cache."""
         columns = (*self._columns(self._n_packed), self._n_columns)
         rows = mx.array([*zip(*self._row_counts())], mx.int32)
         return [mx.array(self._header(columns), mx.int32), rows, *self._arrays(columns)]

@@ -20,7 +20,7 @@ from ..backends.sides import Balance, CachedSide
 from ..quant.rotation import ALLOWED_HEAD_DIMS
 from ..quant.scheme import SCALES, Scheme, TurboConfig
 from . import auto_bits, balancing, history
-from .attention_error import Observed, join, newest, sample_queries
+from .attention_error import join, newest, sample_queries
 from .conversion import converter
 from .last_step import NOT_YET, after_update
 from .masks import attention_mask
@@ -449,7 +449,8 @@ class TurboKVCache:
     def report(self) -> dict[str, Any]:
         """What the cache holds, as a dict of plain values: scheme (auto's choice included); tokens, of which sink,
         packed and recent; nbytes; uncompressed_nbytes (what mlx-lm's KVCache, which grows by 256 tokens, would hold);
-        packed_bits_per_value (of keys and values, from the arrays themselves); centred (sides with means); not_finite
+        packed_bits_per_value (of keys and values, from the arrays themselves); centred (sides with means); balance
+        (of how many kv heads the channels of the keys are balanced, or why none); not_finite
         (see that method: this waits for the tokens to be computed); exact ({"keys": why, "values": why}, of sides that
         the scheme packs and that stay exact); auto (None, or how the bits were chosen); backend; attention (what
         it did with the tokens of the last update: "fused"; "tiles", "restored" or "exact" and why; "nothing yet")."""
@@ -475,6 +476,7 @@ class TurboKVCache:
             "uncompressed_nbytes": uncompressed,
             "packed_bits_per_value": packed_bits / values if values else 0.0,
             "centred": [name for name, side in zip(("keys", "values"), self._sides) if side.means is not None],
+            "balance": self._balance_report(),
             "not_finite": self.not_finite(),
             "exact": self._exact_because(),
             "auto": self._auto_report(),
@@ -485,6 +487,15 @@ class TurboKVCache:
     def _uncompressed_capacity(self, n_tokens):
         """Tokens for which mlx-lm's cache of this kind has room, once it holds n_tokens."""
         return -(-n_tokens // 256) * 256
+
+    def _balance_report(self):
+        keys = self._sides[0]
+        if not self.config.balance or not keys.bits:
+            return "off" if keys.bits else "keys are exact"
+        if keys.balance is None:
+            return "no queries were seen before keys were packed" if any(c[1] for c in self._counts()) else NOT_YET
+        changed = (keys.balance.factors != 1).any((2, 3))
+        return f"{changed.sum().item()} of {changed.size} kv heads"
 
     def _auto_report(self):
         if not may_choose_bits(self.config) or "keys" in self._exact_because():
@@ -577,8 +588,8 @@ class TurboKVCache:
     @property
     def state(self) -> list[mx.array]:
         """Everything as a list of arrays: an int32 header, then per side sink, codes, scale, means and recent, cut to
-        the tokens they hold, then the balance of the keys; what is not there is left out. Setting it raises ValueError for arrays that are not
-        the state of such a cache."""
+        the tokens they hold, then the balance of the keys; what is not there is left out. Setting it raises ValueError
+        for arrays that are not the state of such a cache."""
         counts = self.n_sink, self.n_packed, self.n_recent
         return [mx.array(self._header(counts), mx.int32), *self._arrays(counts)]
 

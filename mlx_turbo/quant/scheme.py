@@ -89,7 +89,12 @@ class TurboConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
                 raise ValueError(f"{name}: got {value!r}, allowed are whole numbers from {least} to 2**31 - 1")
-        for name, allowed in (("scale", SCALES), ("centre", (False, True)), ("balance", (False, True)), ("auto", (False, True))):
+        for name, allowed in (
+            ("scale", SCALES),
+            ("centre", (False, True)),
+            ("balance", (False, True)),
+            ("auto", (False, True)),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed are {allowed}")
 

@@ -40,9 +40,8 @@ def make_case(
     segment=128,
     balanced=False,
 ):
-    """means: packed tokens are relative to one, of the keys to one for each `segment` of them. balanced: the channels of
-    the keys are. gain: the logits grow
-    along the sequence, up to this many times their usual size."""
+    """means: packed tokens are relative to one, of the keys to one for each `segment` of them. balanced: the channels
+    of the keys are. gain: the logits grow along the sequence, up to this many times their usual size."""
     rng = np.random.default_rng(rng_seed)
     growth = None if gain == 1 else np.linspace(0.01, 1, sum(counts))
     options = dict(seed=seed, room=POISON)
