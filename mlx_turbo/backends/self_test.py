@@ -266,7 +266,7 @@ def check_dequantize(
     for kernel in sides:
         mean = rng.standard_normal((1, 3, 1, kernel.head_dim)).astype(np.float32) if kernel.has_mean else None
         x = rng.standard_normal((1, 3, 9, kernel.head_dim))
-        factors = random_balance(rng, (1, 3, kernel.head_dim)).factors if kernel.rotates else None
+        factors = np.array(random_balance(rng, (1, 3, kernel.head_dim)).factors) if kernel.rotates else None
         rows = reference.quantize(x, kernel.bits, rotation=0 if kernel.rotates else None, balance=factors)
         wants.append(reference.dequantize(rows, mean=mean)[:, :, 2:])
         side = packed_side(rows)._replace(mean=None if mean is None else mx.array(mean))
@@ -280,7 +280,9 @@ def check_dequantize(
 def _check_restore(
     launch: Callable[..., list[mx.array]], sides: Sequence[VectorsKernel], dtype: mx.Dtype
 ) -> Optional[str]:
-    rng, counts, first, cached, wants = np.random.default_rng(0), (2, SEGMENT_STEP + 9, 5), 3, [], []
+    rng, counts, first = np.random.default_rng(0), (2, SEGMENT_STEP + 9, 5), 3
+    cached: list[CachedSide] = []
+    wants = []
     for kernel, segment in zip(sides, (SEGMENT_STEP, ONE_SEGMENT)):
         segment = segment if kernel.has_mean else 0
         shape = 1, 2, kernel.head_dim

@@ -30,7 +30,8 @@ def choose(keys: mx.array, config: TurboConfig, bits: int, observed: Optional[Ob
     [B, n_kv_heads, 1, D]. Of equal energy: packed keys are as large as without. None where nothing can be chosen."""
     if not config.balance or not bits or observed is None or keys.shape[2] < FEWEST:
         return None
-    candidates = [_normalized(*_rms(keys, config, observed), exponent) for exponent in EXPONENTS]
+    of_queries, of_keys = _rms(keys, config, observed)
+    candidates = [_normalized(of_queries, of_keys, exponent) for exponent in EXPONENTS]
     errors = [attention_error(observed, keys, min(bits, MOST_BITS), config, Balance(s)) for s in candidates]
     best = mx.argmin(mx.stack(errors), axis=0)[..., None, None]
     return mx.take_along_axis(mx.stack(candidates), best[None], axis=0)[0]

@@ -124,6 +124,22 @@ def bad_ends(model, where="low", seed=0):
     return key_bias(model, [len(model.layers) - 1], LAST_LAYER_BIAS, where, seed=seed)
 
 
+def unequal_channels(model, layers=None, spread=1.5, seed=0):
+    """Keys are large in some channels, which queries hardly look at: keys are multiplied by factors exp(spread * normal)
+    per kv head and channel, queries divided by them, so that the function stays the same. In Qwen2.5-0.5B the channels
+    of centered keys differ so much in some layers."""
+
+    def change(attention, i):
+        def unequal(queries, keys, offset):
+            _, H, _, D = keys.shape
+            t = np.exp(spread * np.random.default_rng((seed, i)).standard_normal((H, 1, D))).astype(np.float32)
+            return queries / mx.repeat(mx.array(t), queries.shape[1] // H, axis=0), keys * mx.array(t)
+
+        attention.changes.append(unequal)
+
+    return _with_attention(model, layers, change)
+
+
 def value_bias(model, layers=None, norm=50, seed=0):
     """Every value carries a fixed vector of `norm`, which the layer's output is freed of: weights sum to one, so the
     function stays the same. Not together with `attention_sinks`: there they do not."""
