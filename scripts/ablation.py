@@ -32,15 +32,16 @@ from mlx_turbo.quality import metrics, plots
 from mlx_turbo.quality.cpu_products import use_numpy_products
 from mlx_turbo.quality.style import check_plot
 
-LEAST = dict(scale="least-squares", centre=False)  # the cache without any of the protections
-NOTHING = dict(sink=0, recent=0, block=1)  # exact but for the current chunk: as severe as can be
+LEAST = dict(scale="least-squares", centre=False, balance=False)  # the cache without any of the protections
+NOTHING = dict(sink=0, recent=0, block=1, balance=False)  # exact but for the current chunk: as severe as can be
 ROWS = {
     "4 bits, the paper's scale, nothing else": TurboConfig("turbo4", scale="norm", centre=False, **NOTHING),
-    "+ least-squares scale": TurboConfig("turbo4", **LEAST, **NOTHING),
+    "+ least-squares scale": TurboConfig("turbo4", **LEAST | NOTHING),
     "+ inner-product scale": TurboConfig("turbo4", centre=False, **NOTHING),
     "+ centring": TurboConfig("turbo4", **NOTHING),
-    "+ sink 4": TurboConfig("turbo4", sink=4, recent=0, block=1),
-    "+ recent 64 = the default": TurboConfig("turbo4"),
+    "+ sink 4": TurboConfig("turbo4", **NOTHING | dict(sink=4)),
+    "+ recent 64": TurboConfig("turbo4", balance=False),
+    "+ balance = the default": TurboConfig("turbo4"),
     "default without sink": TurboConfig("turbo4", sink=0),
     "default without recent": TurboConfig("turbo4", recent=0, block=1),
     "default without centring": TurboConfig("turbo4", centre=False),
@@ -52,9 +53,9 @@ ROWS = {
     "auto": TurboConfig("auto"),
     "first and last layer's keys at 8 bits": TurboConfig("turbo4", boundary=1),
     "turbo3": TurboConfig("turbo3"),
-    "turbo3, least squares, uncentred": TurboConfig("turbo3", **LEAST),
+    "turbo3, least squares, not centered or balanced": TurboConfig("turbo3", **LEAST),
     "turbo2": TurboConfig("turbo2"),
-    "turbo2, least squares, uncentred": TurboConfig("turbo2", **LEAST),
+    "turbo2, least squares, not centered or balanced": TurboConfig("turbo2", **LEAST),
     "turbo4v3": TurboConfig("turbo4v3"),
     "turbo3v4": TurboConfig("turbo3v4"),
     "turbo8v2": TurboConfig("turbo8v2"),

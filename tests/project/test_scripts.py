@@ -98,7 +98,7 @@ def test_packing_cost_counts_what_the_ceilings_of_the_kernel_tests_allow():
 
 
 def test_ablation_measures_what_each_protection_contributes(tmp_path):
-    rows = ["4 bits, the paper's scale, nothing else", "+ inner-product scale", "+ recent 64 = the default"]
+    rows = ["4 bits, the paper's scale, nothing else", "+ inner-product scale", "+ balance = the default"]
     picture = tmp_path / "ablation.png"
     out = json.loads(
         run("ablation.py", "--tokens", "400", "--windows", "1", "--json", "--png", str(picture), "--rows", *rows).stdout

@@ -125,10 +125,10 @@ def bad_ends(model, where="low", seed=0):
 
 
 def unequal_channels(model, layers=None, spread=1.3, seed=0):
-    """Keys are large in some channels, which queries hardly look at: keys are multiplied by factors exp(spread * normal)
-    per kv head and channel, queries divided by them, so that the function stays the same. In the layer of
-    Qwen2.5-Coder-0.5B where they differ most, sqrt(rms of queries / rms of centered keys) has such a spread; the median
-    of its layers is 0.3."""
+    """Keys are large in some channels, which queries hardly look at: keys are multiplied by exp(spread * normal) per kv
+    head and channel, queries divided by it, so that the function stays the same. In the layer of Qwen2.5-Coder-0.5B
+    where they differ most, sqrt(rms of queries / rms of centered keys) has such a spread; the median of its layers is
+    0.3."""
 
     def change(attention, i):
         def unequal(queries, keys, offset):
