@@ -12,6 +12,7 @@ A row has sink tokens and packed tokens, or neither: until it packs for the firs
 """
 
 import copy
+import weakref
 from typing import Any, Iterable, Optional, Sequence, Union
 
 import mlx.core as mx
@@ -76,7 +77,7 @@ class BatchTurboKVCache(TurboKVCache):
         self.shown = None  # the plan of the last update, if that returned other columns than it left
         self._n_free = 0  # number of tokens that every row can take while nothing else happens
         self._observed, self._observed_with, self._last = [[] for _ in range(B)], None, []
-        self._to_balance = None  # [(rows, keys from the first token on, number packed)] that wait for their queries
+        self._waiting = []  # (rows, tokens held, end in the columns, number packed) of first keys in `_to_balance`
         self._set_offset()
 
     @classmethod
@@ -221,7 +222,7 @@ class BatchTurboKVCache(TurboKVCache):
             return self.keys_and_values() if self._n_columns or any(self._n_packed) else new
         if n_new <= self._n_free:
             return self._append(new, n_new)
-        plan, self._to_balance = self.plan(n_new), None
+        plan, self._to_balance, self._waiting = self.plan(n_new), None, []
         if plan.decide_bits:
             self._decide()
         if any(plan.n_evict):
@@ -250,9 +251,12 @@ class BatchTurboKVCache(TurboKVCache):
         self._changed()
         self.shown = plan
         self._evaluate()
-        if first and not self._shows_queries(n_new):
+        if first and not self._may_balance and not self.undecided:
             return new
-        return self._fetch((*plan.columns[:2], R + n_new), tails, new if first else None)
+        fetched = self._fetch((*plan.columns[:2], R + n_new), tails, new if first else None)
+        if self._waiting:
+            self._to_balance = weakref.ref(fetched[0])
+        return fetched
 
     def _free(self):
         return self.config.recent + self.config.block - max(n_recent for *_, n_recent in self._counts())
@@ -325,7 +329,7 @@ class BatchTurboKVCache(TurboKVCache):
             if not job.n_packed:
                 self._set_balance(rows, job.sides[0].balance, balanced[rows[0]])
             if not job.n_packed and wait and self._may_balance:
-                self._to_balance = [*(self._to_balance or []), (rows, exact[0], job.n_pack)]
+                self._waiting.append((rows, n_exact[rows[0]], ends[rows[0]], job.n_pack))
             for i, side in enumerate(self._sides):
                 if sinks:
                     side.sink = write_rows(side.sink, self.n_rows, rows, 0, exact[i][:, :, :sinks], sinks)
@@ -380,9 +384,12 @@ class BatchTurboKVCache(TurboKVCache):
 
     def _balance(self):
         """Pack the keys of the last update again: now there are queries to balance them by."""
-        waiting, self._to_balance = self._to_balance, None
-        side, changed = self._sides[0], False
-        for rows, keys, n_pack in waiting:
+        returned, waiting, self._to_balance, self._waiting = self._to_balance(), self._waiting, None, []
+        if returned is None:
+            return
+        tail, side, changed = returned.view.keys.recent, self._sides[0], False
+        for rows, n_tail, end, n_pack in waiting:
+            keys = take_rows(tail, rows)[:, :, end - n_tail : end]
             balance, balanced = self._choose_balance(rows, keys)
             if balance is None:
                 continue
@@ -435,7 +442,7 @@ class BatchTurboKVCache(TurboKVCache):
         if not self.wants_queries:
             return
         self._observed_with = scale, sinks
-        waiting = {b for rows, *_ in self._to_balance or [] for b in rows}
+        waiting = {b for rows, *_ in self._waiting for b in rows} if self._to_balance is not None else set()
         for b, (first, n) in enumerate(self._last):
             if not n or self._n_packed[b] and b not in waiting:
                 continue
@@ -458,9 +465,6 @@ class BatchTurboKVCache(TurboKVCache):
             for q, row, positions in self._observed[b]
         ]
         return seen, *self._observed_with
-
-    def _keys_to_balance(self):
-        return [keys for _, keys, _ in self._to_balance or []]
 
     def _observed_queries(self):
         by_id = {id(q): q for seen in self._observed for q, *_ in seen}  # rows share those of a decode step

@@ -8,13 +8,13 @@ from those exact values, once, so the stored codes do not depend on how the prom
 """
 
 import copy
+import weakref
 from typing import Any, Optional, Sequence, Union
 
 import mlx.core as mx
 import numpy as np
 
 from ..backends import select
-from ..backends.attend_launch import MAX_QUERY_TOKENS
 from ..backends.select import check_vectors, get_backend
 from ..backends.sides import Balance, CachedSide
 from ..quant.rotation import ALLOWED_HEAD_DIMS
@@ -65,7 +65,7 @@ class TurboKVCache:
     def _clear_counts(self):
         self.n_sink = self.n_packed = self.n_recent = 0
         self._observed = None
-        self._to_balance = None  # keys [B, H, n, D] that the last update packed first: they wait for its queries
+        self._to_balance = None  # what the last update returned, if the first keys were packed: their queries come
 
     @property
     def offset(self) -> int:
@@ -95,7 +95,7 @@ class TurboKVCache:
         new, n_new = (keys, values), keys.shape[2]
         if n_new == 0:
             return self.keys_and_values() if self.offset else new
-        first, self._to_balance = self.offset == 0, None
+        first, begins, self._to_balance = self.offset == 0, self._begins_to_pack, None
         n_to_sink = min(self.config.sink - self.n_sink, n_new)
         n_to_recent = n_new - n_to_sink
         if self.undecided and (
@@ -120,9 +120,8 @@ class TurboKVCache:
                     mx.concatenate([side.recent[:, :, : self.n_recent], t], axis=2)
                     for side, t in zip(self._sides, tails)
                 ]
-            view, begins = (self.n_packed, tails), self._begins_to_pack
+            view = self.n_packed, tails
             self._pack(tails)
-            self._to_balance = tails[0] if begins else None
         for side, x in zip(self._sides, new):
             if n_to_sink:
                 side.sink = write(side.sink, self.n_sink, x[:, :, :n_to_sink], self.config.sink)
@@ -136,12 +135,15 @@ class TurboKVCache:
         self._updated()
         if first or view:
             self._evaluate()
-        if first and not self._shows_queries(n_new):
+        if first and not begins and not self.undecided:
             return new
         if view is None:
             return self._fetch((self.n_sink, self.n_packed, self.n_recent), new=new if first else None)
         n_packed, tails = view
-        return self._fetch((self.n_sink, n_packed, tails[0].shape[2]), tails, new if first else None)
+        fetched = self._fetch((self.n_sink, n_packed, tails[0].shape[2]), tails, new if first else None)
+        if begins and not n_packed:
+            self._to_balance = weakref.ref(fetched[0])  # the model has it: nothing is held longer for this
+        return fetched
 
     def _pack(self, tails):
         """Quantize all but the newest `recent` tokens of `tails` (exact tokens after the packed ones, per side) and
@@ -227,11 +229,6 @@ class TurboKVCache:
         queries came behind them."""
         return self.undecided or self._to_balance is not None or self._begins_to_pack
 
-    def _shows_queries(self, n_new):
-        """Whether the first n_new tokens are returned as `LazyKV`, for the sake of their queries. Those of a few tokens
-        are not worth it, unless auto counts them."""
-        return self.undecided or self.wants_queries and n_new > MAX_QUERY_TOKENS
-
     @property
     def _begins_to_pack(self):
         """Whether the next keys to be packed are the first, and may be balanced."""
@@ -247,8 +244,11 @@ class TurboKVCache:
 
     def _balance(self):
         """Pack the keys of the last update again: now there are queries to balance them by."""
-        tail, self._to_balance = self._to_balance, None
-        balance, self._observed, side = self._choose_balance(tail), None, self._sides[0]
+        returned, self._to_balance = self._to_balance(), None
+        if returned is None:
+            return
+        tail, side = returned.view.keys.recent, self._sides[0]
+        balance, self._observed = self._choose_balance(tail), None
         if balance is not None:
             side.balance = balance
             job = PackJob([side.to_pack(None)], [tail], 0, self.n_packed)
@@ -257,9 +257,6 @@ class TurboKVCache:
             side.means = new.means
             self._unread.clear()
         self._evaluate()
-
-    def _keys_to_balance(self):
-        return [] if self._to_balance is None else [self._to_balance]
 
     def _observed_queries(self):
         """The arrays that `observe` holds on to; none once they have been used. (The sink logits are the model's.)"""
@@ -409,11 +406,9 @@ class TurboKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, unused room included, and of the queries and keys that are held until the keys are
-        balanced and auto has chosen."""
-        return sum(side.nbytes for side in self._sides) + sum(
-            a.nbytes for a in (*self._observed_queries(), *self._keys_to_balance())
-        )
+        """Bytes of all buffers, unused room included, and of the queries that are held until the keys are balanced and
+        auto has chosen."""
+        return sum(side.nbytes for side in self._sides) + sum(queries.nbytes for queries in self._observed_queries())
 
     def _counts(self):
         """(n_sink, n_packed, n_recent) of each sequence."""

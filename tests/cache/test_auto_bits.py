@@ -27,8 +27,8 @@ fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 def prompt(cache, keys, values, chunk, queries=None, scale=0.125):
     """Feed a prompt as a model does; queries as attention.py would show them, or None."""
     for at in range(0, keys.shape[2], chunk):
-        cache.update_and_fetch(keys[:, :, at : at + chunk], values[:, :, at : at + chunk])
-        if queries is not None:
+        fetched = cache.update_and_fetch(keys[:, :, at : at + chunk], values[:, :, at : at + chunk])
+        if queries is not None and fetched:
             cache.observe(queries[:, :, at : at + chunk], scale)
 
 

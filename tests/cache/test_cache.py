@@ -23,7 +23,6 @@ from support.caches import (
     filled,
     header,
     held_nbytes,
-    queries_of,
     random_tokens,
     restore,
     same,
@@ -231,7 +230,6 @@ def test_a_deepcopy_goes_its_own_way(backend):
 def test_a_cache_made_from_a_state_goes_its_own_way(backend):
     # 258 = 2 sink tokens and packed buffers that are full to the last row
     cache = filled(258, recent=0, block=1)
-    cache.observe(queries_of(cache.keys[:, :, -2:]), 0.1)  # it does not wait for them any more
     state = cache.state
     twins, before = [TurboKVCache.from_state(state), TurboKVCache.from_state(state)], snapshot(cache)
     want = [np.array(a) for a in state]

@@ -79,17 +79,14 @@ class Rows:
                 assert got.dtype == x.dtype
                 got, x = to_numpy(got)[b : b + 1], to_numpy(x)
                 assert all(same(got[:, :, ours], x[:, :, theirs]) for ours, theirs in zip(seen, mine, strict=True))
-        queries = queries_of(new[0])
-        self.batch.observe(queries, 0.1)
-        for b, (n, pad, cache) in enumerate(zip(lengths, left, self.alone)):
-            if n:
-                cache.observe(queries[b : b + 1, :, pad : pad + n], 0.1)
+            cache.observe(queries_of(new[0])[b : b + 1, :, pad : pad + n], 0.1)
+        self.batch.observe(queries_of(new[0]), 0.1)
 
     def check(self):
         batch, alone = self.batch, self.alone
         assert batch.offset.dtype == mx.int32 and batch.offset.tolist() == [c.offset for c in alone]
         assert batch.size() == max(c.size() for c in alone) and batch.empty() == all(c.empty() for c in alone)
-        assert batch.nbytes == held_nbytes([batch._sides, batch._observed, batch._to_balance])
+        assert batch.nbytes == held_nbytes([batch._sides, batch._observed])
         for b, (cache, given) in enumerate(zip(alone, self.given, strict=True)):
             extracted = batch.extract(b)
             assert same(state_of(extracted), state_of(cache)), b
