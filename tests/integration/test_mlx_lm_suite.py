@@ -25,6 +25,7 @@ import mlx_lm
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
+from support.downloads import downloaded
 from support.families import NOT_BUILT, all_names
 from support.tolerances import LOGITS_TURBO8, ROUNDING_OF_LOGITS
 
@@ -107,32 +108,14 @@ def tests_of_mlx_lm(request):
     """The folder of the installed mlx-lm's tests."""
     folder = request.config.cache.mkdir(f"mlx_lm-{mlx_lm.__version__}-tests")
     if not all((folder / file).exists() for file in [*FILES, MODELS]):
-        with tempfile.TemporaryDirectory() as download:
-            done = subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "pip",
-                    "download",
-                    "-q",
-                    "--disable-pip-version-check",
-                    "--no-deps",
-                    "--no-binary",
-                    "mlx-lm",
-                    "--dest",
-                    download,
-                    f"mlx-lm=={mlx_lm.__version__}",
-                ],
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                pytest.skip(f"mlx-lm's source distribution cannot be downloaded: {done.stderr.strip()[-500:]}")
-            with tarfile.open(next(Path(download).iterdir())) as archive:
-                for member in archive:
-                    path = Path(member.name)
-                    if member.isfile() and path.parts[1:-1] == ("tests",):
-                        (folder / path.name).write_bytes(archive.extractfile(member).read())
+        with (
+            downloaded(f"mlx-lm=={mlx_lm.__version__}", "--no-binary", "mlx-lm") as source,
+            tarfile.open(source) as archive,
+        ):
+            for member in archive:
+                path = Path(member.name)
+                if member.isfile() and path.parts[1:-1] == ("tests",):
+                    (folder / path.name).write_bytes(archive.extractfile(member).read())
     missing = [file for file in [*FILES, MODELS] if not (folder / file).exists()]
     assert not missing, f"the source distribution of mlx-lm {mlx_lm.__version__} has no {missing}"
     return folder
