@@ -2,7 +2,11 @@
 
 import importlib
 import random
+import re
+import sys
+import types
 import warnings
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -11,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import dequantize_model
+from support import pages
 from support import vlm as models
 from support.arrays import to_numpy
 from support.caches import FAST_BACKENDS
@@ -135,6 +140,26 @@ def test_max_kv_size_makes_windows(vlm):
     walk(model, cache)
     short = cache_module.make_prompt_cache(model.language_model, max_kv_size=10)
     assert {type(c) for c in short} == {cache_module.ArraysCache, cache_module.RotatingKVCache}
+
+
+def test_the_server_s_program_compresses_what_the_server_loads(vlm, monkeypatch):
+    """The program of docs/vision.md, with the two names that it takes from mlx-vlm's server. The server itself needs
+    packages that the tests do not have."""
+    folder = Path(vlm.__file__).parent / "server"
+    text = (folder / "generation.py").read_text()
+    assert re.search(r"^from \.\.utils import .*\bload\b", text, re.MULTILINE) and "model, processor = load(" in text
+    assert "from . import main" in (folder / "__main__.py").read_text()
+    server, generation = types.ModuleType("mlx_vlm.server"), types.ModuleType("mlx_vlm.server.generation")
+    generation.load = lambda path, adapter, *, trust: (models.build(path), adapter, trust)[:2]
+    served = []
+    server.main = lambda: served.extend(generation.load("llava", "processor", trust=True))
+    server.generation = generation
+    for module in (server, generation):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    ((_, program),) = pages.blocks("docs/vision.md", "py")
+    exec(compile(program, "docs/vision.md", "exec"), {})
+    model, processor = served
+    assert processor == "processor" and all(isinstance(c, TurboKVCache) for c in make_prompt_cache(model))
 
 
 # ---- what stays uncompressed -----------------------------------------------------------------------------------------
