@@ -118,6 +118,12 @@ def test_every_page_is_reached_from_the_readme():
     assert {f"docs/{name}" for name in re.findall(r"docs/([\w-]+\.md)", pages.text("README.md"))} == set(PAGES[1:])
 
 
+def test_tests_that_pages_name_exist():
+    tests = "".join(file.read_text() for file in (pages.ROOT / "tests").rglob("test_*.py"))
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", pages.text(page))}
+    assert len(named) >= 20 and named <= set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))
+
+
 def test_the_api_page_has_every_public_name_as_its_docstring_says():
     script = runpy.run_path(str(pages.ROOT / "scripts/api_page.py"))
     page = pages.text("docs/api.md")
