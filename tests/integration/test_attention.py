@@ -3,16 +3,13 @@
 import functools
 
 import mlx.core as mx
-import mlx_lm.models.cache as lm_cache
 import numpy as np
 import pytest
-from mlx_lm.generate import generate_step
 from support.arrays import to_numpy
 from support.backends import BACKENDS
-from support.models import llama, tokens_of
 from support.tolerances import TOLERANCE
 
-from mlx_turbo import TurboKVCache, enable, make_prompt_cache
+from mlx_turbo import TurboKVCache, enable
 from mlx_turbo.backends import select, tiled_attention
 from mlx_turbo.backends.self_test import random_cached_side, restored_tokens
 from mlx_turbo.backends.sides import ONE_SEGMENT
@@ -188,23 +185,6 @@ def peak_over(n, L):
             peak_of(lambda: attention.attend(q, view, scale=0.1, mask="causal")),
             peak_of(lambda: mx.fast.scaled_dot_product_attention(q, *plain, scale=0.1, mask="causal")),
         )
-
-
-@functools.lru_cache(None)
-def peak_of_a_prompt(scheme):
-    """(peak bytes of 3,072 tokens in chunks of 512 beyond the model, bytes of a layer's keys and values): on the CPU,
-    four layers of 2 heads of 64, with mlx-lm's own caches if scheme is None."""
-    n, model = 3072, llama(num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2)
-    cache = make_prompt_cache(model, scheme) if scheme else lm_cache.make_prompt_cache(model)
-    steps = generate_step(tokens_of(n)[0], model, max_tokens=2, prompt_cache=cache, prefill_step_size=512)
-    with select.use_backend("cpu"):
-        return peak_of(lambda: [mx.array(token) for token, _ in steps]), 2 * n * 2 * 64 * 4
-
-
-@pytest.mark.parametrize("scheme", ["turbo8", "turbo4"])
-def test_a_long_prompt_takes_no_more_memory_than_an_uncompressed_one_and_a_layer(scheme):
-    (ours, layer), (plain, _) = peak_of_a_prompt(scheme), peak_of_a_prompt(None)
-    assert ours <= plain + layer
 
 
 # ---- means of segments ---------------------------------------------------------------------------------------

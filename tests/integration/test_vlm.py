@@ -86,29 +86,27 @@ def test_decode_reaches_the_kernel(kernels):
 
 
 # ---- mlx-vlm's generation --------------------------------------------------------------------------------------------
-def tokens_of(model, prompt, n=8, pixels=None, grid=None, **options):
+def tokens_of(model, prompt, n=8, pixels=None, **options):
     """The n tokens that mlx-vlm generates greedily after a prompt."""
     step = importlib.import_module("mlx_vlm.generate").generate_step
-    if grid is not None:
-        options["image_grid_thw"] = grid
-    steps = step(mx.array([prompt]), model, pixels, None, max_tokens=n, temperature=0.0, **options)
-    return [int(token) for token, _ in steps]
+    ids = mx.array([prompt])
+    return [int(token) for token, _ in step(ids, model, pixels, mx.ones_like(ids), max_tokens=n, **options)]
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+@pytest.mark.parametrize("name", models.IMAGE_TOKENS)
 def test_an_image_in_the_prompt_is_packed_like_text(name):
-    """Its embeddings come from the encoder, its positions have three axes; the prompt is cut through the image."""
-    model, (pixels, grid) = models.build(name), models.image()
-    prompt = [*TOKENS[0, :13].tolist(), *[models.IMAGE_TOKEN] * 4, *TOKENS[0, 13:40].tolist()]
-    options = dict(pixels=pixels, grid=grid, prefill_step_size=15)
-    want = tokens_of(model, prompt, **options)
+    """Its embeddings come from the encoder, Qwen's positions have three axes, gemma3's mask lets its tokens see each
+    other; the prompt is cut through the image."""
+    model, (n_tokens, pixels, options) = models.build(name), models.image(name)
+    prompt = [*TOKENS[0, :13].tolist(), *[models.IMAGE_TOKEN] * n_tokens, *TOKENS[0, 13:40].tolist()]
+    options["prefill_step_size"] = 15
+    want = tokens_of(model, prompt, pixels=pixels, **options)
     mlx_turbo.enable(model, exact_for_few("turbo0"))
-    cache = make_prompt_cache(model)
-    assert tokens_of(model, prompt, prompt_cache=cache, **options) == want
-    assert {c.report()["tokens"] for c in cache if isinstance(c, TurboKVCache)} == {len(prompt) + 8}
-    other = make_prompt_cache(model)
-    tokens_of(model, prompt, prompt_cache=other, **(options | {"pixels": pixels + 1}))
-    ours = next(i for i, c in enumerate(cache) if isinstance(c, TurboKVCache))
+    cache, other = make_prompt_cache(model), make_prompt_cache(model)
+    assert tokens_of(model, prompt, pixels=pixels, prompt_cache=cache, **options) == want
+    assert {c.report()["tokens"] for c in cache if type(c) is VlmTurboKVCache} == {len(prompt) + 8}
+    tokens_of(model, prompt, pixels=models.image(name, seed=1)[1], prompt_cache=other, **options)
+    ours = next(i for i, c in enumerate(cache) if type(c) is VlmTurboKVCache)
     assert not mx.allclose(*(mx.array(c[ours].keys_and_values()[0][:, :, 13:17]) for c in (cache, other)))
 
 

@@ -175,15 +175,25 @@ def unpacked(folder):
     return folder
 
 
-def image(n=16):
-    """(pixel_values, image_grid_thw) of a random image of n x n pixels, as the processors of Qwen make them."""
-    patches = n // QWEN_VISION["patch_size"]
-    pixels = np.random.default_rng(0).normal(size=(patches**2, 3 * 2 * QWEN_VISION["patch_size"] ** 2))
-    return mx.array(pixels, mx.float32), mx.array([[1, patches, patches]])
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+IMAGE_TOKENS = {**dict.fromkeys(QWEN, 4), "gemma3": 4, "mistral3": 4, "idefics3": 4, "llava": 16}
+
+
+def image(name, seed=0):
+    """A random image of 16 x 16 pixels, as a family's processor makes them: (number of its tokens, pixel_values, what
+    else the model gets)."""
+    rng, patch = np.random.default_rng(seed), QWEN_VISION["patch_size"]
+    if name in QWEN:
+        grid = 16 // patch
+        pixels, options = rng.normal(size=(grid**2, 3 * 2 * patch**2)), {"image_grid_thw": mx.array([[1, grid, grid]])}
+    else:
+        pixels = rng.normal(size=(1, 1, 3, 16, 16) if name == "idefics3" else (1, 3, 16, 16))
+        options = {"image_sizes": [(16, 16)]} if name == "mistral3" else {}
+    return IMAGE_TOKENS[name], mx.array(pixels, mx.float32), options
 
 
 class Processor:
-    """A processor for a random model: the embedded model's tokenizer, and 4 tokens for an image of any size."""
+    """A processor for a random model: the embedded model's tokenizer, and the same image for any."""
 
     def __init__(self, tokenizer, image_token):
         self.image_token_id = image_token
@@ -198,13 +208,13 @@ class Processor:
     def __call__(self, text, images, padding, return_tensors, **_):
         texts = [text] if isinstance(text, str) else text
         ids = [i for t in texts for i in self.tokenizer.encode(t.replace("<image>", ""))]
-        pixels, grid = image()
-        ids = [*[self.image_token_id] * 4, *ids]
+        n_tokens, pixels, options = image("qwen3_vl")
+        ids = [*[self.image_token_id] * n_tokens, *ids]
         return {
             "input_ids": mx.array([ids]),
             "attention_mask": mx.ones((1, len(ids)), mx.int32),
             "pixel_values": pixels,
-            "image_grid_thw": grid,
+            **options,
         }
 
 
