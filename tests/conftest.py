@@ -13,6 +13,9 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's: its threads spin, and a busy core costs them five times
 
+import importlib.util
+import sys
+
 import metalsim
 import mlx.core as mx
 import mlx_lm
@@ -21,6 +24,7 @@ from mlx_lm.utils import dequantize_model
 from support.backends import BACKENDS, SIMULATED
 from support.models import DEMO_MODEL
 from support.parts import part_of
+from support.vlm import VERSION, unpacked
 
 from mlx_turbo.backends import select
 from mlx_turbo.cache import centering
@@ -72,6 +76,17 @@ def door():
     prompt_cache.patch_mlx_lm()
     yield
     attention.uninstall()
+
+
+@pytest.fixture(scope="session")
+def vlm(request):
+    """The package mlx_vlm: the installed one, or else its wheel."""
+    if importlib.util.find_spec("mlx_vlm") is None:
+        folder = unpacked(request.config.cache.mkdir(f"mlx_vlm-{VERSION}"))
+        sys.path.append(str(folder))
+    import mlx_vlm
+
+    return mlx_vlm
 
 
 @pytest.fixture

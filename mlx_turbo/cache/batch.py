@@ -87,7 +87,7 @@ class BatchTurboKVCache(TurboKVCache):
 
     def _empty_row(self):
         """A cache for a row, without tokens."""
-        return TurboKVCache(self.config)
+        return self.row_class(self.config)
 
     # ---- rows ------------------------------------------------------------------------------------------------
     def _sinks(self, n_packed):

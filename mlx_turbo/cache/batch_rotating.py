@@ -44,7 +44,7 @@ class BatchRotatingTurboKVCache(Window, BatchTurboKVCache):
         return cls(like.max_size, like.keep, like.config, left_padding)
 
     def _empty_row(self):
-        return RotatingTurboKVCache(self.max_size, self.keep, self.config)
+        return self.row_class(self.max_size, self.keep, self.config)
 
     # ---- update ----------------------------------------------------------------------------------------------
     def _n_to_evict(self, b):

@@ -1,6 +1,6 @@
-"""Attention straight from a compressed cache, and the door by which mlx-lm's models reach it.
+"""Attention straight from a compressed cache, and the door by which the models of mlx-lm and mlx-vlm reach it.
 
-`update_and_fetch` returns `LazyKV` arrays. The replacement for mlx_lm's scaled_dot_product_attention looks at the
+`update_and_fetch` returns `LazyKV` arrays. The replacement for their scaled_dot_product_attention looks at the
 arrays it is given, never at `cache`: when keys and values are the LazyKV of one cache as it is now, attention runs on
 the packed state; for anything else the original runs. So a model that transforms its keys, passes another layer's, or
 calls attention in its own way stays correct: it reads the lazy arrays and is merely slower.
@@ -17,6 +17,7 @@ from ..backends.select import get_backend
 from ..cache.last_step import BY_THE_MODEL, ELSEWHERE, NOT_SEEN, NOT_YET, NOTHING_PACKED, register_attention
 from ..cache.single import TurboKVCache
 from ..cache.view import LazyKV
+from .libraries import OLDEST
 
 
 def view_of(keys, values):
@@ -60,7 +61,7 @@ def _pass_through(door, original, queries, keys, values, cache, scale, mask=None
             view.cache.observe(queries, scale, sinks)
         return out
     if door in _entered.doors:  # programs that replaced each other's functions lead in a circle
-        original = _mlx_lm_function() or original
+        original = _own_function(_library_of(door)) or original
     _entered.doors.append(door)
     try:
         out = original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks, **options)
@@ -76,7 +77,7 @@ def _pass_through(door, original, queries, keys, values, cache, scale, mask=None
 
 
 def scaled_dot_product_attention(queries, keys, values, cache, scale, mask=None, sinks=None, **options):
-    """In the place of mlx_lm.models.base.scaled_dot_product_attention."""
+    """In the place of mlx_lm.models.base.scaled_dot_product_attention, or mlx-vlm's."""
     return _pass_through(
         scaled_dot_product_attention, _original, queries, keys, values, cache, scale, mask, sinks, **options
     )
@@ -86,7 +87,7 @@ def scaled_dot_product_attention(queries, keys, values, cache, scale, mask=None,
 # Other programs put their functions there too, before us or after us, and remember what they found. So a door leads to
 # the function that it was put over, for good, and an uninstalled one to nothing else.
 _NAME = "scaled_dot_product_attention"
-_original = None  # what the first door was put over
+_original, _library = None, "mlx_lm"  # what the first door was put over, and in which library
 _doors = [scaled_dot_product_attention]
 _is_open = False
 
@@ -101,19 +102,22 @@ _entered = _Entered()
 
 def install():
     """Put our scaled_dot_product_attention over the one in mlx_lm.models.base, and in every loaded model module over
-    what it took from there. Where calls already reach ours, directly or through another program's function that wraps
-    it, nothing changes. `uninstall` undoes it. Models loaded later import ours."""
+    what it took from there; the same in mlx_vlm, if it is loaded. Where calls already reach ours, directly or through
+    another program's function that wraps it, nothing changes. `uninstall` undoes it. Models loaded later import
+    ours."""
     global _is_open
-    import mlx_lm.models.base as base
+    import mlx_lm.models.base  # noqa: F401
 
-    _is_open, found = True, getattr(base, _NAME)
-    if not leads_to_a_door(found):
-        setattr(base, _NAME, _door_over(found))
-    for module in _model_modules():
-        bound = getattr(module, _NAME)
-        if bound is found or _is_mlx_lm_s(bound) or any(_original_of(door) is bound for door in _doors):
-            if not leads_to_a_door(bound):
-                setattr(module, _NAME, _door_over(bound))
+    _is_open = True
+    for library, base in _bases():
+        found = getattr(base, _NAME)
+        if not leads_to_a_door(found):
+            setattr(base, _NAME, _door_over(found, library))
+        for module in _model_modules(library):
+            bound = getattr(module, _NAME)
+            if bound is found or _is_own(bound, library) or any(_original_of(door) is bound for door in _doors):
+                if not leads_to_a_door(bound):
+                    setattr(module, _NAME, _door_over(bound, library))
 
 
 def uninstall():
@@ -127,9 +131,10 @@ def uninstall():
 
 
 def is_installed():
-    """Whether our attention is in mlx-lm's place, or a function that leads to it; also if mlx-lm is not loaded."""
-    base = sys.modules.get("mlx_lm.models.base")
-    return base is None or _is_open and leads_to_a_door(getattr(base, _NAME))
+    """Whether our attention, or a function that leads to it, is in the place of mlx-lm's or mlx-vlm's; also if neither
+    is loaded."""
+    bases = [base for _, base in _bases()]
+    return not bases or _is_open and any(leads_to_a_door(getattr(base, _NAME)) for base in bases)
 
 
 register_attention(is_installed)
@@ -181,35 +186,48 @@ def _codes(code):
     return [code, *(inner for const in code.co_consts if isinstance(const, types.CodeType) for inner in _codes(const))]
 
 
-def _model_modules():
-    """Loaded modules of mlx_lm.models with an attention function, models.base among them."""
-    found = [module for name, module in list(sys.modules.items()) if name.startswith("mlx_lm.models.")]
+def _bases():
+    """(library, its module models.base) of those that are loaded."""
+    found = [(library, sys.modules.get(f"{library}.models.base")) for library in OLDEST]
+    return [(library, base) for library, base in found if base]
+
+
+def _model_modules(library=""):
+    """Loaded modules of a library's models with an attention function, models.base among them; of both without a
+    name."""
+    prefixes = tuple(f"{name}.models." for name in OLDEST if library in ("", name))
+    found = [module for name, module in list(sys.modules.items()) if name.startswith(prefixes)]
     return [module for module in found if callable(getattr(module, _NAME, None))]
 
 
-def _is_mlx_lm_s(function):
+def _is_own(function, library):
+    """Whether a function is the library's own attention."""
     return isinstance(function, types.FunctionType) and (function.__module__, function.__name__) == (
-        "mlx_lm.models.base",
+        f"{library}.models.base",
         _NAME,
     )
 
 
-def _mlx_lm_function():
-    """mlx-lm's own function, if a door is over it."""
-    return next(filter(_is_mlx_lm_s, map(_original_of, _doors)), None)
+def _own_function(library):
+    """The library's own function, if a door is over it."""
+    return next((function for function in map(_original_of, _doors) if _is_own(function, library)), None)
+
+
+def _library_of(door):
+    return _library if door is scaled_dot_product_attention else door.library
 
 
 def _original_of(door):
     return _original if door is scaled_dot_product_attention else door.original
 
 
-def _door_over(function):
+def _door_over(function, library):
     """The door that leads to a function: scaled_dot_product_attention itself, unless it is in use over another one."""
-    global _original
+    global _original, _library
     first = scaled_dot_product_attention
     if _original is not function and not any(_leads_to([first], getattr(m, _NAME)) for m in _model_modules()):
-        if _is_mlx_lm_s(function) or not any(door.original is function for door in _doors[1:]):
-            _original = function
+        if _is_own(function, library) or not any(door.original is function for door in _doors[1:]):
+            _original, _library = function, library
     for door in _doors:
         if _original_of(door) is function:
             return door
@@ -217,6 +235,6 @@ def _door_over(function):
     def door(queries, keys, values, cache, scale, mask=None, sinks=None, **options):
         return _pass_through(door, function, queries, keys, values, cache, scale, mask, sinks, **options)
 
-    door.original = function
+    door.original, door.library = function, library
     _doors.append(door)
     return door

@@ -14,12 +14,16 @@ from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig
 
 
-def compress_window(cache: Any, config: Union[str, Scheme, TurboConfig]) -> RotatingTurboKVCache:
-    """A RotatingTurboKVCache with the tokens of an mlx_lm RotatingKVCache."""
+def compress_window(
+    cache: Any,
+    config: Union[str, Scheme, TurboConfig],
+    kind: type[RotatingTurboKVCache] = RotatingTurboKVCache,
+) -> RotatingTurboKVCache:
+    """A RotatingTurboKVCache, of a class `kind`, with the tokens of a RotatingKVCache of mlx-lm or mlx-vlm."""
     if cache.empty():
-        return RotatingTurboKVCache(cache.max_size, cache.keep, config)
+        return kind(cache.max_size, cache.keep, config)
     keys, values = (cache._temporal_order(x) for x in (cache.keys, cache.values))
-    return RotatingTurboKVCache.from_newest(cache.max_size, cache.keep, config, keys, values, cache.offset)
+    return kind.from_newest(cache.max_size, cache.keep, config, keys, values, cache.offset)
 
 
 def to_kv_cache(cache: TurboKVCache) -> Any:

@@ -1,7 +1,10 @@
-"""`max_kv_size` for models that make their own caches: windows where a layer allows it. mlx-lm ignores it for these."""
+"""`max_kv_size` for models that make their own caches: windows where a layer allows it. mlx-lm and mlx-vlm ignore it
+for these."""
 
 import sys
 from typing import Any
+
+from .libraries import is_cache
 
 KEEP = 4  # first tokens that such a window keeps, as in mlx-lm
 POSITIONS_FROM_KEYS = ("afm7",)  # model types whose last layers take a token's position from the number of keys
@@ -11,14 +14,12 @@ _BOUNDED = ("ArraysCache", "ChunkedKVCache", "RotatingKVCache")  # mlx-lm's cach
 def limit_kv_size(
     model: Any, prompt_cache: list[Any], max_kv_size: int, indexers: set[tuple[int, int]]
 ) -> tuple[list[Any], dict[str, list[int]]]:
-    """A new prompt cache of a model, with windows of max_kv_size tokens, the first 4 of them kept, where mlx-lm has a
+    """A new prompt cache of a model, with windows of max_kv_size tokens, the first 4 of them kept, where it has a
     KVCache; a longer RotatingKVCache becomes as short. Members of a CacheList are treated one by one.
 
     indexers: {(layer, member)} as from sparse_indexer.py. Returns the prompt cache and {why: layers} of what still
     grows.
     """
-    from mlx_lm.models.cache import KVCache, RotatingKVCache
-
     refused: str | None = None
     if getattr(model, "model_type", None) in POSITIONS_FROM_KEYS:
         refused = "the model takes the positions of tokens from the number of keys"
@@ -27,12 +28,15 @@ def limit_kv_size(
     grow: dict[str, list[int]] = {}
 
     def limited(layer: int, cache: Any) -> Any:
-        if type(cache) is RotatingKVCache and cache.max_size > max_kv_size and not refused:
-            return RotatingKVCache(max_kv_size, min(cache.keep, max_kv_size - 1))
-        if type(cache) is KVCache and not refused:
-            return RotatingKVCache(max_kv_size, KEEP)
+        window: Any = getattr(sys.modules[type(cache).__module__], "RotatingKVCache", None)
+        if is_cache(cache, "RotatingKVCache") and cache.max_size > max_kv_size and not refused:
+            return window(max_kv_size, min(cache.keep, max_kv_size - 1))
+        if is_cache(cache, "KVCache") and not refused:
+            return window(max_kv_size, KEEP)
         if type(cache).__name__ not in _BOUNDED:
-            why = refused if type(cache) is KVCache else f"mlx_turbo does not know the model's {type(cache).__name__}"
+            why = (
+                refused if is_cache(cache, "KVCache") else f"mlx_turbo does not know the model's {type(cache).__name__}"
+            )
             layers = grow.setdefault(str(why), [])
             layers += [layer] * (layer not in layers)
         return cache
@@ -47,8 +51,8 @@ def limit_kv_size(
 
 
 def pass_on_max_kv_size(module: Any, takes_it: Any) -> None:
-    """Make mlx-lm's make_prompt_cache hand max_kv_size to a model's `make_cache` of the class `takes_it`; it ignores it
-    for all others. module: mlx_lm.models.cache. Does nothing the second time."""
+    """Make a library's make_prompt_cache hand max_kv_size to a model's `make_cache` of the class `takes_it`; it ignores
+    it for all others. module: mlx_lm.models.cache or mlx_vlm.models.cache. Does nothing the second time."""
     original = module.make_prompt_cache
     if hasattr(original, "passes_on_max_kv_size"):
         return
@@ -59,5 +63,8 @@ def pass_on_max_kv_size(module: Any, takes_it: Any) -> None:
 
     setattr(make_prompt_cache, "passes_on_max_kv_size", True)
     for name, loaded in list(sys.modules.items()):
-        if name.startswith("mlx_lm") and getattr(loaded, "make_prompt_cache", None) is original:
+        if (
+            name.startswith(module.__name__.partition(".")[0])
+            and getattr(loaded, "make_prompt_cache", None) is original
+        ):
             setattr(loaded, "make_prompt_cache", make_prompt_cache)

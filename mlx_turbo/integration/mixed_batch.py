@@ -6,6 +6,8 @@ left.
 """
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -171,19 +173,31 @@ def _merge(original: Callable[..., list[Any]], caches: list[list[Any]]) -> list[
 
 
 def _extend(original: Callable[..., list[Any]], cache_a: list[Any], cache_b: list[Any]) -> list[Any]:
-    """mlx-lm's _extend_cache: the layers of one batch, each with the rows of the other's appended."""
+    """mlx-lm's and mlx-vlm's _extend_cache: the layers of one batch, each with the rows of the other's appended.
+    mlx-vlm also gives it a row that is no batch yet."""
+    cache_a[:], cache_b = map(_as_batch, cache_a), [*map(_as_batch, cache_b)]
     for i, (a, b) in enumerate(zip(cache_a, cache_b)):
         if _is_mix([a, b]) and not isinstance(a, MixedBatchCache):
             cache_a[i] = MixedBatchCache([a], [range(_n_rows(a))])
     return original(cache_a, cache_b)
 
 
-def let_batches_mix() -> None:
-    """Make mlx-lm's batches take caches of several kinds. Does nothing the second time."""
-    import importlib
+def _as_batch(cache: Any) -> Any:
+    """A batch of one row for one of our caches of one sequence; any other cache as it is."""
+    return type(cache).merge([cache]) if isinstance(cache, TurboKVCache) and not hasattr(cache, "extend") else cache
 
+
+def let_batches_mix() -> None:
+    """Make mlx-lm's batches take caches of several kinds, and those of mlx-vlm if it is loaded. Does nothing the second
+    time."""
     module = importlib.import_module("mlx_lm.generate")  # a plain import gives the function
-    for name, ours in (("_merge_caches", _merge), ("_extend_cache", _extend)):
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+        (module, "_merge_caches", _merge),
+        (module, "_extend_cache", _extend),
+    ]
+    if "mlx_vlm.generate.ar" in sys.modules:
+        replaced.append((sys.modules["mlx_vlm.generate.ar"], "_extend_cache", _extend))
+    for module, name, ours in replaced:
         original = getattr(module, name)
         if not (isinstance(original, functools.partial) and original.func is ours):
             setattr(module, name, functools.partial(ours, original))

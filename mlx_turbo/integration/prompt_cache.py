@@ -1,7 +1,6 @@
-"""Compressed prompt caches for mlx-lm's models: which layers get one, and what a prompt cache holds."""
+"""Compressed prompt caches for models of mlx-lm and mlx-vlm: which layers get one, and what a prompt cache holds."""
 
 import logging
-import re
 import warnings
 from collections import Counter
 from typing import Any
@@ -15,10 +14,11 @@ from ..quant.scheme import Scheme, TurboConfig
 from . import attention
 from .conversion import compress_window
 from .kv_size import KEEP, limit_kv_size, pass_on_max_kv_size
+from .libraries import cache_module, is_cache, language_model, library_of
 from .mixed_batch import let_batches_mix
+from .vlm_caches import VlmRotatingTurboKVCache, VlmTurboKVCache
 
 logger = logging.getLogger("mlx_turbo")
-OLDEST_MLX_LM = (0, 31, 2)
 # before the class's name in a file: what mlx-lm shows where mlx_turbo is not in use (prompt_cache_file.py)
 FOREIGN_NAME = (
     "written by mlx_turbo. Run `mlx-turbo generate` in place of `mlx_lm.generate`, or load the file with "
@@ -32,15 +32,7 @@ def patch_mlx_lm() -> Any:
 
     Raises ImportError if mlx-lm is too old.
     """
-    import mlx_lm
-    import mlx_lm.models.cache as module
-
-    version = tuple(int(part) for part in re.findall(r"\d+", mlx_lm.__version__)[:3])
-    if version < OLDEST_MLX_LM:
-        raise ImportError(
-            f"mlx_turbo needs mlx-lm {'.'.join(map(str, OLDEST_MLX_LM))} or newer, "
-            f"but {mlx_lm.__version__} is installed: pip install -U mlx-lm"
-        )
+    module = cache_module("mlx_lm")
     from .sparse_indexer import BatchIndexerKVCache, IndexedCacheList
 
     of_batches = BatchTurboKVCache, BatchRotatingTurboKVCache, BatchIndexerKVCache
@@ -48,17 +40,29 @@ def patch_mlx_lm() -> Any:
         setattr(module, cache.__name__, cache)
         setattr(module, FOREIGN_NAME + cache.__name__, cache)
     setattr(module, FOREIGN_NAME + "CacheList", module.CacheList)
+    _patch(module)
+    return module
+
+
+def _patch(module: Any) -> None:
     attention.install()
     pass_on_max_kv_size(module, _EnabledMakeCache)
     let_batches_mix()
+
+
+def patch_library_of(model: Any) -> Any:
+    """As patch_mlx_lm, for the library that a model is of. mlx-vlm saves no caches, so their names are not needed
+    there."""
+    if library_of(model) == "mlx_lm":
+        return patch_mlx_lm()
+    module = cache_module("mlx_vlm")
+    _patch(module)
     return module
 
 
 def is_long_window(cache: Any, config: TurboConfig) -> bool:
     """Whether a cache is a RotatingKVCache at least twice as long as what stays exact; a shorter one saves little."""
-    from mlx_lm.models.cache import RotatingKVCache
-
-    return type(cache) is RotatingKVCache and cache.max_size - cache.keep >= 2 * (config.recent + config.block)
+    return is_cache(cache, "RotatingKVCache") and cache.max_size - cache.keep >= 2 * (config.recent + config.block)
 
 
 def flatten_caches(prompt_cache: Any) -> list[Any]:
@@ -68,29 +72,31 @@ def flatten_caches(prompt_cache: Any) -> list[Any]:
 
 def compress(prompt_cache: list[Any], config: TurboConfig, indexers: set[tuple[int, int]] | None = None) -> list[Any]:
     """A prompt cache with the tokens of another, whose plain KV caches and long windows are compressed, also inside a
-    CacheList.
+    CacheList of mlx-lm.
 
     indexers: {(layer, member)} of the KVCaches in a CacheList that stay exact; found by their tokens if not given.
     """
-    from mlx_lm.models.cache import KVCache
-
     from .sparse_indexer import IndexedCacheList, indexers_of_tokens
 
     indexers = indexers_of_tokens(prompt_cache) if indexers is None else indexers
 
     def compressed(cache: Any, own: TurboConfig) -> Any:
-        if type(cache) is KVCache:
+        of_mlx_vlm = type(cache).__module__ == "mlx_vlm.models.cache"
+        if is_cache(cache, "KVCache"):
             held = None if cache.empty() else [x[:, :, : cache.offset] for x in (cache.keys, cache.values)]
-            cache = TurboKVCache(own)
+            cache = (VlmTurboKVCache if of_mlx_vlm else TurboKVCache)(own)
             if held:
                 cache.update_and_fetch(*held)
         elif is_long_window(cache, own):
-            cache = compress_window(cache, own)
+            cache = compress_window(cache, own, VlmRotatingTurboKVCache if of_mlx_vlm else RotatingTurboKVCache)
         return cache
 
     out = []
     for i, c in enumerate(prompt_cache):
         own = config.for_layer(i, len(prompt_cache))
+        if is_vlm_list(c):
+            out.append(c)
+            continue
         if not hasattr(c, "caches"):
             out.append(compressed(c, own))
             continue
@@ -100,27 +106,35 @@ def compress(prompt_cache: list[Any], config: TurboConfig, indexers: set[tuple[i
     return out
 
 
+def is_vlm_list(cache: Any) -> bool:
+    """Whether a cache is mlx-vlm's CacheList. Its models use it for what stays exact in mlx-lm's too (indexers, pools)
+    and for caches of their own: nothing in it is compressed."""
+    return is_cache(cache, "CacheList") and type(cache).__module__ == "mlx_vlm.models.cache"
+
+
 def _reads_state(model: Any, kv_cache: Any) -> bool:
     """Whether layers of the model unpack `cache.state` of another layer, which only a KVCache supports: two families
-    did so before mlx-lm's caches had `keys_and_values`."""
-    return not hasattr(kv_cache, "keys_and_values") and getattr(model, "model_type", None) in ("afm7", "gemma3n")
+    did so before mlx-lm's caches had `keys_and_values`, and mlx-vlm's do."""
+    reads = ("afm7", "gemma3n", "gemma3n_text", "diffusion_gemma")
+    return not hasattr(kv_cache, "keys_and_values") and getattr(model, "model_type", None) in reads
 
 
 def make_prompt_cache(
     model: Any, config: str | Scheme | TurboConfig = "turbo4", max_kv_size: int | None = None
 ) -> list[Any]:
-    """A prompt cache for `model` with TurboKVCache where mlx_lm.models.cache.make_prompt_cache has a KVCache, and
+    """A prompt cache for `model` with TurboKVCache where its library's make_prompt_cache has a KVCache, and
     RotatingTurboKVCache where it has a RotatingKVCache (sliding windows).
 
-    config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: the most tokens that a layer sees, the first 4 of
-    them kept; also for models that make their own caches, for which mlx-lm ignores it. A warning names the layers that
-    it does not limit, and why. Caches inside a CacheList are treated one by one, except those of an indexer
-    (sparse_indexer.py). Windows of fewer than 2 * (recent + block) tokens, and caches that hold something else (states,
-    ...), stay as mlx-lm makes them. `describe` says which and why; there is a warning if nothing is left to compress.
+    model: of mlx-lm or mlx-vlm. config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: the most tokens that a
+    layer sees, the first 4 of them kept; also for models that make their own caches, for which the library ignores it.
+    A warning names the layers that it does not limit, and why. Caches inside a CacheList of mlx-lm are treated one by
+    one, except those of an indexer (sparse_indexer.py). Windows of fewer than 2 * (recent + block) tokens, caches that
+    hold something else (states, ...) and those inside a CacheList of mlx-vlm stay as the library makes them. `describe`
+    says which and why; there is a warning if nothing is left to compress.
 
     Raises ValueError for an unknown scheme.
     """
-    turbo, module = TurboConfig.of(config), patch_mlx_lm()
+    turbo, module, model = TurboConfig.of(config), patch_library_of(model), language_model(model)
     original = getattr(model, "make_cache", None)
     if isinstance(original, _EnabledMakeCache):
         original = original.original
@@ -142,7 +156,8 @@ def make_prompt_cache(
     else:
         plain = [module.KVCache() for _ in model.layers]
     if _reads_state(model, module.KVCache):
-        warnings.warn(f"nothing is compressed: {model.model_type} needs a newer mlx-lm", stacklevel=2)
+        why = "needs a newer mlx-lm" if library_of(model) == "mlx_lm" else "reads the state of other layers' caches"
+        warnings.warn(f"nothing is compressed: {model.model_type} {why}", stacklevel=2)
         return plain
     cache = compress(plain, turbo, indexers)
     kept = sorted({type(c).__name__ for c in flatten_caches(cache) if not isinstance(c, TurboKVCache)})
@@ -168,27 +183,31 @@ class _EnabledMakeCache:
 
 
 def enable(model: Any, config: str | Scheme | TurboConfig = "turbo4") -> Any:
-    """Make every prompt cache that mlx-lm builds for `model` a compressed one, for applications that make their own.
+    """Make every prompt cache that mlx-lm or mlx-vlm builds for `model` a compressed one, for applications that make
+    their own.
 
-    Sets `make_cache` on this model object only, and mlx-lm's make_prompt_cache passes max_kv_size on to it. Calling it
+    Sets `make_cache` on this model object only (of mlx-vlm's models, on its language_model), and the library's
+    make_prompt_cache passes max_kv_size on to it. Calling it
     again changes the configuration; `disable` undoes it. Returns the model.
 
     Raises ValueError for an unknown scheme.
     """
     turbo = TurboConfig.of(config)
     disable(model)
-    patch_mlx_lm()
-    model.make_cache = _EnabledMakeCache(model, turbo, getattr(model, "make_cache", None))
+    patch_library_of(model)
+    part = language_model(model)
+    part.make_cache = _EnabledMakeCache(part, turbo, getattr(part, "make_cache", None))
     return model
 
 
 def disable(model: Any) -> Any:
     """Undo `enable`; does nothing if the model is not enabled. Returns the model."""
-    enabled = getattr(model, "make_cache", None)
+    part = language_model(model)
+    enabled = getattr(part, "make_cache", None)
     if isinstance(enabled, _EnabledMakeCache):
-        del model.make_cache
-        if enabled.original is not None and getattr(model, "make_cache", None) != enabled.original:
-            model.make_cache = enabled.original
+        del part.make_cache
+        if enabled.original is not None and getattr(part, "make_cache", None) != enabled.original:
+            part.make_cache = enabled.original
     return model
 
 
@@ -206,6 +225,8 @@ _KEPT = {
 def _why_kept(cache: Any, layer: Any) -> str:
     from .sparse_indexer import IndexedCacheList
 
+    if is_vlm_list(layer):
+        return "it is in a CacheList of mlx-vlm"
     if isinstance(layer, IndexedCacheList):
         return "an indexer reads all of its keys at every step, and it has no values"
     return _KEPT.get(type(cache).__name__.removeprefix("Batch"), "mlx_turbo does not know this kind of cache")

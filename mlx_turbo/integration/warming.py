@@ -23,6 +23,7 @@ from ..cache.rotating import Window
 from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig
 from . import attention
+from .libraries import language_model
 from .prompt_cache import flatten_caches, make_prompt_cache
 
 FEW_SINKS = 4
@@ -48,8 +49,9 @@ def warm(
     """Build the GPU kernels that conversations with `model` will need, and check them against the reference: packing,
     restoring, and attention of a decode step and of up to n_draft_tokens + 1 tokens, over few tokens and over many.
 
-    config, max_kv_size: as for `make_prompt_cache`. Costs a prompt of about 70 tokens (with auto, 330) and the
-    compiler's time; does nothing on a backend without kernels. Call it in the thread that will generate.
+    tokenizer: of a model of mlx-vlm, its processor too. config, max_kv_size: as for `make_prompt_cache`. Costs a prompt
+    of about 70 tokens (with auto, 330) and the compiler's time; does nothing on a backend without kernels. Call it in
+    the thread that will generate.
 
     Returns the number of kernels built. Raises BackendError if a kernel does not build or computes something wrong, and
     ValueError for an unknown scheme.
@@ -70,12 +72,15 @@ def warm(
         c.config = _packs_at_once(c.config, sink)
         setattr(c, "observe", _remember(c, seen))
     n_prompt = max(c.packs_beyond for c in ours) + centering.FEWEST
-    ids = list(tokenizer.encode(TEXT))
+    ids = list(getattr(tokenizer, "tokenizer", tokenizer).encode(TEXT))
     ids *= -(-n_prompt // len(ids))
     steps = range(1, min(n_draft_tokens + 1, MAX_QUERY_TOKENS) + 1)
 
+    part = language_model(model)
+
     def say(n: int) -> mx.array:
-        return model(mx.array([ids[:n]]), cache=cache)
+        out = part(mx.array([ids[:n]]), cache=cache)
+        return getattr(out, "logits", out)  # mlx-vlm's models return more than the logits
 
     say(1)  # an empty cache observes nothing
     say(n_prompt)

@@ -101,11 +101,12 @@ class Programs:
     """mlx_turbo and other programs, each of which puts its function where it finds one, and may put back what it
     found."""
 
-    def __init__(self):
+    def __init__(self, modules):
         attention.uninstall()
-        self.original = base.scaled_dot_product_attention
-        assert llama.scaled_dot_product_attention is self.original
-        self.theirs = {module: self.original for module in (base, llama)}  # what is there without mlx_turbo
+        self.modules = modules  # a library's models.base, and a model's module
+        self.original = modules[0].scaled_dot_product_attention
+        assert modules[1].scaled_dot_product_attention is self.original
+        self.theirs = {module: self.original for module in modules}  # what is there without mlx_turbo
         self.others = []  # (module, what is put there, what was there, what would have been without mlx_turbo)
         self.installed = self.fresh = False
         with use_backend("cpu"):
@@ -124,9 +125,10 @@ class Programs:
     def uninstall(self):
         attention.uninstall()
         self.installed = False
-        assert all(getattr(module, NAME) is self.theirs[module] for module in (base, llama))
+        assert all(getattr(module, NAME) is self.theirs[module] for module in self.modules)
 
-    def put(self, module, make):
+    def put(self, which, make):
+        module = self.modules[which]
         SAVED["found"] = getattr(module, NAME)
         function = make()
         function.calls = 0
@@ -135,11 +137,11 @@ class Programs:
         setattr(module, NAME, function)
         self.fresh = False
 
-    def wrap(self, module, kind):
-        self.put(module, WRAPPERS[kind])
+    def wrap(self, which, kind):
+        self.put(which, WRAPPERS[kind])
 
-    def replace(self, module):
-        self.put(module, replacement)
+    def replace(self, which):
+        self.put(which, replacement)
 
     def put_back(self, i):
         """What a program found when it came, whatever came later."""
@@ -156,13 +158,13 @@ class Programs:
             self.fresh = False
 
     def attention_is_right(self):
-        for module in (base, llama):
+        for module in self.modules:
             for (keys, values), want in zip((PLAIN, self.lazy), self.want):
                 got = to_numpy(getattr(module, NAME)(Q, keys, values, cache=self.cache, scale=0.1, mask=None))
                 assert np.allclose(got, want, rtol=0, atol=1e-5)
 
     def a_program_that_came_last_sees_every_call(self):
-        for module in (base, llama):
+        for module in self.modules:
             function = getattr(module, NAME)
             if any(function is put for _, put, *_ in self.others):
                 before = function.calls if not isinstance(function, mock.Mock) else function.call_count
@@ -173,22 +175,22 @@ class Programs:
     def after_installing_packed_rows_are_attended(self):
         if self.installed and self.fresh:
             with mock.patch.object(attention, "attend", side_effect=attention.attend) as used:
-                base.scaled_dot_product_attention(Q, *self.lazy, cache=self.cache, scale=0.1, mask=None)
+                self.modules[0].scaled_dot_product_attention(Q, *self.lazy, cache=self.cache, scale=0.1, mask=None)
             assert used.call_count == 1
 
     def an_uninstalled_door_does_nothing(self):
         if not self.installed:
             with mock.patch.object(attention, "attend", side_effect=AssertionError):
-                for module in (base, llama):
+                for module in self.modules:
                     getattr(module, NAME)(Q, *self.lazy, cache=self.cache, scale=0.1, mask=None)
 
     def teardown(self):
-        for module in (base, llama):
+        for module in self.modules:
             setattr(module, NAME, self.original)
         attention.uninstall()
 
 
-MODULE, WHICH = st.sampled_from([base, llama]), st.integers(0, 9)
+MODULE, WHICH = st.integers(0, 1), st.integers(0, 9)
 STEPS = st.one_of(
     st.just(("install",)),
     st.just(("uninstall",)),
@@ -199,11 +201,19 @@ STEPS = st.one_of(
 )
 
 
+@pytest.fixture(params=["mlx_lm", "mlx_vlm"])
+def modules(request):
+    if request.param == "mlx_lm":
+        return base, llama
+    request.getfixturevalue("vlm")
+    return importlib.import_module("mlx_vlm.models.base"), importlib.import_module("mlx_vlm.models.qwen3_vl.language")
+
+
 @settings(quick, max_examples=100)
 @given(steps=st.lists(STEPS, min_size=6, max_size=16))
-def test_programs_in_any_order(steps):
+def test_programs_in_any_order(modules, steps):
     with use_backend("cpu"):
-        programs = Programs()
+        programs = Programs(modules)
         try:
             for name, *args in steps:
                 getattr(programs, name)(*args)
@@ -218,16 +228,16 @@ def test_programs_in_any_order(steps):
 @pytest.fixture
 def clean():
     attention.uninstall()
-    before = {module: getattr(module, NAME) for module in (base, llama)}
+    before = {module: getattr(module, NAME) for module in attention._model_modules()}
     yield
     for module, function in before.items():
         setattr(module, NAME, function)
     attention.uninstall()
 
 
-def test_two_programs_that_each_wrap_what_they_find_again_and_again_do_not_call_in_a_circle(clean):
+def test_two_programs_that_each_wrap_what_they_find_again_and_again_do_not_call_in_a_circle(clean, modules):
     """The other one keeps what it found where we cannot see it, in a file say."""
-    store = types.ModuleType("hidden_store")
+    store, base = types.ModuleType("hidden_store"), modules[0]
 
     def function(*args, **options):
         return importlib.import_module("hidden_store").found(*args, **options)

@@ -1,6 +1,7 @@
 """The door into mlx-lm: the embedded model and small random ones, run by mlx-lm's own functions."""
 
 import copy
+import functools
 import math
 import warnings
 from pathlib import Path
@@ -415,6 +416,27 @@ def test_the_prompt_s_step_size_changes_little(backend, model, tokenizer):
         for step in (16, 2048)
     ]
     assert mx.abs(mx.exp(logits[0]) - mx.exp(logits[1])).max().item() < 0.1
+
+
+@functools.lru_cache(None)
+def peak_of_a_prompt(scheme):
+    """(peak bytes of 3,072 tokens in chunks of 512 beyond the model, bytes of a layer's keys and values): four layers
+    of 2 heads of 64, with mlx-lm's own caches if scheme is None."""
+    n, model = 3072, llama(num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2)
+    cache = make_prompt_cache(model, scheme) if scheme else lm_cache.make_prompt_cache(model)
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in generate_step(tokens_of(n)[0], model, max_tokens=2, prompt_cache=cache, prefill_step_size=512):
+        pass
+    return mx.get_peak_memory() - before, 2 * n * 2 * 64 * 4
+
+
+@pytest.mark.parametrize("scheme", ["turbo8", "turbo4"])
+def test_a_long_prompt_takes_no_more_memory_than_an_uncompressed_one_and_a_layer(backend, scheme):
+    (ours, layer), (plain, _) = peak_of_a_prompt(scheme), peak_of_a_prompt(None)
+    assert ours <= plain + layer
 
 
 def test_speculative_generation_equals_plain_generation(backend, model, tokenizer):

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import types
 
 import metalsim
 import mlx.core as mx
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 from mlx_lm.models import gemma3_text, gpt_oss, llama, qwen2
+from support import vlm as models_of_vlm
 from support.no_kernels import DoesNotBuild
 
 import mlx_turbo
@@ -177,6 +179,19 @@ def test_a_conversation_builds_no_kernel_after_warm_up(recorder, tokenizer, name
     assert recorder.texts == built
     converse(model, tokenizer, scheme, 600, 4)
     assert recorder.texts == built
+
+
+def test_a_model_of_mlx_vlm_is_warmed_with_its_processor(recorder, vlm):
+    """llava's: called as a whole it wants an image. Its vocabulary is so small that any text has tokens of it."""
+    model, tokenizer = (
+        models_of_vlm.build("llava"),
+        types.SimpleNamespace(encode=lambda text: [ord(c) % 80 for c in text]),
+    )
+    assert mlx_turbo.warm(model, types.SimpleNamespace(tokenizer=tokenizer), "turbo4") > 0
+    built, cache = set(recorder.texts), mlx_turbo.make_prompt_cache(model, "turbo4")
+    for n in (150, 200, *[1] * 40):
+        mx.eval(model.language_model(mx.random.randint(0, 80, (1, n)), cache=cache).logits)
+    assert all(c.report()["packed"] for c in cache) and recorder.texts == built
 
 
 def test_without_warm_up_they_are_built_in_the_middle(recorder, tokenizer):

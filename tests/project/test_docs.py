@@ -8,7 +8,9 @@ import shlex
 import mlx.core as mx
 import mlx_lm
 import pytest
+from PIL import Image
 from support import pages
+from support import vlm as models
 
 import mlx_turbo
 from mlx_turbo.backends import select
@@ -16,6 +18,7 @@ from mlx_turbo.backends.mlx_ops import CpuBackend
 from mlx_turbo.backends.sides import BackendError
 from mlx_turbo.cli.common import DEMO_MODEL, DEMO_TEMPLATE, load_model
 from mlx_turbo.cli.main import main
+from mlx_turbo.integration import attention
 
 PAGES = ["README.md", *(f"docs/{file.name}" for file in sorted(pages.ROOT.glob("docs/*.md")))]
 PROGRAMS = [page for page in PAGES if pages.blocks(page, "python") and page != "docs/server.md"]
@@ -34,7 +37,24 @@ def at_home(monkeypatch, tmp_path):
 
     monkeypatch.setattr(mlx_lm, "load", load_demo)
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("photo.jpg")
     (tmp_path / "document.txt").write_text((DEMO_MODEL / "stories.txt").read_text()[:3000])
+
+
+@pytest.fixture
+def sees(vlm, monkeypatch):
+    """mlx_vlm.load knows one model: a random one, with the embedded one's words."""
+    load = vlm.load
+
+    def load_random(name):
+        assert name == pages.VISION_HUB_ID
+        _, processor = load(str(DEMO_MODEL))
+        n = len(processor)
+        return models.build("qwen3_vl", vocabulary=n, image_token=n - 1), models.Processor(processor, n - 1)
+
+    monkeypatch.setattr(vlm, "load", load_random)
+    yield
+    attention.uninstall()
 
 
 SAYS = {  # what a program must have said besides running to its end
@@ -53,6 +73,7 @@ SAYS = {  # what a program must have said besides running to its end
         "windows of 1,024 tokens",
         "The next day",
     ],
+    "docs/vision.md": ["4 of 4 layers compressed; auto"],
 }
 
 
@@ -70,7 +91,9 @@ def run_page(page):
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
-def test_the_program_on_a_page_runs(at_home, capsys, page):
+def test_the_program_on_a_page_runs(at_home, capsys, request, page):
+    if page == "docs/vision.md":
+        request.getfixturevalue("sees")
     run_page(page)
     said = capsys.readouterr().out
     for pattern in SAYS[page]:
@@ -93,6 +116,12 @@ def test_an_application_can_go_on_without_compression_and_says_so(at_home, capsy
 
 def test_every_page_is_reached_from_the_readme():
     assert {f"docs/{name}" for name in re.findall(r"docs/([\w-]+\.md)", pages.text("README.md"))} == set(PAGES[1:])
+
+
+def test_tests_that_pages_name_exist():
+    tests = "".join(file.read_text() for file in (pages.ROOT / "tests").rglob("test_*.py"))
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", pages.text(page))}
+    assert len(named) >= 20 and named <= set(re.findall(r"^def (test_\w+)", tests, re.MULTILINE))
 
 
 def test_the_api_page_has_every_public_name_as_its_docstring_says():

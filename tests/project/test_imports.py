@@ -18,7 +18,7 @@ RANKS = {
     "bench": 5,
     "": 6,
 }
-FORBIDDEN = {"quant": ("mlx", "mlx_lm"), "backends": ("mlx_lm",), "cache": ("mlx_lm",)}
+FORBIDDEN = {"quant": ("mlx", "mlx_lm", "mlx_vlm"), "backends": ("mlx_lm", "mlx_vlm"), "cache": ("mlx_lm", "mlx_vlm")}
 
 
 def sources(folder):

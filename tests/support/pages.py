@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+VISION_HUB_ID = "mlx-community/Qwen3-VL-4B-Instruct-4bit"
 HUB_ID = "mlx-community/Qwen3-8B-4bit"  # what the pages name where any model may stand
 
 
