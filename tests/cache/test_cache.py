@@ -461,7 +461,7 @@ def peak(step):
 
 
 @fast
-@pytest.mark.parametrize("scheme, want", [("turbo4", 4.125), ("turbo3", 3.125), ("turbo2", 2.125)])
+@pytest.mark.parametrize("scheme, want", [("turbo4", 4.125), ("turbo3", 3.125), ("turbo2", 2.125), ("turbo6v5", 5.625)])
 def test_bits_per_value_of_32k_tokens(backend, scheme, want):
     n, chunk, cache = 32768, 4096, TurboKVCache(scheme)
     x = vectors(np.random.default_rng(0), 1, 1, chunk, 128, dtype=mx.float16)
