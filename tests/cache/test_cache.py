@@ -555,7 +555,7 @@ def test_nothing_is_dequantized_unless_it_is_read(backend):
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("scheme", ["turbo5", "turbo", "q4", "turbo4v5", "TURBO4", "", None, 4, "turbo4v"])
+@pytest.mark.parametrize("scheme", ["turbo7", "turbo", "q4", "turbo4v7", "TURBO4", "", None, 4, "turbo4v"])
 def test_an_unknown_scheme_is_refused_with_the_known_ones(scheme):
     with pytest.raises(ValueError, match=r"scheme: got .*allowed are .*'turbo4'"):
         TurboKVCache(scheme)

@@ -236,7 +236,7 @@ def test_without_memory_it_is_this_machine_s(run, monkeypatch):
         (["--tokens", "0"], "--tokens: got 0"),
         (["--batch", "0"], "--batch: got 0"),
         (["--memory", "x"], "--memory: got 'x'"),
-        (["--kv", "turbo5"], "--kv: got 'turbo5'"),
+        (["--kv", "turbo7"], "--kv: got 'turbo7'"),
         (["--memory", "1MB"], "--memory: the weights alone are 4.54 MB"),
         (["--model", "no such folder"], "'no such folder' is neither an existing folder"),
         (["--kv-recent", "-1"], "--kv-recent: got -1"),
