@@ -593,8 +593,9 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
                        threadgroup float *weights, threadgroup half *tile, const threadgroup float *bias,
                        const device half *means, int segment, Mask<M> mask, thread Partial<ROWS, DIMS_PER_LANE> &out,
                        bool has_rows, int simdgroup, int lane) {
+  constexpr bool MANY_WORDS = (VALUES::BITS == 5 || VALUES::BITS == 6) && DIMS_PER_LANE > 8;  // of a value, in a lane
   constexpr int LANES_PER_TOKEN = VALUE_DIM / DIMS_PER_LANE, TOKENS_IN_FLIGHT = 32 / LANES_PER_TOKEN,
-                TILE = 32 * TOKENS_PER_LANE, U = ROWS <= 2 ? 8 : 4;
+                TILE = 32 * TOKENS_PER_LANE, U = ROWS <= 2 && !MANY_WORDS ? 8 : 4;
   int u = uint(lane) % LANES_PER_TOKEN, slot = uint(lane) / LANES_PER_TOKEN;
   threadgroup float *lane_weights = weights + lane * PADDED_ROWS;
   int segment_start = 0;                  // the first token of the newest segment

@@ -178,8 +178,8 @@ def attend_shape(
         if value_dim % e == 0 and value_dim // e <= 32 and (value_bits != 3 or e == 8 or e % 16 == 0)
     ]
     dims_per_lane = dims[0]
-    if value_bits in (2, 3, 5) and n_rows <= 4 and 16 in dims:
-        dims_per_lane = 16  # whole words, whole units
+    if n_rows <= {2: 4, 3: 4, 5: 1}.get(value_bits, 0) and 16 in dims:
+        dims_per_lane = 16  # whole words, whole units; of 5 bits these are many words for more rows
     query_bytes = (2 if single_launch and key_bits else 1) * 4 * key_dim  # of a row
     most = min(8, max(1, tuning.accumulators // dims_per_lane), THREADGROUP_BYTES * 3 // 4 // query_bytes)
     n_simdgroups = -(-n_rows // most)
