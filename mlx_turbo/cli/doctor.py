@@ -46,10 +46,10 @@ PAIRS = (
     ((512, 4, True), (64, 2, False)),
     ((80, 4, False), (80, 3, False)),
 )
-# bits of keys and values: all pairs, but of 5 and 6 bits each beside itself, the other, more, fewer and none
+# bits of keys and values: all pairs, but 5 and 6 bits each beside itself, the other and some
 SCHEMES = (
     *((k, v) for k in (0, 2, 3, 4, 8) for v in (0, 2, 3, 4, 8) if k or v),
-    *((5, 5), (6, 6), (6, 5), (5, 6), (8, 6), (8, 5), (6, 4), (5, 3), (0, 6), (5, 0)),
+    *((5, 5), (6, 6), (6, 5), (5, 6), (8, 6), (8, 5), (6, 4), (5, 3), (4, 5), (0, 6), (5, 0)),
 )
 BATCH, N_KV_HEADS = 2, 3
 ONE_LAUNCH, TWO_LAUNCHES = 90, 1100  # tokens, sink and recent included, for which attention takes one launch or two

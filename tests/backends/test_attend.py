@@ -68,10 +68,10 @@ COMBINATIONS = [
     dict(bits=(5, 6), dims=(112, 80), G=3, L=5, counts=(3, 70, 40)),  # shared tiles
     dict(bits=(0, 5), dims=(64, 64), G=1),
 ]
-# Of 5 and 6 bits, each beside itself, the other, more, fewer and none.
+# All pairs, but 5 and 6 bits each beside itself, the other and some.
 PAIRS = [
     *itertools.product((0, 2, 3, 4, 8), repeat=2),
-    *((5, 5), (6, 6), (6, 5), (5, 6), (8, 6), (8, 5), (6, 4), (5, 3), (0, 6), (5, 0)),
+    *((5, 5), (6, 6), (6, 5), (5, 6), (8, 6), (8, 5), (6, 4), (5, 3), (4, 5), (0, 6), (5, 0)),
 ]
 
 

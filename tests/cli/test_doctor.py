@@ -291,7 +291,7 @@ def test_attention_is_checked_with_every_scheme_head_dim_mask_length_and_dtype()
     for bits in (5, 6):
         for side in (0, 1):
             beside = {pair[1 - side] for pair in doctor.SCHEMES if pair[side] == bits}
-            assert beside >= {5, 6} and len(beside) >= 4
+            assert beside > {5, 6}
     assert {c.mask for c in checks} == {None, "causal", "boolean", "additive"}
     assert {c.sinks for c in checks} == {False, True} and {c.n_queries for c in checks} >= {1, 3, 40}
     assert {c.heads_per_kv_head for c in checks} >= {1, 4, 5, 8} and len({c.n_tokens for c in checks}) == 2
