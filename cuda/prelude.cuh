@@ -68,6 +68,13 @@ METAL_FUNC TO as_type(FROM from) {
 METAL_FUNC half2 operator-(half2 a, half2 b) {
   return as_type<half2>(__hsub2(as_type<__half2>(a), as_type<__half2>(b)));
 }
+METAL_FUNC half2 operator*(half2 a, half2 b) {
+  return as_type<half2>(__hmul2_rn(as_type<__half2>(a), as_type<__half2>(b)));
+}
+using ::fma;  // which the one of half2 would hide
+METAL_FUNC half2 fma(half2 a, half2 b, half2 c) {
+  return as_type<half2>(__hfma2(as_type<__half2>(a), as_type<__half2>(b), as_type<__half2>(c)));
+}
 template <class T>
 METAL_FUNC T select(T a, T b, bool c) {
   return c ? b : a;

@@ -62,7 +62,7 @@
 //     float [B, Hkv, R, blocks, 2]: m (base 2) and the sum of 2^(logit - m). An empty block has m = LOWEST and sum 0.
 // TEMPLATE
 //   T type of acc; EXACT_KEY, EXACT_VALUE types of exact keys and values
-//   KEY_BITS, VALUE_BITS in {0, 2, 3, 4, 8}; KEY_DIM, VALUE_DIM head dims, multiples of 16 from 32 to 576
+//   KEY_BITS, VALUE_BITS in {0, 2, 3, 4, 5, 6, 8}; KEY_DIM, VALUE_DIM head dims, multiples of 16 from 32 to 576
 //   KEY_MEANS, VALUE_MEANS: packed keys, values have a mean
 //   ROWS per simdgroup, 1 to 8, or to 12 if SHARED_TILES; TOKENS_PER_LANE 1, 2 or 4
 //   DIMS_PER_LANE of the values: a multiple of 8 (of 4 if SHARED_TILES; 8 or a multiple of 16 if VALUE_BITS = 3) that
@@ -173,11 +173,17 @@ struct PackedRows {
   };
   template <int N>
   static METAL_FUNC void read(Pointer row, int c, thread Raw &raw) {
-    if (B != 3) {
+    if (!R::PLANES) {
       tq_words<R::WORDS, N * B / 32>(row + c * B, raw.w);
+    } else if (B == 5 || B == 6) {
+      tq_words<R::WORDS, N / 8>(row + 4 * c, raw.w);
+      if (B == 5)
+        raw.w[4] = row[R::PLANE_A + c];
+      else
+        tq_words<R::WORDS, N / 16>(row + R::PLANE_A + 2 * c, raw.w + 4);
     } else {
       tq_words<R::WORDS, N / 16>(row + 2 * c, raw.w);
-      raw.w[2] = row[R::UNITS + c];
+      raw.w[2] = row[R::PLANE_A + c];
     }
   }
   static METAL_FUNC void eight(const thread Raw &raw, int x, thread float *y) {  // x is a constant once unrolled
@@ -189,6 +195,10 @@ struct PackedRows {
         z[i] = as_type<half2>(((raw.w[2 * x + i / 2] >> (i % 2 * 8)) & 0x00ff00ffu) | 0x64006400u);
     } else if (B == 2) {
       Levels<2>::sixteen(raw.w[x / 2], z);  // the half not used folds away
+    } else if (B == 5) {
+      Levels<5>::eight(raw.w[x], raw.w[4] >> (4 * x), z);
+    } else if (B == 6) {
+      Levels<6>::eight(raw.w[x], raw.w[4 + x / 2] >> (x % 2 * 8), z);
     } else {
       Levels<3>::sixteen(raw.w[x / 2], (raw.w[2] >> (x / 2 * 8)) & 0x00ff00ffu, z);
     }
@@ -198,8 +208,10 @@ struct PackedRows {
   }
   template <int DIMS_PER_LANE>
   struct RawValues {  // 2 bits: a word per 16 dims, or two bytes per 8; 3 bits: a word and two bytes per unit, or half
-    static constant constexpr const int EIGHTS = DIMS_PER_LANE / 8;
-    uint w[tq_max(1, B >= 4 ? EIGHTS * B / 4 : B == 3 || EIGHTS % 2 ? EIGHTS : EIGHTS / 2)];
+    // 5 and 6 bits: the words of plane A, and what plane B has of each unit, or of each 8 dims
+    static constant constexpr const int EIGHTS = DIMS_PER_LANE / 8, UNITS = DIMS_PER_LANE / 16;
+    static constant constexpr const int PIECES = DIMS_PER_LANE % 16 == 0 ? UNITS : EIGHTS;
+    uint w[tq_max(1, B == 3 ? EIGHTS : B == 5 || B == 6 ? EIGHTS + PIECES : B >= 4 ? EIGHTS * B / 4 : PIECES)];
   };
   template <int DIMS_PER_LANE>
   static METAL_FUNC void read_values(Pointer row, int u, thread RawValues<DIMS_PER_LANE> &raw) {
@@ -215,14 +227,26 @@ struct PackedRows {
     } else if (B == 2) {  // one byte of each half per 8 dims
       TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 8; i++)
         raw.w[i] = bytes(row, u * (DIMS_PER_LANE / 8) + i);
+    } else if (B == 5 || B == 6) {
+      constexpr int EIGHTS = DIMS_PER_LANE / 8, UNITS = DIMS_PER_LANE / 16;
+      tq_words<(DIMS_PER_LANE % 16 == 0 ? R::WORDS : 1), EIGHTS>(row + u * EIGHTS, raw.w);
+      if (DIMS_PER_LANE % 16 == 0) {
+        TQ_UNROLL for (int i = 0; i < UNITS; i++)
+          raw.w[EIGHTS + i] = B == 6 ? row[R::PLANE_A + u * UNITS + i] : bytes(row + R::PLANE_A, u * UNITS + i);
+      } else {
+        TQ_UNROLL for (int i = 0; i < EIGHTS; i++) {
+          int e = u * EIGHTS + i;
+          raw.w[EIGHTS + i] = B == 6 ? bytes(row + R::PLANE_A, e) : bytes(row + R::PLANE_A, e / 2) >> (e % 2 * 4);
+        }
+      }
     } else if (DIMS_PER_LANE == 8) {  // half a unit: one of two lanes reads its word, the other its byte
       int t = u / 2;
-      raw.w[0] = u & 1 ? bytes(row + R::UNITS, t) : row[t];
+      raw.w[0] = u & 1 ? bytes(row + R::PLANE_A, t) : row[t];
     } else {
       TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE / 16; i++) {
         int t = u * (DIMS_PER_LANE / 16) + i;
         raw.w[2 * i] = row[t];
-        raw.w[2 * i + 1] = bytes(row + R::UNITS, t);
+        raw.w[2 * i + 1] = bytes(row + R::PLANE_A, t);
       }
     }
   }
@@ -249,6 +273,14 @@ struct PackedRows {
         z[4 * i + 1] = Levels<2>::at6(a);
         z[4 * i + 2] = Levels<2>::at4(x);
         z[4 * i + 3] = Levels<2>::at6(x);
+      }
+    } else if (B == 5 || B == 6) {
+      constexpr int EIGHTS = DIMS_PER_LANE / 8;
+      TQ_UNROLL for (int i = 0; i < EIGHTS; i++) {
+        constexpr bool WHOLE = DIMS_PER_LANE % 16 == 0;
+        uint b = raw.w[EIGHTS + (WHOLE ? i / 2 : i)] >> (WHOLE ? i % 2 * (B == 5 ? 4 : 8) : 0);
+        if (B == 5) Levels<5>::eight(raw.w[i], b, z + 4 * i);
+        if (B == 6) Levels<6>::eight(raw.w[i], b, z + 4 * i);
       }
     } else if (DIMS_PER_LANE == 8) {  // two lanes, both at this token
       uint x = raw.w[0], a = simd_shuffle_xor(x, ushort(1));
@@ -565,8 +597,9 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
                        threadgroup float *weights, threadgroup half *tile, const threadgroup float *bias,
                        const device half *means, int segment, Mask<M> mask, thread Partial<ROWS, DIMS_PER_LANE> &out,
                        bool has_rows, int simdgroup, int lane) {
+  constexpr bool MANY_WORDS = (VALUES::BITS == 5 || VALUES::BITS == 6) && DIMS_PER_LANE > 8;  // of a value, in a lane
   constexpr int LANES_PER_TOKEN = VALUE_DIM / DIMS_PER_LANE, TOKENS_IN_FLIGHT = 32 / LANES_PER_TOKEN,
-                TILE = 32 * TOKENS_PER_LANE, U = ROWS <= 2 ? 8 : 4;
+                TILE = 32 * TOKENS_PER_LANE, U = ROWS <= 2 && !MANY_WORDS ? 8 : 4;
   int u = uint(lane) % LANES_PER_TOKEN, slot = uint(lane) / LANES_PER_TOKEN;
   threadgroup float *lane_weights = weights + lane * PADDED_ROWS;
   int segment_start = 0;                  // the first token of the newest segment

@@ -23,7 +23,7 @@
 //                 values, heads that share diagonals, of side 0, of side 1
 // OUTPUT
 //   x0, x1        T [B, H, L, D], L = n_sink + packed tokens + n_recent, in that order
-// TEMPLATE  T float type of the output; B0, B1 bits in {2, 3, 4, 8}; D0, D1 head_dim, multiple of 4, 32 to 576;
+// TEMPLATE  T float type of the output; B0, B1 bits in {2, 3, 4, 5, 6, 8}; D0, D1 head_dim, multiple of 4, 32 to 576;
 //   ROTATE0/1: un-rotate here (the windows must start and end where a lane's dims do: D a multiple of 16 up to 512, of
 //   32 above), else x stays rotated; MEAN0/1 in {0, 1, 2} (needs ROTATE); EXACT: there may be exact tokens.
 // LAUNCH  grid (32, S0 + S1, 1) with S = ceil(B * H * L / VECTORS) simdgroups per side, VECTORS = 32 / LANES;
@@ -43,8 +43,7 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
   typedef Row<BITS, D> R;
   constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, UNITS = DIMS_PER_LANE / 16,
                 P = tq_power_of_two_from(D / 2 + 1);
-  constexpr int PER_UNIT = BITS == 3 ? 1 : BITS / 2, ROW_UNITS = R::UNITS;
-  constexpr int CODE_WORDS = BITS == 3 ? ROW_UNITS : R::WORDS;  // without plane B
+  constexpr int PER_UNIT = R::PER_UNIT, ROW_UNITS = R::UNITS;
   int first = span[0], n_packed = span[1], n_sink = EXACT ? span[2] : 0, n_recent = EXACT ? span[3] : 0;
   int L = n_sink + n_packed + n_recent, n_heads = codes_shape[1], n_vectors = codes_shape[0] * n_heads * L;
   int t = uint(lane) % LANES, vector = simdgroup * (32 / LANES) + uint(lane) / LANES;  // unsigned: no division
@@ -61,9 +60,9 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
 
   // ---- levels of the codes, times the scale
   float y[DIMS_PER_LANE];
-  uint plane_b = 0;  // bytes of two units
-  if (BITS == 3) {
-    if (packed && (UNITS == 2 || t % 2 == 0) && t * UNITS < ROW_UNITS) plane_b = row[ROW_UNITS + t * UNITS / 2];
+  uint plane_b = 0;  // bytes of two units (not at 6 bits)
+  if (R::PLANES && BITS != 6) {
+    if (packed && (UNITS == 2 || t % 2 == 0) && t * UNITS < ROW_UNITS) plane_b = row[R::PLANE_A + t * UNITS / 2];
     if (UNITS == 1) {
       uint neighbour = simd_shuffle_xor(plane_b, ushort(1));
       if (t % 2 == 1) plane_b = neighbour >> 8;
@@ -73,10 +72,12 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
     uint w[PER_UNIT];
     TQ_UNROLL for (int k = 0; k < PER_UNIT; k++) {
       int word = (t * UNITS + u) * PER_UNIT + k;
-      w[k] = packed && word < CODE_WORDS ? row[word] : 0;
+      w[k] = packed && word < R::PLANE_A ? row[word] : 0;
     }
+    uint b = (plane_b >> (8 * u)) & 0x00ff00ffu;
+    if (BITS == 6) b = packed && t * UNITS + u < ROW_UNITS ? row[R::PLANE_A + t * UNITS + u] : 0;
     half2 level[8];
-    tq_unit_levels<BITS>(w, (plane_b >> (8 * u)) & 0x00ff00ffu, level);
+    tq_unit_levels<BITS>(w, b, level);
     TQ_UNROLL for (int i = 0; i < 16; i++) {
       y[16 * u + i] = R::has(t, 16 * u + i) ? gamma * float(level[i / 2][i % 2]) : 0.0f;
     }

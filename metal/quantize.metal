@@ -22,7 +22,7 @@
 // OUTPUTS
 //   codes0/1      uint32 [B, H, L, WORDS]
 //   scale0/1      float16 [B, H, L, 1]
-// TEMPLATE  B0, B1 bits in {2, 3, 4, 8}; D0, D1 head_dim, multiple of 4, 32 to 576;
+// TEMPLATE  B0, B1 bits in {2, 3, 4, 5, 6, 8}; D0, D1 head_dim, multiple of 4, 32 to 576;
 //   ROTATE0/1: rotate here (the windows must start and end where a lane's dims do: D a multiple of 16 up to 512, of 32
 //   above), else x is already rotated and centred; MEAN0/1: subtract a mean (needs ROTATE);
 //   RULE: the scale of both sides, 0 <y, y> / <y, c>, 1 <y, c> / <c, c>, 2 ||y|| / sqrt(D), 3 ||y|| / ||c||.
@@ -30,32 +30,42 @@
 //   threadgroup (32, n, 1), any n. Lengths are data: nothing is compiled again when L changes.
 //
 // REGISTERS (estimate, 32 bits each): DIMS_PER_LANE values and codes, 7 midpoints, a few indices:
-//   16 + 16 + 7 + 10 = 49; 81 for D > 512.
+//   16 + 16 + 7 + 10 = 49; 81 for D > 512. At 5 and 6 bits the midpoints are constants.
 
 // Midpoints between neighbouring levels, positive half, in units of ||y|| / sqrt(D).
 constant constexpr const float TQ_T2[1] = {0.982770562f};
 constant constexpr const float TQ_T3[3] = {0.518164515f, 1.06871438f, 1.74880528f};
 constant constexpr const float TQ_T4[7] = {0.262764513f, 0.538102686f, 0.846286476f, 1.17448556f,
                                            1.50268459f,  1.88297462f,  2.37873721f};
+constant constexpr const float TQ_T5[15] = {0.125717789f, 0.25300765f,  0.383329391f, 0.518335223f, 0.659116089f,
+                                            0.807468534f, 0.965574265f, 1.13445985f,  1.31566548f,  1.51073098f,
+                                            1.7206831f,   1.94757509f,  2.19397354f,  2.53379822f,  2.98244882f};
+constant constexpr const float TQ_T6[31] = {
+    0.0690204129f, 0.138040826f, 0.207061246f, 0.276081651f, 0.345264852f, 0.414610833f, 0.483956814f, 0.553465605f,
+    0.623625457f,  0.694436491f, 0.765735924f, 0.838337541f, 0.912241518f, 0.987773299f, 1.06558406f,  1.14599931f,
+    1.23032141f,   1.31789923f,  1.40970933f,  1.50803089f,  1.61286378f,  1.724208f,    1.84401703f,  1.97424424f,
+    2.11488962f,   2.26855779f,  2.43589973f,  2.61821771f,  2.81941867f,  3.10070944f,  3.47967052f};
 
-// Code of y, offset binary: code n-1-c is the negative of code c. t: the midpoints times ||y|| / sqrt(D).
+// Code of y, offset binary: code n-1-c is the negative of code c. t: the midpoints in the unit of y.
 // A binary search over the magnitude, then one exclusive or for the sign.
 template <int BITS>
 METAL_FUNC uint tq_code(float y, const thread float *t) {
-  float a = fabs(y);
-  uint m;
-  if (BITS == 2) {
-    m = a >= t[0] ? 1 : 0;
-  } else if (BITS == 3) {
-    bool high = a >= t[1];
-    m = (high ? 2 : 0) | (a >= (high ? t[2] : t[0]) ? 1 : 0);
-  } else {
-    bool high = a >= t[3];
-    bool middle = a >= (high ? t[5] : t[1]);
-    float last = select(select(t[0], t[2], middle), select(t[4], t[6], middle), high);  // ?: would branch
-    m = (high ? 4 : 0) | (middle ? 2 : 0) | (a >= last ? 1 : 0);
-  }
   constexpr uint HALF = 1u << (BITS - 1);
+  float a = fabs(y);
+  bool above[BITS];
+  uint m = 0;
+  TQ_UNROLL for (int k = 0; k < BITS - 1; k++) {
+    constexpr int HALVES = HALF / 2;
+    float candidate[HALVES];  // those of this step, fewer with each bit that is known, the lowest first
+    TQ_UNROLL for (int j = 0; j < 1 << k; j++)
+      candidate[j] = t[(2 * j + 1) * (HALF >> (k + 1)) - 1];
+    TQ_UNROLL for (int i = k - 1; i >= 0; i--) {
+      TQ_UNROLL for (int j = 0; j < 1 << i; j++)
+        candidate[j] = select(candidate[2 * j], candidate[2 * j + 1], above[i]);  // ?: would branch
+    }
+    above[k] = a >= candidate[0];
+    m |= above[k] ? HALF >> (k + 1) : 0;
+  }
   return m ^ (y < 0 ? HALF - 1 : HALF);
 }
 
@@ -118,19 +128,23 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
     }
   } else {
     constexpr int N = (1 << (BITS - 1)) - 1;
-    float midpoint[N];
+    constexpr bool FEW = BITS <= 4;  // midpoints: they are multiplied by sigma, else the values are divided by it
+    float midpoint[N], inverse = sigma > 0 ? 1.0f / sigma : 0.0f;
     TQ_UNROLL for (int i = 0; i < (BITS == 8 ? 0 : N); i++)
-      midpoint[i] = sigma * (BITS == 2 ? TQ_T2[0] : BITS == 3 ? TQ_T3[i % 3] : TQ_T4[i % 7]);
+      midpoint[i] = (FEW ? sigma : 1.0f) * (BITS == 2   ? TQ_T2[0]
+                                            : BITS == 3 ? TQ_T3[i % 3]
+                                            : BITS == 4 ? TQ_T4[i % 7]
+                                            : BITS == 5 ? TQ_T5[i % 15]
+                                                        : TQ_T6[i % 31]);
     TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++)
-      code[i] = tq_code<BITS>(y[i], midpoint);
+      code[i] = tq_code<(BITS == 8 ? 2 : BITS)>(FEW ? y[i] : y[i] * inverse, midpoint);
   }
   TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
     if (!R::has(t, i)) code[i] = 0;
   }
 
   // ---- pack, and <y, c> or <c, c> with the levels as every reader will compute them
-  constexpr int PER_UNIT = BITS == 3 ? 1 : BITS / 2, ROW_UNITS = R::UNITS;
-  constexpr int CODE_WORDS = BITS == 3 ? ROW_UNITS : R::WORDS;  // without plane B
+  constexpr int PER_UNIT = R::PER_UNIT, ROW_UNITS = R::UNITS;
   device uint *row = codes + (long)vector * R::WORDS;
   float yc = 0, cc = 0;
   uint plane_b[UNITS];
@@ -142,9 +156,18 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
     TQ_UNROLL for (int i = 0; i < 16; i++) {
       uint c = code[16 * u + i];
       int s = i % 2, j = i / 2;
-      if (BITS != 3) {
+      if (!R::PLANES) {
         constexpr int PAIRS = 16 / BITS;  // per word
         w[j / PAIRS % PER_UNIT] |= c << (16 * s + BITS * (j % PAIRS));
+      } else if (BITS == 5) {
+        int k = j / 4 % PER_UNIT, at = 16 * s + 5 * (j % 4);
+        w[k] |= j % 4 < 3 ? c << at : c >> 4 << at;
+        if (j % 4 == 3) plane_b[u] |= (c & 15) << (16 * s + 4 * k);
+      } else if (BITS == 6) {
+        int k = j / 4 % PER_UNIT, byte = 16 * s + 8 * k;
+        if (j % 4 < 2) w[k] |= c << (16 * s + 10 * (j % 4));
+        if (j % 4 == 2) w[k] |= c >> 2 << (16 * s + 6);
+        if (j % 4 >= 2) plane_b[u] |= j % 4 == 2 ? (c & 3) << byte : c << (byte + 2);
       } else if (j < 5) {
         w[0] |= c << (16 * s + 3 * j);
       } else if (j < 7) {
@@ -165,13 +188,16 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
     }
     TQ_UNROLL for (int k = 0; k < PER_UNIT; k++) {
       int word = (t * UNITS + u) * PER_UNIT + k;
-      if (live && word < CODE_WORDS) row[word] = w[k];
+      if (live && word < R::PLANE_A) row[word] = w[k];
     }
   }
-  if (BITS == 3) {  // two units share a word of plane B
+  if (BITS == 6) {
+    TQ_UNROLL for (int u = 0; u < UNITS; u++)
+      if (live && t * UNITS + u < ROW_UNITS) row[R::PLANE_A + t * UNITS + u] = plane_b[u];
+  } else if (R::PLANES) {  // two units share a word of plane B
     uint odd = UNITS == 2 ? plane_b[UNITS - 1] : simd_shuffle_xor(plane_b[0], ushort(1));
     bool mine = live && (UNITS == 2 || t % 2 == 0);
-    if (mine && t * UNITS < ROW_UNITS) row[ROW_UNITS + t * UNITS / 2] = plane_b[0] | (odd << 8);
+    if (mine && t * UNITS < ROW_UNITS) row[R::PLANE_A + t * UNITS / 2] = plane_b[0] | (odd << 8);
   }
 
   // ---- scale

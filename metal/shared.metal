@@ -8,6 +8,12 @@
 //   3 bits  unit t = dims 16t .. 16t+15: word t of plane A, and bytes i and i+2 (i = t % 2) of word t / 2 of plane B,
 //           which follows plane A. dim 16t+2j+s: j = 0..4 in A at bits 16s+3j .. +2; j = 5, 6 in byte i+2s of B at
 //           bits 3(j-5) .. +2; j = 7: low two bits in that byte's bits 6, 7, top bit in A at bit 16s+15.
+//   5 bits  word w = dims 8w .. 8w+7 of plane A (two words per unit of 16 dims), and bits 16s+4i .. +3 (i = w % 4) of
+//           word w / 4 of plane B, which follows plane A. dim 8w+2j+s: j = 0..2 in A at bits 16s+5j .. +4; j = 3: low
+//           four bits in B, top bit in A at bit 16s+15.
+//   6 bits  word w = dims 8w .. 8w+7 of plane A, as at 5 bits, and byte i+2s (i = w % 2) of word w / 2 of plane B.
+//           dim 8w+2j+s: j = 0, 1 in A at bits 16s+10j .. +5; j = 2: low two bits in bits 0, 1 of that byte, top four
+//           in A at bits 16s+6 .. +9; j = 3 in bits 2 .. 7 of that byte.
 //   Words are 0 where D does not fill them.
 
 #define TQ_UNROLL _Pragma("clang loop unroll(full)")
@@ -26,7 +32,10 @@ constexpr int tq_power_of_two_from(int n) {  // least power of two >= n
 template <int BITS, int D>
 struct Row {  // how lanes share a packed row
   static constant constexpr const int UNITS = (D + 15) / 16;
-  static constant constexpr const int WORDS = BITS == 3 ? UNITS + (UNITS + 1) / 2 : (D * BITS + 31) / 32;
+  static constant constexpr const bool PLANES = BITS == 3 || BITS == 5 || BITS == 6;
+  static constant constexpr const int PER_UNIT = BITS == 3 ? 1 : PLANES ? 2 : BITS / 2;  // words of 16 dims, in plane A
+  static constant constexpr const int PLANE_A = PLANES ? UNITS * PER_UNIT : (D * BITS + 31) / 32;  // words
+  static constant constexpr const int WORDS = PLANE_A + (!PLANES ? 0 : BITS == 6 ? UNITS : (UNITS + 1) / 2);
   static constant constexpr const int DIMS_PER_LANE = D > 512 ? 32 : 16;  // dims per lane
   static constant constexpr const int LANES = tq_power_of_two_from((D + DIMS_PER_LANE - 1) / DIMS_PER_LANE);
   static constant constexpr const int VECTORS = 32 / LANES;             // per simdgroup
@@ -94,6 +103,49 @@ struct Levels<3> {
     y[7] = at6((b & 0x00c000c0u) | ((a >> 7) & 0x01000100u));
   }
 };
+
+// 5 and 6 bits: t * (t^2 + k) and t * (t^4 + k) of that difference t, where f's slope doubles at code KINK and, within
+// reach of a code, nowhere else. Then t is the same for each bit P that the code is at: few fields need a shift.
+// x: the codes of dims 2j and 2j+1 at bit P of the two halves, and anything else.
+template <int BITS, int KINK, int P>
+METAL_FUNC half2 tq_one_kink(uint x) {
+  static_assert(KINK << P <= 1024, "more than an octave below the kink");
+  constexpr uint MASK = ((1u << BITS) - 1) << P, LOW = ((26 - BITS - P) << 10) - (KINK << P), BOTH = 0x00010001u;
+  return tq_odd(x & (MASK * BOTH), LOW * BOTH, (LOW + MASK) * BOTH);
+}
+template <>
+struct Levels<5> {
+  static constant constexpr const float UNIT = 1.051300399314983f;
+  template <int P>
+  static METAL_FUNC half2 at(uint x) {
+    half2 t = tq_one_kink<5, 29, P>(x);
+    return t * fma(t, t, half2(1.90625h));
+  }
+  // a: word of plane A. b: its four bits of plane B lowest in each half.
+  static METAL_FUNC void eight(uint a, uint b, thread half2 *y) {
+    uint r = a >> 6;
+    y[0] = at<0>(a);
+    y[1] = at<5>(a);
+    y[2] = at<4>(r);
+    y[3] = at<5>(((b << 5) & 0x01e001e0u) | (r & 0x02000200u));
+  }
+};
+template <>
+struct Levels<6> {
+  static constant constexpr const float UNIT = 1.3335264707750818f;
+  template <int P>
+  static METAL_FUNC half2 at(uint x) {
+    half2 t = tq_one_kink<6, 61, P>(x), w = t * t;
+    return t * fma(w, w, half2(1.65625h));
+  }
+  // a: word of plane A. b: its byte of plane B lowest in each half.
+  static METAL_FUNC void eight(uint a, uint b, thread half2 *y) {
+    y[0] = at<0>(a);
+    y[1] = at<4>(a >> 6);
+    y[2] = at<4>(((b << 4) & 0x00300030u) | (a & 0x03c003c0u));
+    y[3] = at<2>(b);
+  }
+};
 template <>
 struct Levels<8> {
   static constant constexpr const float UNIT = 0.0315f;
@@ -103,7 +155,8 @@ struct Levels<8> {
     y[1] = minus128((w >> 8) & 0x00ff00ffu);
   }
 };
-// The 8 pairs of levels of a unit of 16 dims. w: its words; b: its byte of plane B (3 bits only), as in sixteen().
+// The 8 pairs of levels of a unit of 16 dims. w: its words of plane A; b: what plane B has of it, lowest in
+// each half: a byte (3 and 5 bits), two bytes (6 bits).
 template <int BITS>
 METAL_FUNC void tq_unit_levels(const thread uint *w, uint b, thread half2 *y) {
   if (BITS == 4) {
@@ -113,7 +166,13 @@ METAL_FUNC void tq_unit_levels(const thread uint *w, uint b, thread half2 *y) {
     Levels<2>::sixteen(w[0], y);
   else if (BITS == 3)
     Levels<3>::sixteen(w[0], b, y);
-  else {
+  else if (BITS == 5) {
+    Levels<5>::eight(w[0], b, y);
+    Levels<5>::eight(w[1], b >> 4, y + 4);
+  } else if (BITS == 6) {
+    Levels<6>::eight(w[0], b, y);
+    Levels<6>::eight(w[1], b >> 8, y + 4);
+  } else {
     TQ_UNROLL for (int i = 0; i < 4; i++)
       Levels<8>::four(w[i], y + 2 * i);
   }

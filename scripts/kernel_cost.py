@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a decode step's attention kernels do, counted in the simulator (tests/metalsim), beside MLX's own fp16 kernels.
 
-    python scripts/kernel_cost.py                                    the table of all configurations, 30 s
+    python scripts/kernel_cost.py                                    the table of all configurations, a minute
     python scripts/kernel_cost.py --scheme turbo4 --head-dim 128     some of it
     python scripts/kernel_cost.py --json > cost.json                 a list of rows, nothing else on stdout
 
@@ -34,7 +34,7 @@ from mlx_turbo.backends.metal import MetalBackend  # noqa: E402
 from mlx_turbo.backends.self_test import random_cached_side, restored_tokens  # noqa: E402
 from mlx_turbo.quant.scheme import TurboConfig  # noqa: E402
 
-HEAD_DIMS, GROUPS, SCHEMES = (64, 128, 256), (1, 4, 8), ("turbo4", "turbo3", "turbo2", "turbo8v4")
+HEAD_DIMS, GROUPS, SCHEMES = (64, 128, 256), (1, 4, 8), ("turbo4", "turbo3", "turbo2", "turbo5", "turbo6", "turbo8v4")
 CLASSES = ("fma", "fp", "int", "bit", "cvt", "cmp", "branch", "math", "idiv", "fdiv")
 MLX_BLOCKS = 64  # of 2pass_1: what MLX takes for a few thousand tokens; their number hardly changes the counts
 # Query heads per thread of the 2pass_1_gqa kernels that MLX 0.32 instantiates, by (head_dim, GQA factor).

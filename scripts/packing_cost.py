@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-CASES = ((64, 4), (80, 4), (96, 4), (128, 4), (256, 4), (576, 4), (128, 3), (128, 2), (128, 8))
+CASES = ((64, 4), (80, 4), (96, 4), (128, 4), (256, 4), (576, 4), (128, 3), (128, 2), (128, 5), (128, 6), (128, 8))
 N_VECTORS = 64
 
 

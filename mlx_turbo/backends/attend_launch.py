@@ -10,6 +10,7 @@ import itertools
 from typing import NamedTuple, Optional
 
 from ..quant import rotation
+from ..quant.scheme import BITS
 
 MAX_QUERY_TOKENS = 16
 SEGMENT_STEP = 128  # tokens of the largest tile, which meets two segments at most
@@ -177,8 +178,8 @@ def attend_shape(
         if value_dim % e == 0 and value_dim // e <= 32 and (value_bits != 3 or e == 8 or e % 16 == 0)
     ]
     dims_per_lane = dims[0]
-    if value_bits in (2, 3) and n_rows <= 4 and 16 in dims:
-        dims_per_lane = 16  # whole words, whole units
+    if n_rows <= {2: 4, 3: 4, 5: 1}.get(value_bits, 0) and 16 in dims:
+        dims_per_lane = 16  # whole words, whole units; of 5 bits these are many words for more rows
     query_bytes = (2 if single_launch and key_bits else 1) * 4 * key_dim  # of a row
     most = min(8, max(1, tuning.accumulators // dims_per_lane), THREADGROUP_BYTES * 3 // 4 // query_bytes)
     n_simdgroups = -(-n_rows // most)
@@ -263,8 +264,8 @@ def attend_unsupported(
     for name, bits, dim in (("keys", key_bits, key_dim), ("values", value_bits, value_dim)):
         if not 32 <= dim <= 576 or dim % 16 or not rotates_in_kernel(dim):
             return f"head_dim {dim} of the {name}: the kernel does multiples of 16 from 32 to 512, 544 and 576"
-        if bits not in (0, 2, 3, 4, 8):
-            return f"{bits} bits of the {name}: the kernel does 0, 2, 3, 4 and 8"
+        if bits not in BITS:
+            return f"{bits} bits of the {name}: the kernel does 0, 2, 3, 4, 5, 6 and 8"
     if not 1 <= n_query_tokens <= MAX_QUERY_TOKENS:
         return f"{n_query_tokens} query tokens: the kernel does 1 to {MAX_QUERY_TOKENS}"
     return None

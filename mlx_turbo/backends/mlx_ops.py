@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..quant import codebook
-from ..quant.scheme import SCALES
+from ..quant.scheme import PLANE_DIMS, SCALES, bit_fields, plane_b
 from .device import device_name
 from .rotate import constant, rotate, unrotate
 from .sides import CachedSide, PackedSide, QuantizeSide
@@ -23,13 +23,14 @@ def _word_shifts(bits: int) -> np.ndarray:
     return (16 * (r % 2) + bits * (r // 2)).astype(np.uint32)
 
 
-def _planes() -> np.ndarray:
-    """For each of the two 3-bit planes, per dim of a unit: first bit of the code, mask, shift. uint32 [2, 3, 16]."""
-    j, s = np.divmod(np.arange(16), 2)
-    a = np.where(j < 5, 16 * s + 3 * j, 16 * s + 15), np.select([j < 5, j == 7], [7, 1], 0)
-    b = np.where(j < 7, 16 * s + 3 * (j - 5), 16 * s + 6), np.select([j < 5, j < 7], [0, 7], 3)
-    first = np.where(j == 7, 2, 0), np.zeros_like(j)
-    return np.array([(first[p], (a, b)[p][1], np.maximum((a, b)[p][0], 0)) for p in (0, 1)], np.uint32)
+def _plane(bits: int, plane: int) -> np.ndarray:
+    """Per dim of the first word of plane A (0) or B (1): first bit of the code, mask, shift. uint32 [3, dims]."""
+    dims = PLANE_DIMS[bits][plane]
+    first_word, out = plane * plane_b(bits, 32), np.zeros((3, dims), np.uint32)
+    for dim, word, shift, code_shift, width in bit_fields(bits, 32):
+        if word == first_word:
+            out[:, dim] = code_shift, 2**width - 1, shift
+    return out
 
 
 def _pad_last(x: mx.array, size: int) -> mx.array:
@@ -39,15 +40,16 @@ def _pad_last(x: mx.array, size: int) -> mx.array:
 
 def pack(codes: mx.array, bits: int) -> mx.array:
     """codes uint32 [..., D] -> words uint32 [..., words_per_row]. Fields do not overlap, so a sum joins them."""
-    if bits != 3:
+    if bits not in PLANE_DIMS:
         per_word = 32 // bits
         fields = mx.unflatten(_pad_last(codes, per_word), -1, (-1, per_word))
         return (fields << constant(_word_shifts, bits)).sum(-1)
-    unit = mx.unflatten(_pad_last(codes, 16), -1, (-1, 16))
-    planes = constant(_planes)
-    a, b = ((((unit >> planes[p, 0]) & planes[p, 1]) << planes[p, 2]).sum(-1) for p in (0, 1))
-    b = mx.unflatten(_pad_last(b, 2), -1, (-1, 2))
-    return mx.concatenate([a, b[..., 0] | (b[..., 1] << 8)], axis=-1)
+    words, units = [], _pad_last(codes, 16)
+    for plane, dims in enumerate(PLANE_DIMS[bits]):
+        first, mask, shift = constant(_plane, bits, plane)
+        fields = mx.unflatten(_pad_last(units, dims), -1, (-1, dims))
+        words.append((((fields >> first) & mask) << shift).sum(-1))
+    return mx.concatenate(words, axis=-1)
 
 
 # Reading goes through tables over 16 bits, that is over several codes at once: one gather gives up to 8 levels. Its
@@ -61,20 +63,38 @@ def _table(bits: int) -> np.ndarray:
     return _levels(bits)[_codes_of_halves(bits)]
 
 
-def _table_plane_a() -> np.ndarray:
-    return _levels(3)[(np.arange(1 << 15)[:, None] >> (3 * np.arange(5))) & 7]
+# Of a half of a word of plane A: where its whole codes begin; where the top bits of a code in plane B begin, how many.
+_WHOLE = {3: (0, 3, 6, 9, 12), 5: (0, 5, 10), 6: (0, 10)}
+_TOP = {3: (15, 1), 5: (15, 1), 6: (6, 4)}
 
 
-def _table_plane_b() -> np.ndarray:
-    """Index: the byte of plane B, and the top bit of the last code (from plane A) in bit 8."""
-    i = np.arange(1 << 9)[:, None]
-    return _levels(3)[np.concatenate([i & 7, (i >> 3) & 7, ((i >> 6) & 3) | ((i >> 8) << 2)], axis=1)]
+def _table_plane_a(bits: int) -> np.ndarray:
+    """Index: a half of a word, without bit 15 if that is no part of a whole code."""
+    n = 15 if _TOP[bits] == (15, 1) else 16
+    return _levels(bits)[(np.arange(1 << n)[:, None] >> np.array(_WHOLE[bits])) & (2**bits - 1)]
+
+
+def _table_plane_b(bits: int) -> np.ndarray:
+    """Index: what plane B has of these dims, and above it the top bits from plane A."""
+    if bits == 5:
+        return _levels(5)[:, None]
+    i = np.arange(1 << (8 + _TOP[bits][1]))[:, None]
+    if bits == 3:
+        return _levels(3)[np.concatenate([i & 7, (i >> 3) & 7, ((i >> 6) & 3) | ((i >> 8) << 2)], axis=1)]
+    return _levels(6)[np.concatenate([(i & 3) | ((i >> 8) << 2), (i >> 2) & 63], axis=1)]
+
+
+def _multiples(width: int) -> np.ndarray:
+    return np.arange(0, 16, width, dtype=np.uint16)
 
 
 def slot_dims(bits: int, head_dim: int) -> np.ndarray:
     """The dim of each number of `_read_slots`, int [n_slots]; head_dim where a slot belongs to no dim."""
-    per_word = 16 if bits == 3 else 32 // bits
-    words = -(-head_dim // per_word)
+    if bits in PLANE_DIMS:
+        per_word, words = PLANE_DIMS[bits][0], plane_b(bits, head_dim)
+    else:
+        per_word = 32 // bits
+        words = -(-head_dim // per_word)
     w, s, j = np.meshgrid(np.arange(words), np.arange(2), np.arange(per_word // 2), indexing="ij")
     return np.minimum((per_word * w + 2 * j + s).ravel(), head_dim)
 
@@ -86,14 +106,17 @@ def _dim_slots(bits: int, head_dim: int) -> np.ndarray:
 
 def _read_slots(words: mx.array, bits: int, head_dim: int) -> mx.array:
     """Levels of packed rows, float32 [..., n_slots], in the order of `slot_dims`, not yet scaled."""
-    if bits != 3:
+    if bits not in PLANE_DIMS:
         return constant(_table, bits)[words.view(mx.uint16)].flatten(-2)
-    units = -(-head_dim // 16)
-    a = words[..., :units].view(mx.uint16)  # [..., 2 units], halves s = 0, 1
-    b = mx.contiguous(words[..., units:]).view(mx.uint8)  # byte i + 2s of word t / 2, i = t % 2
-    b = mx.unflatten(b, -1, (-1, 2, 2)).swapaxes(-1, -2).flatten(-3)[..., : 2 * units].astype(mx.uint16)
-    levels = [constant(_table_plane_a)[a & 0x7FFF], constant(_table_plane_b)[b | ((a >> 15) << 8)]]
-    return mx.concatenate(levels, axis=-1).flatten(-2)
+    n_a, (dims_a, dims_b), (top, n_top) = plane_b(bits, head_dim), PLANE_DIMS[bits], _TOP[bits]
+    a = words[..., :n_a].view(mx.uint16)  # [..., 2 words], halves s = 0, 1
+    b = mx.contiguous(words[..., n_a:]).view(mx.uint16)[..., None]
+    width = 16 * dims_a // dims_b  # of what a half of plane B has of the dims of a half of plane A
+    b = (b >> constant(_multiples, width)) & (2**width - 1)  # [..., 2 words, pieces]
+    b = mx.unflatten(b, -2, (-1, 2)).swapaxes(-1, -2).flatten(-3)[..., : 2 * n_a]
+    table_a = constant(_table_plane_a, bits)
+    whole, rest = table_a[a & (len(table_a) - 1)], ((a >> top) & (2**n_top - 1)) << width
+    return mx.concatenate([whole, constant(_table_plane_b, bits)[b | rest]], axis=-1).flatten(-2)
 
 
 # ---- the backend ---------------------------------------------------------------------------------------------

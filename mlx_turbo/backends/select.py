@@ -14,7 +14,7 @@ from typing import Any, Iterator, Optional, Sequence
 import mlx.core as mx
 
 from ..quant.rotation import check_head_dim
-from ..quant.scheme import SCALES, words_per_row
+from ..quant.scheme import PACKED_BITS, SCALES, words_per_row
 from .sides import BackendError, PackedSide, QuantizeSide
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
@@ -146,8 +146,8 @@ def check_vectors(x: Any, name: str, any_head_dim: bool = False, dtypes: Sequenc
 
 
 def _check_bits(bits: Any) -> None:
-    if isinstance(bits, bool) or bits not in (2, 3, 4, 8):
-        raise ValueError(f"bits: got {bits!r}, allowed are 2, 3, 4 and 8")
+    if isinstance(bits, bool) or bits not in PACKED_BITS:
+        raise ValueError(f"bits: got {bits!r}, allowed are 2, 3, 4, 5, 6 and 8")
 
 
 def _check_mean(mean: Any, batch: Sequence[int], head_dim: int) -> None:
@@ -200,7 +200,7 @@ def quantize(
     backend: Any = None,
     scale: str = SCALES[0],
 ) -> tuple[mx.array, mx.array]:
-    """Quantize vectors x [B, H, L, head_dim] (float16, bfloat16 or float32) to `bits` (2, 3, 4 or 8) per number.
+    """Quantize vectors x [B, H, L, head_dim] (float16, bfloat16 or float32) to `bits` (2, 3, 4, 5, 6 or 8) per number.
 
     mean: float32 [B, H, 1, head_dim], subtracted first. seed: of the rotation's signs. backend: see `get_backend`.
     scale: the rule of the scale, one of scheme.SCALES; the formulas are in reference.quantize.

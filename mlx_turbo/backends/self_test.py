@@ -23,7 +23,7 @@ ROUNDING = {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}
 TOLERANCE = {mx.float32: 5e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 # Largest error of attention, relative to the largest output, by bits of the keys: float32 sums of up to D products;
 # with 8 bits a constant of 1152 times the sum of the query is taken off the dot product.
-ATTEND_TOLERANCE = {0: 4e-6, 2: 4e-6, 3: 4e-6, 4: 4e-6, 8: 4e-5}
+ATTEND_TOLERANCE = {0: 4e-6, 2: 4e-6, 3: 4e-6, 4: 4e-6, 5: 4e-6, 6: 4e-6, 8: 4e-5}
 # A code may be off by one where the reference is this close to the midpoint of two levels, relative to it: float32
 # sums of the transform and of the norm.
 TIE = 2e-5

@@ -145,7 +145,7 @@ def chosen_schemes(names: Iterable[str]) -> tuple[Scheme, ...]:
         if scheme is None or not scheme.key_bits or not scheme.value_bits or name == "auto":
             raise CliError(
                 f"--kv: got {name!r}, allowed are schemes that pack keys and values: turboN and turboKvV "
-                "with N, K, V in (2, 3, 4, 8), for example turbo4, turbo8v4"
+                "with N, K, V in (2, 3, 4, 5, 6, 8), for example turbo4, turbo8v4"
             )
         out.append(scheme)
     return tuple(out)

@@ -31,12 +31,12 @@ from ..backends.sides import ONE_SEGMENT, BackendError, QuantizeSide
 from ..cache.view import KVView
 from ..integration import attention
 from ..quant import reference
+from ..quant.scheme import PACKED_BITS
 from .common import Parser, print_message
 from .provenance import machine
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 160, 192, 256, 512, 576)
 ATTEND_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
-BITS = (2, 3, 4, 8)
 # two sides in one launch: ((head_dim, bits, has mean), ...); 192/128 and 512/64 are keys and values of MLA models
 PAIRS = (
     ((128, 4, False), (128, 4, False)),
@@ -45,6 +45,11 @@ PAIRS = (
     ((192, 8, False), (128, 4, True)),
     ((512, 4, True), (64, 2, False)),
     ((80, 4, False), (80, 3, False)),
+)
+# bits of keys and values: all pairs, but 5 and 6 bits each beside itself, the other and some
+SCHEMES = (
+    *((k, v) for k in (0, 2, 3, 4, 8) for v in (0, 2, 3, 4, 8) if k or v),
+    *((5, 5), (6, 6), (6, 5), (5, 6), (8, 6), (8, 5), (6, 4), (5, 3), (4, 5), (0, 6), (5, 0)),
 )
 BATCH, N_KV_HEADS = 2, 3
 ONE_LAUNCH, TWO_LAUNCHES = 90, 1100  # tokens, sink and recent included, for which attention takes one launch or two
@@ -178,11 +183,13 @@ def _packing_checks() -> list[Check]:
     """Every head_dim and bit width in bfloat16; all dtypes at 64 and 128, with and without mean; two sides."""
     checks = []
     for operation in ("quantize", "dequantize"):
-        single = [(d, b, (i + j) % 2 == 0, mx.bfloat16) for i, d in enumerate(HEAD_DIMS) for j, b in enumerate(BITS)]
+        single = [
+            (d, b, (i + j) % 2 == 0, mx.bfloat16) for i, d in enumerate(HEAD_DIMS) for j, b in enumerate(PACKED_BITS)
+        ]
         single += [
             (d, b, mean, dtype)
             for d in (64, 128)
-            for b in BITS
+            for b in PACKED_BITS
             for dtype in (mx.float16, mx.float32)
             for mean in (False, True)
         ]
@@ -196,12 +203,12 @@ def _packing_checks() -> list[Check]:
 
 
 def _attention_checks() -> list[AttendCheck]:
-    """Every head_dim with three schemes, every scheme at 64 and 128. Short caches take one launch, long ones two; a
+    """Every head_dim with three schemes, those of SCHEMES at 64 and 128. Short caches take one launch, long ones two; a
     prompt chunk of 40 tokens goes tile by tile."""
     checks = []
     masks, groups = (None, "causal", "boolean", "additive"), (1, 4, 8, 5, 2)
     combinations = [(bits, (d, d)) for d in ATTEND_HEAD_DIMS for bits in ((4, 4), (8, 4), (3, 2))]
-    combinations += [((k, v), (d, d)) for d in (64, 128) for k in (0, *BITS) for v in (0, *BITS) if k or v]
+    combinations += [((k, v), (d, d)) for d in (64, 128) for k, v in SCHEMES]
     combinations += [((4, 4), (192, 128)), ((8, 4), (64, 256))]
     for i, ((k_bits, v_bits), (k_dim, v_dim)) in enumerate(combinations):
         checks.append(

@@ -64,7 +64,7 @@ def _check_vectors(x: Any) -> np.ndarray:
 
 def _levels_of(levels: Levels, bits: int) -> np.ndarray:
     if levels is None:
-        levels = "product" if bits in (2, 3, 4, 8) else "lloyd-max"
+        levels = "product" if bits in codebook.PRODUCT_BITS else "lloyd-max"
     return codebook.levels(levels, bits)
 
 
@@ -84,7 +84,7 @@ def quantize(
     bits: 1 to 8.
     rotation: seed of the product's rotation (rotation.py), an orthogonal matrix R [head_dim, head_dim] used as
         y = R x, or None.
-    levels: "product" (the kernels' levels; default at 2, 3, 4 and 8 bits), "lloyd-max", or an array [2**bits].
+    levels: "product" (the kernels' levels; default at 2, 3, 4, 5, 6 and 8 bits), "lloyd-max", or an array [2**bits].
     mean: subtracted before rotation, broadcast against x; None = 0.
     balance: positive factors of the channels, multiplied after that, broadcast against x; None = 1.
     scale: "inner-product" <y, y> / <y, c> keeps the vector's inner product with itself, so that a large logit is not

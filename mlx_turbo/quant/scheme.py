@@ -6,7 +6,9 @@ from typing import Any, Union
 
 import numpy as np
 
-BITS = (0, 2, 3, 4, 8)  # per number; 0 = left in the model's dtype
+BITS = (0, 2, 3, 4, 5, 6, 8)  # per number; 0 = left in the model's dtype
+PACKED_BITS = BITS[1:]
+_DIGIT = f"[{''.join(map(str, BITS))}]"
 SCALES = ("inner-product", "least-squares", "norm", "matched-norm")  # rules, see reference.quantize; default first
 
 
@@ -14,7 +16,7 @@ SCALES = ("inner-product", "least-squares", "norm", "matched-norm")  # rules, se
 class Scheme:
     """Bits per number of keys and values. `turbo4` = (4, 4), `turbo8v4` = (8, 4), `turbo0v4` = (0, 4): keys exact.
 
-    Raises ValueError for bits other than 0, 2, 3, 4 and 8.
+    Raises ValueError for bits other than 0, 2, 3, 4, 5, 6 and 8.
     """
 
     key_bits: int
@@ -30,7 +32,7 @@ class Scheme:
         """The scheme called `name`, or `name` itself if it is one. Raises ValueError for any other name."""
         if isinstance(name, Scheme):
             return name
-        match = re.fullmatch(r"turbo([02348])(?:v([02348]))?", name) if isinstance(name, str) else None
+        match = re.fullmatch(f"turbo({_DIGIT})(?:v({_DIGIT}))?", name) if isinstance(name, str) else None
         if not match:
             raise ValueError(
                 f"scheme: got {name!r}, allowed are turboN and turboKvV with N, K, V in {BITS}, for example "
@@ -135,15 +137,31 @@ class TurboConfig:
 #   3 bits  unit t = dims 16t .. 16t+15: word t of plane A, and bytes i and i+2 (i = t % 2) of word t / 2 of plane B,
 #           which follows plane A. dim 16t+2j+s: j = 0..4 in A at bits 16s+3j .. +2; j = 5, 6 in byte i+2s of B at
 #           bits 3(j-5) .. +2; j = 7: low two bits in that byte's bits 6, 7, top bit in A at bit 16s+15.
+#   5 bits  word w = dims 8w .. 8w+7 of plane A (two words per unit of 16 dims), and bits 16s+4i .. +3 (i = w % 4) of
+#           word w / 4 of plane B, which follows plane A. dim 8w+2j+s: j = 0..2 in A at bits 16s+5j .. +4; j = 3: low
+#           four bits in B, top bit in A at bit 16s+15.
+#   6 bits  word w = dims 8w .. 8w+7 of plane A, as at 5 bits, and byte i+2s (i = w % 2) of word w / 2 of plane B.
+#           dim 8w+2j+s: j = 0, 1 in A at bits 16s+10j .. +5; j = 2: low two bits in bits 0, 1 of that byte, top four
+#           in A at bits 16s+6 .. +9; j = 3 in bits 2 .. 7 of that byte.
 # Words are 0 where head_dim does not fill them. The scale of a row is a float16 in an array of its own.
+
+PLANE_DIMS = {3: (16, 32), 5: (8, 32), 6: (8, 16)}  # bits: dims of a word of plane A, of plane B
 
 
 def words_per_row(bits: int, head_dim: int) -> int:
     """32-bit words of a packed row."""
-    if bits == 3:
-        units = -(-head_dim // 16)
-        return units + -(-units // 2)
+    if bits in PLANE_DIMS:
+        return sum(-(-_whole_units(head_dim) // dims) for dims in PLANE_DIMS[bits])
     return -(-head_dim * bits // 32)
+
+
+def plane_b(bits: int, head_dim: int) -> int:
+    """The first word of plane B in a packed row of 3, 5 or 6 bits."""
+    return _whole_units(head_dim) // PLANE_DIMS[bits][0]
+
+
+def _whole_units(head_dim: int) -> int:
+    return -(-head_dim // 16) * 16
 
 
 def bits_per_value(bits: int, head_dim: int) -> float:
@@ -154,23 +172,46 @@ def bits_per_value(bits: int, head_dim: int) -> float:
 def bit_fields(bits: int, head_dim: int) -> np.ndarray:
     """Where the bits of each dim's code are: int64 [n_fields, 5] of (dim, word, shift, code_shift, width).
 
-    `width` bits of the code, from bit `code_shift` on, stand in `word` from bit `shift` on. One field per dim;
-    at 3 bits the last pair of each 16 dims has two.
+    `width` bits of the code, from bit `code_shift` on, stand in `word` from bit `shift` on. One field per dim, or
+    two where a code lies in both planes: at 3 bits the last pair of each 16 dims, at 5 and 6 bits one pair of each 8.
     """
-    table, plane_b = [], -(-head_dim // 16)
+    fields = {3: _fields_of_3_bits, 5: _fields_of_5_bits, 6: _fields_of_6_bits}.get(bits)
+    if fields is None:
+        return np.array(
+            [
+                (dim, dim * bits // 32, 16 * (dim % 2) + dim % (32 // bits) // 2 * bits, 0, bits)
+                for dim in range(head_dim)
+            ]
+        )
+    table, b = [], plane_b(bits, head_dim)
     for dim in range(head_dim):
-        if bits != 3:
-            word, r = divmod(dim, 32 // bits)
-            table.append((dim, word, 16 * (r % 2) + bits * (r // 2), 0, bits))
-            continue
-        unit, r = divmod(dim, 16)
-        j, s = divmod(r, 2)
-        byte = 8 * (unit % 2 + 2 * s)
-        if j < 5:
-            table.append((dim, unit, 16 * s + 3 * j, 0, 3))
-        elif j < 7:
-            table.append((dim, plane_b + unit // 2, byte + 3 * (j - 5), 0, 3))
-        else:
-            table.append((dim, plane_b + unit // 2, byte + 6, 0, 2))
-            table.append((dim, unit, 16 * s + 15, 2, 1))
+        table += [(dim, *place) for place in fields(dim, b)]
     return np.array(table, np.int64)
+
+
+# (word, shift, code_shift, width) of the fields of a dim. b: the first word of plane B.
+def _fields_of_3_bits(dim: int, b: int) -> list[tuple[int, int, int, int]]:
+    unit, j, s = dim // 16, dim % 16 // 2, dim % 2
+    byte = 8 * (unit % 2 + 2 * s)
+    if j < 5:
+        return [(unit, 16 * s + 3 * j, 0, 3)]
+    if j < 7:
+        return [(b + unit // 2, byte + 3 * (j - 5), 0, 3)]
+    return [(b + unit // 2, byte + 6, 0, 2), (unit, 16 * s + 15, 2, 1)]
+
+
+def _fields_of_5_bits(dim: int, b: int) -> list[tuple[int, int, int, int]]:
+    word, j, s = dim // 8, dim % 8 // 2, dim % 2
+    if j < 3:
+        return [(word, 16 * s + 5 * j, 0, 5)]
+    return [(b + word // 4, 16 * s + 4 * (word % 4), 0, 4), (word, 16 * s + 15, 4, 1)]
+
+
+def _fields_of_6_bits(dim: int, b: int) -> list[tuple[int, int, int, int]]:
+    word, j, s = dim // 8, dim % 8 // 2, dim % 2
+    byte = 8 * (word % 2 + 2 * s)
+    if j < 2:
+        return [(word, 16 * s + 10 * j, 0, 6)]
+    if j == 2:
+        return [(b + word // 2, byte, 0, 2), (word, 16 * s + 6, 2, 4)]
+    return [(b + word // 2, byte + 2, 0, 6)]

@@ -19,6 +19,7 @@ from mlx_turbo.backends.attend_launch import AttendTuning, attend_shape, attend_
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.self_test import ATTEND_TOLERANCE, ROUNDING
 from mlx_turbo.backends.sides import BackendError
+from mlx_turbo.quant.scheme import BITS, PACKED_BITS
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -60,6 +61,17 @@ COMBINATIONS = [
     dict(bits=(8, 4), dims=(256, 256), G=4, L=4, Hkv=2, counts=(3, 90, 40)),  # shared tiles in two chunks
     dict(bits=(8, 4), dims=(192, 128), G=3, L=5, counts=(3, 70, 40)),
     dict(bits=(3, 2), dims=(576, 80), G=16, L=2, B=2, counts=(3, 70, 40)),  # queries that lie in the results' place
+    # of values at 5 and 6 bits a lane has 8 dims, 24, 16
+    dict(bits=(6, 5), dims=(128, 128), G=8),
+    dict(bits=(5, 6), dims=(80, 576), G=2, counts=(3, 70, 40)),
+    dict(bits=(6, 5), dims=(64, 576), G=2, counts=(3, 70, 40)),
+    dict(bits=(5, 6), dims=(112, 80), G=3, L=5, counts=(3, 70, 40)),  # shared tiles
+    dict(bits=(0, 5), dims=(64, 64), G=1),
+]
+# All pairs, but 5 and 6 bits each beside itself, the other and some.
+PAIRS = [
+    *itertools.product((0, 2, 3, 4, 8), repeat=2),
+    *((5, 5), (6, 6), (6, 5), (5, 6), (8, 6), (8, 5), (6, 4), (5, 3), (4, 5), (0, 6), (5, 0)),
 ]
 
 
@@ -258,7 +270,7 @@ def combinations(draw):
     L = pick(1, 1, 2, 3, 5)
     counts = (pick(0, 1, 4, 33), draw(st.integers(0, 300)), draw(st.integers(L, 70)))
     options = dict(
-        bits=(pick(0, 2, 3, 4, 8), pick(0, 2, 3, 4, 8)),
+        bits=(pick(*BITS), pick(*BITS)),
         dims=(pick(*HEAD_DIMS), pick(*HEAD_DIMS)),
         counts=counts,
         G=pick(1, 2, 3, 4, 5, 6, 7, 8, 12, 16),
@@ -302,14 +314,14 @@ def test_many_combinations_agree_with_the_oracle(combination):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("key_bits, value_bits", list(itertools.product((0, 2, 3, 4, 8), repeat=2)))
+@pytest.mark.parametrize("key_bits, value_bits", PAIRS)
 def test_every_scheme_pair_agrees_with_the_oracle(key_bits, value_bits, order):
     with metalsim.configured(order=order, seed=1):
         check(make_case(bits=(key_bits, value_bits), dims=(128, 128), G=4, L=2), mask="causal")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key_bits, value_bits", list(itertools.product((0, 2, 3, 4, 8), repeat=2)))
+@pytest.mark.parametrize("key_bits, value_bits", PAIRS)
 def test_every_scheme_pair_with_means_agrees_with_the_oracle(key_bits, value_bits):
     for G, L, launch in ((1, 1, ONE), (4, 2, TWO), (6, 2, TWO)):  # tiles of 128, of 64, shared ones of 32
         check_means((key_bits, value_bits), [launch], dims=(128, 128), G=G, L=L)
@@ -442,7 +454,7 @@ def test_few_tokens_are_decoded_once_and_at_most_twice_for_many_heads(G, L, bits
     check(case)
 
 
-@pytest.mark.parametrize("bits", [0, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
 def test_one_launch_does_a_token_of_up_to_16_heads(head_dim, bits):
     for G in range(1, 17):
@@ -456,7 +468,7 @@ def test_packed_words_are_decoded_once_for_all_rows_that_registers_hold(head_dim
     as large: 256 rows of 256 dims are 256 KB, and a core of an Apple GPU has 208 KB of registers."""
     backend, most = new_kernels(), {64: 128, 192: 96, 256: 96, 512: 48}
     rows_at_once = most.get(head_dim, 128)
-    for G, L, bits in itertools.product(range(1, 17), range(1, 17), (2, 3, 4, 8)):
+    for G, L, bits in itertools.product(range(1, 17), range(1, 17), PACKED_BITS):
         shape = attend_shape(backend.tuning, bits, bits, head_dim, head_dim, G, L, False)
         times = -(-G * L // shape.rows)
         built_for = G * next(n for n in attend_launch.QUERY_TOKENS if n >= L)
@@ -466,7 +478,7 @@ def test_packed_words_are_decoded_once_for_all_rows_that_registers_hold(head_dim
 
 
 @pytest.mark.parametrize("single_launch", [False, True], ids=["two launches", "one launch"])
-@pytest.mark.parametrize("bits", [0, 2, 3, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_every_shape_fits_into_threadgroup_memory_and_divides_the_values(single_launch, bits):
     for key_dim, value_dim, n_rows, at_once in itertools.product(
         (32, 80, 256, 512, 576), (32, 80, 256, 512, 576), range(1, 40), tuning.CANDIDATES["rows_per_decode"]
@@ -618,6 +630,8 @@ CEILING = {
     ((4, 4), 128): {1: 10.1, 4: 16.5, 8: 24.8},
     ((3, 3), 128): {1: 10.1, 4: 16.5, 8: 25.3},
     ((2, 2), 128): {1: 9.6, 4: 16.0},
+    ((5, 5), 128): {1: 14.4},
+    ((6, 6), 128): {4: 22.8},
     ((8, 4), 128): {4: 14.9},
     ((4, 4), 64): {4: 16.9},
     ((4, 4), 256): {4: 16.3},

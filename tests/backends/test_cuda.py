@@ -64,7 +64,8 @@ def test_only_the_rules_change_the_text_of_a_kernel(kernel):
     metal = re.sub(r"METAL_FUNC const device float4 \*tq_fours.*?\}", "", metal, flags=re.S)
     for old, new in (('"clang loop unroll(full)"', '"unroll"'), ('"clang loop unroll(disable)"', '"unroll 1"')):
         metal = metal.replace(old, new)
-    metal, found = re.sub(spaces, "", metal.replace("1152.0h", "half(1152.0f)")), found.replace("__shared__", "")
+    metal = re.sub(r"\b(\d+\.\d+)h\b", r"half(\1f)", metal)
+    metal, found = re.sub(spaces, "", metal), found.replace("__shared__", "")
     assert re.findall(r"\w+|[^\w\s]", metal) == re.findall(r"\w+|[^\w\s]", found)
 
 

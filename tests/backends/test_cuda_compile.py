@@ -41,7 +41,7 @@ def test_the_kernels_of_widely_used_models_keep_to_their_registers():
     check(steps([(128, 128, 4)], BITS[:1], [1], dtype=mx.bfloat16))
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [3, 4, 6])
 def test_packing_kernels_keep_to_their_registers(bits):
     check(packing(128, [bits]), [HOPPER])
 

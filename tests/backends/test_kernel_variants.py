@@ -48,7 +48,7 @@ def test_no_kernel_of_any_models_shape_is_long(shape, bits):
 @pytest.mark.parametrize("head_dim", [32, 80, 128, 512, 576])
 def test_packing_and_restoring_kernels_are_short(head_dim):
     collector = MetalCollector()
-    for bits in (3, 4, 8):
+    for bits in (3, 4, 6, 8):
         collector.packing(head_dim, bits)
     check_sizes(collector)
 

@@ -29,8 +29,10 @@ def test_the_order_of_threads_does_not_matter(simulated, order, head_dim, n):
         check_round_trip([QuantizeSide(x, 3), QuantizeSide(x, 4)])
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("head_dim, n", SHAPES)
+@pytest.mark.parametrize(
+    "bits, head_dim, n",
+    [(b, *s) for b in (2, 3, 4, 8) for s in SHAPES] + [(b, *s) for b in (5, 6) for s in ((72, 5), (80, 9), (576, 2))],
+)
 def test_every_byte_is_written_once_and_every_byte_read_once(simulated, head_dim, n, bits):
     side = quantized(head_dim, n, bits)
     stats = metalsim.last()
@@ -107,7 +109,7 @@ def test_the_kernel_transforms_every_head_dim_that_is_a_multiple_of_16_up_to_512
 @pytest.mark.parametrize("mean", [False, True], ids=["no mean", "mean"])
 @pytest.mark.parametrize("head_dim", [32, 64, 72, 80, 96, 112, 128, 160, 192, 256, 512, 576])
 def test_every_combination_agrees_with_the_oracle_in_every_order(simulated, head_dim, mean, dtype):
-    for i, bits in enumerate([(2, 2), (3, 3), (4, 4), (8, 8)]):
+    for i, bits in enumerate([(2, 2), (3, 3), (4, 4), (8, 8), (5, 6)]):
         x = vectors(2, 2, 3, head_dim, dtype=dtype, seed=i)
         m = vectors(2, 2, 1, head_dim, seed=9) if mean else None
         with metalsim.configured(order=["natural", "reversed", "random"][i % 3], seed=i):

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_turbo.backends import sources
 from mlx_turbo.quant import codebook, scheme
-from mlx_turbo.quant.scheme import bit_fields
+from mlx_turbo.quant.scheme import PACKED_BITS, bit_fields
 
 FILES = sorted(sources.metal_folder().glob("*.metal"))
 TEXTS = {path.stem: path.read_text() for path in FILES}
@@ -44,7 +44,7 @@ def test_the_packed_row_is_described_in_the_same_words_everywhere():
 
 
 def constants(pattern):
-    found = {m for text in TEXTS.values() for m in re.findall(pattern, text)}
+    found = {m for text in TEXTS.values() for m in re.findall(pattern, text, re.S)}
     assert found, pattern
     return found
 
@@ -57,8 +57,18 @@ def test_the_constants_of_the_levels_are_those_of_the_codebook():
     }
 
 
+def test_the_curves_of_the_levels_are_those_of_the_codebook():
+    for bits, (power, k) in codebook.CURVE.items():
+        (body,) = constants(rf"struct Levels<{bits}> \{{(.*?)\n  //")
+        assert [float(x) for x in re.findall(r"half2\(([-\d.]+)h\)", body)] == [k]
+        assert body.count("t * t") == (power == 4) and body.count("fma(t, t") == (power == 2)
+        base, shift, _ = codebook.PRODUCT[bits]
+        kink = int(re.search(rf"tq_one_kink<{bits}, (\d+), P>", body)[1])
+        assert base + (kink << shift) == 0x4000  # where an octave begins
+
+
 def test_the_thresholds_of_the_kernel_are_the_midpoints_of_the_levels():
-    for bits in (2, 3, 4):
+    for bits in (2, 3, 4, 5, 6):
         (text,) = constants(rf"TQ_T{bits}\[\d+\] = \{{([^}}]+)\}}")
         got = np.array([np.float32(t.strip().rstrip("f")) for t in text.split(",")])
         want = codebook.thresholds(codebook.product(bits))[2 ** (bits - 1) :].astype(np.float32)
@@ -66,7 +76,7 @@ def test_the_thresholds_of_the_kernel_are_the_midpoints_of_the_levels():
 
 
 def test_every_bit_of_a_code_has_one_place_and_no_two_share_one():
-    for bits in (2, 3, 4, 8):
+    for bits in PACKED_BITS:
         for head_dim in (32, 72, 100, 128, 576):
             fields = bit_fields(bits, head_dim)
             places = [(w, s + k) for _, w, s, _, width in fields for k in range(width)]

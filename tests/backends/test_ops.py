@@ -10,14 +10,14 @@ from mlx_turbo.backends import select
 from mlx_turbo.backends.self_test import random_balance
 from mlx_turbo.backends.sides import PackedSide, QuantizeSide
 from mlx_turbo.quant import reference
-from mlx_turbo.quant.scheme import words_per_row
+from mlx_turbo.quant.scheme import PACKED_BITS, words_per_row
 
 HEAD_DIMS = (32, 64, 72, 80, 96, 100, 112, 128, 160, 192, 256, 512, 576)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("bits", [(2, 3), (4, 8)], ids=str)
+@pytest.mark.parametrize("bits", [(2, 3), (4, 8), (5, 6)], ids=str)
 def test_keys_and_values_of_every_head_dim_and_width_agree_with_the_oracle(backend, head_dim, bits):
     x = vectors(1, 2, 5, head_dim, seed=head_dim), vectors(1, 2, 5, head_dim, seed=1)
     check_round_trip([QuantizeSide(x[0], bits[0]), QuantizeSide(x[1], bits[1])])
@@ -50,13 +50,13 @@ def test_channels_are_balanced_after_the_mean_and_turned_back_before_it(backend,
 
 
 @pytest.mark.parametrize("scale", reference.SCALES)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [(2, 5), (3, 6), (5, 4), (6, 8)], ids=str)
 @pytest.mark.parametrize("head_dim", [72, 80, 128, 576])
 def test_every_scale_rule_agrees_with_the_oracle(backend, scale, bits, head_dim):
     mean = vectors(1, 2, 1, head_dim, seed=5)
     x = vectors(1, 2, 5, head_dim, seed=head_dim)
     large_and_zero = x * mx.array([1e-3, 1, 0, 30, 5])[:, None]
-    check_round_trip([QuantizeSide(large_and_zero, bits), QuantizeSide(x + mean, bits, mean)], scale=scale)
+    check_round_trip([QuantizeSide(large_and_zero, bits[0]), QuantizeSide(x + mean, bits[1], mean)], scale=scale)
 
 
 @pytest.mark.parametrize("scale", reference.SCALES)
@@ -150,7 +150,7 @@ def test_part_of_a_capacity_buffer_is_restored_without_touching_the_rest(backend
 
 
 def test_zero_vectors_come_back_as_zeros(backend):
-    for bits in (2, 3, 4, 8):
+    for bits in PACKED_BITS:
         codes, scale = select.quantize(mx.zeros((1, 1, 3, 64)), bits)
         assert not np.array(scale).any()
         assert not to_numpy(select.dequantize(codes, scale, bits, head_dim=64)).any()
@@ -195,7 +195,7 @@ C, S = mx.zeros((1, 1, 2, 8), mx.uint32), mx.zeros((1, 1, 2, 1), mx.float16)
             "head_dim of x: got 30, allowed are multiples of 4 from 32",
         ),
         (lambda: select.quantize(mx.zeros((1, 1, 2, 580)), 4), "head_dim of x: got 580"),
-        (lambda: select.quantize(X, 5), "bits: got 5, allowed are 2, 3, 4 and 8"),
+        (lambda: select.quantize(X, 7), "bits: got 7, allowed are 2, 3, 4, 5, 6 and 8"),
         (lambda: select.quantize(X, True), "bits: got True"),
         (
             lambda: select.quantize(X, 4, mean=mx.zeros((64,))),

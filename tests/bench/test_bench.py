@@ -314,7 +314,7 @@ def test_the_table_ranks_by_time_and_ends_with_the_command(run):
         (["kernels", "--head-dim", "72"], "--head-dim: head_dim 72"),
         (["kernels", "--chunk", "16"], "--chunk: got 16, allowed are whole numbers from 17 on"),
         (["kernels", "--past", "100"], "--past: got 100, allowed are whole numbers from 128 on"),
-        (["kernels", "--kv", "turbo5"], "--kv: got 'turbo5'"),
+        (["kernels", "--kv", "turbo7"], "--kv: got 'turbo7'"),
         (["kernels", "--kv", "turbo0v4"], "--kv: got 'turbo0v4', allowed are schemes that pack keys and values"),
         (["kernels", "--kv", "auto"], "--kv: got 'auto', allowed are schemes that pack keys and values: turboN"),
         (["kernels", "--png", "no/such/folder/x.png"], "--png: cannot write 'no/such/folder/x.png': No such file"),

@@ -461,7 +461,7 @@ def peak(step):
 
 
 @fast
-@pytest.mark.parametrize("scheme, want", [("turbo4", 4.125), ("turbo3", 3.125), ("turbo2", 2.125)])
+@pytest.mark.parametrize("scheme, want", [("turbo4", 4.125), ("turbo3", 3.125), ("turbo2", 2.125), ("turbo6v5", 5.625)])
 def test_bits_per_value_of_32k_tokens(backend, scheme, want):
     n, chunk, cache = 32768, 4096, TurboKVCache(scheme)
     x = vectors(np.random.default_rng(0), 1, 1, chunk, 128, dtype=mx.float16)
@@ -555,7 +555,7 @@ def test_nothing_is_dequantized_unless_it_is_read(backend):
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("scheme", ["turbo5", "turbo", "q4", "turbo4v5", "TURBO4", "", None, 4, "turbo4v"])
+@pytest.mark.parametrize("scheme", ["turbo7", "turbo", "q4", "turbo4v7", "TURBO4", "", None, 4, "turbo4v"])
 def test_an_unknown_scheme_is_refused_with_the_known_ones(scheme):
     with pytest.raises(ValueError, match=r"scheme: got .*allowed are .*'turbo4'"):
         TurboKVCache(scheme)

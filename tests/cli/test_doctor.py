@@ -11,6 +11,7 @@ from mlx_turbo import BackendError, use_backend
 from mlx_turbo.backends import attend_launch, device, metal
 from mlx_turbo.backends.mlx_ops import CpuBackend
 from mlx_turbo.cli import doctor, main, provenance
+from mlx_turbo.quant.scheme import PACKED_BITS
 
 
 class FlippedCodes(CpuBackend):
@@ -132,7 +133,7 @@ def test_checks_cover_every_head_dim_bits_dtype_operation_with_and_without_mean(
     checks = doctor.all_checks()
     single = [(c.operation, *c.sides[0], c.dtype) for c in checks if isinstance(c, doctor.Check) and len(c.sides) == 1]
     for op in ("quantize", "dequantize"):
-        for bits in doctor.BITS:
+        for bits in PACKED_BITS:
             assert {d for o, d, b, _, _ in single if (o, b) == (op, bits)} == set(doctor.HEAD_DIMS)
             for mean in (False, True):
                 dtypes = [dtype for o, _, b, m, dtype in single if (o, b, m) == (op, bits, mean)]
@@ -285,7 +286,12 @@ def test_attention_is_checked_with_every_scheme_head_dim_mask_length_and_dtype()
     assert {c.keys[1] for c in checks} >= {64, 80, 96, 112, 128, 192, 256, 512}
     for dim in (64, 128):
         pairs = {(c.keys[0], c.values[0]) for c in checks if (c.keys[1], c.values[1]) == (dim, dim)}
-        assert pairs == {(k, v) for k in (0, 2, 3, 4, 8) for v in (0, 2, 3, 4, 8)} - {(0, 0)}
+        assert pairs == set(doctor.SCHEMES)
+    assert {(k, v) for k in (0, 2, 3, 4, 8) for v in (0, 2, 3, 4, 8)} - {(0, 0)} < set(doctor.SCHEMES)
+    for bits in (5, 6):
+        for side in (0, 1):
+            beside = {pair[1 - side] for pair in doctor.SCHEMES if pair[side] == bits}
+            assert beside > {5, 6}
     assert {c.mask for c in checks} == {None, "causal", "boolean", "additive"}
     assert {c.sinks for c in checks} == {False, True} and {c.n_queries for c in checks} >= {1, 3, 40}
     assert {c.heads_per_kv_head for c in checks} >= {1, 4, 5, 8} and len({c.n_tokens for c in checks}) == 2

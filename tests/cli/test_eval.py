@@ -407,7 +407,7 @@ def test_a_device_without_the_products_of_a_quantized_cache_is_named(demo, monke
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--kv", "turbo5"], ["--kv: got 'turbo5'", "turbo8v4"]),
+        (["--kv", "turbo7"], ["--kv: got 'turbo7'", "turbo8v4"]),
         (["--kv", "mlx5"], ["--kv: got 'mlx5'", "mlx8 or mlx4"]),
         (["--kv", "mlx5+exact"], ["--kv: got 'mlx5+exact'", "mlx8 or mlx4"]),
         (["--kv", "turbo4+exact"], ["--kv: got 'turbo4+exact'", "ours keep exact tokens"]),

@@ -125,7 +125,7 @@ def test_computed_weights_are_those_of_the_model():
 
 
 # ---- bytes and tokens ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("scheme", ["turbo0", "turbo0v4", "turbo8v4", "turbo4", "turbo3", "turbo2"])
+@pytest.mark.parametrize("scheme", ["turbo0", "turbo0v4", "turbo8v4", "turbo4", "turbo3", "turbo2", "turbo6v5"])
 @pytest.mark.parametrize("dims, dtype", [((128, 128), "float16"), ((512, 64), "bfloat16"), ((80, 32), "float32")])
 def test_bytes_are_those_of_a_real_cache(scheme, dims, dtype):
     config = TurboConfig(scheme, sink=4, recent=8, block=8)
@@ -236,7 +236,7 @@ def test_without_memory_it_is_this_machine_s(run, monkeypatch):
         (["--tokens", "0"], "--tokens: got 0"),
         (["--batch", "0"], "--batch: got 0"),
         (["--memory", "x"], "--memory: got 'x'"),
-        (["--kv", "turbo5"], "--kv: got 'turbo5'"),
+        (["--kv", "turbo7"], "--kv: got 'turbo7'"),
         (["--memory", "1MB"], "--memory: the weights alone are 4.54 MB"),
         (["--model", "no such folder"], "'no such folder' is neither an existing folder"),
         (["--kv-recent", "-1"], "--kv-recent: got -1"),

@@ -52,7 +52,9 @@ def check(queries, keys, values, dtype=mx.float32, **options):
     assert np.abs(to_numpy(got) - want).max() <= TOLERANCE[dtype] * np.abs(want).max()
 
 
-@pytest.mark.parametrize("scheme", ["turbo4", "turbo3", "turbo2", "turbo8v4", "turbo0v4", "turbo4v0", "turbo8"])
+@pytest.mark.parametrize(
+    "scheme", ["turbo4", "turbo3", "turbo2", "turbo8v4", "turbo0v4", "turbo4v0", "turbo8", "turbo6v5"]
+)
 def test_every_scheme_attends_as_to_what_it_restores(backend, scheme):
     cache, (keys, values) = filled(scheme, 90, chunk=30, sink=3, recent=9, block=8)
     q = random_array(np.random.default_rng(1), 1, 4, 2, 64)

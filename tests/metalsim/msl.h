@@ -218,7 +218,7 @@ MSL_MATH
 namespace fast { MSL_MATH }
 namespace precise { MSL_MATH }
 METAL_FUNC float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-METAL_FUNC half fma(half a, half b, half c) { return (half)__builtin_fmaf(a, b, c); }
+METAL_FUNC half fma(half a, half b, half c) { return __builtin_elementwise_fma(a, b, c); }
 template <class T, int N> METAL_FUNC vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
   for (int i = 0; i < N; i++) a[i] = fma((T)a[i], (T)b[i], (T)c[i]);
   return a;

@@ -45,8 +45,8 @@ def test_kernel_cost_prints_a_table_that_calls_its_prediction_one():
 @LINUX
 def test_kernel_cost_says_what_is_missing_or_wrong(tmp_path, monkeypatch):
     command = [sys.executable, str(SCRIPTS / "kernel_cost.py")]
-    done = subprocess.run([*command, "--scheme", "turbo5"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("kernel_cost: scheme: got 'turbo5'")
+    done = subprocess.run([*command, "--scheme", "turbo7"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("kernel_cost: scheme: got 'turbo7'")
     (tmp_path / "ziglang.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.delenv("METALSIM_CLANG", raising=False)

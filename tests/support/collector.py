@@ -11,7 +11,7 @@ from mlx_turbo.backends.attend_launch import QUERY_TOKENS
 from mlx_turbo.backends.cuda import CudaBackend
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.sides import CachedSide, PackedSide, QuantizeSide
-from mlx_turbo.quant.scheme import words_per_row
+from mlx_turbo.quant.scheme import PACKED_BITS, words_per_row
 
 # (head_dim of keys, of values, query heads per kv head) of mlx-lm's models, dense ones and those with latent attention
 SHAPES = [
@@ -36,7 +36,7 @@ SHAPES = [
     (512, 512, 8),
     (576, 512, 16),
 ]
-BITS = [(4, 4), (3, 3), (2, 2), (8, 4), (0, 4), (8, 8)]
+BITS = [(4, 4), (3, 3), (2, 2), (8, 4), (0, 4), (8, 8), (6, 5)]
 PACKED_DIMS = (32, 64, 80, 96, 112, 128, 256, 512, 576)
 COUNTS = {"short": (4, 600, 100), "long": (4, 60_000, 100)}  # one launch of attention, and two
 
@@ -125,7 +125,7 @@ def steps(shapes, bits, query_tokens, **options):
     return collector
 
 
-def packing(head_dim, bits=(2, 3, 4, 8)):
+def packing(head_dim, bits=PACKED_BITS):
     """A CudaCollector that was asked to pack and restore vectors."""
     collector = CudaCollector()
     for b in bits:

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from support.caches import DTYPES
 
 from mlx_turbo import Scheme, TurboConfig
+from mlx_turbo.quant.scheme import BITS
 
 # the backend is set for the whole test, not per example: that is what we want. Deterministic: CI must not flicker.
 quick = settings(
@@ -14,9 +15,7 @@ quick = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
-BITS = st.sampled_from([0, 2, 3, 4, 8])
-
-SCHEMES = st.builds(Scheme, BITS, BITS)
+SCHEMES = st.builds(Scheme, st.sampled_from(BITS), st.sampled_from(BITS))
 
 CONFIGS = st.builds(
     TurboConfig,
