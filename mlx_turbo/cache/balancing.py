@@ -21,6 +21,7 @@ from .attention_error import Observed, attention_error, means_of, sample, withou
 
 EXPONENTS = (0.0, 0.5, 1.0)  # of s
 FLOOR = 1e-3  # of a head's rms, the least that counts as that of a channel: some models have channels that are all 0
+MARGIN = 0.9  # factors must bring the error below this share of that without: 16 queries do not tell less
 MOST_BITS = 4  # at which the errors are compared: with more they are rounding
 FEWEST = centering.FEWEST  # keys
 
@@ -33,7 +34,7 @@ def choose(keys: mx.array, config: TurboConfig, bits: int, observed: Optional[Ob
     of_queries, of_keys = _rms(keys, config, observed)
     candidates = [_normalized(of_queries, of_keys, exponent) for exponent in EXPONENTS]
     errors = [attention_error(observed, keys, min(bits, MOST_BITS), config, Balance(s)) for s in candidates]
-    best = mx.argmin(mx.stack(errors), axis=0)[..., None, None]
+    best = mx.argmin(mx.stack([MARGIN * errors[0], *errors[1:]]), axis=0)[..., None, None]
     return mx.take_along_axis(mx.stack(candidates), best[None], axis=0)[0]
 
 

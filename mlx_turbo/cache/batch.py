@@ -12,7 +12,6 @@ A row has sink tokens and packed tokens, or neither: until it packs for the firs
 """
 
 import copy
-import weakref
 from typing import Any, Iterable, Optional, Sequence, Union
 
 import mlx.core as mx
@@ -77,6 +76,7 @@ class BatchTurboKVCache(TurboKVCache):
         self.shown = None  # the plan of the last update, if that returned other columns than it left
         self._n_free = 0  # number of tokens that every row can take while nothing else happens
         self._observed, self._observed_with, self._last = [[] for _ in range(B)], None, []
+        self._to_balance = None  # as of TurboKVCache
         self._waiting = []  # (rows, tokens held, end in the columns, number packed) of first keys in `_to_balance`
         self._set_offset()
 
@@ -255,7 +255,7 @@ class BatchTurboKVCache(TurboKVCache):
             return new
         fetched = self._fetch((*plan.columns[:2], R + n_new), tails, new if first else None)
         if self._waiting:
-            self._to_balance = weakref.ref(fetched[0])
+            self._wait_for_queries(fetched[0], tails[0])
         return fetched
 
     def _free(self):
@@ -386,8 +386,11 @@ class BatchTurboKVCache(TurboKVCache):
         """Pack the keys of the last update again: now there are queries to balance them by."""
         returned, waiting, self._to_balance, self._waiting = self._to_balance(), self._waiting, None, []
         if returned is None:
+            for rows, *_ in waiting:
+                for b in rows:
+                    self._observed[b] = []
             return
-        tail, side, changed = returned.view.keys.recent, self._sides[0], False
+        tail, side, changed = returned.tail, self._sides[0], False
         for rows, n_tail, end, n_pack in waiting:
             keys = take_rows(tail, rows)[:, :, end - n_tail : end]
             balance, balanced = self._choose_balance(rows, keys)

@@ -142,7 +142,7 @@ class TurboKVCache:
         n_packed, tails = view
         fetched = self._fetch((self.n_sink, n_packed, tails[0].shape[2]), tails, new if first else None)
         if begins and not n_packed:
-            self._to_balance = weakref.ref(fetched[0])  # the model has it: nothing is held longer for this
+            self._wait_for_queries(fetched[0], tails[0])
         return fetched
 
     def _pack(self, tails):
@@ -242,13 +242,16 @@ class TurboKVCache:
         factors = balancing.choose(keys, self.config, self._sides[0].bits, join(*self._observed))
         return None if factors is None else Balance(factors)
 
+    def _wait_for_queries(self, returned, tail):
+        """The keys of `tail` are to be balanced as soon as the model attends to `returned`. They are held as long as the
+        model holds that."""
+        returned.tail, self._to_balance = tail, weakref.ref(returned)
+
     def _balance(self):
         """Pack the keys of the last update again: now there are queries to balance them by."""
-        returned, self._to_balance = self._to_balance(), None
-        if returned is None:
-            return
-        tail, side = returned.view.keys.recent, self._sides[0]
-        balance, self._observed = self._choose_balance(tail), None
+        returned, self._to_balance, side = self._to_balance(), None, self._sides[0]
+        tail = None if returned is None else returned.tail
+        balance, self._observed = None if tail is None else self._choose_balance(tail), None
         if balance is not None:
             side.balance = balance
             job = PackJob([side.to_pack(None)], [tail], 0, self.n_packed)

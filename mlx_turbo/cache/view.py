@@ -43,7 +43,11 @@ class KVView(NamedTuple):
 class LazyKV(mx.array):
     """Keys (side 0) or values (side 1) that a cache returned: an ordinary lazy array that also knows its `KVView`.
 
-    Whatever a model makes of it (a slice, a cast) is a plain array: only what the cache returned is marked."""
+    Whatever a model makes of it (a slice, a cast) is a plain array: only what the cache returned is marked.
+
+    tail: of keys that wait for their queries to be balanced, the exact tokens after the packed ones."""
+
+    tail: Optional[mx.array] = None
 
     def __init__(self, array: mx.array, view: KVView, side: int) -> None:
         super().__init__(array)

@@ -53,8 +53,10 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
 def _pass_through(door, original, queries, keys, values, cache, scale, mask=None, sinks=None, **options):
     """What a door does: attention on the packed state for the arrays of a cache, `original` for anything else."""
     view = None if options or not _is_open else view_of(keys, values)
-    if view is not None and not view.cache.undecided and (
-        view.counts[1] or queries.shape[2] <= MAX_QUERY_TOKENS and queries.shape[2] < sum(view.counts)
+    if (
+        view is not None
+        and not view.cache.undecided
+        and (view.counts[1] or queries.shape[2] <= MAX_QUERY_TOKENS and queries.shape[2] < sum(view.counts))
     ):
         out = attend(queries, view, scale=scale, mask=mask, sinks=sinks)
         if view.cache.wants_queries:

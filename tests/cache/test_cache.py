@@ -752,7 +752,7 @@ BAD_STATES = {
     "a shorter array": (lambda s: [*s[:2], s[2][:, :, :-1], *s[3:]], "state: got .* expected"),
     "another dtype": (lambda s: [*s[:2], s[2].astype(mx.int32), *s[3:]], "state: got .* expected .*uint32"),
     "another order": (lambda s: [s[0], *s[:0:-1]], "state: got .* expected"),
-    "bits that are not ours": (change("key_bits", 1), "allowed are"),
+    "bits that are not ours": (change("key_bits", 3), "allowed are"),
     "more sink tokens than the sink has": (change("sink", -1), "state: "),
     "a negative count": (change("n_packed", -40), "state: "),
     "an unknown scale rule": (change("scale", 4), "state: the header names scale rule 4"),
