@@ -14,7 +14,7 @@ from ..backends.sides import Balance, PackedSide, QuantizeSide
 from ..quant.scheme import TurboConfig
 from .centering import SEGMENT, plain, should_center, stored, summarize, without_bad
 
-N_QUERIES, N_SEGMENTS = 16, 4  # sampled query tokens; sampled runs of SEGMENT keys
+N_QUERIES, N_SEGMENTS = 32, 4  # sampled query tokens; sampled runs of SEGMENT keys
 
 
 class Observed(NamedTuple):

@@ -21,7 +21,7 @@ from .attention_error import Observed, attention_error, means_of, sample, withou
 
 EXPONENTS = (0.0, 0.5, 1.0)  # of s
 FLOOR = 1e-3  # of a head's rms, the least that counts as that of a channel: some models have channels that are all 0
-MARGIN = 0.9  # factors must bring the error below this share of that without: 16 queries do not tell less
+MARGIN = 0.9  # factors must bring the error below this share of that without: so few queries do not tell less
 MOST_BITS = 4  # at which the errors are compared: with more they are rounding
 FEWEST = centering.FEWEST  # keys
 

@@ -77,7 +77,9 @@ def test_the_error_is_the_divergence_of_the_attention_weights(backend, bits, sin
 def test_samples_are_tokens_that_exist_each_once(n):
     queries, (starts, length) = attention_error.sample_queries(n), attention_error.sample_keys(n)
     assert queries == sorted(set(queries)) and 0 <= queries[0] and queries[-1] == n - 1
-    assert len(queries) == min(n, attention_error.N_QUERIES) and (n < 32 or queries[0] >= n // 2)
+    assert len(queries) == min(n, attention_error.N_QUERIES) and (
+        n < 2 * attention_error.N_QUERIES or queries[0] >= n // 2
+    )
     assert all(a + length <= b for a, b in zip(starts, [*starts[1:], n])) and starts[0] == 0
     assert len(starts) * length <= 4 * 128 and (n > 128 or length == n)
 
@@ -91,7 +93,7 @@ def test_keys_get_the_bits_they_need(backend, balance, norm, bits):
     prompt(cache, keys, values, 512, queries_for(keys))
     report = cache.report()
     assert report["scheme"] == {4: "turbo4", 8: "turbo8v4", 0: "turbo0v4"}[bits]
-    assert report["auto"]["by"] == "16 queries" and not report["auto"]["undecided"]
+    assert report["auto"]["by"] == "32 queries" and not report["auto"]["undecided"]
     errors = report["auto"]["error"]
     assert list(errors) == {4: [4], 8: [4, 8], 0: [4, 8]}[bits]
     assert [e <= auto_bits.TARGET for e in errors.values()] == [False] * (len(errors) - (bits > 0)) + [True] * (
@@ -158,7 +160,7 @@ def test_a_decode_only_start_decides_by_the_queries_of_the_newest_tokens(backend
     keys, values = turning(auto_bits.FEWEST + 30, 300)
     cache = TurboKVCache("auto", sink=4)
     prompt(cache, keys, values, 1, queries_for(keys))
-    assert cache.report()["auto"]["by"] == "16 queries" and cache.report()["scheme"] == "turbo8v4"
+    assert cache.report()["auto"]["by"] == "32 queries" and cache.report()["scheme"] == "turbo8v4"
     assert cache.n_packed > 0 and cache.n_recent <= 128
 
 
@@ -206,7 +208,7 @@ def test_the_first_chunk_is_attended_as_without_a_cache(backend, demo):
     want = model(tokens[None, :300], cache=[KVCache() for _ in model.layers])
     cache = prompt_cache.make_prompt_cache(model, "auto")
     assert mx.array_equal(model(tokens[None, :300], cache=cache), want)
-    assert all(c.report()["auto"]["by"] == "16 queries" and c.n_packed for c in cache)
+    assert all(c.report()["auto"]["by"] == "32 queries" and c.n_packed for c in cache)
 
 
 @fast

@@ -7,7 +7,18 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition
 from support.arrays import to_numpy
-from support.caches import WAYS, ListModel, copied, held_nbytes, random_tokens, rule, same, snapshot
+from support.caches import (
+    WAYS,
+    ListModel,
+    copied,
+    few_keys_are_balanced,
+    held_nbytes,
+    queries_of,
+    random_tokens,
+    rule,
+    same,
+    snapshot,
+)
 from support.rows import Rows
 from support.strategies import CONFIGS, SHAPES
 
@@ -133,7 +144,10 @@ class WindowMachine(RuleBasedStateMachine):
         for _ in range(times):
             tokens, cache, before = random_tokens(self.rng, n, bias=self.bias), self.cache, self.cache.offset
             mask = cache.make_mask(n, return_array=True)
-            fetched, everything = cache.update_and_fetch(*tokens), self.all.append(*tokens)
+            with few_keys_are_balanced():
+                fetched = cache.update_and_fetch(*tokens)
+                cache.observe(queries_of(tokens[0]), 0.1)
+            everything = self.all.append(*tokens)
             n_seen = min(before + 1, cache.max_size) if n == 1 else min(before, cache.max_size - 1) + n
             assert cache.offset == before + n and (mask is None or mask.shape[-1] == n_seen)
             self.each_sees_the_kept_and_the_newest(mask, n, n_seen)

@@ -23,7 +23,9 @@ def check_restored(cache, given):
         got, n_kept = to_numpy(got), min(cache.config.sink, got.shape[2])
         want = np.concatenate([want[:, :, :n_kept], want[:, :, want.shape[2] - (got.shape[2] - n_kept) :]], axis=2)
         means = 0 if side.means is None else np.linalg.norm(to_numpy(side.means), axis=-1).max(-1, keepdims=True)
-        factors = 1 if side.balance is None else to_numpy(side.balance.factors)  # the error is small where they are large
+        factors = (
+            1 if side.balance is None else to_numpy(side.balance.factors)
+        )  # the error is small where they are large
         got, want = got * factors, want * factors
         error = np.linalg.norm(got - want, axis=-1) / (np.linalg.norm(want, axis=-1) + means)
         assert error.max() < 0.6 and (side.bits or error.max() == 0)
