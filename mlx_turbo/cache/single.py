@@ -243,8 +243,8 @@ class TurboKVCache:
         return None if factors is None else Balance(factors)
 
     def _wait_for_queries(self, returned, tail):
-        """The keys of `tail` are to be balanced as soon as the model attends to `returned`. They are held as long as the
-        model holds that."""
+        """The keys of `tail` are to be balanced as soon as the model attends to `returned`. They are held as long as
+        the model holds that."""
         returned.tail, self._to_balance = tail, weakref.ref(returned)
 
     def _balance(self):

@@ -122,7 +122,7 @@ def test_observed_queries_are_bytes_of_the_cache_until_it_has_chosen(backend):
     cache, unseen = TurboKVCache("auto"), TurboKVCache("auto")
     prompt(cache, keys[:, :, :100], values[:, :, :100], 100, queries[:, :, :100])
     prompt(unseen, keys[:, :, :100], values[:, :, :100], 100)
-    assert cache.nbytes == held_nbytes(cache) == unseen.nbytes + 16 * 2 * 64 * 4  # 16 query tokens of two heads
+    assert cache.nbytes == held_nbytes(cache) == unseen.nbytes + 32 * 2 * 64 * 4  # 32 query tokens of two heads
     batch = TurboKVCache.merge([cache, unseen])
     assert batch.nbytes == held_nbytes([batch._sides, batch._observed]) > held_nbytes(batch._sides)
     for i in range(100, 110):  # decode steps, whose queries the rows share
