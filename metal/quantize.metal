@@ -30,7 +30,7 @@
 //   threadgroup (32, n, 1), any n. Lengths are data: nothing is compiled again when L changes.
 //
 // REGISTERS (estimate, 32 bits each): DIMS_PER_LANE values and codes, 7 midpoints, a few indices:
-//   16 + 16 + 7 + 10 = 49; 81 for D > 512. At 5 and 6 bits the midpoints are constants.
+//   16 + 16 + 7 + 10 = 49; 81 for D > 512. At 5 and 6 bits the midpoints are read from a table.
 
 // Midpoints between neighbouring levels, positive half, in units of ||y|| / sqrt(D).
 constant constexpr const float TQ_T2[1] = {0.982770562f};
@@ -46,7 +46,7 @@ constant constexpr const float TQ_T6[31] = {
     1.23032141f,   1.31789923f,  1.40970933f,  1.50803089f,  1.61286378f,  1.724208f,    1.84401703f,  1.97424424f,
     2.11488962f,   2.26855779f,  2.43589973f,  2.61821771f,  2.81941867f,  3.10070944f,  3.47967052f};
 
-// Code of y, offset binary: code n-1-c is the negative of code c. t: the midpoints in the unit of y.
+// Code of y, offset binary: code n-1-c is the negative of code c. t: the midpoints times ||y|| / sqrt(D).
 // A binary search over the magnitude, then one exclusive or for the sign.
 template <int BITS>
 METAL_FUNC uint tq_code(float y, const thread float *t) {
@@ -65,6 +65,20 @@ METAL_FUNC uint tq_code(float y, const thread float *t) {
     }
     above[k] = a >= candidate[0];
     m |= above[k] ? HALF >> (k + 1) : 0;
+  }
+  return m ^ (y < 0 ? HALF - 1 : HALF);
+}
+
+// The same where there are many midpoints, which stay in a table. y: in units of ||y|| / sqrt(D).
+template <int BITS>
+METAL_FUNC uint tq_code_by_table(float y) {
+  constexpr uint HALF = 1u << (BITS - 1);
+  float a = fabs(y);
+  uint m = 0;
+  TQ_UNROLL for (uint step = HALF / 2; step > 0; step /= 2) {
+    uint i = m + step - 1;
+    float t = BITS == 5 ? TQ_T5[i % 15] : TQ_T6[i];
+    m = a >= t ? i + 1 : m;
   }
   return m ^ (y < 0 ? HALF - 1 : HALF);
 }
@@ -126,18 +140,17 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
       c = c >= -128.0f ? c : -128.0f;  // also for NaN
       code[i] = uint(int(min(c, 127.0f)) + 128);
     }
-  } else {
-    constexpr int N = (1 << (BITS - 1)) - 1;
-    constexpr bool FEW = BITS <= 4;  // midpoints: they are multiplied by sigma, else the values are divided by it
-    float midpoint[N], inverse = sigma > 0 ? 1.0f / sigma : 0.0f;
-    TQ_UNROLL for (int i = 0; i < (BITS == 8 ? 0 : N); i++)
-      midpoint[i] = (FEW ? sigma : 1.0f) * (BITS == 2   ? TQ_T2[0]
-                                            : BITS == 3 ? TQ_T3[i % 3]
-                                            : BITS == 4 ? TQ_T4[i % 7]
-                                            : BITS == 5 ? TQ_T5[i % 15]
-                                                        : TQ_T6[i % 31]);
+  } else if (BITS >= 5) {
+    float inverse = sigma > 0 ? 1.0f / sigma : 0.0f;
     TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++)
-      code[i] = tq_code<(BITS == 8 ? 2 : BITS)>(FEW ? y[i] : y[i] * inverse, midpoint);
+      code[i] = tq_code_by_table<(BITS == 5 ? 5 : 6)>(y[i] * inverse);
+  } else {
+    constexpr int N = BITS > 4 ? 1 : (1 << (BITS - 1)) - 1;
+    float midpoint[N];
+    TQ_UNROLL for (int i = 0; i < N; i++)
+      midpoint[i] = sigma * (BITS == 2 ? TQ_T2[0] : BITS == 3 ? TQ_T3[i % 3] : TQ_T4[i % 7]);
+    TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++)
+      code[i] = tq_code<(BITS > 4 ? 2 : BITS)>(y[i], midpoint);
   }
   TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
     if (!R::has(t, i)) code[i] = 0;
