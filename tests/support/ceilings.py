@@ -48,6 +48,8 @@ REGISTERS = {
 
 def registers_allowed(kernel):
     """Of a collector.Kernel."""
+    if kernel.variant == "quantize" and max(kernel.template["D0"], kernel.template["D1"]) > 512:
+        return 104  # a lane has 32 dims
     return 128 if few_sums(kernel) else REGISTERS[kernel.variant]
 
 
