@@ -9,8 +9,8 @@
 //   position), values have one mean for all tokens. With R the rotation:
 //     q.k     = (R q).(levels * scale) + (R q).mean
 //     sum p v = R^T (sum p (levels * scale) + (sum p) mean)
-//   Where the channels of the keys are balanced, R begins with a diagonal of the kv head's own, for the query the inverse
-//   of that for the keys.
+//   Where the channels of the keys are balanced, R begins with a diagonal of the kv head's own, for the query the
+//   inverse of that for the keys.
 //   So the query is rotated once and nothing is un-rotated in the loop over tokens. A mean costs one addition per row
 //   and token. Sums over packed values and over exact values stay apart until the end, where the former are un-rotated.
 //   Logits, the running maximum and sums are float32. Softmax has base 2: the query carries scale * log2 e. When the

@@ -3,9 +3,11 @@
 // the header of mx.fast.metal_kernel, the rest its source.
 //
 // MATHEMATICS, per vector x of D numbers:
-//   y = rotation of (x - mean), of balanced keys of (x - mean) * factors;  code = nearest level of y * sqrt(D) / ||y||;  scale = <y, c> / <c, c> with c the
-//   levels of the codes (least squares), or another RULE. A zero vector gives scale 0; NaN or infinity in x and a scale
-//   beyond float16 give NaN: with infinity a token could weigh nothing, by the sign of its logit.
+//   y = rotation of (x - mean), of balanced keys of (x - mean) * factors;
+//   code = nearest level of y * sqrt(D) / ||y||;
+//   scale = <y, c> / <c, c> with c the levels of the codes (least squares), or another RULE. A zero vector gives scale
+//   0; NaN or infinity in x and a scale beyond float16 give NaN: with infinity a token could weigh nothing, by the sign
+//   of its logit.
 //   The rotation is ROUNDS rounds "multiply by a diagonal, Hadamard-transform a window": one round over all dims if D
 //   is a power of two, else two over the first and the last P dims, P the largest power of two below D. The diagonals
 //   carry the signs and the 1/sqrt(P).

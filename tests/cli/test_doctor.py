@@ -103,7 +103,7 @@ def test_a_failure_is_printed_with_its_name_the_compiler_s_message_and_the_verdi
     out = capsys.readouterr().out
     assert "FAILED  quantize head_dim 512, 4 bits" in out
     assert out.count("program_source:12:5: error: too many registers") == 1
-    assert "quantize, bfloat16" in out and "4 FAILED" in out
+    assert "quantize, bfloat16" in out and "6 FAILED" in out
     assert out.splitlines()[-1].startswith("NOT OK: ")
 
 
