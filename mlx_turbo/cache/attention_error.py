@@ -142,6 +142,11 @@ def newest(seen: list[tuple]) -> list[tuple]:
     return seen
 
 
+def still_held(seen: list[tuple], n: int) -> list[tuple]:
+    """[(queries, ..., positions)] without those of tokens that a trim to n tokens removes."""
+    return [some for some in seen if some[-1][-1] < n]
+
+
 def join(seen: list[tuple], scale: float, sinks: Optional[mx.array]) -> Optional[Observed]:
     """What a cache has collected, [(queries, positions)], as one; None if that is nothing."""
     if not seen:

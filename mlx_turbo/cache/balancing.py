@@ -31,6 +31,8 @@ def choose(keys: mx.array, config: TurboConfig, bits: int, observed: Optional[Ob
     [B, n_kv_heads, 1, D]. Of equal energy: packed keys are as large as without. None where nothing can be chosen."""
     if not config.balance or not bits or observed is None or keys.shape[2] < FEWEST:
         return None
+    keys = mx.contiguous(keys)  # so that a row of a batch gets the same factors to the bit
+    observed = observed._replace(queries=mx.contiguous(observed.queries))
     of_queries, of_keys = _rms(keys, config, observed)
     candidates = [_normalized(of_queries, of_keys, exponent) for exponent in EXPONENTS]
     errors = [attention_error(observed, keys, min(bits, MOST_BITS), config, Balance(s)) for s in candidates]

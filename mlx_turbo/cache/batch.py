@@ -20,7 +20,7 @@ import numpy as np
 from ..backends.sides import Balance, first_tokens
 from ..quant.scheme import Scheme, TurboConfig
 from . import auto_bits, balancing
-from .attention_error import join, newest, sample_queries
+from .attention_error import join, newest, sample_queries, still_held
 from .batch_plan import Plan
 from .history import NAMES
 from .packing import (
@@ -862,6 +862,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_columns = columns
         self._n_packed, self._n_recent = map(list, zip(*left))
         for b, packed in enumerate(self._n_packed):
+            self._observed[b] = still_held(self._observed[b], self.n_tokens(b))
             for centered in self._centered:
                 centered[b] = centered[b] and packed > 0
             if not packed:

@@ -20,7 +20,7 @@ from ..backends.sides import Balance, CachedSide
 from ..quant.rotation import ALLOWED_HEAD_DIMS
 from ..quant.scheme import SCALES, Scheme, TurboConfig
 from . import auto_bits, balancing, history
-from .attention_error import join, newest, sample_queries
+from .attention_error import join, newest, sample_queries, still_held
 from .conversion import converter
 from .last_step import NOT_YET, after_update
 from .masks import attention_mask
@@ -384,6 +384,9 @@ class TurboKVCache:
             n -= take
         if trimmed:
             self._to_balance = None
+            if self._observed:
+                seen, *of_all = self._observed
+                self._observed = (still_held(seen, self.offset), *of_all)
         if not self.n_packed:
             self._sides[0].balance = None
         return trimmed
