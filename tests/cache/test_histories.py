@@ -22,5 +22,5 @@ def test_ten_thousand_steps_leave_every_cache_as_lists_of_tokens(backend, door, 
         of_it = {rule: n for (name, rule), n in STEPS.items() if name == machine.__name__}
         assert sum(of_it.values()) >= 2_000
         assert of_it["trim"] >= 30 and of_it["go_on_with_a_copy"] >= 60, of_it  # a third of these by a file
-        assert sum(n for rule, n in of_it.items() if rule in MERGES) >= 100, of_it
+        assert sum(n for rule, n in of_it.items() if rule in MERGES) >= 60, of_it
     print(f"{STEPS.total()} steps")
