@@ -1,7 +1,8 @@
 """BatchTurboKVCache: the rows of a batch, of different lengths, in the buffers of one cache.
 
 Every row stays what it would be in a TurboKVCache of its own: it packs the same tokens at the same moment, so its codes
-are the same to the bit. The tokens of all rows come back as common columns
+are the same to the bit. (What a GPU restores from them may differ in the last bit of float32: where another row has
+means, another variant of the kernel runs.) The tokens of all rows come back as common columns
 
     [ sink ] [ packed: n of the longest row ] [ recent, the newest last ]
 

@@ -379,6 +379,10 @@ def test_batch_generate_far_past_the_windows_writes_what_each_prompt_gets_alone(
     name,
     config,
 ):
+    if getattr(backend, "is_real", False) and name == "gpt_oss":
+        pytest.skip(
+            "a GPU rounds a batch's products differently, and this random mixture of experts shows it in turbo0"
+        )
     config = TurboConfig.of(config, recent=4, block=4)
     model, kinds, update = families.build(name), set(), BatchRotatingTurboKVCache.update_and_fetch
     monkeypatch.setattr(

@@ -503,7 +503,8 @@ def test_decoding_writes_in_place(backend):
     assert used < packed / 2, (
         used
     )  # measured on the cpu: 0.69 MB, all of it for packing 64 tokens; the codes are 2.5 MB
-    assert peak(lambda: decode(40)) < packed / 100  # measured: 10 kB
+    # measured: 10 kB; on CUDA 131 kB, which is how MLX allocates there
+    assert peak(lambda: decode(40)) < packed / (15 if backend.name == "cuda" else 100)
 
 
 @fast
@@ -529,7 +530,8 @@ def test_quantizing_a_prompt_chunk_needs_a_small_multiple_of_the_chunk(backend, 
         mx.eval(cache.state)
 
     used, chunk = peak(prefill), sum(x.nbytes for x in tokens)
-    assert used < (4 if backend.name == "cpu" else 2) * chunk, used / chunk
+    # On CUDA, MLX frees what a kernel read when it learns that the kernel is done: measured 3.8 to 6.1 there.
+    assert used < {"cpu": 4, "cuda": 8}.get(backend.name, 2) * chunk, used / chunk
     # afterwards nothing but the cache is there (and constants, if this was their first use): no float copy, which
     # would be 2 MB at least, hides behind a lazy array
     assert mx.get_active_memory() - before < cache.nbytes + 100_000
