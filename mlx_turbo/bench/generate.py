@@ -18,7 +18,7 @@ import numpy as np
 from ..cli.common import cache_nbytes
 from ..integration.prompt_cache import describe, flatten_caches, make_prompt_cache, reports
 from ..quality import metrics
-from ..quality.baselines import MLX_LM_BITS, MLX_LM_GROUP_SIZE, make_plain_cache
+from ..quality.baselines import MLX_LM_BITS, MLX_LM_GROUP_SIZE, check_products, make_plain_cache
 from ..quant.scheme import TurboConfig
 from . import contenders, timing
 from .rows import Row
@@ -34,6 +34,7 @@ def make_cache(model: Any, kv: str, config: Optional[TurboConfig]) -> tuple[list
         return make_prompt_cache(model, config), {}
     if kv not in MLX_LM_BITS:
         return make_plain_cache(model), {}
+    check_products()
     options = {"kv_bits": MLX_LM_BITS[kv], "kv_group_size": MLX_LM_GROUP_SIZE, "quantized_kv_start": 0}
     return make_plain_cache(model), options
 

@@ -244,14 +244,13 @@ MakeCache = Callable[[], list[Any]]
 def make_caches(model: Any, args: argparse.Namespace) -> dict[str, MakeCache]:
     """name -> function that makes a prompt cache: "none" first, then those of --kv. Raises CliError."""
     made: dict[str, MakeCache] = {"none": lambda: make_plain_cache(model)}
-    why_not = None
     for name, config in _configs(args).items():
         base = name.removesuffix(WITH_EXACT)
         if base == name and config is not None:
             made[name] = functools.partial(make_prompt_cache, model, config)
             continue
         if base in MLX_LM_BITS:
-            why_not = why_not or why_not_quantized(model)
+            why_not = why_not_quantized(model, with_exact=base != name)
             if why_not and args.kv:
                 raise CliError(f"--kv: {name}: {why_not}")
             if why_not:

@@ -13,7 +13,6 @@ from ..cache.masks import attention_mask
 from ..integration.prompt_cache import flatten_caches
 
 MLX_LM_BITS = {"mlx8": 8, "mlx4": 4}
-NO_PRODUCT = "[quantized_matmul] No implementation"  # MLX on CUDA, of shapes that a QuantizedKVCache needs
 MLX_LM_GROUP_SIZE = 64  # numbers that share a scale in mlx-lm's QuantizedKVCache, its default
 CONTRACT = "factory(model) returns new caches, one per layer, each with update_and_fetch and offset as in mlx-lm"
 
@@ -32,8 +31,27 @@ def make_quantized_cache(model: Any, name: str) -> list[Any]:
     return [QuantizedKVCache(MLX_LM_GROUP_SIZE, MLX_LM_BITS[name]) for _ in model.layers]
 
 
-def why_not_quantized(model: Any) -> str | None:
-    """Why mlx-lm's QuantizedKVCache cannot serve this model here, or None. Reads a few tokens."""
+class NotOnThisDevice(RuntimeError):
+    """What MLX cannot compute on a device. It is tried nowhere: it may end the process."""
+
+
+def on_cuda() -> bool:
+    """Whether MLX computes on an NVIDIA GPU now."""
+    return mx.cuda.is_available() and mx.default_device() == mx.gpu
+
+
+def check_products() -> None:
+    """Raise NotOnThisDevice where mlx-lm's QuantizedKVCache cannot be attended to."""
+    if on_cuda():
+        raise NotOnThisDevice(
+            "mlx-lm's QuantizedKVCache does not run on CUDA: there, mx.quantized_matmul lacks some of the shapes, and "
+            "reads outside its memory in others (MLX 0.32.4)"
+        )
+
+
+def why_not_quantized(model: Any, with_exact: bool = False) -> str | None:
+    """Why mlx-lm's QuantizedKVCache cannot serve this model here, or None. with_exact: inside an `ExactEndsCache`,
+    which needs no products with it. Reads a token."""
     from mlx_lm.models.cache import KVCache
 
     caches = make_plain_cache(model)
@@ -44,14 +62,9 @@ def why_not_quantized(model: Any) -> str | None:
     if wrong := [d for d in dims if d % MLX_LM_GROUP_SIZE]:
         return f"mlx-lm quantizes in groups of {MLX_LM_GROUP_SIZE}, and head_dim {wrong[0]} is not a multiple of that"
     try:
-        for name in MLX_LM_BITS:
-            quantized = make_quantized_cache(model, name)
-            for tokens in ([0, 0], [0]):  # a prompt, and a decode step
-                mx.eval(model(mx.array([tokens]), cache=quantized))
-    except RuntimeError as e:
-        if NO_PRODUCT not in str(e):
-            raise
-        return f"MLX cannot compute with mlx-lm's QuantizedKVCache on this device: {e}"
+        check_products()
+    except NotOnThisDevice as e:
+        return None if with_exact else str(e)
     return None
 
 

@@ -85,7 +85,9 @@ def turning_bias(n_kv_heads, n_tokens, *, norm, where, head_dim, offset=0, rope_
     RoPE. float32 [1, n_kv_heads, n_tokens, head_dim]."""
     b = _directions((n_kv_heads, head_dim), seed) * bias_dims(where, head_dim)
     b = mx.array(norm * b / np.linalg.norm(b, axis=-1, keepdims=True))[None, :, None]
-    b = mx.broadcast_to(b, (1, n_kv_heads, n_tokens, head_dim))
+    b = mx.contiguous(
+        mx.broadcast_to(b, (1, n_kv_heads, n_tokens, head_dim))
+    )  # MLX on CUDA turns a broadcast one wrong
     return mx.fast.rope(b, head_dim, traditional=False, base=rope_base, scale=1.0, offset=offset)
 
 
