@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..backends.sides import Balance
 from ..quant.scheme import TurboConfig
-from .attention_error import Observed, attention_error, key_error
+from .attention_error import Attention, Observed, key_error
 
 LADDER = (4, 5, 6, 8, 0)  # bits of keys; the last resort is 0 = exact
 TARGET = 0.0125  # nats
@@ -28,17 +28,15 @@ def choose_key_bits(
     """(bits, {bits tried: error in nats}, what the choice is based on) for the keys [B, n_kv_heads, N, D] of a layer.
     Waits for each error, which happens once in the life of a cache.
 
-    observed: for `attention_error`, or None: then `key_error` decides. balance: of the keys' channels.
+    observed: for `Attention`, or None: then `key_error` decides. balance: of the keys' channels.
     """
     errors: dict[int, float] = {}
     by = f"{len(observed.positions)} queries" if observed else "the keys alone"
+    attention = Attention(observed, keys, config) if observed else None
     for bits in LADDER[:-1]:
         if bits < config.scheme.key_bits:
             continue
-        if observed is None:
-            error = key_error(keys, bits, config)
-        else:
-            error = attention_error(observed, keys, bits, config, balance)
+        error = attention.error(bits, balance) if attention else key_error(keys, bits, config)
         errors[bits] = error.max().item()  # type: ignore[assignment]  # a float32 scalar
         if errors[bits] <= TARGET:
             return bits, errors, by

@@ -70,7 +70,7 @@ def test_the_error_is_the_divergence_of_the_attention_weights(backend, bits, sin
     want = kl.reshape(2, 2, 6).mean(-1).max()
     sinks = None if sinks is None else mx.array(sinks, mx.float32)
     observed = attention_error.Observed(mx.array(queries, mx.float32), positions, 0.3, sinks)
-    got = attention_error.attention_error(observed, mx.array(keys, mx.float32), bits, TurboConfig("auto"))
+    got = attention_error.Attention(observed, mx.array(keys, mx.float32), TurboConfig("auto")).error(bits)
     assert got.shape == (2, 2) and got.max().item() == pytest.approx(want, rel=0.03)
 
 
