@@ -2,12 +2,13 @@
 """What each protection of the cache contributes, alone and together: KL divergence of the embedded model's output.
 
     python scripts/ablation.py [--tokens 2048] [--windows 2] [--chunk 32] [--json] [--png FILE]
-    python scripts/ablation.py --auto-cost
+    python scripts/ablation.py --prefill-cost [--model MODEL] [--tokens 2048]
 
 A row is a configuration. Windows of held-out stories are read through its cache and through an uncompressed one, in
 chunks of 32, in float32. Bits are resident bits per value, 8 * bytes of the cache / numbers it stands for: at the end
 of the window in float32, and projected to 32,768 tokens of a 16-bit model, of which the exact tokens are a smaller
-part. --auto-cost: how much longer the first prompt chunk takes with `auto` than with turbo4.
+part. --prefill-cost: how much longer the first prompt chunk takes with balanced channels, and with `auto`, than with
+neither. MODEL: a folder, or a Hugging Face id, in its own dtype on a GPU.
 """
 
 import argparse
@@ -65,26 +66,29 @@ ROWS = {
 }
 
 
-def load():
-    """(the embedded model in float32, its held-out stories as tokens)"""
-    model, tokenizer = common.load_model(mlx_lm.load, common.DEMO_MODEL, "--model")
-    model.set_dtype(mx.float32)
-    if mx.default_device().type == mx.DeviceType.cpu:
+def load(path=common.DEMO_MODEL):
+    """(the model, held-out stories as its tokens); the embedded model, and any on a CPU, in float32"""
+    model, tokenizer = common.load_model(mlx_lm.load, path, "--model")
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    if path == common.DEMO_MODEL or on_cpu:
+        model.set_dtype(mx.float32)
+    if on_cpu:
         model = use_numpy_products(model)
     text = (common.DEMO_MODEL / "stories.txt").read_text()
     return model, mx.array(sum((tokenizer.encode(t) for t in text.split("<|endoftext|>")), []))
 
 
-def auto_cost(model, tokens, repeats=4):
-    """Seconds of the first prompt chunk with turbo4 and with auto: medians, interleaved."""
-    seconds = {"turbo4": [], "auto": []}
+def prefill_cost(model, tokens, repeats=6):
+    """Milliseconds of the first prompt chunk without balance, with it, and with auto: medians, interleaved."""
+    configs = {"turbo4, no balance": TurboConfig("turbo4", balance=False), "turbo4": "turbo4", "auto": "auto"}
+    times = {name: [] for name in configs}
     for _ in range(repeats + 1):
-        for name, times in seconds.items():
-            cache = prompt_cache.make_prompt_cache(model, name)
+        for name, config in configs.items():
+            cache = prompt_cache.make_prompt_cache(model, config)
             start = time.perf_counter()
-            mx.eval(model(tokens[None], cache=cache), [c.state for c in cache])
-            times.append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+            mx.eval(model(tokens[None], cache=cache), [c.state for c in prompt_cache.flatten_caches(cache)])
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(of[1:]) for name, of in times.items()}
 
 
 def main():
@@ -95,18 +99,24 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--png")
-    parser.add_argument("--auto-cost", action="store_true")
+    parser.add_argument("--prefill-cost", action="store_true")
+    parser.add_argument("--model", default=common.DEMO_MODEL)
     args = parser.parse_args()
     if args.png:
         check_plot(args.png)
-    model, tokens = load()
+    if args.model != common.DEMO_MODEL and not args.prefill_cost:
+        parser.error("--model: only --prefill-cost takes another model")
+    model, tokens = load(args.model)
     where = f"{device_name()}, mlx {mx.__version__}, {get_backend().describe()}"
-    if args.auto_cost:
-        cost = auto_cost(model, tokens[:2048])
-        print(
-            f"first chunk of 2,048 tokens: turbo4 {cost['turbo4']:.3f} s, auto {cost['auto']:.3f} s, "
-            f"{cost['auto'] / cost['turbo4'] - 1:+.1%}\n{where}"
-        )
+    if args.prefill_cost:
+        cost = prefill_cost(model, tokens[: args.tokens])
+        if args.json:
+            print(json.dumps({"ms": cost, "tokens": args.tokens, "where": where}))
+            return
+        print(f"The first prompt chunk, {args.tokens:,} tokens:")
+        for name, ms in cost.items():
+            print(f"{name:<20}{ms:>10,.1f} ms{ms / cost['turbo4, no balance'] - 1:>+8.1%}")
+        print(where)
         return
     windows = [tokens[i * args.tokens : (i + 1) * args.tokens].tolist() for i in range(args.windows)]
     make = {"uncompressed": lambda: [KVCache() for _ in model.layers]}

@@ -49,43 +49,50 @@ def sample_keys(n: int) -> tuple[list[int], int]:
     return [i * (n - length) // max(runs - 1, 1) for i in range(runs)], length
 
 
-def attention_error(
-    observed: Observed,
-    keys: mx.array,
-    bits: int,
-    config: TurboConfig,
-    balance: Optional[Balance] = None,
-) -> mx.array:
-    """The error of the attention weights, in nats, if `keys` were packed at `bits`: lazy float32 [B, n_kv_heads].
+class Attention:
+    """The attention of sampled queries over a sample of exact keys, for measuring what packing the keys changes.
 
-    keys: [B, n_kv_heads, N, D], exact, of tokens 0 .. N - 1. balance: of their channels. Keys that cannot be packed
-    count as zeros. Queries that are not finite do not count; a kv head that has no others is judged as by `key_error`.
+    keys: [B, n_kv_heads, N, D], exact, of tokens 0 .. N - 1. Keys that cannot be packed count as zeros. Queries that
+    are not finite do not count; a kv head that has no others is judged as by `key_error`.
     """
-    B, H, N, D = keys.shape
-    queries, positions, scale, sinks = observed
-    first, starts, x = sample(keys, config)
-    length = x.shape[2] // len(starts)
-    at = list(range(first)) + [first + at + i for at in starts for i in range(length)]
-    n_represented = [1.0] * first + [(N - first) / x.shape[2]] * x.shape[2]  # tokens that a sampled one stands for
-    weight = mx.log(mx.array(n_represented))
-    visible = mx.array(at) <= mx.array(positions)[:, None]
-    n_rows = queries.shape[1] // H
-    visible = mx.concatenate([visible] * n_rows, axis=0)
-    q = queries.astype(mx.float32).reshape(B, H, -1, D) * scale
-    q, good = without_infinite(q)
-    exact, _ = without_bad(keys[:, :, :first].astype(mx.float32))
-    logits = q @ mx.concatenate([exact, x], axis=2).swapaxes(-1, -2) + weight
-    logits = mx.where(visible, logits, -1e30)
-    error = _error(x, len(starts), bits, config, balance)
-    shift = mx.pad(q @ error.swapaxes(-1, -2), [(0, 0)] * 3 + [(first, 0)])
-    if sinks is not None:
-        extra = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, H, n_rows, 1), (B, H, n_rows, len(positions)))
-        logits = mx.concatenate([logits, extra.reshape(B, H, -1, 1)], axis=-1)
-        shift = mx.pad(shift, [(0, 0)] * 3 + [(0, 1)])
-    p = mx.softmax(logits, axis=-1)
-    kl = mx.logsumexp(logits + shift, axis=-1) - mx.logsumexp(logits, axis=-1) - (p * shift).sum(-1)
-    n_good = good.sum(-1)
-    return mx.where(n_good > 0, (kl * good).sum(-1) / n_good, _key_error(error))
+
+    def __init__(self, observed: Observed, keys: mx.array, config: TurboConfig) -> None:
+        self.config, (B, H, N, D) = config, keys.shape
+        queries, positions, scale, sinks = observed
+        self.first, self.starts, self.keys = sample(keys, config)
+        first, x = self.first, self.keys
+        length = x.shape[2] // len(self.starts)
+        at = list(range(first)) + [first + at + i for at in self.starts for i in range(length)]
+        n_represented = [1.0] * first + [(N - first) / x.shape[2]] * x.shape[2]  # tokens that a sampled one stands for
+        weight = mx.log(mx.array(n_represented))
+        visible = mx.array(at) <= mx.array(positions)[:, None]
+        n_rows = queries.shape[1] // H
+        visible = mx.concatenate([visible] * n_rows, axis=0)
+        self.queries, self.good = without_infinite(queries.astype(mx.float32).reshape(B, H, -1, D) * scale)
+        exact, _ = without_bad(keys[:, :, :first].astype(mx.float32))
+        logits = self.queries @ mx.concatenate([exact, x], axis=2).swapaxes(-1, -2) + weight
+        logits = mx.where(visible, logits, -1e30)
+        if sinks is not None:
+            extra = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, H, n_rows, 1), (B, H, n_rows, len(positions)))
+            logits = mx.concatenate([logits, extra.reshape(B, H, -1, 1)], axis=-1)
+        self.has_sinks, self.logits, self.total = sinks is not None, logits, mx.logsumexp(logits, axis=-1)
+        self.weights = mx.softmax(logits, axis=-1)
+
+    def error(self, bits: int, balance: Optional[Balance] = None) -> mx.array:
+        """The error of the attention weights, in nats, if the keys were packed at `bits`: lazy float32 [B, n_kv_heads].
+
+        balance: of their channels; of n * B rows, n ways to balance them, and the result is [n * B, n_kv_heads].
+        """
+        (B, H, n, D), x = self.keys.shape, self.keys
+        n_ways = 1 if balance is None else balance.factors.shape[0] // B
+        x = mx.concatenate([x] * n_ways) if n_ways > 1 else x
+        error = _error(x, len(self.starts), bits, self.config, balance)
+        shift = self.queries @ error.reshape(n_ways, B, H, n, D).swapaxes(-1, -2)
+        shift = mx.pad(shift, [(0, 0)] * 4 + [(self.first, int(self.has_sinks))])
+        kl = mx.logsumexp(self.logits + shift, axis=-1) - self.total - (self.weights * shift).sum(-1)
+        n_good = self.good.sum(-1)
+        kl = (kl * self.good).sum(-1) / n_good
+        return mx.where(n_good > 0, kl, _key_error(error).reshape(kl.shape)).reshape(-1, H)
 
 
 def without_infinite(queries: mx.array) -> tuple[mx.array, mx.array]:
@@ -96,7 +103,7 @@ def without_infinite(queries: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def key_error(keys: mx.array, bits: int, config: TurboConfig) -> mx.array:
-    """A stand-in for `attention_error` without queries, [B, n_kv_heads]: ||error||^2 / (2 D), the KL divergence for
+    """A stand-in for `Attention.error` without queries, [B, n_kv_heads]: ||error||^2 / (2 D), the KL divergence for
     queries of norm sqrt(D) in a random direction; averaged over tokens. keys: [B, n_kv_heads, N, D]."""
     _, starts, x = sample(keys, config)
     return _key_error(_error(x, len(starts), bits, config, None))

@@ -17,7 +17,7 @@ import mlx.core as mx
 from ..backends.sides import Balance
 from ..quant.scheme import TurboConfig
 from . import centering
-from .attention_error import Observed, attention_error, means_of, sample, without_infinite
+from .attention_error import Attention, Observed, means_of, sample, without_infinite
 
 EXPONENTS = (0.0, 0.5, 1.0)  # of s
 FLOOR = 1e-3  # of a head's rms, the least that counts as that of a channel: some models have channels that are all 0
@@ -34,10 +34,11 @@ def choose(keys: mx.array, config: TurboConfig, bits: int, observed: Optional[Ob
     keys = mx.contiguous(keys)  # so that a row of a batch gets the same factors to the bit
     observed = observed._replace(queries=mx.contiguous(observed.queries))
     of_queries, of_keys = _rms(keys, config, observed)
-    candidates = [_normalized(of_queries, of_keys, exponent) for exponent in EXPONENTS]
-    errors = [attention_error(observed, keys, min(bits, MOST_BITS), config, Balance(s)) for s in candidates]
-    best = mx.argmin(mx.stack([MARGIN * errors[0], *errors[1:]]), axis=0)[..., None, None]
-    return mx.take_along_axis(mx.stack(candidates), best[None], axis=0)[0]
+    candidates = mx.stack([_normalized(of_queries, of_keys, exponent) for exponent in EXPONENTS])
+    together = Balance(mx.flatten(candidates, 0, 1))  # measured at once: these are many small operations
+    errors = Attention(observed, keys, config).error(min(bits, MOST_BITS), together).reshape(candidates.shape[:3])
+    best = mx.argmin(errors * mx.array([MARGIN, *[1] * (len(EXPONENTS) - 1)])[:, None, None], axis=0)
+    return mx.take_along_axis(candidates, best[None, ..., None, None], axis=0)[0]
 
 
 def _rms(keys, config, observed):

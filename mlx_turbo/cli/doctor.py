@@ -126,8 +126,8 @@ class Model(NamedTuple):
     sinks: bool = False
 
 
-# Each head_dim with each width of keys; values have 4 bits, as in turbo4, turbo8v4 and auto. docs/compiling.md lists
-# them.
+# Each head_dim with keys at 4 and 8 bits and exact ones; values have 4 bits, as in turbo4, turbo8v4 and auto. 5 and 6
+# bits are left to --all. docs/compiling.md lists them.
 MODELS = (
     Model("Llama 3 8B, Mistral 7B", 128, 4, mx.float16, 4, ONE_LAUNCH),
     Model("Qwen3 8B", 128, 4, mx.bfloat16, 4, TWO_LAUNCHES, n_drafts=3),

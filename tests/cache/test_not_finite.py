@@ -304,7 +304,7 @@ def test_keys_with_a_bad_one_among_them_get_the_bits_that_they_need(backend):
         cache = TurboKVCache("auto")
         cache.update_and_fetch(k, values)
         cache.observe(queries_for(keys), 0.1)
-        assert cache.report()["scheme"] == "turbo8v4"
+        assert cache.report()["scheme"] == "turbo6v4"
         keys[0, 0, 350, 3] = float("nan")
 
 

@@ -110,6 +110,12 @@ def test_ablation_measures_what_each_protection_contributes(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+def test_prefill_cost_times_the_first_chunk_with_and_without_what_is_chosen_there():
+    out = json.loads(run("ablation.py", "--prefill-cost", "--tokens", "300", "--json").stdout)
+    assert list(out["ms"]) == ["turbo4, no balance", "turbo4", "auto"] and out["tokens"] == 300
+    assert min(out["ms"].values()) > 0
+
+
 def test_centring_measures_that_a_bias_that_turns_needs_means_by_segment():
     rows = {r["bias"]: r for r in json.loads(run("centring.py", "--tokens", "4096", "--json").stdout)}
     unbiased, low = rows["none"]["not centred"], rows["low frequencies, base 1e4"]
