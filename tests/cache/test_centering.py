@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx_lm.models.cache import KVCache
 from support.arrays import to_numpy
 from support.caches import FAST_BACKENDS, ListModel, header, random_tokens, same, stored
 from support.keys import biased_keys
@@ -17,6 +18,7 @@ from mlx_turbo import TurboConfig, TurboKVCache, make_prompt_cache
 from mlx_turbo.cache import centering
 from mlx_turbo.cli import common
 from mlx_turbo.integration import attention
+from mlx_turbo.quality import metrics
 from mlx_turbo.quant import reference, rotation
 
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
@@ -120,9 +122,9 @@ def test_tokens_without_a_mean_are_stored_as_without_centering(backend, sizes, s
     assert same(*states)
 
 
-@pytest.mark.parametrize("share, engages", [(0.4, False), (0.6, True)])
+@pytest.mark.parametrize("share, engages", [(0.2, False), (0.3, True)])
 @fast
-def test_the_mean_must_carry_half_of_the_energy(backend, share, engages):
+def test_the_mean_must_carry_a_quarter_of_the_energy(backend, share, engages):
     rng, D = np.random.default_rng(0), 64
     mean = rng.standard_normal(D)
     mean *= np.sqrt(share * D) / np.linalg.norm(mean)
@@ -254,13 +256,20 @@ def test_means_count_in_the_report(backend):
 
 
 @fast
-def test_centering_leaves_a_healthy_model_alone(backend):
-    """The embedded model normalises its keys: no head's means carry half of the energy, whatever the windows."""
+def test_centering_does_a_healthy_model_no_harm(backend):
+    """The embedded model normalizes its keys, and some of its heads carry a third of their energy in their means."""
     model, tokenizer = common.load_model(mlx_lm.load, common.DEMO_MODEL, "--model")
     model.set_dtype(mx.float32)
-    tokens = mx.array(tokenizer.encode((common.DEMO_MODEL / "stories.txt").read_text()[:4000])[:400])
-    for options in {}, dict(recent=0), dict(sink=0, recent=0, block=16):
-        cache = make_prompt_cache(model, TurboConfig("turbo4", **options))
-        for at in range(0, 400, 32):
-            mx.eval(model(tokens[None, at : at + 32], cache=cache))
-        assert all(c.report()["packed"] and not c.report()["centred"] for c in cache)
+    tokens = mx.array(tokenizer.encode((common.DEMO_MODEL / "stories.txt").read_text()[:4000])[:512])
+    divergence = []
+    for centre in (True, False):
+        ours = make_prompt_cache(model, TurboConfig("turbo3", sink=0, recent=0, block=16, centre=centre))
+        plain, total = [KVCache() for _ in model.layers], 0
+        for at in range(0, 512, 64):
+            log_p, log_q = (
+                metrics.log_probabilities(model(tokens[None, at : at + 64], cache=c)[0]) for c in (plain, ours)
+            )
+            total += metrics.kl_divergence(log_p, log_q).sum().item()
+        divergence.append(total)
+        assert any(c.report()["centred"] for c in ours) == centre
+    assert divergence[0] < 1.2 * divergence[1]  # measured: 1.09; over 3 x 2,048 tokens with the defaults 0.83
