@@ -17,7 +17,7 @@ from typing import Any, Iterable, Optional, Sequence, Union
 import mlx.core as mx
 import numpy as np
 
-from ..backends.sides import Balance, are_latents, first_tokens
+from ..backends.sides import Balance, first_tokens
 from ..quant.scheme import Scheme, TurboConfig
 from . import auto_bits, balancing
 from .attention_error import join, newest, sample_queries, still_held
@@ -323,13 +323,12 @@ class BatchTurboKVCache(TurboKVCache):
             jobs.append(PackJob(sides, after_sink, n_packed, n))
             exact_of.append(exact)
         packed = pack(jobs, self.config, self.step)
-        latents = are_latents(tails[0].shape[1], *(tail.shape[3] for tail in tails))
         self._n_recent = list(n_exact)
         for rows, job, exact, new in zip(groups.values(), jobs, exact_of, packed):
             sinks = self._n_new_sinks(job.n_packed)
             if not job.n_packed:
                 self._set_balance(rows, job.sides[0].balance, balanced[rows[0]])
-            if not job.n_packed and wait and self._may_balance and not latents:
+            if not job.n_packed and wait and self._may_balance:
                 self._waiting.append((rows, n_exact[rows[0]], ends[rows[0]], job.n_pack))
             for i, side in enumerate(self._sides):
                 if sinks:
@@ -343,7 +342,7 @@ class BatchTurboKVCache(TurboKVCache):
     # ---- balance ---------------------------------------------------------------------------------------------
     @property
     def _may_balance(self):
-        return self.config.balance and self._sides[0].bits > 0 and not self.holds_latents
+        return self.config.balance and self._sides[0].bits > 0
 
     @property
     def _begins_to_pack(self):

@@ -96,8 +96,7 @@ class TurboKVCache:
         new, n_new = (keys, values), keys.shape[2]
         if n_new == 0:
             return self.keys_and_values() if self.offset else new
-        first, self._to_balance = self.offset == 0, None
-        begins = self._begins_to_pack and not are_latents(keys.shape[1], keys.shape[3], values.shape[3])
+        first, begins, self._to_balance = self.offset == 0, self._begins_to_pack, None
         n_to_sink = min(self.config.sink - self.n_sink, n_new)
         n_to_recent = n_new - n_to_sink
         if self.undecided and (
@@ -228,12 +227,13 @@ class TurboKVCache:
     @property
     def wants_queries(self) -> bool:
         """Whether `observe` has use for queries: until the first keys are packed, and once after that, if their own
-        queries came behind them. Never for latents, which are values too."""
-        return not self.holds_latents and (self.undecided or self._to_balance is not None or self._begins_to_pack)
+        queries came behind them."""
+        return self.undecided or self._to_balance is not None or self._begins_to_pack
 
     @property
     def holds_latents(self) -> bool:
-        """Whether its keys are the latents of multi-head latent attention, and its values the RoPE keys."""
+        """Whether its keys are the latents of multi-head latent attention, and its values the RoPE keys. They are never
+        centered, nor balanced: attention shows no queries of latents, as they are values too."""
         keys, values = (side.recent for side in self._sides)
         return keys is not None and are_latents(keys.shape[1], keys.shape[3], values.shape[3])
 
@@ -244,7 +244,7 @@ class TurboKVCache:
     @property
     def _begins_to_pack(self):
         """Whether the next keys to be packed are the first, and may be balanced."""
-        return not self.n_packed and self.config.balance and self._sides[0].bits > 0 and not self.holds_latents
+        return not self.n_packed and self.config.balance and self._sides[0].bits > 0
 
     def _choose_balance(self, tail):
         """The balance of keys of which `tail` comes after the sink, as far as it can be chosen."""
@@ -505,7 +505,7 @@ class TurboKVCache:
         keys = self._sides[0]
         if not self.config.balance or not keys.bits:
             return "off" if keys.bits else "keys are exact"
-        if self.holds_latents:
+        if keys.balance is None and self.holds_latents:
             return "off: latents serve as keys and values"
         if keys.balance is None:
             return "no queries were seen before keys were packed" if any(c[1] for c in self._counts()) else NOT_YET

@@ -134,7 +134,6 @@ def test_latents_are_neither_centered_nor_balanced_and_the_report_says_so(kernel
                 q = [mx.array(rng.standard_normal((1, 4, 1, d)).astype(np.float32)) for d in (64, 32)]
                 fetched = cache.update_and_fetch(*latents(rng, 1, (64, 32), shift=5))
                 mx.eval(decode(cache, fetched, *q))
-            assert cache.nbytes > 0 and not cache.wants_queries
             report = cache.report()
             assert report["centred"] == [] and report["balance"] == "off: latents serve as keys and values"
     ordinary = TurboKVCache("turbo4", sink=2, recent=8, block=64)
