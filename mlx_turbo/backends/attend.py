@@ -86,7 +86,7 @@ def attend_sides(
     if way == "fused":
         if n_evicted:
             options["mask"] = _mask_evicted(mask, counts, n_evicted, n_queries)
-        return backend.attend(queries, keys, values, counts, seed=seed, **options)
+        return backend.attend(queries, keys, values, counts, seed=seed, rope=rope, **options)
     if way.startswith("restored"):
         return _attend_restored(queries, keys, values, counts, backend, seed, n_evicted, **options)
     if n_evicted:

@@ -49,7 +49,9 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
 
     backend = get_backend(backend)
     way = way_of(view.keys, view.values, view.counts, queries.shape[2], backend)
-    rope = _rope_part(view, mask) if way.startswith("tiles") else None
+    rope = _rope_part(view, mask)
+    if way.startswith("restored") or rope and way_of(view.rope, view.values, view.counts, 1, backend) != way:
+        rope = None  # a mask like any other: of a chunk, and where the kernel does not do the head_dim of the RoPE keys
     if view.cache is not None:
         view.cache.last_attention = way
         if view.rope is None or rope is not None:  # else the RoPE keys are restored for the mask
@@ -69,7 +71,7 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
 
 def _rope_part(view, mask):
     """The `RopePart` of a mask that is nothing but the products with a view's RoPE keys, or None."""
-    if view.rope is None or type(mask) is not KeyLogits or mask.of.side != 1:
+    if view.rope is None or view.rope.has_means or type(mask) is not KeyLogits or mask.of.side != 1:
         return None
     of = mask.of.view
     return RopePart(mask.queries, view.rope) if of.cache is view.cache and of.version == view.version else None
