@@ -13,7 +13,7 @@ from support.arrays import to_numpy
 from support.backends import BACKENDS
 from support.models import tokens_of
 
-from mlx_turbo import TurboConfig, TurboKVCache, make_prompt_cache
+from mlx_turbo import RotatingTurboKVCache, TurboConfig, TurboKVCache, make_prompt_cache
 from mlx_turbo.backends import select
 from mlx_turbo.backends.self_test import attend_tolerance, relative_error
 from mlx_turbo.cache import view as views
@@ -96,7 +96,7 @@ SCHEMES = ["turbo4", "turbo8v4", "turbo3v2", "turbo0v4", "turbo4v0"]
 
 
 def test_attention_over_latents_is_that_of_the_oracle(kernels):
-    """Of any scheme and type; also with a mask over the products, as in a batch."""
+    """Of any scheme and type, also in a window that drops tokens, and with a mask over the products, as in a batch."""
 
     @settings(max_examples=8 if kernels != "cpu" else 40, deadline=None, derandomize=True, database=None)
     @given(st.data())
@@ -106,13 +106,16 @@ def test_attention_over_latents_is_that_of_the_oracle(kernels):
         dims = (64, 32) if fewer else pick((64, 32), (512, 64), (160, 48))
         heads, dtype = (4, 16)[pick(0, 1)], mx.float32 if fewer else pick(mx.float32, mx.float16, mx.bfloat16)
         scheme, batch = pick(*(SCHEMES[:1] if fewer else SCHEMES)), pick(1, 2)
-        rng, cache = np.random.default_rng(data.draw(st.integers(0, 99))), TurboKVCache(scheme, sink=2, block=8)
+        rng, options = np.random.default_rng(data.draw(st.integers(0, 99))), dict(sink=2, recent=40, block=8)
+        cache = TurboKVCache(scheme, **options)
+        if pick(False, True):
+            cache = RotatingTurboKVCache(150, 0, scheme, recent=40, block=8)
         cache.update_and_fetch(*latents(rng, pick(100, 200, 330), dims, dtype=dtype, batch=batch))
         for _ in range(pick(1, 9)):
             fetched = cache.update_and_fetch(*latents(rng, 1, dims, dtype=dtype, batch=batch))
         q = [mx.array(rng.standard_normal((batch, heads, 1, d)).astype(np.float32)).astype(dtype) for d in dims]
-        mask = mx.array(rng.random((batch, 1, 1, cache.offset)) < 0.7) if pick(False, True) else None
-        got, want = decode(cache, fetched, *q, mask), wanted(cache.keys_and_values(), *q, mask)
+        mask = mx.array(rng.random((batch, 1, 1, fetched[0].shape[2])) < 0.7) if pick(False, True) else None
+        got, want = decode(cache, fetched, *q, mask), wanted(fetched, *q, mask)
         assert got.dtype == dtype and ways([cache]) == {KINDS[kernels]}
         allowed = attend_tolerance(cache.config.scheme.key_bits, dtype, fused=kernels != "cpu")
         allowed += {mx.float32: 0, mx.float16: 0.01, mx.bfloat16: 0.06}[dtype]  # of products, and of restored tokens
