@@ -224,7 +224,8 @@ def _shared_shapes(
         rows = -(-n_rows // (side_by_side * groups))
         for in_device_memory, chunks in itertools.product((False, True), (1, 2) if key_dim % 64 == 0 else (1,)):
             tile = 2 * 32 * max(key_dim // chunks + 8, (value_dim + 8) // chunks)
-            tile += 2 * 32 // chunks * (query_dim - key_dim + 8) if query_dim > key_dim else 0
+            if query_dim > key_dim:  # RoPE keys in the tile, and what 8-bit ones are too high
+                tile += 2 * 32 // chunks * (query_dim - key_dim + 8) + 4 * rows * side_by_side
             queries = 0 if in_device_memory else rows * 4 * query_dim
             if side_by_side * (queries + 128 * _padded(rows)) + tile <= THREADGROUP_BYTES:
                 shape = AttendShape(rows, 1, dims_per_lane, side_by_side, True, chunks, in_device_memory)

@@ -545,24 +545,32 @@ def test_packed_words_are_decoded_once_for_all_rows_that_registers_hold(head_dim
             assert times <= (1 if G <= 8 else 2)
 
 
+DIMS = (32, 80, 256, 512, 576)
+
+
 @pytest.mark.parametrize("single_launch", [False, True], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("bits", BITS)
 def test_every_shape_fits_into_threadgroup_memory_and_divides_the_values(single_launch, bits):
-    for key_dim, value_dim, n_rows, at_once in itertools.product(
-        (32, 80, 256, 512, 576), (32, 80, 256, 512, 576), range(1, 40), tuning.CANDIDATES["rows_per_decode"]
+    """Also with RoPE keys beside latents."""
+    dims = [*((*d, 0) for d in itertools.product(DIMS, DIMS)), *((d, d, r) for d in DIMS for r in (32, 64, 80))]
+    for (key_dim, value_dim, rope_dim), n_rows, at_once in itertools.product(
+        dims, range(1, 40), tuning.CANDIDATES["rows_per_decode"]
     ):
-        rows, tokens, dims, simdgroups, shared, chunks, in_device_memory = attend_shape(
-            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, 1, single_launch
+        query_dim = key_dim + rope_dim
+        rows, tokens, dims_per_lane, simdgroups, shared, chunks, in_device_memory = attend_shape(
+            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, 1, single_launch, query_dim
         )
         padded = rows if rows <= 2 else -(-rows // 4) * 4
         copies = simdgroups if shared else 2 if single_launch and bits else 1
-        queries = 0 if in_device_memory else 4 * key_dim * rows * copies
+        queries = 0 if in_device_memory else 4 * query_dim * rows * copies
         tile = 64 * tokens * max(key_dim // chunks + 8, (value_dim + 8) // chunks) if shared else 0
+        if shared and rope_dim:
+            tile += 64 * tokens // chunks * (rope_dim + 8) + 4 * rows * simdgroups
         assert queries + simdgroups * 128 * tokens * padded + tile <= 31 * 1024
         assert not single_launch or simdgroups * 4 * value_dim <= 31 * 1024
-        assert value_dim % dims == 0 and value_dim // dims <= 32
-        assert dims % (4 if shared else 8) == 0 and rows * dims <= max(64, dims)
-        assert shared or bits != 3 or dims == 8 or dims % 16 == 0
+        assert value_dim % dims_per_lane == 0 and value_dim // dims_per_lane <= 32
+        assert dims_per_lane % (4 if shared else 8) == 0 and rows * dims_per_lane <= max(64, dims_per_lane)
+        assert shared or bits != 3 or dims_per_lane == 8 or dims_per_lane % 16 == 0
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
