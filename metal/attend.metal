@@ -30,17 +30,23 @@
 //     the tokens of the values. A simdgroup that has no row of its own only helps to decode.
 //   QUERIES_IN_DEVICE_MEMORY, if the queries of so many rows do not fit into threadgroup memory: they wait in `acc`,
 //     where the results of the block will be written at the end.
+//   SAME_SIDES, for the latents of multi-head latent attention, which serve as keys and values: the rows of k_* are
+//     both. Simdgroups that share tiles decode each row once for both. With CHUNKS = 2 a tile has half as many tokens,
+//     and two lanes form the dot product of a token, each that of half the dims.
+//   ROPE_DIM, only with SAME_SIDES: what the position adds to a logit is the dot product of further dims of the query,
+//     which come with a scale of their own, and a row of v_*. A shared tile holds these beside the latents.
 //   A block is the tokens of a threadgroup: a run for each of its simdgroups, or one for all if they share tiles. Where
 //   each has its own, their results are merged at the end.
 //   Exact tokens (sink and recent as one list) and packed ones are different runs of the same code: blocks below X are
 //   exact. Masks and the end of a run are looked at only in tiles that some row does not see whole.
 //
 // INPUTS  (T: any float type, each input its own. "Whole buffer": the tokens of a head follow one another)
-//   queries               T [B, Hq, L, KEY_DIM], any strides
+//   queries               T [B, Hq, L, KEY_DIM + ROPE_DIM], any strides; the last ROPE_DIM dims carry their scale
 //   k_sink, k_recent      T [B, Hkv, CAPACITY, KEY_DIM], whole buffers
 //   v_sink, v_recent      T [B, Hkv, CAPACITY, VALUE_DIM], whole buffers
 //   k_codes, v_codes      uint32 [B, Hkv, CAPACITY, WORDS], whole buffers; with 0 bits the exact vectors, as k_sink
 //   k_scale, v_scale      float16 [B, Hkv, CAPACITY, 1], tokens contiguous. Not read with 0 bits
+//                         With ROPE_DIM, v_* are RoPE keys: read ROPE for VALUE. With SAME_SIDES alone: not read
 //   k_means               float16 [B, Hkv, CAPACITY, KEY_DIM], a whole buffer, rotated. Row i belongs to the packed
 //                         tokens i * SEGMENT .. (i + 1) * SEGMENT - 1. Read only if KEY_MEANS
 //   v_means               float16 [B, Hkv, CAPACITY, VALUE_DIM], rotated. Row 0: of all. Read only if VALUE_MEANS
@@ -48,12 +54,12 @@
 //   sinks                 T [Hq], a logit per head that takes weight and gives no value. Read here only if flag 8 and
 //                         SINGLE_LAUNCH
 //   diagonals             float [..] + 8 dims of size 1: of the rotation of the keys [ROUNDS, KEY_DIM], then of the
-//                         values [ROUNDS, VALUE_DIM]. With balanced keys then those by which the queries of each kv
-//                         head are rotated [B, Hkv, ROUNDS, KEY_DIM]. The strides of the 8 dims are 16 numbers of 32
-//                         bits, two in each, which so reach the kernel without a buffer: n_sink, n_packed, n_recent,
-//                         X = exact blocks, blocks, row groups, flags, L, Hq, Hkv, scale * log2 e (the bits of a
-//                         float), SEGMENT (a multiple of 128), ACC_ROWS, B, simdgroups of merge.metal, where the
-//                         diagonals of the kv heads begin (0: there are none)
+//                         values [ROUNDS, VALUE_DIM], then of RoPE keys [ROUNDS, ROPE_DIM]. With balanced keys then
+//                         those by which the queries of each kv head are rotated [B, Hkv, ROUNDS, KEY_DIM]. The
+//                         strides of the 8 dims are 16 numbers of 32 bits, two in each, which so reach the kernel
+//                         without a buffer: n_sink, n_packed, n_recent, X = exact blocks, blocks, row groups, flags, L,
+//                         Hq, Hkv, scale * log2 e (the bits of a float), SEGMENT (a multiple of 128), ACC_ROWS, B,
+//                         simdgroups of merge.metal, where the diagonals of the kv heads begin (0: there are none)
 //                         flags: 1 causal (query l is token N - L + l), 2 mask, 8 sinks
 // OUTPUT  acc
 //   SINGLE_LAUNCH: the output of attention, T [B, Hq, L, VALUE_DIM]
@@ -61,9 +67,11 @@
 //     2^(logit - m) * value; those of blocks >= X are still rotated and without UNIT. Behind them
 //     float [B, Hkv, R, blocks, 2]: m (base 2) and the sum of 2^(logit - m). An empty block has m = LOWEST and sum 0.
 // TEMPLATE
-//   T type of acc; EXACT_KEY, EXACT_VALUE types of exact keys and values
+//   T type of acc; EXACT_KEY, EXACT_VALUE types of the exact rows of k_* and v_*
 //   KEY_BITS, VALUE_BITS in {0, 2, 3, 4, 5, 6, 8}; KEY_DIM, VALUE_DIM head dims, multiples of 16 from 32 to 576
-//   KEY_MEANS, VALUE_MEANS: packed keys, values have a mean
+//   KEY_MEANS, VALUE_MEANS: packed keys, values have a mean; not with SAME_SIDES
+//   SAME_SIDES, ROPE_DIM (0: none), ROPE_BITS (0 without): as above. With SAME_SIDES, VALUE_DIM = KEY_DIM, VALUE_BITS =
+//     KEY_BITS
 //   ROWS per simdgroup, 1 to 8, or to 12 if SHARED_TILES; TOKENS_PER_LANE 1, 2 or 4
 //   DIMS_PER_LANE of the values: a multiple of 8 (of 4 if SHARED_TILES; 8 or a multiple of 16 if VALUE_BITS = 3) that
 //     divides VALUE_DIM, with VALUE_DIM / DIMS_PER_LANE <= 32
@@ -77,14 +85,14 @@
 //     row groups = ceil(R / ROWS), or if SHARED_TILES ceil(R / (SIMDGROUPS * ROWS)).
 //   SINGLE_LAUNCH: blocks = 1, and X is the number of simdgroups, up to SIMDGROUPS, that have exact tokens.
 //   ACC_ROWS = R and ACC_ROW = VALUE_DIM; if QUERIES_IN_DEVICE_MEMORY, ACC_ROWS = row groups * SIMDGROUPS * ROWS and
-//     ACC_ROW = max(KEY_DIM, VALUE_DIM).
+//     ACC_ROW = max(KEY_DIM + ROPE_DIM, VALUE_DIM).
 //
 // REGISTERS (estimate, 32 bits each, D = 128): ROWS * DIMS_PER_LANE sums, TOKENS_PER_LANE * ROWS logits, 2 * ROWS, and
 //   12 * TOKENS_PER_LANE + 15 to decode: 77 for 1 row, 91 for 2, 87 for 4, 135 for 8 (115 with TOKENS_PER_LANE = 1).
 //   KEY_MEANS adds 2 * ROWS. With more than 8 rows, lanes share what is equal in all of them: 102 for 12 rows.
-// THREADGROUP MEMORY, in floats: ROWS * KEY_DIM for the queries (twice that if SINGLE_LAUNCH; of all simdgroups if
-//   SHARED_TILES; none if QUERIES_IN_DEVICE_MEMORY), SIMDGROUPS * 32 * TOKENS_PER_LANE * PADDED_ROWS for the weights,
-//   and the tile. The launch keeps it below 31 KB.
+// THREADGROUP MEMORY, in floats: ROWS * (KEY_DIM + ROPE_DIM) for the queries (twice that if SINGLE_LAUNCH; of all
+//   simdgroups if SHARED_TILES; none if QUERIES_IN_DEVICE_MEMORY), SIMDGROUPS * 32 * TOKENS_PER_LANE * PADDED_ROWS for
+//   the weights, and the tile. The launch keeps it below 31 KB.
 
 constant constexpr const float TQ_LOG2E = 1.44269504f, TQ_SLACK = 8.0f;
 constant constexpr const float TQ_DEAD = -1e30f, TQ_LOWEST = -1e29f;  // finite: safe under fast math
@@ -481,6 +489,15 @@ METAL_FUNC void tq_all_dots(const thread typename KEYS::Pointer *row, QUERIES q,
   if (N % 32 != 0) tq_dots<16, ROWS, TOKENS_PER_LANE, QUERY_STRIDE, KEYS>(row, N / 32, q32, s);
 }
 
+// ... of N dims, by PARTS lanes: dims 32c .. 32c + 31 for c = part, part + PARTS, ...
+template <int ROWS, int TOKENS_PER_LANE, int QUERY_STRIDE, int N, int PARTS, class KEYS, class QUERIES>
+METAL_FUNC void tq_some_dots(const thread typename KEYS::Pointer *row, int part, QUERIES q, thread float *s) {
+  auto q32 = tq_fours(q);
+  TQ_ROLLED for (int c = part; c < N / 32; c += PARTS)
+    tq_dots<32, ROWS, TOKENS_PER_LANE, QUERY_STRIDE, KEYS>(row, c, q32 + 8 * c, s);
+  if (N % 32 != 0 && part == 0) tq_dots<16, ROWS, TOKENS_PER_LANE, QUERY_STRIDE, KEYS>(row, N / 32, q32 + N / 4 - 4, s);
+}
+
 template <int PADDED_ROWS>
 METAL_FUNC void tq_store_weights(const thread float *p, threadgroup float *to) {
   if (PADDED_ROWS <= 2) {
@@ -590,18 +607,25 @@ METAL_FUNC void tq_mean_bias(QUERIES q, const device half *mean, thread PerRow<R
 // Tokens begin .. end - 1 of a run. Every row sees all of a tile that ends at safe_end or before.
 // has_rows: false for a simdgroup that only helps to decode (SHARED_TILES). q: ROWS rows, QUERY_STRIDE floats apart.
 // weights: 32 * TOKENS_PER_LANE * PADDED_ROWS floats of this simdgroup. bias: of the raw logit. means: of segments.
+// rope: RoPE keys, if ROPE_DIM; rope_bias: as bias, of their part of the logit.
 template <int ROWS, int PADDED_ROWS, int TOKENS_PER_LANE, int DIMS_PER_LANE, int SIMDGROUPS, bool SHARED_TILES,
-          int CHUNKS, int QUERY_STRIDE, int KEY_DIM, int VALUE_DIM, bool KEY_MEANS, class KEYS, class VALUES, class M,
-          class QUERIES>
-METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_end, int split, int shift, QUERIES q,
-                       threadgroup float *weights, threadgroup half *tile, const threadgroup float *bias,
-                       const device half *means, int segment, Mask<M> mask, thread Partial<ROWS, DIMS_PER_LANE> &out,
-                       bool has_rows, int simdgroup, int lane) {
+          int CHUNKS, int QUERY_STRIDE, int KEY_DIM, int VALUE_DIM, bool KEY_MEANS, bool SAME_SIDES, int ROPE_DIM,
+          class KEYS, class VALUES, class ROPE, class M, class QUERIES>
+METAL_FUNC void tq_run(KEYS keys, VALUES values, ROPE rope, int begin, int end, int safe_end, int split, int shift,
+                       QUERIES q, threadgroup float *weights, threadgroup half *tile, const threadgroup float *bias,
+                       const threadgroup float *rope_bias, const device half *means, int segment, Mask<M> mask,
+                       thread Partial<ROWS, DIMS_PER_LANE> &out, bool has_rows, int simdgroup, int lane) {
+  constexpr bool ONE_TILE = SAME_SIDES && SHARED_TILES && KEYS::BITS != 0;  // of keys that are the values
+  constexpr bool ROPE_TILE = ONE_TILE && ROPE_DIM != 0 && ROPE::BITS != 0;
+  constexpr int R_DIM = ROPE_DIM ? ROPE_DIM : 32;
+  constexpr int PARTS = ONE_TILE ? CHUNKS : 1;                                                // lanes that share a key
   constexpr bool MANY_WORDS = (VALUES::BITS == 5 || VALUES::BITS == 6) && DIMS_PER_LANE > 8;  // of a value, in a lane
   constexpr int LANES_PER_TOKEN = VALUE_DIM / DIMS_PER_LANE, TOKENS_IN_FLIGHT = 32 / LANES_PER_TOKEN,
-                TILE = 32 * TOKENS_PER_LANE, U = ROWS <= 2 && !MANY_WORDS ? 8 : 4;
+                TILE = 32 * TOKENS_PER_LANE / PARTS, U = ROWS <= 2 && !MANY_WORDS ? 8 : 4;
   int u = uint(lane) % LANES_PER_TOKEN, slot = uint(lane) / LANES_PER_TOKEN;
+  int key_lane = PARTS == 1 ? lane : int(uint(lane) % (32 / PARTS)), part = PARTS == 1 ? 0 : lane / (32 / PARTS);
   threadgroup float *lane_weights = weights + lane * PADDED_ROWS;
+  threadgroup half *rope_tile = tile + TILE * (KEY_DIM + 8);
   int segment_start = 0;                  // the first token of the newest segment
   PerRow<ROWS> segment_bias, bias_delta;  // what its mean adds, the last more
   has_rows = has_rows || !SHARED_TILES;
@@ -615,12 +639,28 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
     typename KEYS::Pointer row[TOKENS_PER_LANE];
     int token[TOKENS_PER_LANE];
     TQ_UNROLL for (int i = 0; i < TOKENS_PER_LANE; i++) {
-      token[i] = min(t0 + 32 * i + lane, end - 1);
+      token[i] = min(t0 + 32 * i + key_lane, end - 1);
       row[i] = keys.at(token[i]);
       TQ_UNROLL for (int h = 0; h < ROWS; h++)
         s[i * ROWS + h] = 0;
     }
-    if (SHARED_TILES && KEYS::BITS) {
+    if (ONE_TILE) {
+      constexpr int N = KEY_DIM / PARTS;  // dims
+      threadgroup half *key = tile + key_lane * (KEY_DIM + 8);
+      const threadgroup half *decoded = tile + min(key_lane, end - 1 - t0) * (KEY_DIM + 8) + part * N;
+      threadgroup_barrier(mem_flags::mem_threadgroup);  // what the tile holds is not needed now
+      tq_decode<KEY_DIM, TILE, SIMDGROUPS>(keys, t0, end, 0, KEYS::BITS == 8 ? 1152.0f : 0.0f, tile,
+                                           simdgroup * 32 + lane);
+      if (ROPE_TILE)
+        tq_decode<R_DIM, TILE, SIMDGROUPS>(rope, t0, end, 0, ROPE::BITS == 8 ? 1152.0f : 0.0f, rope_tile,
+                                           simdgroup * 32 + lane);
+      if (simdgroup == 0 && part == 0) {  // the scales: behind a row's dims
+        key[KEY_DIM] = half(keys.scale(token[0]));
+        if (ROPE_TILE) key[KEY_DIM + 1] = half(rope.scale(token[0]));
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (has_rows) tq_all_dots<ROWS, 1, QUERY_STRIDE, N, TileRows<N>>(&decoded, q + part * N, s);
+    } else if (SHARED_TILES && KEYS::BITS) {
       constexpr int N = KEY_DIM / CHUNKS;  // dims
       const threadgroup half *decoded[TOKENS_PER_LANE];
       TQ_UNROLL for (int i = 0; i < TOKENS_PER_LANE; i++)
@@ -657,14 +697,34 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
         TQ_UNROLL for (int h = 0; h < ROWS; h++)
           bias_delta.set(h, bias_delta.get(h) - segment_bias.get(h), lane);
       }
-      float value_scale[TOKENS_PER_LANE];
+      float value_scale[TOKENS_PER_LANE], s_rope[TOKENS_PER_LANE * ROWS];
+      if (ROPE_DIM) {
+        typename ROPE::Pointer rope_row[TOKENS_PER_LANE];
+        TQ_UNROLL for (int i = 0; i < TOKENS_PER_LANE; i++) {
+          rope_row[i] = rope.at(token[i]);
+          TQ_UNROLL for (int h = 0; h < ROWS; h++)
+            s_rope[i * ROWS + h] = ROPE::BITS == 8 && !ROPE_TILE && part == 0 ? -rope_bias[h] : 0.0f;
+        }
+        if (ROPE_TILE) {
+          const threadgroup half *decoded = rope_tile + min(key_lane, end - 1 - t0) * (R_DIM + 8);
+          tq_some_dots<ROWS, 1, QUERY_STRIDE, R_DIM, PARTS, TileRows<R_DIM>>(&decoded, part, q + KEY_DIM, s_rope);
+        } else {
+          tq_some_dots<ROWS, TOKENS_PER_LANE, QUERY_STRIDE, R_DIM, PARTS, ROPE>(rope_row, part, q + KEY_DIM, s_rope);
+        }
+      }
       TQ_UNROLL for (int i = 0; i < TOKENS_PER_LANE; i++) {
-        const threadgroup half *behind = tile + (32 * i + lane) * (KEY_DIM / CHUNKS + 8) + KEY_DIM / CHUNKS;
+        constexpr int N = ONE_TILE ? KEY_DIM : KEY_DIM / CHUNKS;
+        const threadgroup half *behind = tile + (32 * i + key_lane) * (N + 8) + N;
         float key_scale = SHARED_TILES && KEYS::BITS ? float(behind[0]) : keys.scale(token[i]);
-        value_scale[i] = SHARED_TILES && KEYS::BITS && VALUES::BITS ? float(behind[1]) : values.scale(token[i]);
+        value_scale[i] = SAME_SIDES                                   ? key_scale
+                         : SHARED_TILES && KEYS::BITS && VALUES::BITS ? float(behind[1])
+                                                                      : values.scale(token[i]);
+        float rope_scale = ROPE_TILE ? float(behind[1]) : ROPE_DIM ? rope.scale(token[i]) : 1.0f;
         TQ_UNROLL for (int h = 0; h < ROWS; h++) {
-          if (KEYS::BITS == 8) s[i * ROWS + h] -= bias[h];
+          if (KEYS::BITS == 8 && !ONE_TILE) s[i * ROWS + h] -= bias[h];
           if (KEYS::BITS) s[i * ROWS + h] *= key_scale;
+          if (ROPE_DIM) s[i * ROWS + h] = fma(s_rope[i * ROWS + h], rope_scale, s[i * ROWS + h]);
+          if (PARTS != 1) s[i * ROWS + h] += simd_shuffle_xor(s[i * ROWS + h], ushort(32 / PARTS));
           if (KEY_MEANS) s[i * ROWS + h] += segment_bias.get(h);
         }
       }
@@ -678,7 +738,7 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
       if (!whole) {
         TQ_UNROLL for (int i = 0; i < TOKENS_PER_LANE; i++) {
           int column = token[i] + (token[i] < split ? 0 : shift);
-          bool live = t0 + 32 * i + lane < end;
+          bool live = t0 + 32 * i + key_lane < end;
           float not_finite = VALUES::BITS ? value_scale[i] * 0.0f : 0.0f;  // or 0
           value_scale[i] = not_finite == 0 ? value_scale[i] : 0.0f;        // where it is masked, 0 * NaN is NaN:
           TQ_UNROLL for (int h = 0; h < ROWS; h++) {                       // the rows that see it get it by logit
@@ -687,6 +747,10 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
             s[i * ROWS + h] = logit <= TQ_LOWEST ? logit : logit + not_finite;
           }
         }
+      }
+      if (PARTS != 1) {  // a token counts once
+        TQ_UNROLL for (int h = 0; h < ROWS; h++)
+          s[h] = part ? TQ_DEAD : s[h];
       }
 
       // ---- softmax
@@ -719,7 +783,17 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, int begin, int end, int safe_en
     }
 
     // ---- values
-    if (SHARED_TILES && VALUES::BITS) {
+    if (ONE_TILE) {
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      if (has_rows && (LANES_PER_TOKEN * TOKENS_IN_FLIGHT == 32 || slot < TOKENS_IN_FLIGHT)) {
+        Weights w = weights + slot * PADDED_ROWS;
+        const threadgroup half *decoded = tile + slot * (VALUE_DIM + 8);
+        int left = n - slot;
+        typename TileRows<VALUE_DIM>::template RawValues<DIMS_PER_LANE> raw_tile[U];
+        tq_sum_values<U, TOKENS_IN_FLIGHT, PADDED_ROWS, TileRows<VALUE_DIM>>(decoded, w, left, u, raw_tile, out);
+        tq_sum_values<1, TOKENS_IN_FLIGHT, PADDED_ROWS, TileRows<VALUE_DIM>>(decoded, w, left, u, raw_tile, out);
+      }
+    } else if (SHARED_TILES && VALUES::BITS) {
       constexpr int N = TILE / CHUNKS;  // tokens
       TQ_ROLLED for (int t = 0; t < (CHUNKS == 1 ? 1 : n); t += N) {
         threadgroup_barrier(mem_flags::mem_threadgroup);  // what the tile holds is not needed now
@@ -810,23 +884,43 @@ METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L,
   }
 }
 
+// The first of two, or with SECOND the other.
+template <bool SECOND>
+struct Choose {
+  template <class A, class B>
+  static METAL_FUNC A of(A a, B b) {
+    return a;
+  }
+};
+template <>
+struct Choose<true> {
+  template <class A, class B>
+  static METAL_FUNC B of(A a, B b) {
+    return b;
+  }
+};
+
 // ==== body
+constexpr int QUERY_DIM = KEY_DIM + ROPE_DIM;
+constexpr bool ROTATED = KEY_BITS != 0 || ROPE_BITS != 0;  // the query is another one for packed tokens
 constexpr int PADDED_ROWS = ROWS <= 2 ? ROWS : (ROWS + 3) / 4 * 4, LANES_PER_TOKEN = VALUE_DIM / DIMS_PER_LANE,
               TOKENS_IN_FLIGHT = 32 / LANES_PER_TOKEN;
 constexpr int ALL_ROWS = SHARED_TILES ? SIMDGROUPS * ROWS : ROWS,
-              QUERIES = QUERIES_IN_DEVICE_MEMORY ? 0 : (SINGLE_LAUNCH && KEY_BITS ? 2 : 1) * ALL_ROWS * KEY_DIM;
+              QUERIES = QUERIES_IN_DEVICE_MEMORY ? 0 : (SINGLE_LAUNCH && ROTATED ? 2 : 1) * ALL_ROWS * QUERY_DIM;
 constexpr int WEIGHTS = 32 * TOKENS_PER_LANE * PADDED_ROWS,
-              ACC_ROW = QUERIES_IN_DEVICE_MEMORY ? tq_max(KEY_DIM, VALUE_DIM) : VALUE_DIM;
+              ACC_ROW = QUERIES_IN_DEVICE_MEMORY ? tq_max(QUERY_DIM, VALUE_DIM) : VALUE_DIM;
 constexpr int TILE_WORDS =
     SHARED_TILES
-        ? tq_max(32 * TOKENS_PER_LANE * (KEY_DIM / CHUNKS + 8), 32 * TOKENS_PER_LANE / CHUNKS * (VALUE_DIM + 8)) / 2
+        ? (tq_max(32 * TOKENS_PER_LANE * (KEY_DIM / CHUNKS + 8), 32 * TOKENS_PER_LANE / CHUNKS * (VALUE_DIM + 8)) +
+           (ROPE_BITS ? 32 * TOKENS_PER_LANE / CHUNKS * (ROPE_DIM + 8) : 0)) /
+              2
         : 0;
 constexpr int IN_THE_LOOP = QUERIES + SIMDGROUPS * WEIGHTS + TILE_WORDS;
 constexpr int ROWS_AT_ONCE = tq_max(  // rows that are merged at a time
     1, tq_min(ROWS, (SINGLE_LAUNCH ? 4096 : IN_THE_LOOP) / (SIMDGROUPS * VALUE_DIM)));
 constexpr int MEMORY = tq_max(IN_THE_LOOP, SHARED_TILES ? 0 : SIMDGROUPS * ROWS_AT_ONCE * VALUE_DIM);
 threadgroup float4 memory4[MEMORY / 4];
-threadgroup float bias[ALL_ROWS], run_ml[SHARED_TILES ? 1 : 2 * SIMDGROUPS * ROWS];
+threadgroup float bias[ALL_ROWS * (ROPE_BITS == 8 ? 2 : 1)], run_ml[SHARED_TILES ? 1 : 2 * SIMDGROUPS * ROWS];
 threadgroup float *memory = (threadgroup float *)memory4;
 int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_threadgroup.y,
     block = uint(thread_position_in_grid.y) / SIMDGROUPS;
@@ -847,20 +941,34 @@ int balanced = tq_number(diagonals_strides, 15);
 const device float *q_diag = diagonals + (balanced ? balanced + head * (KEY_ROUNDS * KEY_DIM) : 0);
 
 // ---- the query: as it is for exact keys, rotated for packed ones
-typedef Queries<QUERIES_IN_DEVICE_MEMORY, KEY_DIM, ACC_ROW> Q;
+typedef Queries<QUERIES_IN_DEVICE_MEMORY, QUERY_DIM, ACC_ROW> Q;
 device float *results = (device float *)acc + (((long)head * blocks + block) * acc_rows + group_row) * ACC_ROW;
-typename Q::Pointer q = Q::choose(memory, results), q_rotated = q + (SINGLE_LAUNCH && KEY_BITS ? ROWS * KEY_DIM : 0);
+typename Q::Pointer q = Q::choose(memory, results), q_rotated = q + (SINGLE_LAUNCH && ROTATED ? ROWS * QUERY_DIM : 0);
 const device float *v_diag = diagonals + KEY_ROUNDS * KEY_DIM;
 float factor = as_type<float>(tq_number(diagonals_strides, 10));
-if (SINGLE_LAUNCH || exact || KEY_BITS == 0)
+if (SINGLE_LAUNCH || exact || !ROTATED)
   tq_load_query<0, KEY_DIM, SIMDGROUPS, Q::FLOATS, false>(queries + b * queries_strides[0], queries_strides, kvh *G, L,
                                                           group_row, group_rows, R - 1, factor, q_diag, q, bias,
                                                           simdgroup, lane);
-if (KEY_BITS && (SINGLE_LAUNCH || !exact))
+if (ROTATED && (SINGLE_LAUNCH || !exact))
   tq_load_query<KEY_BITS, KEY_DIM, SIMDGROUPS, Q::FLOATS, KEY_BITS != 0>(queries + b * queries_strides[0],
                                                                          queries_strides, kvh *G, L, group_row,
                                                                          group_rows, R - 1, factor, q_diag, q_rotated,
                                                                          bias, simdgroup, lane);
+constexpr int R_DIM = ROPE_DIM ? ROPE_DIM : 32;
+threadgroup float *rope_bias = bias + (ROPE_BITS == 8 ? ALL_ROWS : 0);
+if (ROPE_DIM) {  // it carries its scale
+  const device float *r_diag = v_diag + KEY_ROUNDS * KEY_DIM;
+  auto from = queries + b * queries_strides[0] + KEY_DIM * queries_strides[3];
+  if (SINGLE_LAUNCH || exact || !ROTATED)
+    tq_load_query<0, R_DIM, SIMDGROUPS, Q::FLOATS, false>(from, queries_strides, kvh * G, L, group_row, group_rows,
+                                                          R - 1, TQ_LOG2E, r_diag, q + KEY_DIM, rope_bias, simdgroup,
+                                                          lane);
+  if (ROTATED && (SINGLE_LAUNCH || !exact))
+    tq_load_query<ROPE_BITS, R_DIM, SIMDGROUPS, Q::FLOATS, ROPE_BITS != 0>(
+        from, queries_strides, kvh * G, L, group_row, group_rows, R - 1, TQ_LOG2E, r_diag, q_rotated + KEY_DIM,
+        rope_bias, simdgroup, lane);
+}
 if (QUERIES_IN_DEVICE_MEMORY) threadgroup_barrier(mem_flags::mem_device);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -898,24 +1006,28 @@ threadgroup float *weights = memory + QUERIES + simdgroup * WEIGHTS;
 q += (first_row - group_row) * Q::FLOATS;
 q_rotated += (first_row - group_row) * Q::FLOATS;
 threadgroup half *tile = (threadgroup half *)(memory + QUERIES + SIMDGROUPS * WEIGHTS);
-const threadgroup float *row_bias = bias + (first_row - group_row);
+const threadgroup float *row_bias = bias + (first_row - group_row),
+                        *row_rope_bias = rope_bias + (first_row - group_row);
 const device half *key_means = k_means + b * k_means_strides[0] + kvh * k_means_strides[1];
+constexpr int OTHER_DIM = ROPE_DIM ? ROPE_DIM : VALUE_DIM, OTHER_BITS = ROPE_DIM ? ROPE_BITS : VALUE_BITS;
 if (exact) {
   ExactRows<EXACT_KEY, KEY_DIM> keys = {k_sink + b * k_sink_strides[0] + kvh * k_sink_strides[1],
                                         k_recent + b * k_recent_strides[0] + kvh * k_recent_strides[1], n_sink};
-  ExactRows<EXACT_VALUE, VALUE_DIM> values = {v_sink + b * v_sink_strides[0] + kvh * v_sink_strides[1],
+  ExactRows<EXACT_VALUE, OTHER_DIM> others = {v_sink + b * v_sink_strides[0] + kvh * v_sink_strides[1],
                                               v_recent + b * v_recent_strides[0] + kvh * v_recent_strides[1], n_sink};
   tq_run<ROWS, PADDED_ROWS, TOKENS_PER_LANE, DIMS_PER_LANE, SIMDGROUPS, SHARED_TILES, CHUNKS, Q::FLOATS, KEY_DIM,
-         VALUE_DIM, false>(keys, values, begin, end, safe_end, split, shift, q, weights, tile, row_bias, key_means, 0,
-                           masks, out, rows > 0, simdgroup, lane);
+         VALUE_DIM, false, SAME_SIDES, ROPE_DIM>(keys, Choose<SAME_SIDES>::of(others, keys), others, begin, end,
+                                                 safe_end, split, shift, q, weights, tile, row_bias, row_rope_bias,
+                                                 key_means, 0, masks, out, rows > 0, simdgroup, lane);
 } else {
   auto keys = tq_rows<KEY_BITS, KEY_DIM>(k_codes + b * k_codes_strides[0] + kvh * k_codes_strides[1],
                                          k_scale + b * k_scale_strides[0] + kvh * k_scale_strides[1]);
-  auto values = tq_rows<VALUE_BITS, VALUE_DIM>(v_codes + b * v_codes_strides[0] + kvh * v_codes_strides[1],
+  auto others = tq_rows<OTHER_BITS, OTHER_DIM>(v_codes + b * v_codes_strides[0] + kvh * v_codes_strides[1],
                                                v_scale + b * v_scale_strides[0] + kvh * v_scale_strides[1]);
   tq_run<ROWS, PADDED_ROWS, TOKENS_PER_LANE, DIMS_PER_LANE, SIMDGROUPS, SHARED_TILES, CHUNKS, Q::FLOATS, KEY_DIM,
-         VALUE_DIM, KEY_MEANS>(keys, values, begin, end, safe_end, split, shift, q_rotated, weights, tile, row_bias,
-                               key_means, tq_number(diagonals_strides, 11), masks, out, rows > 0, simdgroup, lane);
+         VALUE_DIM, KEY_MEANS, SAME_SIDES, ROPE_DIM>(
+      keys, Choose<SAME_SIDES>::of(others, keys), others, begin, end, safe_end, split, shift, q_rotated, weights, tile,
+      row_bias, row_rope_bias, key_means, tq_number(diagonals_strides, 11), masks, out, rows > 0, simdgroup, lane);
 }
 
 // ---- results of the simdgroup: its sums over tokens in flight

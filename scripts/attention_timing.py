@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What attention over a compressed cache costs on this machine, beside mlx-lm's own caches: two tables.
+"""What attention over a compressed cache costs on this machine, beside mlx-lm's own caches: three tables.
 
     python scripts/attention_timing.py              a minute
     python scripts/attention_timing.py --quick      short contexts, few repeats: to see that it runs
@@ -7,7 +7,9 @@
 
 1. Attention of one decode step at 4,096 and 16,384 tokens, cache update not included: 32 query heads, 8 kv heads,
    head_dim 128. Rows of `mlx-turbo bench kernels`, which has more of them.
-2. Python overhead per layer and token: update_and_fetch and the model's call of scaled_dot_product_attention with our
+2. Multi-head latent attention of one decode step, of 16 and of 128 heads over the same numbers of tokens, as mlx-lm's
+   models write it: products with the RoPE keys (64 dims), and attention over latents (512) with these as a mask.
+3. Python overhead per layer and token: update_and_fetch and the model's call of scaled_dot_product_attention with our
    door installed, one new token, layer after layer as a model does it, nothing evaluated inside the timed part. Steps
    in which our cache packs a block (one in 64) or mlx-lm's grows (one in 256) are among them; the median hides them.
 
@@ -72,7 +74,65 @@ def time_attention(n_tokens, effort, dtype):
     return rows
 
 
-# ---- 2: Python overhead ----------------------------------------------------------------------------------------
+# ---- 2: latent attention ---------------------------------------------------------------------------------------
+LATENT_DIMS, LATENT_HEADS = (512, 64), (16, 128)
+
+
+def time_latents(n_tokens, effort, dtype):
+    """Rows: seconds of attention of one query token over n_tokens latents."""
+    rng = np.random.default_rng(0)
+
+    def random(n_heads, n, dim):
+        return mx.array(rng.standard_normal((1, n_heads, n, dim)).astype(np.float32)).astype(dtype)
+
+    columns = {
+        "uncompressed": f"MLX on the {mx.default_device().type.name.upper()}",
+        "turbo4": select.get_backend().describe(),
+    }
+    runs = {}
+    attention.install()
+    try:
+        for name, cache in ("uncompressed", KVCache()), ("turbo4", TurboKVCache("turbo4")):
+            cache.update_and_fetch(*(random(1, n_tokens - 1, dim) for dim in LATENT_DIMS))
+            mx.eval(cache.state)
+            fetched = cache.update_and_fetch(*(random(1, 1, dim) for dim in LATENT_DIMS))
+            for heads in LATENT_HEADS:
+                queries = [random(heads, 1, dim) for dim in LATENT_DIMS]
+                mx.eval(queries)
+                runs[name, heads] = latent_run(cache, fetched, *queries)
+        found = timing.interleave(runs, effort)
+    finally:
+        attention.uninstall()
+    return [
+        {
+            "what": "latents",
+            "name": name,
+            "column": columns[name],
+            "heads": heads,
+            "tokens": n_tokens,
+            "n": t.n,
+            "median_seconds": t.median,
+            "low_seconds": t.low,
+            "high_seconds": t.high,
+            "uncertainty": t.uncertainty,
+            "times_uncompressed": t.median / found["uncompressed", heads].median,
+        }
+        for (name, heads), t in found.items()
+    ]
+
+
+def latent_run(cache, fetched, nope, rope):
+    """What timing.interleave calls."""
+    (latents, keys), scale = fetched, (LATENT_DIMS[0] // 4 + LATENT_DIMS[1]) ** -0.5
+
+    def step():
+        mask = (rope * scale) @ keys.swapaxes(-1, -2)
+        return base.scaled_dot_product_attention(nope, latents, latents, cache=cache, scale=scale, mask=mask)
+
+    return lambda calls: [step() for _ in range(calls)]
+
+
+# ---- 3: Python overhead ----------------------------------------------------------------------------------------
 def filled(cache, n_tokens, rng, dtype):
     """The cache with n_tokens random tokens, evaluated."""
     cache.update_and_fetch(*(random_tokens(rng, N_KV_HEADS, n_tokens, dtype) for _ in "kv"))
@@ -155,6 +215,13 @@ def print_tables(rows, dtype):
     for what, title, unit, times, over in (
         ("attention", "Attention of one decode step, milliseconds", 1e-3, "times_uncompressed", "uncompressed"),
         (
+            "latents",
+            "Latent attention of one decode step, 512 + 64 dims, milliseconds",
+            1e-3,
+            "times_uncompressed",
+            "uncompressed",
+        ),
+        (
             "python overhead",
             "Python per layer and token, microseconds, nothing evaluated",
             1e-6,
@@ -162,11 +229,12 @@ def print_tables(rows, dtype):
             "mlx-lm 4 bit",
         ),
     ):
-        print(f"\n{title}\n{'cache':<14}{'tokens':>8}{'median':>9}{'+-':>6}{'over ' + over:>18}   computed by")
+        print(f"\n{title}\n{'cache':<24}{'tokens':>8}{'median':>9}{'+-':>6}{'over ' + over:>18}   computed by")
         for row in rows:
             if row["what"] == what:
+                name = row["name"] + (f", {row['heads']} heads" if "heads" in row else "")
                 print(
-                    f"{row['name']:<14}{row['tokens']:>8}{row['median_seconds'] / unit:>9.2f}"
+                    f"{name:<24}{row['tokens']:>8}{row['median_seconds'] / unit:>9.2f}"
                     f"{row['uncertainty']:>6.0%}{row[times]:>17.2f}x   {row['column']}"
                 )
 
@@ -180,7 +248,8 @@ def main():
     rows = []
     for n_tokens in (512,) if args.quick else (4096, 16384):
         print(f"attention over {n_tokens} tokens", file=sys.stderr, flush=True)
-        rows += time_attention(n_tokens, common.QUICK if args.quick else timing.Effort(), dtype)
+        effort = common.QUICK if args.quick else timing.Effort()
+        rows += time_attention(n_tokens, effort, dtype) + time_latents(n_tokens, effort, dtype)
     print("python overhead", file=sys.stderr, flush=True)
     rows += time_overhead(256 if args.quick else 1024, 20 if args.quick else 300, dtype)
     if args.json:

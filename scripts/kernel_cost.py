@@ -4,6 +4,7 @@
     python scripts/kernel_cost.py                                    the table of all configurations, a minute
     python scripts/kernel_cost.py --scheme turbo4 --head-dim 128     some of it
     python scripts/kernel_cost.py --json > cost.json                 a list of rows, nothing else on stdout
+    python scripts/kernel_cost.py --latents                          latent attention, for 16 and 128 heads
 
 One query token attends to --tokens packed tokens of one kv head; every feature (masks, attention sinks, left
 padding) is compiled in and none is used. Counts are per (key, value) element pair, that is divided by tokens *
@@ -31,10 +32,20 @@ import metalsim  # noqa: E402
 
 from mlx_turbo.backends.attend_launch import AttendTuning  # noqa: E402
 from mlx_turbo.backends.metal import MetalBackend  # noqa: E402
-from mlx_turbo.backends.self_test import random_cached_side, restored_tokens  # noqa: E402
+from mlx_turbo.backends.self_test import (  # noqa: E402
+    random_array,
+    random_cached_side,
+    relative_error,
+    restored_tokens,
+    rope_logits,
+    to_float64,
+)
+from mlx_turbo.backends.sides import RopePart  # noqa: E402
+from mlx_turbo.quant import reference  # noqa: E402
 from mlx_turbo.quant.scheme import TurboConfig  # noqa: E402
 
 HEAD_DIMS, GROUPS, SCHEMES = (64, 128, 256), (1, 4, 8), ("turbo4", "turbo3", "turbo2", "turbo5", "turbo6", "turbo8v4")
+PARTS = "sink", "codes", "scale", "recent"
 CLASSES = ("fma", "fp", "int", "bit", "cvt", "cmp", "branch", "math", "idiv", "fdiv")
 MLX_BLOCKS = 64  # of 2pass_1: what MLX takes for a few thousand tokens; their number hardly changes the counts
 # Query heads per thread of the 2pass_1_gqa kernels that MLX 0.32 instantiates, by (head_dim, GQA factor).
@@ -86,13 +97,9 @@ def count_ours(backend, scheme, head_dim, gqa, counts):
     return dict(backend.stats), exact + sum(a.nbytes for side in (keys, values) for a in (side.codes, side.scale))
 
 
-def cache_bytes_read(stats):
+def requested(stats, sides="kv"):
     """Bytes that one launch of ours requests of the cache's buffers."""
-    return sum(
-        n
-        for name, n in stats.read_bytes.items()
-        if name[:2] in ("k_", "v_") and name[2:] in ("sink", "codes", "scale", "recent")
-    )
+    return sum(stats.read_bytes[f"{side}_{part}"] for side in sides for part in PARTS)
 
 
 def mlx_library():
@@ -176,7 +183,7 @@ def measure(backend, scheme, head_dim, gqa, counts, fp16):
     """One row. fp16: what `measure_mlx` gave for this shape."""
     launches, held = count_ours(backend, scheme, head_dim, gqa, counts)
     n_pairs = sum(counts) * head_dim
-    read = cache_bytes_read(launches["attend"])
+    read = requested(launches["attend"])
     row = summary(list(launches.values()), read, 4 * n_pairs, n_pairs)
     best = min(fp16, key=lambda name: fp16[name]["ops_per_pair"])
     row |= {
@@ -209,6 +216,57 @@ def predicted_ns(chip, head_dim, ops_per_pair, bytes_vs_fp16):
     cores, ghz, gigabytes = CHIPS[chip]
     compute = head_dim * ops_per_pair / (cores * LANES_PER_CORE * ghz * ISSUE_RATE)
     return max(compute, 4 * head_dim * bytes_vs_fp16 / gigabytes)
+
+
+# ---- latent attention ------------------------------------------------------------------------------------------
+LATENT_DIM, ROPE_DIM, LATENT_HEADS = 512, 64, (16, 128)
+
+
+def measure_latents(backend, scheme, heads, n_tokens):
+    """{how: (operations per (key, value) pair, {what: bytes requested per token})} of attend.metal: latents as keys and
+    as values of their own with the RoPE part as a mask, as keys and values in one, and that with packed RoPE keys."""
+    rng, counts = np.random.default_rng(0), (0, n_tokens, 0)
+    latents, keys = (
+        random_cached_side(rng, (1, 1, d), counts, bits, mx.float16)
+        for d, bits in ((LATENT_DIM, scheme.key_bits), (ROPE_DIM, scheme.value_bits))
+    )
+    rope = RopePart(random_array(rng, (1, heads, 1, ROPE_DIM), mx.float16), keys)
+    queries = random_array(rng, (1, heads, 1, LATENT_DIM), mx.float16)
+    restored, added, scale = restored_tokens(latents, counts), rope_logits(rope, counts), LATENT_DIM**-0.5
+    want = reference.attention(to_float64(queries), restored, restored, scale=scale, mask=added)
+    mask, out = mx.array(added.astype(np.float32)).astype(mx.float16), {}
+    for how, values, options in (
+        ("keys and values, a mask", latents._replace(), dict(mask=mask)),
+        ("one, a mask", latents, dict(mask=mask)),
+        ("one, and RoPE keys", latents, dict(rope=rope)),
+    ):
+        backend.run_check = lambda what, check: None
+        got = to_float64(backend.attend(queries, latents, values, counts, scale=scale, **options))
+        if not relative_error(got, want) < 2e-2:  # a float16 mask of logits up to 30
+            raise SystemExit(f"attend is wrong for {heads} heads, {how}: error {relative_error(got, want):.1e}")
+        stats = backend.stats["attend"]
+        read = {
+            "latents": requested(stats, "k") + requested(stats, "v") * ("rope" not in options),
+            "RoPE keys": requested(stats, "v") * ("rope" in options),
+            "mask": stats.read_bytes["mask"],
+        }
+        out[how] = total_ops(stats) / (n_tokens * LATENT_DIM), {k: n / n_tokens for k, n in read.items()}
+    held = [sum(a.nbytes for a in (side.codes, side.scale)) / n_tokens for side in (latents, keys)]
+    return out, held
+
+
+def print_latents(backend, schemes, n_tokens):
+    print(
+        f"Latents of {LATENT_DIM} dims and RoPE keys of {ROPE_DIM}: {n_tokens} packed tokens, one query token.\n"
+        "Operations of attend.metal per (key, value) pair, RoPE part included where it reads the RoPE keys;\n"
+        "bytes per token that all threadgroups request (held: packed).\n"
+    )
+    for scheme in schemes:
+        for heads in LATENT_HEADS:
+            rows, held = measure_latents(backend, scheme, heads, n_tokens)
+            print(f"{scheme}, {heads} heads; held: latents {held[0]:.0f}, RoPE keys {held[1]:.0f}")
+            for how, (ops, read) in rows.items():
+                print(f"  {how:24}{ops:8.1f}   " + ", ".join(f"{k} {n:.0f}" for k, n in read.items()))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------
@@ -291,6 +349,7 @@ def main():
         action="store_true",
         help="beside the packed tokens, as many exact ones (sink and recent) as a cache has by default",
     )
+    parser.add_argument("--latents", action="store_true", help="latent attention instead, of one token")
     parser.add_argument("--json", action="store_true", help="a list of rows on stdout, and nothing else there")
     args = parser.parse_args()
     try:
@@ -307,6 +366,8 @@ def main():
     counts = (config.sink, args.tokens, config.recent) if args.exact else (0, args.tokens, 0)
 
     backend, (library, has_gqa) = CountingBackend(args.tokens_per_block), mlx_library()
+    if args.latents:
+        return print_latents(backend, schemes, args.tokens)
     n_rows, rows = len(args.head_dim) * len(args.gqa) * len(schemes), []
     for head_dim in args.head_dim:
         for gqa in args.gqa:

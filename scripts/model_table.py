@@ -3,8 +3,9 @@
 
     python scripts/model_table.py [--write]
 
-Needs the extra `test`. Builds each family small and random (tests/support/families.py) and looks at the caches it gets;
-the other cells are that file's, and the tests hold every family to them. --write: replace the table in docs/models.md.
+Needs the extra `test`. Builds each family small and random (tests/support/families.py), looks at the caches it gets and
+decodes a few tokens; the other cells are that file's, and the tests hold every family to them. --write: replace the
+table in docs/models.md.
 """
 
 import argparse
@@ -20,9 +21,39 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 PAGE = ROOT / "docs" / "models.md"
 
 
+def how_it_decodes(model, cache):
+    """What the reports of a cache say of a decode step behind 30 tokens: "fused", "restored", both, or "nothing
+    packed", on a backend with the limits of the kernels. It computes by MLX operations."""
+    import mlx.core as mx
+
+    from mlx_turbo import TurboKVCache, use_backend
+    from mlx_turbo.backends.attend_launch import attend_unsupported
+    from mlx_turbo.backends.mlx_ops import CpuBackend
+    from mlx_turbo.backends.tiled_attention import tiled_attention
+    from mlx_turbo.cache.last_step import ELSEWHERE
+    from mlx_turbo.integration.prompt_cache import flatten_caches
+
+    class LikeKernels(CpuBackend):
+        def why_not_fused(self, keys, values, n_query_tokens):
+            return attend_unsupported(keys[0], values[0], keys[1], values[1], n_query_tokens)
+
+        def attend(self, queries, keys, values, counts, **options):
+            return tiled_attention(queries, keys, values, counts, self.read_rows, **options)
+
+    with use_backend(LikeKernels()):
+        for n in 30, 1, 1:
+            mx.eval(model(mx.arange(n)[None], cache=cache))
+        ours = [c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)]
+        ways = {c.report()["attention"].partition(":")[0] for c in ours if c.report()["packed"]}
+    ways = {
+        "restored" if way == ELSEWHERE.partition(":")[0] else way for way in ways
+    }  # by attention of the model's own
+    return ", ".join(sorted(ways)) or "nothing packed"
+
+
 def rows():
-    """[[kinds of caches that are compressed, kinds that stay, a cell for each phase, families]], what compresses most
-    and has the fewest exceptions first."""
+    """[[kinds of caches that are compressed, kinds that stay, how it decodes, a cell for each phase, families]], what
+    compresses most and has the fewest exceptions first."""
     from mlx_lm.models.cache import make_prompt_cache
     from support import families
 
@@ -35,14 +66,23 @@ def rows():
         model = families.build(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs, mine = flatten_caches(make_prompt_cache(model)), reports(ours(model, config))
+            cache = ours(model, config)
+            theirs, mine = flatten_caches(make_prompt_cache(model)), reports(cache)
         compressed = {type(c).__name__ for c, (_, _, _, why) in zip(theirs, mine) if why is None}
         kept = {f"{type(c).__name__}: {why}" for _, c, _, why in mine if why}
         compressed, kept = (", ".join(sorted(kinds)) or "nothing" for kinds in (compressed, kept))
-        found[(compressed, kept, *(families.cell(name, phase) for phase in families.PHASES))].append(name)
+        decode = how_it_decodes(model, cache)
+        found[(compressed, kept, decode, *(families.cell(name, phase) for phase in families.PHASES))].append(name)
     return sorted(
         ([*key, names] for key, names in found.items()),
-        key=lambda r: (r[0] == "nothing", r[1] != "nothing", r[1], [cell != "yes" for cell in r[2:-1]], r),
+        key=lambda r: (
+            r[0] == "nothing",
+            r[1] != "nothing",
+            r[1],
+            r[2] != "fused",
+            [cell != "yes" for cell in r[3:-1]],
+            r,
+        ),
     )
 
 
@@ -50,8 +90,8 @@ def table():
     """The table in Markdown."""
     from support import families
 
-    lines = ["| " + " | ".join(["Compressed", "Left as it is", *families.PHASES, "Families"]) + " |"]
-    lines += ["|" + "---|" * (3 + len(families.PHASES))]
+    lines = ["| " + " | ".join(["Compressed", "Left as it is", "A decode step", *families.PHASES, "Families"]) + " |"]
+    lines += ["|" + "---|" * (4 + len(families.PHASES))]
     lines += [f"| {' | '.join(cells)} | {' '.join(names)} |" for *cells, names in rows()]
     return "\n".join(lines) + "\n"
 

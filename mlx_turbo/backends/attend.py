@@ -51,14 +51,27 @@ def way_of(keys, values, counts, n_queries, backend=None):
 
 
 def attend_sides(
-    queries, keys, values, counts, *, scale, mask=None, sinks=None, seed=0, n_evicted=0, backend=None, way=None
+    queries,
+    keys,
+    values,
+    counts,
+    *,
+    scale,
+    mask=None,
+    sinks=None,
+    seed=0,
+    n_evicted=0,
+    backend=None,
+    way=None,
+    rope=None,
 ):
     """softmax(scale * q k^T + mask) v over all tokens of a cache.
 
     queries: [B, n_heads, L, Dk]. keys, values: `CachedSide`. counts: (n_sink, n_packed, n_recent), the order of the
     tokens. mask: None, "causal" (the queries are the last L tokens), boolean or additive, broadcast to
     [B, n_heads, L, N]; it knows nothing of the first n_evicted packed tokens, which no query sees. sinks: [n_heads],
-    logits without a value (gpt-oss). way: what `way_of` says, if it is at hand.
+    logits without a value (gpt-oss). way: what `way_of` says, if it is at hand. rope: a `RopePart`, whose products are
+    added to the logits; not with a prompt chunk, which is restored.
 
     Returns [B, n_heads, L, Dv] in the queries' dtype. Raises ValueError for shapes that do not belong together.
     """
@@ -73,13 +86,13 @@ def attend_sides(
     if way == "fused":
         if n_evicted:
             options["mask"] = _mask_evicted(mask, counts, n_evicted, n_queries)
-        return backend.attend(queries, keys, values, counts, seed=seed, **options)
+        return backend.attend(queries, keys, values, counts, seed=seed, rope=rope, **options)
     if way.startswith("restored"):
         return _attend_restored(queries, keys, values, counts, backend, seed, n_evicted, **options)
     if n_evicted:
         options["mask"] = _mask_evicted(mask, counts, n_evicted, n_queries)
     return tiled_attention(
-        queries, keys, values, counts, backend.read_rows, ahead=backend.tiles_ahead, seed=seed, **options
+        queries, keys, values, counts, backend.read_rows, ahead=backend.tiles_ahead, seed=seed, rope=rope, **options
     )
 
 

@@ -97,16 +97,23 @@ def plan_attend(
     n_query_tokens: int,
     counts: tuple[int, int, int],
     always_two_launches: bool = False,
+    rope: tuple[int, int] = (0, 0),
 ) -> AttendPlan:
-    """The launches of `attend`. keys, values: (bits, head_dim). counts: sink, packed and recent tokens.
+    """The launches of `attend`. keys, values: (bits, head_dim); rope: of RoPE keys beside latents, if there are any.
+    counts: sink, packed and recent tokens.
 
     Raises ValueError for what `attend_unsupported` names.
     """
     (key_bits, key_dim), (value_bits, value_dim) = keys, values
     if reason := attend_unsupported(key_bits, value_bits, key_dim, value_dim, n_query_tokens):
         raise ValueError(reason)
-    gqa = n_heads // n_kv_heads
-    shape_of = functools.partial(attend_shape, tuning, key_bits, value_bits, key_dim, value_dim, gqa, n_query_tokens)
+    if rope[1] and (reason := attend_unsupported(*(rope[0], value_bits), *(rope[1], value_dim), n_query_tokens)):
+        raise ValueError(reason)
+    gqa, query_dim = n_heads // n_kv_heads, key_dim + rope[1]
+    key_bits = key_bits or rope[0]  # there is another query for packed tokens
+    shape_of = functools.partial(
+        attend_shape, tuning, key_bits, value_bits, key_dim, value_dim, gqa, n_query_tokens, query_dim=query_dim
+    )
     single_launch = not always_two_launches and n_query_tokens == 1 and sum(counts) <= tuning.one_launch_tokens
     if single_launch:
         shape = shape_of(True)
@@ -115,7 +122,7 @@ def plan_attend(
     if not single_launch:
         shape = shape_of(False)
     return plan_launches(
-        tuning, shape, single_launch, key_dim, value_dim, batch, n_heads, n_kv_heads, n_query_tokens, counts
+        tuning, shape, single_launch, query_dim, value_dim, batch, n_heads, n_kv_heads, n_query_tokens, counts
     )
 
 
@@ -123,7 +130,7 @@ def plan_launches(
     tuning: AttendTuning,
     shape: AttendShape,
     single_launch: bool,
-    key_dim: int,
+    query_dim: int,
     value_dim: int,
     batch: int,
     n_heads: int,
@@ -131,7 +138,7 @@ def plan_launches(
     n_query_tokens: int,
     counts: tuple[int, int, int],
 ) -> AttendPlan:
-    """The launches of kernels whose shape is chosen."""
+    """The launches of kernels whose shape is chosen. query_dim: of the keys, and of RoPE keys beside them."""
     n_sink, n_packed, n_recent = counts
     n_rows = n_heads // n_kv_heads * n_query_tokens
     row_groups = -(-n_rows // shape.rows)
@@ -139,7 +146,7 @@ def plan_launches(
     exact_blocks, blocks = attend_blocks(tuning, shape, n_sink + n_recent, n_packed, n_groups, single_launch)
     partial_rows, partial_dim = n_rows, value_dim
     if shape.QUERIES_IN_DEVICE_MEMORY:  # the rotated queries lie where the results will
-        partial_rows, partial_dim = row_groups * shape.rows, max(key_dim, value_dim)
+        partial_rows, partial_dim = row_groups * shape.rows, max(query_dim, value_dim)
     n_partials = batch * n_kv_heads * blocks * (partial_rows * partial_dim + 2 * n_rows)
     merge_simdgroups = min(max(1 + -(-blocks // BLOCKS_AT_ONCE), 4), most_merge_simdgroups(value_dim))
     return AttendPlan(
@@ -166,8 +173,10 @@ def attend_shape(
     gqa: int,
     n_query_tokens: int,
     single_launch: bool,
+    query_dim: int = 0,
 ) -> AttendShape:
-    """The `AttendShape` for gqa query heads per kv head, of the variant with one launch or of that with two.
+    """The `AttendShape` for gqa query heads per kv head, of the variant with one launch or of that with two. query_dim:
+    if it is more than key_dim.
 
     Numbers of query tokens are rounded up to those of QUERY_TOKENS, so that few kernels serve a conversation.
     """
@@ -180,13 +189,14 @@ def attend_shape(
     dims_per_lane = dims[0]
     if n_rows <= {2: 4, 3: 4, 5: 1}.get(value_bits, 0) and 16 in dims:
         dims_per_lane = 16  # whole words, whole units; of 5 bits these are many words for more rows
-    query_bytes = (2 if single_launch and key_bits else 1) * 4 * key_dim  # of a row
+    query_dim = query_dim or key_dim
+    query_bytes = (2 if single_launch and key_bits else 1) * 4 * query_dim  # of a row
     most = min(8, max(1, tuning.accumulators // dims_per_lane), THREADGROUP_BYTES * 3 // 4 // query_bytes)
     n_simdgroups = -(-n_rows // most)
     rows = -(-n_rows // n_simdgroups)
     # simdgroups side by side on the same tokens, which are decoded once for all
     if not single_launch and n_simdgroups > 1 and tuning.rows_per_decode > most:
-        costs = _shared_shapes(tuning, key_dim, value_dim, n_rows)
+        costs = _shared_shapes(tuning, key_dim, value_dim, n_rows, query_dim)
         if costs:
             return min(costs, key=lambda shape: costs[shape])  # decoded as rarely as can be
     tokens = tuning.tokens_per_lane_few_rows if rows <= 2 else tuning.tokens_per_lane
@@ -204,7 +214,7 @@ def attend_shape(
 
 
 def _shared_shapes(
-    tuning: AttendTuning, key_dim: int, value_dim: int, n_rows: int
+    tuning: AttendTuning, key_dim: int, value_dim: int, n_rows: int, query_dim: int
 ) -> dict[AttendShape, tuple[int, float]]:
     """{shape: (how often a packed word is decoded, operations)} where simdgroups share decoded tiles."""
     dims_per_lane = next(e for e in range(4, 65, 4) if value_dim % e == 0 and value_dim // e <= 32)
@@ -214,7 +224,9 @@ def _shared_shapes(
         rows = -(-n_rows // (side_by_side * groups))
         for in_device_memory, chunks in itertools.product((False, True), (1, 2) if key_dim % 64 == 0 else (1,)):
             tile = 2 * 32 * max(key_dim // chunks + 8, (value_dim + 8) // chunks)
-            queries = 0 if in_device_memory else rows * 4 * key_dim
+            if query_dim > key_dim:  # RoPE keys in the tile, and what 8-bit ones are too high
+                tile += 2 * 32 // chunks * (query_dim - key_dim + 8) + 4 * rows * side_by_side
+            queries = 0 if in_device_memory else rows * 4 * query_dim
             if side_by_side * (queries + 128 * _padded(rows)) + tile <= THREADGROUP_BYTES:
                 shape = AttendShape(rows, 1, dims_per_lane, side_by_side, True, chunks, in_device_memory)
                 per_row = ROW + in_device_memory * ROW_IN_DEVICE_MEMORY

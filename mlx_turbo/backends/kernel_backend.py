@@ -31,7 +31,7 @@ from .attend_launch import (
 from .device import device_name
 from .rotate import diagonals, rotate, unrotate
 from .self_test import AttendKernel, AttendSide, VectorsKernel
-from .sides import BackendError, Balance, CachedSide, PackedSide, QuantizeSide, WrongResultError
+from .sides import BackendError, Balance, CachedSide, PackedSide, QuantizeSide, RopePart, WrongResultError
 from .sources import metal_source
 
 Counts = tuple[int, int, int]  # sink, packed and recent tokens
@@ -177,6 +177,7 @@ class KernelBackend:
         mask: Mask = None,
         sinks: Optional[mx.array] = None,
         seed: int = 0,
+        rope: Optional[RopePart] = None,
     ) -> mx.array:
         """softmax(scale * q k^T + mask) v over a cache's exact and packed tokens, in at most two launches.
 
@@ -184,29 +185,42 @@ class KernelBackend:
         counts: (n_sink, n_packed, n_recent), which is also the order of the tokens.
         mask: None, "causal", or boolean (True = attend) or additive [.., L, n_tokens], broadcast.
         sinks: [Hq], a logit per head that takes weight and gives no value.
+        values: where they are the same object as keys (latents), a row is read once for both.
+        rope: whose products are added to the logits; only if the values are the keys, and those are not balanced.
 
         Returns [B, Hq, L, value_dim] in the dtype of the queries. A row that attends to nothing gives 0. Raises
         ValueError for what `why_not_fused` names and for a segment of the keys that is no multiple of 128.
         """
         if keys.has_means and (keys.segment < 1 or keys.segment % SEGMENT_STEP):
             raise ValueError(f"keys.segment: got {keys.segment}, expected a multiple of {SEGMENT_STEP}")
-        launches = self._attend_launches(queries, keys, values, counts)
+        if values is keys and (keys.balance is not None or keys.has_means):
+            raise ValueError("values: got keys that are balanced or have means, allowed are others")
+        if rope is not None and (values is not keys or rope.keys.has_means or rope.keys.balance is not None):
+            raise ValueError("rope: got balanced keys, keys with means, or values of their own, allowed are latents")
+        launches = self._attend_launches(queries, keys, values, counts, rope)
         if launches.kernel not in self._tested:
             kernel, tuning = launches.kernel, self.tuning_of(keys, values)
             self.run_check(
                 f"attend.metal with {kernel}", lambda: self_test.check_attend(self._launch_planned, kernel, tuning)
             )
             self._tested.add(kernel)
-        return self.launch_attend(launches, queries, keys, values, counts, scale, mask, sinks, seed)
+        return self.launch_attend(launches, queries, keys, values, counts, scale, mask, sinks, seed, rope)
 
-    def plan(self, queries: mx.array, keys: CachedSide, values: CachedSide, counts: Counts) -> AttendPlan:
+    def plan(
+        self,
+        queries: mx.array,
+        keys: CachedSide,
+        values: CachedSide,
+        counts: Counts,
+        rope: Optional[RopePart] = None,
+    ) -> AttendPlan:
         """How `attend` would launch. Raises ValueError for what `why_not_fused` names."""
-        return self._attend_launches(queries, keys, values, counts).plan
+        return self._attend_launches(queries, keys, values, counts, rope).plan
 
     def _attend_launches(
-        self, queries: mx.array, keys: CachedSide, values: CachedSide, counts: Counts
+        self, queries: mx.array, keys: CachedSide, values: CachedSide, counts: Counts, rope: Optional[RopePart]
     ) -> "AttendLaunches":
-        dtype = queries.dtype
+        dtype, same_sides = queries.dtype, values is keys
         return _attend_launches(
             self.tuning_of(keys, values),
             AttendSide(keys.bits, keys.head_dim, keys.has_means, keys.exact_dtype(dtype)),
@@ -216,6 +230,10 @@ class KernelBackend:
             dtype,
             counts,
             self.always_two_launches,
+            same_sides,
+            None
+            if rope is None
+            else AttendSide(rope.keys.bits, rope.keys.head_dim, False, rope.keys.exact_dtype(dtype)),
         )
 
     # ---- launches ----------------------------------------------------------------------------------------------
@@ -312,12 +330,13 @@ class KernelBackend:
         mask: Mask = None,
         sinks: Optional[mx.array] = None,
         seed: int = 0,
+        rope: Optional[RopePart] = None,
     ) -> mx.array:
         """`attend` untested, as planned."""
-        plan, _, (batch, n_heads, n_query_tokens), attend, merge = launches
+        plan, kernel, (batch, n_heads, n_query_tokens), attend, merge = launches
         flags, mask = _flags_and_mask(mask, sinks, (batch, n_heads, n_query_tokens, sum(counts)))
         diagonals = _diagonals_with_numbers(
-            (keys.head_dim, values.head_dim, seed),
+            (keys.head_dim, values.head_dim, *([] if rope is None else [rope.keys.head_dim]), seed),
             keys.balance if keys.bits else None,
             (*counts, plan.exact_blocks, plan.blocks, plan.row_groups),
             (flags, n_query_tokens, n_heads, keys.n_kv_heads),
@@ -327,11 +346,12 @@ class KernelBackend:
         key_means = keys.means if keys.has_means else _nothing(mx.float16)
         value_means = values.means if values.has_means else _nothing(mx.float16)
         sinks_or_any = queries if sinks is None else sinks
+        both = queries if rope is None else mx.concatenate([queries, rope.queries.astype(queries.dtype)], axis=-1)
         (acc,) = self.kernel("attend", *ATTEND_ARGUMENTS)(
             inputs=[
-                queries,
+                both,
                 *_side_inputs(keys, queries),
-                *_side_inputs(values, queries),
+                *_side_inputs(values if rope is None else rope.keys, queries),
                 key_means,
                 value_means,
                 _nothing(mx.bool_) if mask is None else mask,
@@ -441,11 +461,14 @@ def _attend_launches(
     dtype: mx.Dtype,
     counts: Counts,
     always_two_launches: bool,
+    same_sides: bool,
+    rope: Optional[AttendSide],
 ) -> AttendLaunches:
     batch, n_heads, n_query_tokens, _ = query_shape
     sides = (keys.bits, keys.head_dim), (values.bits, values.head_dim)
-    plan = plan_attend(tuning, *sides, batch, n_heads, n_kv_heads, n_query_tokens, counts, always_two_launches)
-    kernel = AttendKernel(keys, values, plan.shape, plan.single_launch, dtype)
+    options = always_two_launches, (0, 0) if rope is None else (rope.bits, rope.head_dim)
+    plan = plan_attend(tuning, *sides, batch, n_heads, n_kv_heads, n_query_tokens, counts, *options)
+    kernel = AttendKernel(keys, values, plan.shape, plan.single_launch, dtype, same_sides, rope)
     return launches_of(plan, kernel, (batch, n_heads, n_query_tokens))
 
 
@@ -471,11 +494,11 @@ def launches_of(plan: AttendPlan, kernel: AttendKernel, shape: tuple[int, int, i
 
 @functools.lru_cache(maxsize=None)
 def _attend_template(kernel: AttendKernel) -> Template:
-    keys, values, shape, single_launch, dtype = kernel
+    keys, values, shape, single_launch, dtype, same_sides, rope = kernel
     return [
         ("T", dtype if single_launch else mx.float32),
         ("EXACT_KEY", keys.exact_dtype),
-        ("EXACT_VALUE", values.exact_dtype),
+        ("EXACT_VALUE", (rope or values).exact_dtype),
         ("KEY_BITS", keys.bits),
         ("VALUE_BITS", values.bits),
         ("KEY_DIM", keys.head_dim),
@@ -484,12 +507,15 @@ def _attend_template(kernel: AttendKernel) -> Template:
         ("VALUE_MEANS", values.has_means),
         *shape._asdict().items(),
         ("SINGLE_LAUNCH", single_launch),
+        ("SAME_SIDES", same_sides),
+        ("ROPE_DIM", rope.head_dim if rope else 0),
+        ("ROPE_BITS", rope.bits if rope else 0),
     ]
 
 
 @functools.lru_cache(maxsize=None)
 def _merge_template(kernel: AttendKernel, partial_dim: int) -> Template:
-    keys, values, _, _, dtype = kernel
+    keys, values, dtype = kernel.keys, kernel.values, kernel.dtype
     return [
         ("T", dtype),
         ("D", values.head_dim),
@@ -531,12 +557,12 @@ def _side_inputs(side: CachedSide, queries: mx.array) -> tuple[mx.array, ...]:
     )
 
 
-def _diagonals_with_numbers(rotations: tuple[int, int, int], balance: Optional[Balance], *numbers: Any) -> mx.array:
+def _diagonals_with_numbers(rotations: tuple[int, ...], balance: Optional[Balance], *numbers: Any) -> mx.array:
     """attend.metal's `diagonals`: those of both rotations, and numbers as the strides of further dims of size 1. MLX
     hands strides to a kernel with the launch; a buffer that the CPU writes at each step costs a GPU with its own memory
     more than attention. The same array for all layers of a step, except those with balanced keys."""
     if balance is not None:
-        key_dim, value_dim, seed = rotations
+        _, value_dim, seed = rotations
         array = balance.made(_diagonals_and_balanced, value_dim, seed)
         return _with_numbers(array, _both_diagonals(*rotations).size, *numbers)
     if not hasattr(_of_this_thread, "diagonals"):  # MLX evaluates a lazy array in no other thread
@@ -547,7 +573,7 @@ def _diagonals_with_numbers(rotations: tuple[int, int, int], balance: Optional[B
 _of_this_thread = threading.local()
 
 
-def _diagonals_as_they_are(rotations: tuple[int, int, int], *numbers: Any) -> mx.array:
+def _diagonals_as_they_are(rotations: tuple[int, ...], *numbers: Any) -> mx.array:
     return _with_numbers(_both_diagonals(*rotations), 0, *numbers)
 
 
@@ -567,8 +593,9 @@ def _pairs(
 
 
 @functools.lru_cache(maxsize=None)
-def _both_diagonals(key_dim: int, value_dim: int, seed: int) -> mx.array:
-    both = mx.array(np.concatenate([rotation.diagonals(d, seed).ravel() for d in (key_dim, value_dim)]), mx.float32)
+def _both_diagonals(*dims_and_seed: int) -> mx.array:
+    *dims, seed = dims_and_seed
+    both = mx.array(np.concatenate([rotation.diagonals(d, seed).ravel() for d in dims]), mx.float32)
     mx.eval(both)
     return both
 

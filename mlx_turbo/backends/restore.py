@@ -8,17 +8,17 @@ from .sides import first_tokens
 SLICE_VALUES = 1 << 18  # numbers restored at a time where MLX operations do it
 
 
-def restore(keys, values, counts, backend, seed=0, first=0, packed=None, wait=False):
+def restore(keys, values, counts, backend, seed=0, first=0, packed=None, wait=False, apart=False):
     """Keys and values of a cache, lazily: [B, n_kv_heads, N, D] each, in the dtype of their exact tokens.
 
     keys, values: `CachedSide`. counts: (n_sink, n_packed, n_recent), the order of the tokens; the first `first` packed
     ones are left out, so N = sum(counts) - first. One launch where the backend has a kernel for both sides. packed:
     the packed tokens, the result for counts (0, n_packed, 0), if they are at hand: then nothing is launched, and
     backend may be None. wait: whether MLX operations restore one slice after the other, each waited for: not lazily,
-    and in half the memory.
+    and in half the memory. apart: whether reading one side must not compute the other too, as one launch does.
     """
     if packed is None:
-        together = backend.restore(keys, values, counts, seed, first)
+        together = None if apart else backend.restore(keys, values, counts, seed, first)
         if together is not None:
             return together
         middle = [_restore_packed(side, first, counts[1], backend, seed, wait) for side in (keys, values)]

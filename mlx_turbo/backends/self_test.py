@@ -13,7 +13,7 @@ from ..quant.reference import Quantized
 from ..quant.scheme import SCALES
 from .attend_launch import MAX_QUERY_TOKENS, SEGMENT_STEP, AttendShape, AttendTuning, plan_launches
 from .device import float32_is_tf32
-from .sides import ONE_SEGMENT, Balance, CachedSide, PackedSide, QuantizeSide
+from .sides import ONE_SEGMENT, Balance, CachedSide, PackedSide, QuantizeSide, RopePart
 
 # ---- the table of tolerances -----------------------------------------------------------------------------------
 # Rounding to the output's dtype: half a unit in the last place. float32 is left to the other tables.
@@ -137,6 +137,12 @@ def restored_tokens(side: CachedSide, counts: tuple[int, int, int], seed: int = 
     return np.concatenate(parts, axis=2)
 
 
+def rope_logits(rope: RopePart, counts: tuple[int, int, int], seed: int = 0) -> np.ndarray:
+    """What a `RopePart` adds to the logits, float64 [B, n_heads, L, sum(counts)]. seed: of the rotation."""
+    keys = restored_tokens(rope.keys, counts, seed)
+    return to_float64(rope.queries) @ np.repeat(keys, rope.queries.shape[1] // keys.shape[1], 1).swapaxes(-1, -2)
+
+
 def reference_rows(side: QuantizeSide, seed: Optional[int] = 0, scale: str = SCALES[0]) -> Quantized:
     """What the reference makes of a `QuantizeSide`. seed: of the rotation, None for none. scale: the scale's rule."""
     mean = None if side.mean is None else np.array(side.mean)
@@ -226,16 +232,21 @@ class AttendSide(NamedTuple):
 
 
 class AttendKernel(NamedTuple):
-    """A specialization of attend.metal. dtype: of the queries."""
+    """A specialization of attend.metal. dtype: of the queries. same_sides: the values are the keys. rope: RoPE keys
+    beside them."""
 
     keys: AttendSide
     values: AttendSide
     shape: AttendShape
     single_launch: bool
     dtype: mx.Dtype
+    same_sides: bool = False
+    rope: Optional[AttendSide] = None
 
     def __str__(self) -> str:
-        return f"keys of {self.keys} and values of {self.values}, {self.shape.ROWS} rows, {self.dtype}"
+        values = "the same values" if self.same_sides else f"values of {self.values}"
+        rope = "" if self.rope is None else f", RoPE keys of {self.rope}"
+        return f"keys of {self.keys} and {values}{rope}, {self.shape.ROWS} rows, {self.dtype}"
 
 
 def check_quantize(
@@ -299,17 +310,25 @@ def check_attend(launch: Callable[..., mx.array], kernel: AttendKernel, tuning: 
     """attend.metal, and merge.metal where there are two launches, with as many query heads as a threadgroup has rows.
     There are a few tokens of each kind, and one is masked at either end."""
     rng, counts = np.random.default_rng(0), (3, 150, 20)
-    keys, values = (
-        random_cached_side(rng, (1, 1, s.head_dim), counts, s.bits, s.exact_dtype, s.has_means * segment, balanced=keys)
-        for s, segment, keys in ((kernel.keys, SEGMENT_STEP, True), (kernel.values, ONE_SEGMENT, False))
-    )
-    key_dim = kernel.keys.head_dim
+
+    def side(s: AttendSide, segment: int, balanced: bool = False) -> CachedSide:
+        shape = 1, 1, s.head_dim
+        return random_cached_side(rng, shape, counts, s.bits, s.exact_dtype, s.has_means * segment, balanced=balanced)
+
+    keys = side(kernel.keys, SEGMENT_STEP, not kernel.same_sides)
+    values = keys if kernel.same_sides else side(kernel.values, ONE_SEGMENT)
+    key_dim, rope, rope_dim = kernel.keys.head_dim, None, 0
     queries = random_array(rng, (1, kernel.shape.rows, 1, key_dim), kernel.dtype)
+    if kernel.rope is not None:
+        rope_dim = kernel.rope.head_dim
+        rope = RopePart(random_array(rng, (1, kernel.shape.rows, 1, rope_dim), kernel.dtype), side(kernel.rope, 0))
     token = mx.arange(sum(counts))
     mask = (token > 0) & (token < sum(counts) - 1)
     value_dim, n_heads = kernel.values.head_dim, kernel.shape.rows
-    plan = plan_launches(tuning, kernel.shape, kernel.single_launch, key_dim, value_dim, 1, n_heads, 1, 1, counts)
-    got = launch(plan, kernel, queries, keys, values, counts, key_dim**-0.5, mask)
+    query_dim = key_dim + rope_dim
+    plan = plan_launches(tuning, kernel.shape, kernel.single_launch, query_dim, value_dim, 1, n_heads, 1, 1, counts)
+    got = launch(plan, kernel, queries, keys, values, counts, key_dim**-0.5, mask, None, 0, rope)
+    added = None if rope is None else rope_logits(rope, counts)[..., 1:-1]
     seen = (restored_tokens(side, counts)[:, :, 1:-1] for side in (keys, values))
-    want = reference.attention(to_float64(queries), *seen, scale=key_dim**-0.5)
+    want = reference.attention(to_float64(queries), *seen, scale=key_dim**-0.5, mask=added)
     return too_large(relative_error(to_float64(got), want), attend_tolerance(kernel.keys.bits, kernel.dtype))

@@ -83,6 +83,12 @@ class PackedSide(NamedTuple):
         return x if self.mean is None else x + self.mean
 
 
+def are_latents(n_kv_heads: int, key_dim: int, value_dim: int) -> bool:
+    """Whether such keys and values are the latents and the RoPE keys of multi-head latent attention, as mlx-lm's models
+    cache them: one kv head, and at least twice as many dims of the former (512 and 64)."""
+    return n_kv_heads == 1 and key_dim >= 2 * value_dim
+
+
 ONE_SEGMENT = 1 << 30  # of CachedSide: all packed tokens have the same mean
 
 
@@ -128,3 +134,13 @@ class CachedSide(NamedTuple):
         """The dtype of exact tokens; `otherwise` if there are none."""
         array = self.sink if self.recent is None else self.recent
         return otherwise if array is None else array.dtype
+
+
+class RopePart(NamedTuple):
+    """Of multi-head latent attention, what the position adds to the logits: queries . keys, without a scale.
+
+    queries: [B, n_heads, L, R]. keys: of R dims, with the counts of the latents, neither balanced nor relative to
+    means."""
+
+    queries: mx.array
+    keys: CachedSide

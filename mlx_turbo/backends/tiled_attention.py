@@ -39,7 +39,9 @@ def _tiles(counts, n_rows, max_tile, logit_bytes):
     return [(spans, list(itertools.accumulate(n for _, _, n, _ in spans))[:-1]) for spans in tiles]
 
 
-def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=None, sinks=None, seed=0, ahead=0):
+def tiled_attention(
+    queries, keys, values, counts, read_rows, *, scale, mask=None, sinks=None, seed=0, ahead=0, rope=None
+):
     """Attention over a cache, tile by tile, float32 inside: as MetalBackend.attend, for any L.
 
     `read_rows(side, first, n)` gives the packed rows of tokens first .. first + n - 1 in rotated space: (rows float32
@@ -58,6 +60,9 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
     H = keys.recent.shape[1]
     rows = B, H, n_heads // H * L
     logits_of = _Logits((queries.astype(mx.float32) * scale).reshape(*rows, -1), keys, read_rows, seed)
+    rope_of = None
+    if rope is not None:
+        rope_of = _Logits(rope.queries.astype(mx.float32).reshape(*rows, -1), rope.keys, read_rows, seed)
     sums_of = _ValueSums(values, read_rows)
     n_seen = 0  # by every query, of the first tokens
     if isinstance(mask, str):
@@ -73,6 +78,8 @@ def tiled_attention(queries, keys, values, counts, read_rows, *, scale, mask=Non
     top, sums, started = sinks, None, []
     for spans, splits in tiles:
         before, logits = top, logits_of(spans)
+        if rope_of is not None:
+            logits = logits + rope_of(spans)
         if one_softmax:
             weights, total = mx.softmax(logits, axis=-1), 1
         else:

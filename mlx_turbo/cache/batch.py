@@ -486,7 +486,7 @@ class BatchTurboKVCache(TurboKVCache):
             joined = join(*observed) if observed else None
             factors = balancing.choose(keys, self.config, self._sides[0].bits, joined)
             balance = None if factors is None else Balance(factors)
-            choices.append(auto_bits.choose_key_bits(keys, self.config, joined, balance))
+            choices.append(auto_bits.choose_key_bits(keys, self._config_of_keys(), joined, balance))
         bits, errors, by = max(choices, key=lambda choice: _precision(choice[0]))
         self._decided(bits, errors, by)
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from ..backends import select
 from ..backends.select import QuantizeSide
-from ..backends.sides import ONE_SEGMENT, Balance
+from ..backends.sides import ONE_SEGMENT, Balance, are_latents
 from ..quant.rotation import can_rotate
 from ..quant.scheme import Scheme, TurboConfig
 from . import centering
@@ -189,9 +189,15 @@ def _begun_segments(job, config):
     lazily.
 
     Whether a row and head is centered is decided when its first tokens are packed, from all that are at hand; a
-    segment's mean when its first token is packed.
+    segment's mean when its first token is packed. Latents never are: they serve as keys and values, and do not turn.
     """
     new = {}
+    if (
+        not job.n_packed
+        and len(job.tails) == 2
+        and are_latents(job.tails[0].shape[1], *(tail.shape[3] for tail in job.tails))
+    ):
+        return new
     for i, (side, tail) in enumerate(zip(job.sides, job.tails)):
         n_before, n = (n_segments(tokens, side.segment) for tokens in (job.n_packed, job.n_packed + job.n_pack))
         if not config.centre or not side.bits or n == n_before or job.n_packed and side.means is None:

@@ -9,6 +9,7 @@ from those exact values, once, so the stored codes do not depend on how the prom
 
 import copy
 import weakref
+from dataclasses import replace
 from typing import Any, Optional, Sequence, Union
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ import numpy as np
 
 from ..backends import select
 from ..backends.select import check_vectors, get_backend
-from ..backends.sides import Balance, CachedSide
+from ..backends.sides import Balance, CachedSide, are_latents
 from ..quant.rotation import ALLOWED_HEAD_DIMS
 from ..quant.scheme import SCALES, Scheme, TurboConfig
 from . import auto_bits, balancing, history
@@ -230,6 +231,17 @@ class TurboKVCache:
         return self.undecided or self._to_balance is not None or self._begins_to_pack
 
     @property
+    def holds_latents(self) -> bool:
+        """Whether its keys are the latents of multi-head latent attention, and its values the RoPE keys. They are never
+        centered, nor balanced: attention shows no queries of latents, as they are values too."""
+        keys, values = (side.recent for side in self._sides)
+        return keys is not None and are_latents(keys.shape[1], keys.shape[3], values.shape[3])
+
+    def _config_of_keys(self):
+        """How keys are packed, as auto measures it."""
+        return replace(self.config, centre=False) if self.holds_latents else self.config
+
+    @property
     def _begins_to_pack(self):
         """Whether the next keys to be packed are the first, and may be balanced."""
         return not self.n_packed and self.config.balance and self._sides[0].bits > 0
@@ -282,7 +294,7 @@ class TurboKVCache:
         keys = mx.concatenate([parts[0][0][:, :, : self.n_sink], parts[0][1]], axis=2) if self.n_sink else parts[0][1]
         balance = self._choose_balance(parts[0][1])
         observed = join(*self._observed) if self._observed else None
-        bits, self._errors, self._by = auto_bits.choose_key_bits(keys, self.config, observed, balance)
+        bits, self._errors, self._by = auto_bits.choose_key_bits(keys, self._config_of_keys(), observed, balance)
         self._sides[0].bits, self.undecided, self._observed = bits, False, None
         self._sides[0].balance = balance if bits else None
         if self.n_recent > self._capacity():
@@ -493,6 +505,8 @@ class TurboKVCache:
         keys = self._sides[0]
         if not self.config.balance or not keys.bits:
             return "off" if keys.bits else "keys are exact"
+        if keys.balance is None and self.holds_latents:
+            return "off: latents serve as keys and values"
         if keys.balance is None:
             return "no queries were seen before keys were packed" if any(c[1] for c in self._counts()) else NOT_YET
         changed = (keys.balance.factors != 1).any((2, 3))

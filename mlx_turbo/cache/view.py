@@ -7,12 +7,13 @@ import mlx.core as mx
 
 from ..backends import select
 from ..backends.restore import restore
-from ..backends.sides import CachedSide
+from ..backends.sides import CachedSide, are_latents
 
 
 class KVView(NamedTuple):
     """All tokens of a cache at one moment: whole buffers, and how many tokens of each count.
 
+    keys, values: the cache's two sides; of multi-head latent attention, both are the latents, and rope is the other.
     counts: (n_sink, n_packed, n_recent), in the order of the tokens. cache, version: tell whether the view is current.
     n_evicted: number of leading packed tokens that are still in the buffers but evicted: they are not among the tokens
     (rotating.py).
@@ -25,19 +26,28 @@ class KVView(NamedTuple):
     cache: Any
     version: int
     n_evicted: int = 0
+    rope: Optional[CachedSide] = None
 
     def is_current(self) -> bool:
         return self.cache.version == self.version
 
     def restore_packed(self) -> list[mx.array]:
         """The packed tokens of keys and values, [B, n_kv_heads, n_packed, D] in the model's dtype, lazily."""
-        return restore(self.keys, self.values, (0, self.counts[1], 0), select.get_backend(), self.seed)
+        counts = 0, self.counts[1], 0
+        return restore(self.keys, self.values, counts, select.get_backend(), self.seed, apart=self._apart)
 
     def restore(self, packed: Optional[list[mx.array]] = None) -> list[mx.array]:
         """Keys and values as arrays [B, n_kv_heads, N, D] of the model's dtype, lazily. packed: the result of
         `restore_packed`, if it is at hand."""
         backend = select.get_backend() if packed is None else None  # looking it up takes a microsecond
-        return restore(self.keys, self.values, self.counts, backend, self.seed, self.n_evicted, packed)
+        return restore(
+            self.keys, self.values, self.counts, backend, self.seed, self.n_evicted, packed, apart=self._apart
+        )
+
+    @property
+    def _apart(self):
+        """Whether a model reads one side without the other: the RoPE keys, while attention takes the latents."""
+        return are_latents(self.keys.n_kv_heads, self.keys.head_dim, self.values.head_dim)
 
 
 class LazyKV(mx.array):
@@ -54,8 +64,40 @@ class LazyKV(mx.array):
         self.view: KVView = view  # type: ignore[assignment]  # hides mx.array.view, of plain arrays
         self.side = side
 
+    def swapaxes(self, axis1: int, axis2: int, *, stream: Any = None) -> mx.array:
+        """As of mx.array. With the last two axes, what knows that a product with it is of queries and keys."""
+        swapped = super().swapaxes(axis1, axis2, stream=stream)
+        return TransposedKV(swapped, self) if {axis1 % 4, axis2 % 4} == {2, 3} else swapped
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return plain, (self[:],)  # pickled, it is a plain array: its cache does not come with it
+
+
+class TransposedKV(mx.array):
+    """A `LazyKV`, [B, n_kv_heads, D, N]."""
+
+    def __init__(self, array: mx.array, of: LazyKV) -> None:
+        super().__init__(array)
+        self.of = of
+
+    def __rmatmul__(self, queries: Any) -> mx.array:
+        product = mx.matmul(queries, self)
+        return KeyLogits(product, queries, self.of) if type(queries) is mx.array and queries.ndim == 4 else product
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain, (self[:],)
+
+
+class KeyLogits(mx.array):
+    """Products [B, n_heads, L, N] of queries with the tokens of a `LazyKV`, of which they are known: an ordinary lazy
+    array, computed if it is read. Models with latent attention hand it to attention as what is added to the logits."""
+
+    def __init__(self, array: mx.array, queries: mx.array, of: LazyKV) -> None:
+        super().__init__(array)
+        self.queries, self.of = queries, of
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain, (self[:],)
 
 
 def plain(array: mx.array) -> mx.array:

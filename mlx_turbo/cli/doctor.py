@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..backends import select
+from ..backends.attend import attend_sides
 from ..backends.attend_launch import SEGMENT_STEP
 from ..backends.select import get_backend
 from ..backends.self_test import (
@@ -24,10 +25,11 @@ from ..backends.self_test import (
     reference_rows,
     relative_error,
     restored_tokens,
+    rope_logits,
     to_float64,
     too_large,
 )
-from ..backends.sides import ONE_SEGMENT, BackendError, QuantizeSide
+from ..backends.sides import ONE_SEGMENT, BackendError, CachedSide, QuantizeSide, RopePart
 from ..cache.view import KVView
 from ..integration import attention
 from ..quant import reference
@@ -52,6 +54,8 @@ SCHEMES = (
     *((5, 5), (6, 6), (6, 5), (5, 6), (8, 6), (8, 5), (6, 4), (5, 3), (4, 5), (0, 6), (5, 0)),
 )
 BATCH, N_KV_HEADS = 2, 3
+# bits of latents, heads, dtype
+LATENTS = ((8, 16, mx.float16), (3, 2, mx.float32), (4, 128, mx.float16), (0, 20, mx.bfloat16), (6, 4, mx.bfloat16))
 ONE_LAUNCH, TWO_LAUNCHES = 90, 1100  # tokens, sink and recent included, for which attention takes one launch or two
 
 
@@ -76,7 +80,8 @@ class Check(NamedTuple):
 
 class AttendCheck(NamedTuple):
     """Attention over one cache to compare with the reference. keys, values: (bits, head_dim). n_tokens: 4 sink, the
-    packed ones, 20 recent. mask: None, "causal", "boolean" or "additive". means: packed tokens are centered."""
+    packed ones, 20 recent. mask: None, "causal", "boolean" or "additive". means: packed tokens are centered. rope:
+    (bits, head_dim) of RoPE keys beside latents, which are keys and values; None: keys and values are two."""
 
     keys: tuple[int, int]
     values: tuple[int, int]
@@ -87,15 +92,17 @@ class AttendCheck(NamedTuple):
     sinks: bool
     means: bool
     dtype: mx.Dtype
+    rope: tuple[int, int] | None = None
 
     @property
     def group(self) -> str:
         """The line of the summary that counts this check."""
-        return f"attend, {dtype_name(self.dtype)}"
+        return f"attend, {'latents, ' if self.rope else ''}{dtype_name(self.dtype)}"
 
     def __str__(self) -> str:
+        names = ("latents", "RoPE keys") if self.rope else ("keys", "values")
         sides = " and ".join(
-            f"{name} of head_dim {d}, {b} bits" for name, (b, d) in (("keys", self.keys), ("values", self.values))
+            f"{name} of head_dim {d}, {b} bits" for name, (b, d) in zip(names, (self.keys, self.rope or self.values))
         )
         return (
             f"attend {sides}, {self.heads_per_kv_head} heads per kv head, {self.n_queries} query tokens, "
@@ -171,7 +178,12 @@ def quick_checks() -> list[AnyCheck]:
             )
             for n_queries in sorted({1, 1 + model.n_drafts})
         ]
+    checks.append(_latent_check(4, 16, mx.bfloat16))  # of DeepSeek V3, Kimi K2, GLM 4.7 Flash
     return list(dict.fromkeys(checks))
+
+
+def _latent_check(bits: int, heads: int, dtype: mx.Dtype, n_tokens: int = TWO_LAUNCHES) -> AttendCheck:
+    return AttendCheck((bits, 512), (bits, 512), heads, 1, n_tokens, None, False, False, dtype, (min(bits or 4, 4), 64))
 
 
 def all_checks() -> list[AnyCheck]:
@@ -232,7 +244,7 @@ def _attention_checks() -> list[AttendCheck]:
         ((4, 576), (4, 512), 16, 2),
     ):
         checks.append(AttendCheck(keys, values, heads, n_queries, ONE_LAUNCH, "causal", False, True, mx.bfloat16))
-    return checks
+    return [*checks, *(_latent_check(b, g, d, ONE_LAUNCH) for b, g, d in LATENTS)]
 
 
 def _vectors(rng: np.random.Generator, n_tokens: int, head_dim: int) -> np.ndarray:
@@ -256,6 +268,8 @@ def _run_attend_check(check: AttendCheck, backend: Any) -> tuple[str | None, flo
     shape = (1, 2 * check.heads_per_kv_head, check.n_queries)
     queries = random_array(rng, (*shape, check.keys[1]), check.dtype)
     mask: str | np.ndarray | None = check.mask
+    if check.rope:
+        return _run_latent_check(check, backend, queries, keys, counts, rng)
     if mask == "boolean":
         mask = rng.random((1, 1, check.n_queries, check.n_tokens)) < 0.7
     elif mask == "additive":
@@ -276,6 +290,27 @@ def _run_attend_check(check: AttendCheck, backend: Any) -> tuple[str | None, flo
     want = reference.attention(to_float64(queries), *restored, mask=mask, sinks=sinks, **options)
     error = relative_error(to_float64(got), want)
     fused = not backend.why_not_fused(check.keys, check.values, check.n_queries)
+    return too_large(error, attend_tolerance(check.keys[0], check.dtype, check.n_queries, fused)), error
+
+
+def _run_latent_check(
+    check: AttendCheck,
+    backend: Any,
+    queries: mx.array,
+    latents: CachedSide,
+    counts: tuple[int, int, int],
+    rng: np.random.Generator,
+) -> tuple[str | None, float]:
+    assert check.rope is not None
+    bits, head_dim = check.rope
+    keys = random_cached_side(rng, (1, 2, head_dim), counts, bits, check.dtype)
+    rope = RopePart(random_array(rng, (*queries.shape[:3], head_dim), check.dtype), keys)
+    options = dict(scale=check.keys[1] ** -0.5)
+    got = attend_sides(queries, latents, latents, counts, backend=backend, rope=rope, **options)
+    restored, added = restored_tokens(latents, counts), rope_logits(rope, counts)
+    want = reference.attention(to_float64(queries), restored, restored, mask=added, **options)
+    error = relative_error(to_float64(got), want)
+    fused = not backend.why_not_fused(check.keys, check.keys, check.n_queries)
     return too_large(error, attend_tolerance(check.keys[0], check.dtype, check.n_queries, fused)), error
 
 

@@ -14,27 +14,34 @@ import types
 
 from ..backends.attend_launch import MAX_QUERY_TOKENS
 from ..backends.select import get_backend
+from ..backends.sides import RopePart
 from ..cache.last_step import BY_THE_MODEL, ELSEWHERE, NOT_SEEN, NOT_YET, NOTHING_PACKED, register_attention
 from ..cache.single import TurboKVCache
-from ..cache.view import LazyKV
+from ..cache.view import KeyLogits, LazyKV
 from .libraries import OLDEST
 
 
 def view_of(keys, values):
-    """The `KVView` whose keys and values these two arrays are, or None."""
+    """The `KVView` whose keys and values these two arrays are, or None. Latents serve as both: then its values are its
+    keys, and `rope` is the other side."""
     if type(keys) is not LazyKV or type(values) is not LazyKV:
         return None
     view = keys.view
-    if view is not values.view or (keys.side, values.side) != (0, 1) or not view.is_current():
+    if view is not values.view or keys.side or not view.is_current():
         return None
-    return view
+    if values.side:
+        return view
+    if view.keys.balance is not None or view.keys.has_means:  # which sums of values cannot have
+        return None
+    return view._replace(values=view.keys, rope=view.values)
 
 
 def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
     """softmax(scale * q k^T + mask) v over all tokens of a `KVView`, by `attend_sides` of backends/attend.py.
 
     queries: [B, n_heads, L, Dk]. mask: None, "causal" (the queries are the last L tokens), boolean or additive,
-    broadcast to [B, n_heads, L, N]. sinks: [n_heads], logits without a value (gpt-oss).
+    broadcast to [B, n_heads, L, N]; of a view of latents also `KeyLogits` with its RoPE keys, which are then read
+    packed. sinks: [n_heads], logits without a value (gpt-oss).
 
     Returns [B, n_heads, L, Dv] in the queries' dtype. Raises ValueError for shapes that do not belong together.
     """
@@ -42,12 +49,32 @@ def attend(queries, view, *, scale, mask=None, sinks=None, backend=None):
 
     backend = get_backend(backend)
     way = way_of(view.keys, view.values, view.counts, queries.shape[2], backend)
+    rope = _rope_part(view, mask)
+    if way.startswith("restored") or rope and way_of(view.rope, view.values, view.counts, 1, backend) != way:
+        rope = None  # a mask like any other: of a chunk, and where the kernel does not do the head_dim of the RoPE keys
     if view.cache is not None:
-        view.cache.attended_version, view.cache.last_attention = view.version, way
+        view.cache.last_attention = way
+        if view.rope is None or rope is not None:  # else the RoPE keys are restored for the mask
+            view.cache.attended_version = view.version
     options = dict(
-        scale=scale, mask=mask, sinks=sinks, seed=view.seed, n_evicted=view.n_evicted, backend=backend, way=way
+        scale=scale,
+        mask=mask if rope is None else None,
+        sinks=sinks,
+        seed=view.seed,
+        n_evicted=view.n_evicted,
+        backend=backend,
+        way=way,
+        rope=rope,
     )
     return attend_sides(queries, view.keys, view.values, view.counts, **options)
+
+
+def _rope_part(view, mask):
+    """The `RopePart` of a mask that is nothing but the products with a view's RoPE keys, or None."""
+    if view.rope is None or view.rope.has_means or type(mask) is not KeyLogits or mask.of.side != 1:
+        return None
+    of = mask.of.view
+    return RopePart(mask.queries, view.rope) if of.cache is view.cache and of.version == view.version else None
 
 
 def _pass_through(door, original, queries, keys, values, cache, scale, mask=None, sinks=None, **options):
@@ -59,7 +86,7 @@ def _pass_through(door, original, queries, keys, values, cache, scale, mask=None
         and (view.counts[1] or queries.shape[2] <= MAX_QUERY_TOKENS and queries.shape[2] < sum(view.counts))
     ):
         out = attend(queries, view, scale=scale, mask=mask, sinks=sinks)
-        if view.cache.wants_queries:
+        if view.cache.wants_queries and view.rope is None:
             view.cache.observe(queries, scale, sinks)
         return out
     if door in _entered.doors:  # programs that replaced each other's functions lead in a circle
@@ -70,7 +97,8 @@ def _pass_through(door, original, queries, keys, values, cache, scale, mask=None
     finally:
         _entered.doors.pop()
     if view is not None:
-        view.cache.observe(queries, scale, sinks)
+        if view.rope is None:
+            view.cache.observe(queries, scale, sinks)
         view.cache.last_attention = NOTHING_PACKED
     elif _is_open and isinstance(cache, TurboKVCache):
         note = {NOT_SEEN: BY_THE_MODEL, ELSEWHERE: BY_THE_MODEL, NOT_YET: NOTHING_PACKED}

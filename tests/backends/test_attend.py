@@ -11,7 +11,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.arrays import to_numpy
-from support.attend_cases import check_spoiled, expected, make_case
+from support.attend_cases import check_spoiled, expected, make_case, make_latents
 from support.backends import BACKENDS, new_kernels
 
 from mlx_turbo.backends import attend_launch, kernel_backend, sources, tuning
@@ -35,7 +35,7 @@ def check(case, backends=LAUNCHES.values(), tolerance=1.0, mask=None, sinks=None
     allowed = tolerance * ATTEND_TOLERANCE[case.keys.bits] + ROUNDING[case.queries.dtype]
     for backend in backends:
         out = backend.attend(
-            case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask, sinks=sinks
+            case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask, sinks=sinks, rope=case.rope
         )
         assert out.dtype == case.queries.dtype and tuple(out.shape) == want.shape
         got = to_numpy(out)
@@ -101,6 +101,63 @@ def test_every_scheme_head_dim_and_group_agrees_with_the_oracle(options):
 )
 def test_any_part_may_be_empty(counts):
     check(make_case(dims=(64, 64), G=2, counts=counts))
+
+
+# Latents and RoPE keys: every way simdgroups share the work, every bits, remainders of dims and words, exact sides.
+LATENTS = [
+    dict(dims=(512, 64), G=16, dtype=mx.float16),  # two lanes to a key
+    dict(dims=(512, 64), G=16, rope=False, counts=(3, 70, 40)),
+    dict(dims=(64, 32), G=4),  # each simdgroup for itself
+    dict(dims=(64, 48), G=16, bits=(8, 8)),  # one lane to a key
+    dict(dims=(192, 80), G=12, L=2, B=2, bits=(3, 5)),
+    dict(dims=(128, 64), G=9, bits=(4, 0), dtype=mx.bfloat16),
+    dict(dims=(64, 32), G=3, bits=(0, 4)),
+    dict(dims=(96, 32), G=2, bits=(2, 8), Hkv=2),
+    dict(dims=(256, 64), G=8, L=3, bits=(6, 6)),
+    dict(dims=(64, 32), G=6, bits=(0, 0)),
+]
+
+
+@pytest.mark.parametrize("options", LATENTS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+def test_latents_are_keys_and_values(options):
+    i = LATENTS.index(options)
+    case = make_latents(**{"rng_seed": i, **options})
+    with metalsim.configured(order=ORDERS[i % 3], seed=i):
+        for launch in LAUNCHES.values() if options.get("G") < 4 else (TWO,):
+            check(case, [launch], mask=(None, "causal")[i % 2])
+        some = mx.array(np.random.default_rng(i).random((1, 1, case.queries.shape[2], sum(case.counts))) < 0.7)
+        check(case, [TWO], mask=some)
+
+
+@st.composite
+def latents(draw):
+    pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    L = pick(1, 1, 1, 3)
+    return dict(
+        bits=(pick(*BITS), pick(*BITS)),
+        dims=(pick(64, 96, 128, 256, 512), pick(32, 48, 64)),
+        counts=(pick(0, 4, 33), draw(st.integers(0, 300)), draw(st.integers(L, 70))),
+        G=pick(1, 4, 7, 16, 40),
+        B=pick(1, 2),
+        L=L,
+        dtype=pick(mx.float32, mx.float16, mx.bfloat16),
+        rope=pick(True, True, False),
+        rng_seed=draw(st.integers(0, 99)),
+    ), pick(None, "boolean", "additive")
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@given(latents())
+def test_any_latents_are_keys_and_values(drawn):
+    options, mask = drawn
+    case, rng = make_latents(**options), np.random.default_rng(options["rng_seed"])
+    shape = options["B"], options["G"], options["L"], sum(options["counts"])
+    if mask == "boolean":
+        mask = mx.array(rng.random(shape) < 0.7)
+    elif mask == "additive":
+        mask = mx.array(rng.standard_normal(shape).astype(np.float32)).astype(options["dtype"])
+    check(case, mask=mask)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -367,7 +424,7 @@ class Recorder(MetalBackend):
     def run(self, case, mask=None):
         """The counts of each launch for `case`, and of no self-test."""
         run_check, self.run_check = self.run_check, lambda what, check: None
-        self.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask)
+        self.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask, rope=case.rope)
         self.run_check = run_check
         return self.stats
 
@@ -416,6 +473,17 @@ def decodes(case, **tuning):
             :, :, :n
         ]
         yield from np.unique(times)
+
+
+@pytest.mark.parametrize("G, dims, exact", [(16, (512, 64), 60), (16, (64, 32), 0), (1, (64, 32), 4)], ids=str)
+def test_packed_latents_are_read_once_for_keys_and_values(G, dims, exact):
+    """And RoPE keys once, where simdgroups share tiles; a simdgroup of its own reads its latents twice."""
+    case = make_latents(dims=dims, G=G, counts=(0, 256, exact), dtype=mx.float16)
+    stats = Recorder(one_launch_tokens=0, tokens_per_block=64).run(case)["attend"]
+    for name, side, times in ("k", case.keys, 1 if G > 1 else 2), ("v", case.rope.keys, 1):
+        reads = stats.reads[f"{name}_codes"].reshape(side.codes.shape[2], -1)
+        assert (reads[:256] == times).all() and not reads[256:].any()
+        assert set(stats.reads[f"{name}_scale"].reshape(side.codes.shape[2], -1)[:256].ravel()) == {1}
 
 
 SHARING = [(128, 12, 1), (128, 16, 1), (128, 5, 3), (192, 3, 8), (256, 4, 4), (576, 16, 1)]
@@ -477,24 +545,32 @@ def test_packed_words_are_decoded_once_for_all_rows_that_registers_hold(head_dim
             assert times <= (1 if G <= 8 else 2)
 
 
+DIMS = (32, 80, 256, 512, 576)
+
+
 @pytest.mark.parametrize("single_launch", [False, True], ids=["two launches", "one launch"])
 @pytest.mark.parametrize("bits", BITS)
 def test_every_shape_fits_into_threadgroup_memory_and_divides_the_values(single_launch, bits):
-    for key_dim, value_dim, n_rows, at_once in itertools.product(
-        (32, 80, 256, 512, 576), (32, 80, 256, 512, 576), range(1, 40), tuning.CANDIDATES["rows_per_decode"]
+    """Also with RoPE keys beside latents."""
+    dims = [*((*d, 0) for d in itertools.product(DIMS, DIMS)), *((d, d, r) for d in DIMS for r in (32, 64, 80))]
+    for (key_dim, value_dim, rope_dim), n_rows, at_once in itertools.product(
+        dims, range(1, 40), tuning.CANDIDATES["rows_per_decode"]
     ):
-        rows, tokens, dims, simdgroups, shared, chunks, in_device_memory = attend_shape(
-            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, 1, single_launch
+        query_dim = key_dim + rope_dim
+        rows, tokens, dims_per_lane, simdgroups, shared, chunks, in_device_memory = attend_shape(
+            AttendTuning(rows_per_decode=at_once), bits, bits, key_dim, value_dim, n_rows, 1, single_launch, query_dim
         )
         padded = rows if rows <= 2 else -(-rows // 4) * 4
         copies = simdgroups if shared else 2 if single_launch and bits else 1
-        queries = 0 if in_device_memory else 4 * key_dim * rows * copies
+        queries = 0 if in_device_memory else 4 * query_dim * rows * copies
         tile = 64 * tokens * max(key_dim // chunks + 8, (value_dim + 8) // chunks) if shared else 0
+        if shared and rope_dim:
+            tile += 64 * tokens // chunks * (rope_dim + 8) + 4 * rows * simdgroups
         assert queries + simdgroups * 128 * tokens * padded + tile <= 31 * 1024
         assert not single_launch or simdgroups * 4 * value_dim <= 31 * 1024
-        assert value_dim % dims == 0 and value_dim // dims <= 32
-        assert dims % (4 if shared else 8) == 0 and rows * dims <= max(64, dims)
-        assert shared or bits != 3 or dims == 8 or dims % 16 == 0
+        assert value_dim % dims_per_lane == 0 and value_dim // dims_per_lane <= 32
+        assert dims_per_lane % (4 if shared else 8) == 0 and rows * dims_per_lane <= max(64, dims_per_lane)
+        assert shared or bits != 3 or dims_per_lane == 8 or dims_per_lane % 16 == 0
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -567,6 +643,8 @@ def run_past_every_barrier(edit=None):
             Recorder(edit, one_launch_tokens=0).run(
                 make_case(dims=(512, 32), G=16, counts=(0, 40, 0))
             )  # and queries in device memory
+            for dims, counts in ((32, 32), (0, 90, 0)), ((512, 32), (0, 40, 0)):  # latents, two lanes to a key at 512
+                Recorder(edit, one_launch_tokens=0).run(make_latents(dims=dims, G=16, counts=counts))
             Recorder(edit).run(case)
             Recorder(edit, one_launch_tokens=0, simdgroups=2, tokens_per_block=512).run(case)  # several tiles
 
@@ -611,6 +689,52 @@ def test_the_self_test_passes_once_for_each_specialization(options):
         for _ in range(2):
             recorder.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale)
         assert len(checks) == 1
+
+
+@pytest.mark.parametrize("rope", [True, False])
+@pytest.mark.parametrize("options", [dict(G=2), dict(bits=(8, 3), dims=(64, 32), G=16)], ids=str)
+def test_the_self_test_notices_what_only_latents_use(options, rope):
+    """Once for each specialization; and with the RoPE part at a wrong scale, or values that are not the keys."""
+    case = make_latents(**{"dims": (64, 48), "rope": rope, **options})
+
+    def attend(edit=None):
+        recorder, checks = Recorder(edit, one_launch_tokens=0), []
+        run_check = recorder.run_check
+        recorder.run_check = lambda what, check: checks.append(what) or run_check(what, check)
+        for _ in range(2):
+            recorder.attend(case.queries, case.keys, case.values, case.counts, scale=case.scale, rope=case.rope)
+        assert len(checks) == 1 and "the same values" in checks[0] and ("RoPE keys" in checks[0]) == rope
+
+    attend()
+    right, wrong = (r"TQ_LOG2E,(\s+r_diag)", r"1.5f,\1") if rope else (r"(SAME_SIDES\s+\?) key_scale", r"\1 1.01f")
+
+    def edit(name, header, body):
+        text, n = re.subn(right, wrong, header + sources.BODY_MARKER + body)
+        assert (n > 0) == (name == "turbo_attend")
+        return text.split(sources.BODY_MARKER)
+
+    with pytest.raises(BackendError, match="disagrees.*the same values"):
+        attend(edit)
+
+
+def test_what_cannot_serve_as_keys_and_values_is_an_error():
+    case, other = make_latents(dims=(64, 32), G=2), make_case(dims=(64, 32), G=2, means=True, balanced=True)
+
+    def attend(keys, values, rope):
+        return ONE.attend(case.queries, keys, values, case.counts, scale=1.0, rope=rope)
+
+    for keys in (
+        case.keys._replace(balance=other.keys.balance),
+        case.keys._replace(means=other.keys.means, segment=other.keys.segment),
+    ):
+        with pytest.raises(ValueError, match="values: got keys that are balanced or have means"):
+            attend(keys, keys, None)
+    for arguments in (
+        (case.keys, case.keys, case.rope._replace(keys=other.values)),
+        (case.keys, case.keys._replace(segment=1), case.rope),
+    ):
+        with pytest.raises(ValueError, match="rope: got .* allowed are latents"):
+            attend(*arguments)
 
 
 def test_what_the_kernel_does_not_cover_says_why():

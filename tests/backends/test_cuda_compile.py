@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from support import nvrtc
 from support.ceilings import registers_allowed, spills_allowed
-from support.collector import BITS, COUNTS, PACKED_DIMS, SHAPES, CudaCollector, packing, steps
+from support.collector import BITS, COUNTS, LATENTS, PACKED_DIMS, SHAPES, CudaCollector, latent_steps, packing, steps
 
 from mlx_turbo.backends import cuda
 from mlx_turbo.backends.attend_launch import QUERY_TOKENS, THREADGROUP_BYTES
@@ -39,6 +39,16 @@ def check(collector, architectures=nvrtc.ARCHITECTURES):
 def test_the_kernels_of_widely_used_models_keep_to_their_registers():
     check(steps([(128, 128, 1), (128, 128, 8), (256, 256, 8)], BITS[:1], [1]), [HOPPER])
     check(steps([(128, 128, 4)], BITS[:1], [1], dtype=mx.bfloat16))
+
+
+def test_the_kernels_of_latent_attention_keep_to_their_registers():
+    check(latent_steps(LATENTS[:1], BITS[:1]), [HOPPER])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", BITS, ids=str)
+def test_the_kernels_of_latent_attention_of_any_bits_keep_to_their_registers(bits):
+    check(latent_steps(LATENTS, [bits]), nvrtc.ARCHITECTURES if bits == BITS[0] else [HOPPER])
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])

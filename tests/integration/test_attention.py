@@ -262,7 +262,9 @@ def test_only_a_caches_own_keys_and_values_as_it_holds_them_now_take_the_packed_
     assert view is not None and view.counts == (cache.n_sink, cache.n_packed, cache.n_recent)
     assert attention.view_of(keys[..., :], values) is None  # a model's own slice
     assert attention.view_of(keys.astype(mx.float16), values) is None
-    assert attention.view_of(values, keys) is None and attention.view_of(keys, keys) is None
+    assert attention.view_of(values, keys) is None and attention.view_of(values, values) is None
+    both = attention.view_of(keys, keys)  # as latents
+    assert both.keys is both.values is view.keys and both.rope is view.values
     assert attention.view_of(keys, other_values) is None
     cache.trim(1)
     assert attention.view_of(keys, values) is None  # the cache has moved on

@@ -11,7 +11,8 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_map
-from mlx_lm.models import gemma3_text, gpt_oss, llama, qwen2
+from mlx_lm.models import deepseek_v3, gemma3_text, gpt_oss, llama, qwen2
+from support import families
 from support import vlm as models_of_vlm
 from support.no_kernels import DoesNotBuild
 
@@ -134,6 +135,11 @@ MODELS = {
         num_local_experts=2,
         num_experts_per_tok=1,
     ),
+    "latents": lambda: build(
+        deepseek_v3,
+        mx.float32,
+        **families.SMALL | dict(vocab_size=2048, num_hidden_layers=2, max_position_embeddings=4096),
+    ),
 }
 
 
@@ -166,6 +172,8 @@ def no_end(monkeypatch, tokenizer):
         ("biased keys", "turbo4"),
         ("sliding windows", "auto"),
         ("attention sinks", "turbo0v4"),
+        ("latents", "turbo8v4"),
+        ("latents", "auto"),
     ],
 )
 def test_a_conversation_builds_no_kernel_after_warm_up(recorder, tokenizer, name, scheme):

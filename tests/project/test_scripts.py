@@ -76,9 +76,13 @@ def test_cuda_registers_prints_what_each_kernel_of_a_step_asks_for():
 def test_attention_timing_names_the_backend_of_each_figure():
     rows = json.loads(run("attention_timing.py", "--quick", "--json").stdout)
     assert all(0 < r["low_seconds"] <= r["median_seconds"] <= r["high_seconds"] and r["dtype"] for r in rows)
-    by = {what: {r["name"]: r for r in rows if r["what"] == what} for what in ("attention", "python overhead")}
+    by = {
+        what: {r["name"]: r for r in rows if r["what"] == what} for what in ("attention", "latents", "python overhead")
+    }
     assert list(by["attention"]) == ["uncompressed", "mlx-lm 8 bit", "mlx-lm 4 bit", "turbo4"]
     assert list(by["python overhead"]) == ["uncompressed", "mlx-lm 4 bit", "turbo4"]
+    assert list(by["latents"]) == ["uncompressed", "turbo4"]
+    assert [r["heads"] for r in rows if r["what"] == "latents"] == [16, 128, 16, 128]
     ours = [r for r in rows if r["name"] == "turbo4"]
     assert ours[0]["status"] == "ok" and ours[0]["column"] in ("CPU fallback", "Metal", "CUDA")
     assert all(r["column"].startswith(("cpu fallback", "metal", "cuda")) for r in ours[1:])

@@ -1,13 +1,13 @@
 """Caches with known contents for the tests of the attention kernels, and what attention over them must give."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import mlx.core as mx
 import numpy as np
 from support.arrays import to_numpy
 
-from mlx_turbo.backends.self_test import random_cached_side, restored_tokens, to_float64
-from mlx_turbo.backends.sides import ONE_SEGMENT, CachedSide
+from mlx_turbo.backends.self_test import random_array, random_cached_side, restored_tokens, rope_logits, to_float64
+from mlx_turbo.backends.sides import ONE_SEGMENT, CachedSide, RopePart
 from mlx_turbo.quant import reference
 
 POISON = 24  # rows of capacity behind the last token, filled with what must never be read
@@ -22,6 +22,22 @@ class Case(NamedTuple):
     counts: tuple
     scale: float
     restored: tuple
+    rope: Optional[RopePart] = None
+
+
+def make_latents(bits=(4, 4), dims=(512, 64), rope=True, **options):
+    """A case of latents, which are keys and values, and RoPE keys, of bits and dims; without `rope`, none of these.
+    options: of `make_case`."""
+    case = make_case((bits[0],) * 2, (dims[0],) * 2, **options)
+    case = case._replace(values=case.keys, restored=(case.restored[0],) * 2)
+    if not rope:
+        return case
+    rng = np.random.default_rng(options.get("rng_seed", 0) + 1)
+    B, heads, L, _ = case.queries.shape
+    shape, dtype = (B, case.keys.n_kv_heads, dims[1]), case.queries.dtype
+    keys = random_cached_side(rng, shape, case.counts, bits[1], dtype, room=POISON)
+    queries = random_array(rng, (B, L, heads, dims[1]), dtype).transpose(0, 2, 1, 3) / 4
+    return case._replace(rope=RopePart(queries, keys))
 
 
 def make_case(
@@ -68,9 +84,12 @@ def visible(case, mask=None):
 
 def expected(case, mask=None, sinks=None):
     """float64 [B, Hq, L, Dv]."""
-    q = to_float64(case.queries)
+    q, seen = to_float64(case.queries), visible(case, mask)
     sinks = None if sinks is None else np.array(sinks.astype(mx.float32))
-    return reference.attention(q, *case.restored, scale=case.scale, mask=visible(case, mask), sinks=sinks)
+    if case.rope is not None:
+        added = rope_logits(case.rope, case.counts)
+        seen = np.where(seen, added, -np.inf) if seen.dtype == bool else seen + added
+    return reference.attention(q, *case.restored, scale=case.scale, mask=seen, sinks=sinks)
 
 
 def spoiled(case, side, token, value):

@@ -15,7 +15,7 @@ from mlx_turbo.backends import select
 from mlx_turbo.backends.cuda import CudaBackend
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.mlx_ops import CpuBackend
-from mlx_turbo.backends.self_test import factors_of, restored_tokens
+from mlx_turbo.backends.self_test import factors_of, restored_tokens, rope_logits
 from mlx_turbo.quant import reference
 from mlx_turbo.quant.scheme import SCALES
 
@@ -66,10 +66,14 @@ class OracleBackend:
     def why_not_fused(self, keys, values, n_query_tokens):
         return None
 
-    def attend(self, queries, keys, values, counts, *, scale, mask=None, sinks=None, seed=0):
+    def attend(self, queries, keys, values, counts, *, scale, mask=None, sinks=None, seed=0, rope=None):
         if mask is not None and not isinstance(mask, str):
             mask = np.array(mask) if mask.dtype == mx.bool_ else to_numpy(mask)
         with np.errstate(invalid="ignore"):
+            if rope is not None:
+                assert mask is None or mask.dtype == bool
+                added = rope_logits(rope, counts, seed)
+                mask = added if mask is None else np.where(mask, added, -np.inf)
             restored = [restored_tokens(side, counts, seed) for side in (keys, values)]
             out = reference.attention(
                 to_numpy(queries), *restored, scale=scale, mask=mask, sinks=None if sinks is None else to_numpy(sinks)

@@ -10,7 +10,7 @@ from support import nvrtc
 from mlx_turbo.backends.attend_launch import QUERY_TOKENS
 from mlx_turbo.backends.cuda import CudaBackend
 from mlx_turbo.backends.metal import MetalBackend
-from mlx_turbo.backends.sides import CachedSide, PackedSide, QuantizeSide
+from mlx_turbo.backends.sides import CachedSide, PackedSide, QuantizeSide, RopePart
 from mlx_turbo.quant.scheme import PACKED_BITS, words_per_row
 
 # (head_dim of keys, of values, query heads per kv head) of mlx-lm's models, dense ones and those with latent attention
@@ -36,6 +36,7 @@ SHAPES = [
     (512, 512, 8),
     (576, 512, 16),
 ]
+LATENTS = [(512, 64, 16), (512, 64, 128)]  # (dims of latents, of RoPE keys, heads)
 BITS = [(4, 4), (3, 3), (2, 2), (8, 4), (0, 4), (8, 8), (6, 5)]
 PACKED_DIMS = (32, 64, 80, 96, 112, 128, 256, 512, 576)
 COUNTS = {"short": (4, 600, 100), "long": (4, 60_000, 100)}  # one launch of attention, and two
@@ -91,6 +92,15 @@ class _Collector:
         queries, sides = self.inputs(shape, n_query_tokens, bits, **options)
         self.attend(queries, *sides, counts, scale=1.0, mask="causal")
 
+    def latent_step(self, shape, n_query_tokens, counts, bits=(4, 4), dtype=mx.float16):
+        """The same of latent attention. shape: as in LATENTS; bits: of latents, of RoPE keys."""
+        dim, rope_dim, heads = shape
+        queries, (keys, _) = self.inputs((dim, dim, heads), n_query_tokens, bits, False, dtype)
+        _, (rope_keys, _) = self.inputs((rope_dim, rope_dim, heads), n_query_tokens, bits[::-1], False, dtype)
+        rope = RopePart(mx.zeros((1, heads, n_query_tokens, rope_dim), dtype), rope_keys)
+        for part in rope, None:
+            self.attend(queries, keys, keys, counts, scale=1.0, rope=part)
+
     def packing(self, head_dim, bits, dtype=mx.float16):
         """What packing and restoring the tokens of a layer ask for."""
         x = mx.zeros((1, 1, 8, head_dim), dtype)
@@ -125,6 +135,14 @@ def steps(shapes, bits, query_tokens, **options):
     return collector
 
 
+def latent_steps(shapes, bits):
+    """A CudaCollector that was asked for decode steps of latent attention, short and long."""
+    collector = CudaCollector()
+    for shape, b, counts in itertools.product(shapes, bits, COUNTS.values()):
+        collector.latent_step(shape, 1, counts, b)
+    return collector
+
+
 def packing(head_dim, bits=PACKED_BITS):
     """A CudaCollector that was asked to pack and restore vectors."""
     collector = CudaCollector()
@@ -139,6 +157,7 @@ def every_variant():
     return [
         *((newer, packing(head_dim)) for head_dim in PACKED_DIMS),
         (newer, steps(SHAPES, BITS, QUERY_TOKENS)),
+        (newer, latent_steps(LATENTS, BITS)),
         *((older, packing(head_dim)) for head_dim in PACKED_DIMS),
         (older, steps(SHAPES, BITS[:1], QUERY_TOKENS)),
     ]
