@@ -532,9 +532,18 @@ class BatchTurboKVCache(TurboKVCache):
         keys, values = (mx.take_along_axis(x, index, axis=2) for x in fetched)
         return keys, values
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: Optional[int] = None) -> mx.array:
+    def make_mask(self, N: int, return_array: bool = False, window_size: Optional[int] = None) -> Optional[mx.array]:
         """The mask for the next N tokens: bool [B, 1, N, columns], True where a token is to be attended to.
-        return_array is ignored: there may always be empty columns to mask."""
+        return_array is ignored: there may always be empty columns to mask. None only for one token of rows of equal
+        length that hold latents: models with these read the RoPE keys to apply a mask."""
+        if N == 1 and window_size is None and self.holds_latents:
+            plan = self.plan(1)
+            if all(front >= back for front, back in map(plan.edges, range(self.n_rows))):
+                return None
+        return self.array_mask(N, window_size)
+
+    def array_mask(self, N: int, window_size: Optional[int] = None) -> mx.array:
+        """The mask for the next N tokens as `make_mask`, always an array."""
         mask, held, index, query = self._tokens_in_columns(N)
         return mask if window_size is None else mask & (held + query < index + window_size)
 

@@ -71,6 +71,10 @@ class BatchRotatingTurboKVCache(Window, BatchTurboKVCache):
 
     def make_mask(self, N: int, return_array: bool = False, window_size: Optional[int] = None) -> mx.array:
         """As BatchTurboKVCache.make_mask, for what each row would see in a RotatingTurboKVCache of its own."""
+        return self.array_mask(N, window_size)
+
+    def array_mask(self, N: int, window_size: Optional[int] = None) -> mx.array:
+        """The same."""
         mask, held, index, query = self._tokens_in_columns(N)
         offset = self._offsets[:, None, None, None]
         before = mx.minimum(offset, self.max_size - 1)  # tokens that the row alone would return, besides the new ones

@@ -55,9 +55,9 @@ class MixedBatchCache:
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """The mask for the next N tokens: bool [B, 1, N, columns]."""
-        masks = [part.make_mask(N, return_array=True, window_size=window_size) for part in self.parts]
-        if len(masks) == 1:
-            return masks[0]
+        if len(self.parts) == 1:
+            return self.parts[0].make_mask(N, return_array=True, window_size=window_size)
+        masks = [getattr(part, "array_mask", part.make_mask)(N, window_size=window_size) for part in self.parts]
         full = [mx.broadcast_to(m, (len(rows), 1, *m.shape[-2:])) for m, rows in zip(masks, self.rows)]
         return self._right_aligned(full, axis=3)
 

@@ -27,6 +27,10 @@ class _Batch(BatchTurboKVCache):
     """mlx-vlm's qwen3_5 computes masks of its own from the `left_padding` of mlx-vlm's batches, and moves rows in and
     out of a batch while padding is to come."""
 
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """As BatchTurboKVCache.make_mask, always an array: mlx-vlm cuts it."""
+        return self.array_mask(N, window_size)
+
     @property
     def left_padding(self) -> Any:
         """None: the columns of a row are not all at the right, and only `make_mask` knows them. What mlx-vlm sets here

@@ -193,21 +193,24 @@ def test_products_with_other_keys_are_a_mask_like_any_other(kernels):
         assert relative_error(to_numpy(got), want) < 1e-5
 
 
-def test_rows_of_a_batch_attend_to_packed_latents_too(kernels, spoil):
-    """Of different lengths: the model masks its products, so it reads the RoPE keys, and no latent."""
+@pytest.mark.parametrize("lengths", [(33, 21), (26, 26), (30,)], ids=str)
+def test_rows_of_a_batch_attend_to_packed_latents_too(kernels, spoil, lengths):
+    """Of different lengths the model masks its products, so it reads the RoPE keys, and no latent. Of equal ones there
+    is no mask, and it reads neither."""
     model, tokens = families.build("deepseek_v3"), tokens_of(40, 90)
-    alone = [make_prompt_cache(model, CONFIG) for _ in range(2)]
-    for cache, n in zip(alone, (33, 21)):
+    alone, equal = [make_prompt_cache(model, CONFIG) for _ in lengths], len(set(lengths)) == 1
+    for cache, n in zip(alone, lengths):
         mx.eval(model(tokens[:, :n], cache=cache))
     batch = [layer[0].merge(list(layer)) for layer in zip(*alone)]
-    spoil(0)
+    spoil(0, 1) if equal else spoil(0)
     unread = set()
     for i in range(35, 40):
         step = tokens[:, i : i + 1]
-        got = to_numpy(model(mx.concatenate([step, step]), cache=batch))
+        assert (batch[0].make_mask(1, return_array=True) is None) == equal
+        got = to_numpy(model(mx.concatenate([step] * len(alone)), cache=batch))
         want = np.concatenate([to_numpy(model(step, cache=cache)) for cache in alone])
         assert relative_error(got, want) < 1e-4 and ways(batch) == {KINDS[kernels]}
-        assert all(c._unread.packed is None for c in batch)  # restored RoPE keys are not kept
+        assert equal or all(c._unread.packed is None for c in batch)  # restored RoPE keys are not kept
         unread |= {c._unread.packed is not None for cache in alone for c in cache}
     assert True in unread  # of a sequence of its own, nothing was restored
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
+from support import families
 from support.models import gemma3, llama
 from support.strategies import quick
 
@@ -23,8 +24,12 @@ SCHEMES = {
     "auto": TurboConfig("auto", sink=2, recent=4, block=4),
     "another size": TurboConfig("turbo2", sink=0, recent=2, block=3),
 }
-PROMPTS = [np.random.default_rng(n).integers(0, 100, n).tolist() for n in (1, 2, 12, 20, 33, 40)]
-MODELS = {"llama": llama, "windows": functools.partial(gemma3, sliding_window=24)}
+PROMPTS = [np.random.default_rng(n).integers(0, 90, n).tolist() for n in (1, 2, 12, 20, 33, 40)]
+MODELS = {
+    "llama": llama,
+    "windows": functools.partial(gemma3, sliding_window=24),
+    "latents": functools.partial(families.build, "deepseek_v3"),
+}
 
 
 @functools.cache

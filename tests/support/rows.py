@@ -74,7 +74,12 @@ class Rows:
 
     def _chunk(self, new, lengths, left, to_come):
         width = new[0].shape[2]
-        before, mask = [c.offset for c in self.alone], self.batch.make_mask(width)
+        before, mask = [c.offset for c in self.alone], self.batch.array_mask(width)
+        said = self.batch.make_mask(width)
+        if said is None:  # of latents: nothing is masked
+            assert width == 1 and self.batch.holds_latents and mask.all().item()
+        else:
+            assert mx.array_equal(said, mask).item()
         assert self.batch.offset.tolist() == [n - pad for n, pad in zip(before, to_come)]
         fetched = self.batch.update_and_fetch(*new)
         assert [x.shape for x in fetched] == [x.shape for x in self.batch.keys_and_values()]
