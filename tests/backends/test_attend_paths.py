@@ -65,6 +65,17 @@ def test_restored_tokens_are_those_of_the_oracle(chosen):
     check()
 
 
+@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("L", [1, 17])
+def test_queries_are_divided_by_the_factors_of_their_own_row_and_head(L, means):
+    case = make_case((4, 4), (64, 64), G=2, Hkv=2, B=2, L=L, balanced=True, means=means)
+    want = expected(case, "causal")
+    for most in (1 << 30, 0):  # restored, in tiles
+        with pytest.MonkeyPatch.context() as patch, select.use_backend("cpu"):
+            patch.setattr(attend, "MAX_RESTORED_BYTES", most)
+            assert np.abs(attended(case, "causal", None) - want).max() <= RESTORED[mx.float32] * np.abs(want).max()
+
+
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_a_prompt_chunk_agrees_with_the_oracle_restored_and_in_tiles(data):

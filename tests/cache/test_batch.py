@@ -62,6 +62,22 @@ def test_rows_of_different_lengths_are_what_they_are_alone(backend, short_segmen
 
 
 @fast
+def test_rows_that_pack_together_keep_their_own_factors(backend, short_segments):
+    """Chosen together, packed together by some, and after rows have come and gone."""
+    rows, others = Rows(SMALL, 4), Rows(SMALL, 2, seed=1)
+    rows.update([20, 20, 20, 3])
+    rows.update([12, 12, 12, 20])
+    factors = to_numpy(rows.batch._sides[0].balance.factors)
+    assert all(np.abs(factors[a] - factors[b]).max() > 0.1 for a in range(4) for b in range(a))
+    rows.update([12, 12, 12, 2])
+    rows.filter([2, 0, 3])
+    rows.update([9, 9, 9])
+    others.update([15, 15])
+    rows.extend(others)
+    rows.update([10, 10, 10, 10, 10])
+
+
+@fast
 def test_a_row_that_is_no_longer_centred_has_no_means(backend, short_segments):
     rows = Rows(SMALL, 3)
     rows.bias = [20, 20, 0]
