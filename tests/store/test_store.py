@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.caches import FAST_BACKENDS
-from support.stored import KINDS, WHOLE, bits, feed, made, tiny_model, trimmed
+from support.stored import KINDS, WHOLE, bits, feed, made, tiny_model, tokens_of, trimmed
 from support.strategies import quick
 
 import mlx_turbo
@@ -44,10 +44,6 @@ def folder(tmp_path):
 @pytest.fixture
 def model():
     return tiny_model()
-
-
-def tokens_of(n, seed=0):
-    return np.random.default_rng(seed).integers(0, 64, n).tolist()
 
 
 @quick

@@ -1,7 +1,6 @@
 """What the tests of the prompt store share: prompt caches of made-up models, whose keys and values follow from the
 tokens, and their bits."""
 
-import contextlib
 import functools
 import pickle
 
@@ -36,6 +35,11 @@ def tiny_model(seed=0):
     """Something with weights: the store asks a model for nothing else."""
     mx.random.seed(seed)
     return nn.Linear(4, 4)
+
+
+def tokens_of(n, seed=0):
+    """n tokens that `feed` knows."""
+    return np.random.default_rng(seed).integers(0, 64, n).tolist()
 
 
 def made(kinds, config):
@@ -92,12 +96,3 @@ def trimmed(prompt_cache, n):
         for member in flatten_caches([cache]):
             member.trim(member.offset - n)
     return prompt_cache
-
-
-@contextlib.contextmanager
-def flipped(path, at, bit):
-    """A bit of a file turned over; put back at the end, if the file is still there."""
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1 << bit
-    path.write_bytes(data)
-    yield
