@@ -3,7 +3,8 @@
     root     what was decided for the sequence: classes, configurations, auto's bits, balance, the mean of the values
     blocks   128 tokens each, of the layers that can be cut: packed rows, or the rows of mlx-lm's KVCache. They begin
              after the sink, where a segment of keys begins, so that a block holds the mean its keys are relative to
-    end      the rest of one cut: the tokens after the last block, and whole, what cannot be cut
+    end      the rest of one cut: the tokens after the last block, and whole, what cannot be cut; the queries that a
+             cache which has not packed yet will decide by
 
 Layers that can be cut: TurboKVCache, windows that have not evicted anything, mlx-lm's KVCache. All others go into the
 end as they are: windows that have, states, and mlx-lm's other caches.
@@ -39,7 +40,8 @@ MODULES = ("mlx_lm.models.cache", "mlx_vlm.models.cache")  # whose classes are f
 class Contents(NamedTuple):
     """A prompt cache of n tokens, ready to be cut. spec: the root's JSON object. fixed: its arrays. held: for each
     cache, the arrays [1, H, *, D] that blocks and ends are cut from, by name. n_packed: of each cache. whole: {index of
-    a cache: (the tree of its state, its arrays)}. why: {index: why it cannot be cut}."""
+    a cache: (the tree of its state, its arrays)}. observed: the same of the queries that a TurboKVCache waits to use.
+    why: {index: why it cannot be cut}."""
 
     n: int
     spec: dict[str, Any]
@@ -47,6 +49,7 @@ class Contents(NamedTuple):
     held: list[dict[str, mx.array]]
     n_packed: list[int]
     whole: dict[int, tuple[Any, list[mx.array]]]
+    observed: dict[int, tuple[Any, list[mx.array]]]
     why: dict[int, str]
 
 
@@ -70,13 +73,16 @@ def read(prompt_cache: Sequence[Any], n: int) -> Contents:
     if not caches:
         raise ValueError("cache: got no layers")
     spec: dict[str, Any] = {"tree": _tree_of(prompt_cache, iter(range(len(caches)))), "slots": []}
-    out = Contents(n, spec, [], [], [], {}, {})
+    out = Contents(n, spec, [], [], [], {}, {}, {})
     for i, cache in enumerate(caches):
         _check(cache, i, n)
         slot, held, n_packed = _read_one(cache, i, out)
         spec["slots"].append({"class": _class_name(cache), **slot})
         out.held.append(held)
         out.n_packed.append(n_packed)
+        if isinstance(cache, TurboKVCache) and cache.observed is not None:
+            arrays: list[mx.array] = []
+            out.observed[i] = to_tree(cache.observed, arrays), arrays
     spec["first"] = max((slot["sink"] for slot in spec["slots"] if slot["kind"] == "turbo"), default=0)
     spec["cut"] = not out.why
     return out
@@ -245,11 +251,13 @@ def end_payload(contents: Contents) -> bytes:
     """The bytes of what comes after the last block."""
     first = edges_of(contents.spec, n_blocks(contents) - 1)[1] if n_blocks(contents) else 0
     arrays: list[mx.array] = []
-    whole = {}
-    for i, (tree, own) in contents.whole.items():
-        whole[str(i)] = [tree, len(arrays), len(own)]
-        arrays.extend(own)
-    parts = [join({"n": contents.n, "n_packed": contents.n_packed, "whole": whole}, arrays)]
+    meta: dict[str, Any] = {"n": contents.n, "n_packed": contents.n_packed}
+    for name in ("whole", "observed"):
+        meta[name] = {}
+        for i, (tree, own) in getattr(contents, name).items():
+            meta[name][str(i)] = [tree, len(arrays), len(own)]
+            arrays.extend(own)
+    parts = [join(meta, arrays)]
     for i, slot in _slots(contents.spec):
         for name in slot["arrays"]:
             at, count = _rows(name, slot, first, contents.n, contents.n_packed[i])
@@ -314,6 +322,8 @@ def assemble(root: np.ndarray, blocks: Sequence[np.ndarray], end: np.ndarray | N
             else:
                 at, count = slot["at"]
                 caches.append(_turbo(kind, slot, arrays, fixed[at : at + count], n, n_packed))
+    for number, (tree, at, count) in meta.get("observed", {}).items():
+        caches[int(number)].observed = from_tree(tree, own[at : at + count])
     if any(reader.at != len(reader.data) for _, _, reader in pieces):
         raise ValueError("a piece has more bytes than expected")
     return _build(spec["tree"], caches)

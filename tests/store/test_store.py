@@ -75,6 +75,9 @@ def test_what_is_fetched_is_what_was_put_or_what_trim_makes_of_it(
                 assert n_got == n_put and bits(got) == want
             assert store.report()["damaged"] == store.report()["errors"] == []
     with PromptStore(folder, max_memory_bytes=memory) as store:
+        later = tokens_of(300, 7)
+        going_on = feed(store.fetch(model, [*tokens, 63])[0], later, turns[0], dtype, bias)
+        assert bits(going_on) == bits(feed(copy.deepcopy(cache), later, turns[0], dtype, bias))
         until = int(cut_at * (n - 1)) + 1
         got, n_got = store.fetch(model, [*tokens[:until], 64])
         ends = dict(whole)

@@ -84,7 +84,7 @@ def bits(prompt_cache):
             state = cache.keys[:, :, : cache.offset], cache.values[:, :, : cache.offset], cache.offset
         flat = [
             (name, (str(x.dtype), to_raw(x).tolist()) if isinstance(x, mx.array) else x)
-            for name, x in tree_flatten(list(state) if isinstance(state, tuple) else state)
+            for name, x in tree_flatten([list(state), getattr(cache, "observed", None) or ""])
         ]
         out.append((type(cache).__name__, flat))
     return pickle.dumps([[type(c).__name__ for c in prompt_cache], out])
