@@ -159,8 +159,11 @@ class PromptStore:
 
     def _on_disk(self, chain: list[Record]) -> set[str]:
         """The ids of records that are on disk, or wait to be written."""
-        ids = [record.id for record in chain]
-        return {r.id for r in self._from_index(self._index.of_ids, ids)} | {i for i in ids if i in self._pending}
+        wanted = {record.id: record for record in chain}
+        for record in self._from_index(self._index.of_ids, wanted):
+            if _of_tokens(record) != _of_tokens(wanted[record.id]):
+                self._forget(record, "its record is damaged")  # and what goes on from it
+        return {r.id for r in self._from_index(self._index.of_ids, wanted)} | {i for i in wanted if i in self._pending}
 
     def _records(
         self, model: Any, tokens: np.ndarray, contents: cut.Contents, layout: str, payloads: dict[str, bytes]
@@ -515,18 +518,21 @@ class PromptStore:
                 raise ValueError(f"{id}: {e}") from e
 
     def verify(self) -> list[str]:
-        """Read everything on disk, and forget what is damaged. Returns what was, one message each."""
+        """Read everything on disk, and forget what is damaged and what goes on from something that is gone. Returns
+        what was, one message each."""
         with self._lock:
             self._check_open()
             wrong = self._index.reconcile()
             self._damaged.extend(wrong)
-            for record in self._index.all():
+            for record in sorted(self._index.all(), key=_depth):
                 why = None if self._id_of(record) == record.id else f"{record.file}: its record is damaged"
                 try:
                     files.piece_of(files.map_file(self.folder / record.file), record)
                 except (OSError, ValueError) as e:
                     why = str(e)
-                if why is not None:
+                if record.kind != "root" and not self._index.of_ids([record.parent]):
+                    why = f"{record.file}: what a {record.kind} goes on from is gone"
+                if why is not None and self._index.of_ids([record.id]):  # not gone with one before it
                     self._forget(record, why)
                     wrong.append(why)
             return wrong
@@ -566,6 +572,11 @@ class _Lost(Exception):
     def __init__(self, record: Record, why: str) -> None:
         super().__init__(why)
         self.record = record
+
+
+def _of_tokens(record: Record) -> Record:
+    """A record without the place of its bytes."""
+    return record._replace(file="", offset=0, length=0, crc=0)
 
 
 def _depth(record: Record) -> tuple[int, int]:

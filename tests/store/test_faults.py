@@ -1,11 +1,13 @@
 """PromptStore when something goes wrong: it may forget, but what it gives is right."""
 
 import errno
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -130,6 +132,78 @@ def flip(whole, tmp_path_factory, at, bit, of_file):
     assert check(folder, whole[1]) == n
 
 
+@few_or_many
+def test_an_index_that_says_something_else_gives_no_wrong_cache(backend, whole, tmp_path_factory, n):
+    """Rows that have a field of another one, as a damaged page might have them."""
+    fields = st.sampled_from([["parent"], ["hash"], ["digest"], ["n"], ["kind"], ["file"], ["offset", "length", "crc"]])
+    drawn = given(fields, st.integers(0, 4), st.integers(0, 4))
+    settings(quick, max_examples=n)(drawn(lambda f, a, b: exchange(whole, tmp_path_factory, f, a, b)))()
+
+
+def exchange(whole, tmp_path_factory, fields, a, b):
+    folder = tmp_path_factory.mktemp("index") / "store"
+    shutil.copytree(whole[0], folder)
+    db = sqlite3.connect(folder / "index.db")
+    rows = db.execute(f"SELECT id, {', '.join(fields)} FROM records ORDER BY n").fetchall()
+    for (id, *_), (_, *others) in (rows[a], rows[b]), (rows[b], rows[a]):
+        db.execute(f"UPDATE records SET {', '.join(f'{f} = ?' for f in fields)} WHERE id = ?", [*others, id])
+    db.commit()
+    db.close()
+    check(folder, whole[1])
+
+
+def test_a_store_is_right_at_every_moment_of_writing(backend, whole, tmp_path, monkeypatch):
+    """Copies of the folder in the middle of each write are what a kill at that moment would leave."""
+    folder, write, n = tmp_path / "store", files.write_all, itertools.count()
+    moments = []
+
+    def copied_in_the_middle(fd, data):
+        view = memoryview(data).cast("B")
+        write(fd, view[: len(view) // 2])
+        moments.append(tmp_path / f"moment{next(n)}")
+        shutil.copytree(folder, moments[-1])
+        for path in moments[-1].glob(".*"):  # of a process that has ended
+            path.rename(path.with_suffix(".999999999"))
+        write(fd, view[len(view) // 2 :])
+
+    with PromptStore(folder) as store:
+        monkeypatch.setattr(files, "write_all", copied_in_the_middle)
+        store.put(tiny_model(), tokens_of(N), cache_of(tokens_of(N)))
+        store.flush()
+        monkeypatch.undo()
+    assert len(moments) > 10
+    found = [check(moment, whole[1]) for moment in moments]
+    assert found[0] == 0 and found[-1] == 388 and found == sorted(found)
+    assert not [p for moment in moments for p in moment.glob(".*")]
+
+
+def test_what_goes_on_from_something_unwritten_is_not_written_either(backend, tmp_path, monkeypatch):
+    folder, model, tokens, write = tmp_path / "store", tiny_model(), tokens_of(900), files.write_file
+    both_are_put, failures = threading.Event(), iter([True])
+
+    def fails_once(*args):
+        both_are_put.wait(60)
+        if next(failures, False):
+            raise OSError(errno.EIO, "Input/output error")
+        write(*args)
+
+    with PromptStore(folder) as store:
+        monkeypatch.setattr(files, "write_file", fails_once)
+        cache = cache_of(tokens[:N])
+        store.put(model, tokens[:N], cache)
+        store.put(model, tokens, feed(cache, tokens[N:], []))
+        both_are_put.set()
+        store.flush()
+        assert [("Input/output" in e, "go on from" in e) for e in store.report()["errors"]] == [
+            (True, False),
+            (False, True),
+        ]
+        assert store.report()["nbytes"] == 0 and store.verify() == []
+        store.put(model, tokens, cache)
+    with PromptStore(folder) as store:
+        assert store.fetch(model, [*tokens, 1])[1] == 900 and store.verify() == []
+
+
 @pytest.mark.parametrize("lost", [["index.db"], ["index.db", "index.db-wal", "index.db-shm"]])
 def test_the_index_is_made_anew_from_the_files(backend, whole, tmp_path, lost):
     folder = tmp_path / "store"
@@ -227,7 +301,7 @@ def test_disk_and_memory_stay_below_their_limits(backend, tmp_path):
             report = store.report()
             on_disk = sum(p.stat().st_size for p in folder.glob("*" + files.SUFFIX))
             assert report["nbytes"] == on_disk <= most and report["memory_nbytes"] <= memory
-        assert report["errors"] == report["damaged"] == []
+        assert report["errors"] == report["damaged"] == store.verify() == []
         # the first one's file also has the block up to token 388, which all others go on from
         found = [store.fetch(model, [*common, *tokens_of(300, seed), 1])[1] for seed in range(1, 9)]
         assert found[-2:] == [700, 700] and found[0] == 516 and found[1:] == sorted(found[1:])
