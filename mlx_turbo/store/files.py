@@ -6,6 +6,7 @@ A piece has a CRC-32 of its id and its bytes: bytes of another piece do not pass
 """
 
 import json
+import mmap
 import os
 import uuid
 import zlib
@@ -125,9 +126,12 @@ def read_records(path: Path) -> list[Record]:
 
 def map_file(path: Path) -> np.ndarray:
     """The bytes of a file, read as they are needed. Raises OSError."""
-    if not path.stat().st_size:
-        return np.zeros(0, np.uint8)
-    return np.memmap(path, np.uint8, "r")
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return np.zeros(0, np.uint8)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(mmap.MADV_WILLNEED)
+    return np.frombuffer(mapped, np.uint8)
 
 
 def piece_of(data: np.ndarray, record: Record) -> np.ndarray:

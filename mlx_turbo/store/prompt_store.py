@@ -373,16 +373,18 @@ class PromptStore:
         return out
 
     def _walk(self, record: Record, nodes: dict[str, Record]) -> list[Record] | None:
+        """The records from the root on to this one; None if one is missing, or if they go in a circle, as damaged ones
+        may."""
         chain = [record]
         while chain[-1].kind != "root":
-            if chain[-1].parent not in nodes:
+            if chain[-1].parent not in nodes or len(chain) > len(nodes):
                 return None
             chain.append(nodes[chain[-1].parent])
         return chain[::-1]
 
     def _spec(self, root: Record) -> dict[str, Any]:
         try:
-            return cut.split(self._payload(root))[0]
+            return cut.split(self._payload(root, {}))[0]
         except ValueError as e:
             raise _Lost(root, str(e)) from e
 
@@ -395,7 +397,8 @@ class PromptStore:
 
     def _load(self, chain: Sequence[Record]) -> list[Any]:
         """The prompt cache that records make, root first."""
-        data = {record.id: self._payload(record) for record in chain}
+        maps: dict[str, np.ndarray] = {}
+        data = {record.id: self._payload(record, maps) for record in chain}
         blocks = [data[record.id] for record in chain if record.kind == "block"]
         end = data[chain[-1].id] if chain[-1].kind == "end" else None
         try:
@@ -408,13 +411,16 @@ class PromptStore:
             self._touch([record.id for record in chain])
         return caches
 
-    def _payload(self, record: Record) -> np.ndarray:
+    def _payload(self, record: Record, maps: dict[str, np.ndarray]) -> np.ndarray:
+        """The bytes of a piece. maps: the files that are open already, by name."""
         if record.id in self._memory:
             return self._memory[record.id][1]
         if not record.file:
             raise _Lost(record, "it was only in memory, and is not any more")
         try:
-            return files.piece_of(files.map_file(self.folder / record.file), record)
+            if record.file not in maps:
+                maps[record.file] = files.map_file(self.folder / record.file)
+            return files.piece_of(maps[record.file], record)
         except (OSError, ValueError) as e:
             raise _Lost(record, str(e)) from e
 
