@@ -93,7 +93,9 @@ class Index:
         there = {p.name: p for p in self.folder.glob(f"*{SUFFIX}")}
         wrong = []
         with self._lock:
-            known = {name for (name,) in self._db.execute("SELECT name FROM files")}
+            # of a process that ended between a file and its records there is a row in `files` only
+            known = {name for (name,) in self._db.execute("SELECT DISTINCT file FROM records")}
+            reserved = {name for (name,) in self._db.execute("SELECT name FROM files")}
         for name in there.keys() - known:
             try:
                 size, used = there[name].stat().st_size, there[name].stat().st_mtime
@@ -105,7 +107,7 @@ class Index:
                 there[name].unlink(missing_ok=True)
                 continue
             self.add(name, size, records, used)
-        for name in known - there.keys():
+        for name in (known | reserved) - there.keys():
             self.forget_file(name)
         return wrong
 
