@@ -315,6 +315,16 @@ def test_disk_and_memory_stay_below_their_limits(backend, tmp_path):
         # the first one's file also has the block up to token 388, which all others go on from
         found = [store.fetch(model, [*common, *tokens_of(300, seed), 1])[1] for seed in range(1, 9)]
         assert found[-2:] == [700, 700] and found[0] == 516 and found[1:] == sorted(found[1:])
+    with PromptStore(tmp_path / "other", max_bytes=most) as store:  # blocks are older than what goes on from them
+        long = tokens_of(900)
+        cache = cache_of(long[:500])
+        store.put(model, long[:500], cache)
+        store.put(model, long, feed(cache, long[500:], []))
+        for seed in range(1, 7):
+            store.put(model, tokens_of(300, seed), cache_of(tokens_of(300, seed)))
+            store.flush()
+            assert store.verify() == []
+        assert len(store.entries()) < 8
     with PromptStore(tmp_path / "small", max_bytes=10_000) as store:
         store.put(model, common, cache_of(common))
         store.flush()
