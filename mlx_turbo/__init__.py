@@ -15,12 +15,14 @@ from .integration.prompt_cache import describe, disable, enable, make_prompt_cac
 from .integration.prompt_cache_file import load_prompt_cache, save_prompt_cache
 from .integration.warming import warm
 from .quant.scheme import Scheme, TurboConfig
+from .store.prompt_store import PromptStore
 from .version import __version__ as __version__
 
 __all__ = [
     "BackendError",
     "BatchRotatingTurboKVCache",
     "BatchTurboKVCache",
+    "PromptStore",
     "RotatingTurboKVCache",
     "Scheme",
     "TurboConfig",

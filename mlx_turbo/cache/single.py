@@ -225,6 +225,17 @@ class TurboKVCache:
             self._decide()
 
     @property
+    def observed(self) -> Optional[tuple[Any, float, Optional[mx.array]]]:
+        """What `observe` was shown and is still to be used, which `state` leaves out: ([(queries [B, n_heads, n, Dk],
+        positions), ...], softmax scale, sink logits); or None. Set it on a cache made from a state, and that decides as
+        the one it was taken from would."""
+        return self._observed
+
+    @observed.setter
+    def observed(self, observed: Optional[tuple[Any, float, Optional[mx.array]]]) -> None:
+        self._observed = observed
+
+    @property
     def wants_queries(self) -> bool:
         """Whether `observe` has use for queries: until the first keys are packed, and once after that, if their own
         queries came behind them."""

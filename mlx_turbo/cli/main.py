@@ -36,6 +36,7 @@ COMMANDS = {
         "mlx_turbo.bench.command",
         "speed, memory and errors of the kernels and of generation, next to MLX's own; results to share",
     ),
+    "store": ("mlx_turbo.cli.store", "prompts that were stored on disk: list, verify, export, delete"),
     "doctor": ("mlx_turbo.cli.doctor", "build the kernels and check them against the NumPy reference on this machine"),
 }
 

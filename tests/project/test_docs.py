@@ -73,6 +73,10 @@ SAYS = {  # what a program must have said besides running to its end
         "windows of 1,024 tokens",
         "The next day",
     ],
+    "docs/store.md": [
+        r"^0 of (\d+) tokens were stored; Stored\(n_tokens=\d+, n_blocks=(\d+), n_new=\2,",
+        r"\n([1-9]\d*) of \d+ tokens were stored; .*\n[1-9]\d* of \d+ tokens after a restart, [1-9]\d* bytes on disk",
+    ],
     "docs/vision.md": ["4 of 4 layers compressed; auto"],
 }
 

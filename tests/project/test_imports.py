@@ -14,6 +14,7 @@ RANKS = {
     "cache": 2,
     "integration": 3,
     "quality": 4,
+    "store": 4,
     "cli": 5,
     "bench": 5,
     "": 6,

@@ -164,3 +164,11 @@ def test_attention_errors_find_what_centering_and_balance_are_for(tmp_path):
     assert both["centred, s^1"] < 1.5 * plain["plain"] < both["centred"] / 5  # s is that of the centred keys
     exact = json.loads(run(*command, "--recent", str(n - 4)).stdout)["layers"]
     assert all(max(*x["kl"], x["both"]) < 1e-12 for layer in exact for x in layer["ways"].values())
+
+
+def test_store_cost_measures_bytes_and_speed():
+    found = json.loads(run("store_cost.py", "--prompt", "0", "--tokens", "2500", "--layers", "1").stdout)
+    bare = found["bare"]
+    assert 0.25 < bare["ratio"] < 0.32 and bare["bytes_per_token_and_layer"] > 1024 + 32
+    assert {"read_warm", "fetch_warm"} <= set(bare["GB_per_s"]) and min(bare["GB_per_s"].values()) > 0
+    assert found["first_token"] is None

@@ -1,0 +1,1 @@
+"""Prompt caches that outlive the process, in blocks that conversations share."""

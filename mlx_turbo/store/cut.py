@@ -1,0 +1,380 @@
+"""A prompt cache in pieces, and a prompt cache of pieces.
+
+    root     what was decided for the sequence: classes, configurations, auto's bits, balance, the mean of the values
+    blocks   128 tokens each, of the layers that can be cut: packed rows, or the rows of mlx-lm's KVCache. They begin
+             after the sink, where a segment of keys begins, so that a block holds the mean its keys are relative to
+    end      the rest of one cut: the tokens after the last block, and whole, what cannot be cut; the queries that a
+             cache which has not packed yet will decide by
+
+Layers that can be cut: TurboKVCache, windows that have not evicted anything, mlx-lm's KVCache. All others go into the
+end as they are: windows that have, states, and mlx-lm's other caches.
+"""
+
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..backends.select import EXACT_DTYPES
+from ..cache.centering import SEGMENT
+from ..cache.packing import bits_at, n_segments
+from ..cache.rotating import Window
+from ..cache.single import TurboKVCache
+from ..integration.libraries import is_cache
+from ..integration.prompt_cache import flatten_caches
+from ..quant.scheme import words_per_row
+from .raw import DTYPES, NAMES, from_raw, from_tree, join, row_hashes, split, to_raw, to_tree, unsigned
+
+BLOCK = SEGMENT  # tokens
+ALL = 1 << 60  # packed tokens of a layer, as far as a block is concerned
+_PARTS = "sink", "codes", "scale", "means", "recent"
+_COUNTS = "n_sink", "n_packed", "n_recent"
+MODULES = ("mlx_lm.models.cache", "mlx_vlm.models.cache")  # whose classes are found again, besides ours
+
+
+class Contents(NamedTuple):
+    """A prompt cache of n tokens, ready to be cut. spec: the root's JSON object. fixed: its arrays. held: for each
+    cache, the arrays [1, H, *, D] that blocks and ends are cut from, by name. n_packed: of each cache. whole: {index of
+    a cache: (the tree of its state, its arrays)}. observed: the same of the queries that a TurboKVCache waits to use.
+    why: {index: why it cannot be cut}."""
+
+    n: int
+    spec: dict[str, Any]
+    fixed: list[mx.array]
+    held: list[dict[str, mx.array]]
+    n_packed: list[int]
+    whole: dict[int, tuple[Any, list[mx.array]]]
+    observed: dict[int, tuple[Any, list[mx.array]]]
+    why: dict[int, str]
+
+
+# ---- reading a prompt cache --------------------------------------------------------------------------------------
+def layout_of(prompt_cache: Sequence[Any]) -> str:
+    """32 hex digits for the classes and configurations of a prompt cache, whatever it holds."""
+    found = []
+    for cache in flatten_caches(prompt_cache):
+        own = {name: getattr(cache, name, None) for name in ("max_size", "keep", "chunk_size", "group_size", "bits")}
+        found.append([_class_name(cache), repr(cache.config) if isinstance(cache, TurboKVCache) else None, own])
+    text = json.dumps([_tree_of(prompt_cache, iter(range(len(found)))), found])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def read(prompt_cache: Sequence[Any], n: int) -> Contents:
+    """What a prompt cache of n tokens holds.
+
+    Raises ValueError if it holds another number of tokens, is a batch, or of a class that cannot be found again.
+    """
+    caches = flatten_caches(prompt_cache)
+    if not caches:
+        raise ValueError("cache: got no layers")
+    spec: dict[str, Any] = {"tree": _tree_of(prompt_cache, iter(range(len(caches)))), "slots": []}
+    out = Contents(n, spec, [], [], [], {}, {}, {})
+    for i, cache in enumerate(caches):
+        _check(cache, i, n)
+        slot, held, n_packed = _read_one(cache, i, out)
+        spec["slots"].append({"class": _class_name(cache), **slot})
+        out.held.append(held)
+        out.n_packed.append(n_packed)
+        if isinstance(cache, TurboKVCache) and cache.observed is not None:
+            arrays: list[mx.array] = []
+            out.observed[i] = to_tree(cache.observed, arrays), arrays
+    spec["first"] = max((slot["sink"] for slot in spec["slots"] if slot["kind"] == "turbo"), default=0)
+    spec["cut"] = not out.why
+    return out
+
+
+def _tree_of(layers, numbers):
+    return [
+        {"class": _class_name(c), "caches": _tree_of(c.caches, numbers)} if hasattr(c, "caches") else next(numbers)
+        for c in layers
+    ]
+
+
+def _class_name(cache):
+    return f"{type(cache).__module__}:{type(cache).__qualname__}"
+
+
+def _check(cache, i, n):
+    kind = type(cache)
+    if kind.__module__ not in MODULES and not kind.__module__.startswith("mlx_turbo."):
+        raise ValueError(f"cache: layer {i} is a {kind.__module__}.{kind.__qualname__}, which cannot be found again")
+    offset = getattr(cache, "offset", None)
+    if "Batch" in kind.__name__ or isinstance(offset, mx.array):
+        raise ValueError(f"cache: layer {i} is a {kind.__name__}, a batch; put its rows one by one (`extract`)")
+    if offset and offset != n:
+        raise ValueError(f"tokens: got {n}, but layer {i} of the cache holds {offset}")
+
+
+def _read_one(cache, i, out):
+    """(what the root says of a cache, its arrays, number of packed tokens)"""
+    arrays: list[mx.array] = []
+    if isinstance(cache, TurboKVCache):
+        if not cache.empty() and not (isinstance(cache, Window) and not cache.is_trimmable()):
+            return _read_turbo(cache, i, out)
+    elif is_cache(cache, "KVCache") and cache.keys is not None:
+        keys, values = cache.keys[..., : cache.offset, :], cache.values[..., : cache.offset, :]
+        held = {"keys": keys, "values": values}
+        _check_row(held, i)
+        described = {name: [a.shape[1], a.shape[3], NAMES[a.dtype]] for name, a in held.items()}
+        return {"kind": "plain", "arrays": described}, held, 0
+    tree = to_tree([cache.state, getattr(cache, "meta_state", "")], arrays)
+    if getattr(cache, "offset", None) == 0:  # a layer that is not used
+        slot = {"kind": "empty", "state": tree, "at": [len(out.fixed), len(arrays)]}
+        out.fixed.extend(arrays)
+        return slot, {}, 0
+    out.whole[i] = tree, arrays
+    out.why[i] = "a window that has evicted tokens" if isinstance(cache, Window) else f"a {type(cache).__name__}"
+    return {"kind": "whole"}, {}, 0
+
+
+def _check_row(held, i):
+    rows = {a.shape[0] for a in held.values()}
+    if rows != {1}:
+        raise ValueError(f"cache: layer {i} holds {max(rows)} sequences; put the caches of one")
+
+
+def _read_turbo(cache, i, out):
+    state = cache.state
+    header = dict(zip(cache.header_names, state[0].tolist()))
+    arrays, held = iter(state[1:]), {}
+    n_sink, n_packed, n_recent = (header[name] for name in _COUNTS)
+    for side in ("key", "value"):
+        counts = n_sink, n_packed, n_packed * bool(_bits(header, side)), header[f"{side}_means"], n_recent
+        held.update((f"{side}.{part}", next(arrays)) for part, n in zip(_PARTS, counts) if n)
+    _check_row(held, i)
+    fixed = [held.pop("value.means")] if "value.means" in held else []
+    fixed += [next(arrays)] if header["key_balance"] else []
+    header |= dict.fromkeys(_COUNTS, 0) | {f"{s}_means": int(header[f"{s}_means"] > 0) for s in ("key", "value")}
+    n_heads = next(iter(held.values())).shape[1]
+    slot = {
+        "kind": "turbo",
+        "header": header,
+        "names": list(cache.header_names),
+        "sink": cache.config.sink,
+        "arrays": _arrays_of(header, n_heads),
+        "at": [len(out.fixed), len(fixed)],
+    }
+    out.fixed.extend(fixed)
+    return slot, held, n_packed
+
+
+def _bits(header, side):
+    bits = header["value_bits"] if side == "value" else max(header["chosen_key_bits"], 0)
+    return bits_at(bits, header[f"{side}_dim"])
+
+
+def _arrays_of(header, n_heads):
+    """{name: [H, D, dtype]} of what blocks and ends hold of a TurboKVCache, in order."""
+    out = {}
+    for side in ("key", "value"):
+        dim, bits = header[f"{side}_dim"], _bits(header, side)
+        exact = [n_heads, dim, NAMES[EXACT_DTYPES[header[f"{side}_dtype"]]]]
+        out[f"{side}.sink"] = exact
+        out[f"{side}.codes"] = [n_heads, words_per_row(bits, dim), "uint32"] if bits else exact
+        if bits:
+            out[f"{side}.scale"] = [n_heads, 1, "float16"]
+        if side == "key" and header["key_means"]:
+            out["key.means"] = [n_heads, dim, "float16"]
+        out[f"{side}.recent"] = exact
+    return out
+
+
+# ---- blocks and ends -------------------------------------------------------------------------------------------------
+def _rows(name, slot, first, last, n_packed):
+    """(first row, number of rows) of array `name` that belong to tokens first .. last - 1, of which those of the layer
+    with n_packed packed ones."""
+    part, sink = name.partition(".")[2], slot.get("sink", 0)
+    if part == "means":  # a segment's mean goes with its first token
+        edges = [-(-max(min(n, sink + n_packed) - sink, 0) // SEGMENT) for n in (first, last)]
+    else:
+        start, end = {"sink": (0, sink), "": (0, ALL), "recent": (sink + n_packed, ALL)}.get(
+            part, (sink, sink + n_packed)
+        )
+        edges = [min(max(n, start), end) - start for n in (first, last)]
+    return edges[0], max(edges[1] - edges[0], 0)
+
+
+def n_blocks(contents: Contents) -> int:
+    """How many blocks a prompt cache can be cut into."""
+    cut = [(s, p) for s, p in zip(contents.spec["slots"], contents.n_packed) if s["kind"] in ("turbo", "plain")]
+    ends = [slot["sink"] + n_packed if slot["kind"] == "turbo" else contents.n for slot, n_packed in cut]
+    return max(min(ends, default=0) - contents.spec["first"], 0) // BLOCK
+
+
+def edges_of(spec: dict[str, Any], block: int) -> tuple[int, int]:
+    """The first token of a block, and the one after its last."""
+    first = spec["first"]
+    return (first + block * BLOCK if block else 0), first + (block + 1) * BLOCK
+
+
+def _slots(spec):
+    return [(i, slot) for i, slot in enumerate(spec["slots"]) if slot["kind"] in ("turbo", "plain")]
+
+
+def block_digests(contents: Contents) -> list[str]:
+    """Of each block a digest of all of its bits. The rows stay where they are."""
+    n = n_blocks(contents)
+    digests = [hashlib.blake2b(digest_size=16) for _ in range(n)]
+    end = edges_of(contents.spec, n - 1)[1] if n else 0
+    for i, slot in _slots(contents.spec) if n else ():
+        for name in slot["arrays"]:
+            _, count = _rows(name, slot, 0, end, ALL)
+            if not count:
+                continue
+            hashes = row_hashes(contents.held[i][name][:, :, :count])
+            for k, digest in enumerate(digests):
+                at, count = _rows(name, slot, *edges_of(contents.spec, k), ALL)
+                digest.update(hashes[at : at + count].tobytes())
+    return [digest.hexdigest() for digest in digests]
+
+
+def block_payloads(contents: Contents, blocks: Sequence[int]) -> list[bytes]:
+    """The bytes of some blocks, in ascending order."""
+    parts: list[list[bytes]] = [[] for _ in blocks]
+    for i, slot in _slots(contents.spec) if blocks else ():
+        for name in slot["arrays"]:
+            edges = [_rows(name, slot, *edges_of(contents.spec, k), ALL) for k in blocks]
+            start, end = edges[0][0], sum(edges[-1])
+            if end > start:
+                raw = to_raw(contents.held[i][name][0, :, start:end])
+                for part, (at, count) in zip(parts, edges):
+                    part.append(raw[:, at - start : at - start + count].tobytes())
+    return [b"".join(part) for part in parts]
+
+
+def end_payload(contents: Contents) -> bytes:
+    """The bytes of what comes after the last block."""
+    first = edges_of(contents.spec, n_blocks(contents) - 1)[1] if n_blocks(contents) else 0
+    arrays: list[mx.array] = []
+    meta: dict[str, Any] = {"n": contents.n, "n_packed": contents.n_packed}
+    for name in ("whole", "observed"):
+        meta[name] = {}
+        for i, (tree, own) in getattr(contents, name).items():
+            meta[name][str(i)] = [tree, len(arrays), len(own)]
+            arrays.extend(own)
+    parts = [join(meta, arrays)]
+    for i, slot in _slots(contents.spec):
+        for name in slot["arrays"]:
+            at, count = _rows(name, slot, first, contents.n, contents.n_packed[i])
+            if count:
+                parts.append(to_raw(contents.held[i][name][0, :, at : at + count]).tobytes())
+    return b"".join(parts)
+
+
+def root_payload(contents: Contents) -> bytes:
+    """The bytes of what was decided."""
+    return join(contents.spec, contents.fixed)
+
+
+# ---- a prompt cache of pieces ----------------------------------------------------------------------------------------
+class Reader:
+    """Takes the rows of one piece, in the order in which they were written."""
+
+    def __init__(self, data: np.ndarray, at: int = 0) -> None:
+        self.data, self.at = data, at
+
+    def take(self, n_heads: int, count: int, width: int, dtype: mx.Dtype) -> np.ndarray:
+        """[n_heads, count, width] unsigned numbers. Raises ValueError if there are not as many."""
+        n = n_heads * count * width * dtype.size
+        if self.at + n > len(self.data):
+            raise ValueError(f"a piece of {len(self.data)} bytes, expected more")
+        piece = self.data[self.at : self.at + n].view(unsigned(dtype)).reshape(n_heads, count, width)
+        self.at += n
+        return piece
+
+
+def assemble(root: np.ndarray, blocks: Sequence[np.ndarray], end: np.ndarray | None) -> list[Any]:
+    """A prompt cache of uint8 pieces: a root, the blocks from the first one on, and an end after the last of them, or
+    None: then the cache has no recent tokens.
+
+    Raises ValueError if they do not fit together, and LookupError for a class that is not found.
+    """
+    spec, fixed, _ = split(root)
+    pieces = [(*edges_of(spec, k), Reader(data)) for k, data in enumerate(blocks)]
+    n = pieces[-1][1] if pieces else 0
+    meta, own, at = ({}, [], 0) if end is None else split(end)
+    if end is None and not (spec["cut"] and blocks):
+        raise ValueError("an end is missing")
+    if end is not None:
+        pieces.append((n, meta["n"], Reader(end, at)))
+    n, in_blocks = meta.get("n", n), n
+    caches = []
+    for i, slot in enumerate(spec["slots"]):
+        kind = _class_of(slot["class"])
+        if slot["kind"] == "empty":
+            at, count = slot["at"]
+            caches.append(_of_state(kind, *from_tree(slot["state"], fixed[at : at + count])))
+        elif slot["kind"] == "whole":
+            tree, at, count = meta["whole"][str(i)]
+            caches.append(_of_state(kind, *from_tree(tree, own[at : at + count])))
+        else:
+            n_packed = in_blocks - slot.get("sink", 0) if end is None else meta["n_packed"][i]
+            arrays = _gather(slot, pieces, end is not None, n_packed)
+            if slot["kind"] == "plain":
+                cache = kind()
+                cache.update_and_fetch(arrays["keys"], arrays["values"])
+                caches.append(cache)
+            else:
+                at, count = slot["at"]
+                caches.append(_turbo(kind, slot, arrays, fixed[at : at + count], n, n_packed))
+    for number, (tree, at, count) in meta.get("observed", {}).items():
+        caches[int(number)].observed = from_tree(tree, own[at : at + count])
+    if any(reader.at != len(reader.data) for _, _, reader in pieces):
+        raise ValueError("a piece has more bytes than expected")
+    return _build(spec["tree"], caches)
+
+
+def _gather(slot, pieces, has_end, n_packed):
+    """{name: array [1, H, n, D]} of a layer, those of no rows left out (of a KVCache: not)."""
+    out = {}
+    for name, (n_heads, width, dtype_name) in slot["arrays"].items():
+        dtype, spans = DTYPES[dtype_name], []
+        for k, (first, last, reader) in enumerate(pieces):
+            is_end = has_end and k == len(pieces) - 1
+            spans.append((_rows(name, slot, first, last, n_packed if is_end else ALL)[1], reader))
+        total = sum(count for count, _ in spans)
+        if not total and slot["kind"] != "plain":
+            continue
+        rows, at = np.empty((1, n_heads, total, width), unsigned(dtype)), 0
+        for count, reader in spans:
+            if count:
+                rows[0, :, at : at + count] = reader.take(n_heads, count, width, dtype)
+                at += count
+        out[name] = from_raw(rows, dtype)
+    return out
+
+
+def _turbo(kind, slot, arrays, fixed, n, n_packed):
+    n_sink, header, fixed = min(slot["sink"], n), dict(slot["header"]), iter(fixed)
+    header.update(n_sink=n_sink, n_packed=n_packed, n_recent=n - n_sink - n_packed)
+    header["key_means"] *= n_segments(n_packed, SEGMENT)
+    if header["value_means"]:
+        arrays["value.means"] = next(fixed)
+    names = [f"{side}.{part}" for side in ("key", "value") for part in _PARTS]
+    numbers = mx.array([int(header[name]) for name in slot["names"]], mx.int32)
+    return _of_state(kind, [numbers, *(arrays[name] for name in names if name in arrays), *fixed], "")
+
+
+def _of_state(kind, state, meta_state):
+    if "meta_state" in inspect.signature(kind.from_state).parameters:  # mlx-lm 0.31, and ours
+        return kind.from_state(state, meta_state)
+    return kind.from_state(state)
+
+
+def _class_of(name):
+    module, _, name = name.partition(":")
+    if module not in MODULES and not module.startswith("mlx_turbo."):
+        raise ValueError(f"a class of {module}")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as e:
+        raise LookupError(f"{module}.{name} is not there: {e}") from e
+
+
+def _build(tree, caches):
+    return [caches[t] if isinstance(t, int) else _class_of(t["class"])(*_build(t["caches"], caches)) for t in tree]

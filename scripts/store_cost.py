@@ -1,0 +1,167 @@
+"""What storing prompts costs and saves: bytes on disk, time to first token, and how fast a prefix is read.
+
+    python scripts/store_cost.py            # in the environment of scripts/test.sh
+
+- The embedded model reads a prompt of 4,000 tokens, with a cache of `--kv`, and the cache is put. Then the time to the
+  next token from a store that was opened anew, its files dropped from the system's memory first where it allows that.
+- Bare caches with the layout of an 8B-class model (8 kv heads of head_dim 128, float16; --layers of its 32) hold 30,000
+  random tokens: bytes per token in the store, beside mlx-lm's save_prompt_cache of a KVCache with the same tokens; GB/s
+  of a fetch, beside reading the same files with read().
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx_lm.models import cache as lm_cache
+
+from mlx_turbo import PromptStore, TurboKVCache, get_backend, make_prompt_cache
+from mlx_turbo.cli.common import DEMO_MODEL, load_model
+from mlx_turbo.store.files import SUFFIX
+
+HEADS, HEAD_DIM = 8, 128
+
+
+def drop(folder: Path) -> bool:
+    """Have the system forget the files of a folder that it holds in memory; whether it can."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for path in folder.glob("*" + SUFFIX):
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+    return True
+
+
+def timed(call):
+    """(result, seconds)"""
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
+
+
+def next_token(model, tokens, cache, step=512):
+    for i in range(0, len(tokens), step):
+        logits = model(mx.array([tokens[i : i + step]]), cache=cache)
+        mx.eval(logits, [c.state for c in cache])
+    return logits[0, -1].argmax().item()
+
+
+def first_token(n: int, scheme: str, folder: Path) -> dict:
+    model, tokenizer = load_model(mlx_lm.load, DEMO_MODEL, "--model")
+    model.set_dtype(mx.float32 if mx.default_device().type == mx.DeviceType.cpu else mx.float16)
+    tokens = tokenizer.encode((DEMO_MODEL / "stories.txt").read_text())[: n + 1]
+    next_token(model, tokens[:600], make_prompt_cache(model, scheme))  # kernels are built
+    cache = make_prompt_cache(model, scheme)
+    _, computed = timed(lambda: next_token(model, tokens[:n], cache))
+    with PromptStore(folder) as store:
+        _, put = timed(lambda: store.put(model, tokens[:n], cache))
+        _, again = timed(lambda: store.put(model, tokens[:n], cache))
+        store.flush()
+    want = next_token(model, tokens[n:], cache)
+    is_cold = drop(folder)
+
+    def stored():
+        with PromptStore(folder) as store:
+            cache, n_found = store.fetch(model, tokens)
+        assert n_found == n
+        return next_token(model, tokens[n:], cache)
+
+    got, seconds = timed(stored)
+    return {
+        "tokens": n,
+        "computed_s": computed,
+        "stored_s": seconds,
+        "dropped_from_memory": is_cold,
+        "same_token": got == want,
+        "put_s": put,
+        "put_again_s": again,
+    }
+
+
+def bare(n: int, n_layers: int, scheme: str, folder: Path) -> dict:
+    mx.random.seed(0)
+    model, tokens = nn.Linear(4, 4), [i % 1000 for i in range(n)]
+    ours, theirs = [], []
+    for _ in range(n_layers):
+        keys, values = (mx.random.normal((1, HEADS, n, HEAD_DIM)).astype(mx.float16) for _ in range(2))
+        for caches, cache in (ours, TurboKVCache(scheme)), (theirs, lm_cache.KVCache()):
+            for i in range(0, n, 2048):
+                cache.update_and_fetch(keys[:, :, i : i + 2048], values[:, :, i : i + 2048])
+            mx.eval(cache.state)
+            caches.append(cache)
+    with PromptStore(folder, max_memory_bytes=0) as store:
+        _, put = timed(lambda: store.put(model, tokens, ours))
+        _, written = timed(store.flush)
+        held = store.report()["nbytes"]
+    lm_cache.save_prompt_cache(str(folder / "theirs.safetensors"), theirs)
+    saved = (folder / "theirs.safetensors").stat().st_size
+    (folder / "theirs.safetensors").unlink()
+    speed: dict[str, float] = {}
+
+    def note(what, n_bytes, seconds):  # the best of several
+        speed[what] = max(speed.get(what, 0), n_bytes / seconds / 1e9)
+
+    with PromptStore(folder, max_memory_bytes=0) as store:
+        store.fetch(model, [*tokens[:200], 1])  # what is imported late
+    for what in ("cold", "warm", "warm", "warm"):
+        if what == "cold" and not drop(folder):
+            continue
+        start = time.perf_counter()
+        n_bytes = 0
+        for path in folder.glob("*" + SUFFIX):
+            with open(path, "rb", buffering=0) as file:
+                while piece := file.read(1 << 24):
+                    n_bytes += len(piece)
+        note(f"read_{what}", n_bytes, time.perf_counter() - start)
+        if what == "cold":
+            drop(folder)
+        with PromptStore(folder, max_memory_bytes=0) as store:
+            (cache, _), seconds = timed(lambda: store.fetch(model, [*tokens, 1]))
+            mx.eval([c.state for c in cache])
+        note(f"fetch_{what}", n_bytes, seconds)
+    return {
+        "tokens": n,
+        "layers": n_layers,
+        "bytes_per_token_and_layer": held / n / n_layers,
+        "mlx_lm_bytes_per_token_and_layer": saved / n / n_layers,
+        "ratio": held / saved,
+        "put_s": put,
+        "written_s": written,
+        "GB_per_s": speed,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kv", default="turbo4", help="the scheme (default: turbo4)")
+    parser.add_argument(
+        "--prompt", type=int, default=4000, help="tokens of the embedded model's prompt (default: 4000; 0: none)"
+    )
+    parser.add_argument("--tokens", type=int, default=30_000, help="tokens of the bare caches (default: 30000)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the bare caches (default: 4)")
+    parser.add_argument(
+        "--folder", help="where the store is made, and removed (default: the system's temporary folder)"
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        found = {
+            "backend": get_backend().describe(),
+            "kv": args.kv,
+            "first_token": first_token(args.prompt, args.kv, Path(folder) / "a") if args.prompt else None,
+            "bare": bare(args.tokens, args.layers, args.kv, Path(folder) / "b"),
+        }
+    json.dump(found, sys.stdout, indent=2)
+    print()
+
+
+if __name__ == "__main__":
+    main()

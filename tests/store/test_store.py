@@ -1,0 +1,249 @@
+"""PromptStore: what is fetched is what was put, bit for bit, or what `trim` makes of it; blocks are shared."""
+
+import copy
+import stat
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.caches import FAST_BACKENDS
+from support.stored import KINDS, WHOLE, bits, feed, made, tiny_model, tokens_of, trimmed
+from support.strategies import quick
+
+import mlx_turbo
+from mlx_turbo import PromptStore, TurboConfig
+from mlx_turbo.integration.prompt_cache import flatten_caches
+from mlx_turbo.quant.scheme import BITS, Scheme
+from mlx_turbo.store import cut
+
+pytestmark = [pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True), pytest.mark.usefixtures("door")]
+
+BLOCK = cut.BLOCK
+CONFIGS = st.one_of(
+    st.just(TurboConfig("auto")),
+    st.builds(
+        TurboConfig,
+        st.builds(Scheme, st.sampled_from(BITS), st.sampled_from(BITS)),
+        sink=st.sampled_from([0, 1, 4, 150]),
+        recent=st.sampled_from([0, 3, 64]),
+        block=st.sampled_from([1, 32, 64]),
+        centre=st.booleans(),
+    ),
+)
+LAYERS = st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=3)
+CHUNKS = st.lists(st.one_of(st.integers(1, 3), st.integers(100, 300)), max_size=4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@quick
+@given(
+    config=CONFIGS,
+    kinds=LAYERS,
+    turns=st.lists(CHUNKS, min_size=1, max_size=2),
+    dtype=st.sampled_from([mx.float16, mx.bfloat16, mx.float32]),
+    bias=st.sampled_from([0.0, 4.0]),
+    memory=st.sampled_from([0, 10_000_000]),
+    cut_at=st.floats(0, 1),
+)
+def test_what_is_fetched_is_what_was_put_or_what_trim_makes_of_it(
+    backend, tmp_path_factory, config, kinds, turns, dtype, bias, memory, cut_at
+):
+    model, folder, cache, n, whole = tiny_model(), tmp_path_factory.mktemp("s") / "s", made(kinds, config), 0, []
+    with PromptStore(folder, max_memory_bytes=memory) as store:
+        for turn in turns:
+            new = 40 + sum(turn)
+            tokens = tokens_of(n + new)
+            feed(cache, tokens[n:], turn, dtype, bias)
+            n += new
+            put = store.put(model, tokens, cache)
+            assert put.n_tokens == n and put.whole == {}
+            whole.append((n, bits(cache)))
+            store.flush()
+            for n_put, want in whole:
+                got, n_got = store.fetch(model, tokens[:n_put] + [63])
+                assert n_got == n_put and bits(got) == want
+            assert store.report()["damaged"] == store.report()["errors"] == []
+    with PromptStore(folder, max_memory_bytes=memory) as store:
+        later = tokens_of(300, 7)
+        going_on = feed(store.fetch(model, [*tokens, 63])[0], later, turns[0], dtype, bias)
+        assert bits(going_on) == bits(feed(copy.deepcopy(cache), later, turns[0], dtype, bias))
+        until = int(cut_at * (n - 1)) + 1
+        got, n_got = store.fetch(model, [*tokens[:until], 64])
+        ends = dict(whole)
+        first = max(c.config.sink if hasattr(c, "config") else 0 for c in flatten_caches(cache))
+        blocks = [first + BLOCK * (k + 1) for k in range(put.n_blocks)]
+        assert n_got == max([n for n in [*ends, *blocks] if n <= until], default=0)
+        if n_got:
+            assert bits(got) == (ends[n_got] if n_got in ends else bits(trimmed(cache, n_got)))
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_cannot_be_cut_is_stored_whole_and_found_for_its_tokens_only(backend, folder, model, kind):
+    cache, tokens = feed(made(["turbo", kind], "turbo4"), tokens_of(500), [200]), tokens_of(500)
+    if kind == "states":
+        assert cache[1].state[0][0] is not None
+    with PromptStore(folder) as store:
+        put = store.put(model, tokens, cache)
+        assert list(put.whole) == [1] and put.n_blocks == 3
+    with PromptStore(folder) as store:
+        for asked in tokens[:499], tokens, [*tokens[:400], 64, *tokens[401:]]:
+            assert store.fetch(model, asked) == (None, 0)
+        got, n = store.fetch(model, [*tokens, 1])
+        assert n == 500 and bits(got) == bits(cache)
+        feed(got, tokens_of(40, 1), []), feed(cache, tokens_of(40, 1), [])
+        assert bits(got) == bits(cache)  # it goes on as if nothing had been
+
+
+def test_exactly_the_stored_tokens_give_a_cache_of_one_less(backend, folder, model):
+    cache, tokens = feed(made(["turbo", "plain"], "turbo4"), tokens_of(300), []), tokens_of(300)
+    with PromptStore(folder) as store:
+        store.put(model, tokens, cache)
+        got, n = store.fetch(model, tokens)
+        assert n == 299 and bits(got) == bits(trimmed(cache, 299))
+
+
+def test_a_conversation_that_goes_on_adds_its_new_blocks_only(backend, folder, model):
+    tokens = tokens_of(2000)
+    with PromptStore(folder) as store:
+        first = store.put(model, tokens[:1000], feed(made(["turbo"], "turbo4"), tokens[:1000], []))
+        assert first.n_blocks == first.n_new == (1000 - 4 - 64) // BLOCK
+        for end, seed in (1500, 0), (1500, 1):
+            cache, n = store.fetch(model, [*tokens[:1000], *tokens_of(end - 1000, seed)])
+            assert n == 1000
+            branch = [*tokens[:1000], *tokens_of(end - 1000, seed)]
+            put = store.put(model, branch, feed(cache, branch[1000:], []))
+            assert put.n_blocks - put.n_new == first.n_blocks and 2 <= put.n_new <= 4
+        store.flush()
+        report = store.report()
+        assert report["blocks"] == first.n_blocks + 2 * put.n_new and report["ends"] == 3
+        assert sum(e["nbytes"] for e in store.entries()) > report["nbytes"] > report["memory_nbytes"]
+        again = store.put(model, branch, cache)
+        assert again.n_new == again.n_bytes == 0
+        store.flush()
+        assert store.report()["nbytes"] == report["nbytes"]
+
+
+def test_bits_that_differ_by_chunks_are_both_kept(backend, folder, model):
+    """The mean of a segment is that of the tokens packed together when it began: other chunks, other bits."""
+    tokens = tokens_of(700)
+    one, other = (feed(made(["turbo"], "turbo4"), tokens, chunks, bias=4.0) for chunks in ([300], [300, 70]))
+    assert bits(one) != bits(other)
+    with PromptStore(folder) as store:
+        store.put(model, tokens, one)
+        put = store.put(model, tokens, other)
+        assert 0 < put.n_new < put.n_blocks
+        store.flush()
+        got = {bits(store.load_entry(entry["id"])) for entry in store.entries()}
+        assert got == {bits(one), bits(other)}
+        for until in range(150, 701, 50):
+            cache, n = store.fetch(model, [*tokens[:until], 64])
+            assert bits(cache) in [bits(trimmed(copy.deepcopy(c), n)) for c in (one, other)]
+
+
+def test_only_the_model_and_the_configuration_it_was_made_with_find_it(backend, folder, model):
+    tokens = tokens_of(400)
+    with PromptStore(folder) as store:
+        store.put(model, tokens, feed(made(["turbo"], "turbo4"), tokens, []))
+        assert store.fetch(tiny_model(1), [*tokens, 1]) == (None, 0)
+        assert store.fetch(tiny_model(0), [*tokens, 1])[1] == 400  # loaded again
+        for config, n in ("turbo4", 400), ("turbo3", 0), (TurboConfig("turbo4", sink=0), 0), ("auto", 0):
+            assert store.fetch(model, [*tokens, 1], like=made(["turbo"], config))[1] == n
+        assert store.fetch(model, [*tokens, 1], like=made(["plain"], None))[1] == 0
+        model.weight = model.weight + 1  # an adapter, other weights
+        assert store.fetch(model, [*tokens, 1]) == (None, 0)
+
+
+def test_a_row_of_a_batch_is_stored_like_a_cache_of_its_own(backend, folder, model):
+    rows = [tokens_of(n, seed) for seed, n in enumerate((600, 450))]
+    alone = [feed(made(["turbo"], "turbo4"), tokens, [])[0] for tokens in rows]
+    batch = mlx_turbo.TurboKVCache.merge(copy.deepcopy(alone))
+    with PromptStore(folder) as store:
+        with pytest.raises(ValueError, match="layer 0 is a BatchTurboKVCache, a batch"):
+            store.put(model, rows[0], [batch])
+        for i, tokens in enumerate(rows):
+            assert store.put(model, tokens, [alone[i]]).n_new == (len(tokens) - 68) // BLOCK
+            assert store.put(model, tokens, [batch.extract(i)]).n_new == 0
+
+
+@pytest.mark.parametrize(
+    "tokens, cache, said",
+    [
+        ([1, 2], ["turbo"], r"tokens: got 2, but layer 0 of the cache holds 300"),
+        ([], ["turbo"], "tokens: got none"),
+        ([[1]], ["turbo"], r"tokens: got int64 of shape \(1, 1\)"),
+        ([1.5], ["turbo"], "tokens: got float64"),
+        ([1], [], "cache: got no layers"),
+    ],
+)
+def test_wrong_input_is_refused(backend, folder, model, tokens, cache, said):
+    with PromptStore(folder) as store, pytest.raises(ValueError, match=said):
+        store.put(model, tokens, feed(made(cache, "turbo4"), tokens_of(300), []))
+
+
+def test_classes_that_cannot_be_found_again_are_refused(backend, folder, model):
+    class Own(mlx_turbo.TurboKVCache):
+        pass
+
+    with PromptStore(folder) as store, pytest.raises(ValueError, match="Own, which cannot be found again"):
+        store.put(model, [1], [Own()])
+
+
+def test_a_closed_store_says_so(backend, folder, model):
+    store = PromptStore(folder)
+    store.close()
+    store.close()
+    for call in store.report, store.entries, lambda: store.fetch(model, [1]):
+        with pytest.raises(ValueError, match="the store is closed"):
+            call()
+
+
+def test_nothing_of_the_text_is_readable_and_only_the_owner_reads(backend, folder, model):
+    tokens = [60, 61, 62, 63] * 200
+    with PromptStore(folder) as store:
+        store.put(model, tokens, feed(made(["turbo"], "turbo4"), tokens, []))
+        store.flush()
+        found = list(folder.iterdir())
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and len(found) >= 5
+        for path in found:
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+            for dtype in np.int64, np.int32, np.int16, np.uint8:
+                assert np.array(tokens[:16], dtype).tobytes() not in path.read_bytes()
+            assert b"60, 61" not in path.read_bytes()
+    with PromptStore(folder.with_name("other")) as other:  # another key: the same text has other hashes there
+        other.put(model, tokens, feed(made(["turbo"], "turbo4"), tokens, []))
+        other.flush()
+        ids = [{e["id"] for e in s.entries()} for s in (other, PromptStore(folder))]
+        assert not ids[0] & ids[1]
+
+
+def test_delete_by_model_age_and_id(backend, folder, model):
+    tokens, other = tokens_of(1000), tiny_model(1)
+    with PromptStore(folder) as store:
+        store.put(model, tokens[:600], feed(made(["turbo"], "turbo4"), tokens[:600], []))
+        cache, _ = store.fetch(model, [*tokens[:600], 1])
+        store.put(model, tokens, feed(cache, tokens[600:], []))
+        store.put(other, tokens, cache)
+        store.flush()
+        entries = {(e["label"], e["model"], e["tokens"]): e["id"] for e in store.entries()}
+        assert len(entries) == 3 and store.delete(older_than=3600) == 0
+        (long,) = [i for (_, m, n), i in entries.items() if n == 1000 and m == store.entries()[-1]["model"]]
+        n_files = store.report()["n_files"]
+        assert store.delete(id=long) > 0 and store.report()["n_files"] < n_files
+        assert store.fetch(model, [*tokens, 1])[1] == 600
+        with pytest.raises(KeyError, match="none of the entries"):
+            store.delete(id=long)
+        assert store.delete(model=[e["model"] for e in store.entries() if e["tokens"] == 1000][0]) > 0
+        assert store.fetch(other, [*tokens, 1]) == (None, 0) and store.fetch(model, [*tokens, 1])[1] == 600
+        assert store.delete(older_than=0) > 0 and store.report()["nbytes"] == 0
+        assert store.fetch(model, [*tokens, 1]) == (None, 0)
