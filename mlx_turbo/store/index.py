@@ -56,7 +56,8 @@ class Index:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite gives its other files the same mode
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         try:
-            if self._db.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            # quick_check would not see that an index of a table disagrees with it
+            if self._db.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("damaged")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")  # what a power cut takes is found again in the files

@@ -265,7 +265,7 @@ def test_auto_never_costs_more_than_a_hundredth_of_a_nat(backend, demo, name):
         total += metrics.kl_divergence(log_p, log_q).sum().item() if at else 0
     assert total / 512 <= 0.01
     if name == "healthy":
-        assert {c.report()["scheme"] for c in ours} == {"turbo4"}
+        assert {c.report()["scheme"] for c in ours} <= {"turbo4", "turbo5v4"}
 
 
 @fast

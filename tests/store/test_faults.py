@@ -28,7 +28,7 @@ from mlx_turbo.store.prompt_store import MARK
 pytestmark = [pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True), pytest.mark.usefixtures("door")]
 
 N = 500
-few_or_many = pytest.mark.parametrize("n", [30, pytest.param(2000, marks=pytest.mark.slow)])
+few_or_many = pytest.mark.parametrize("n", [30, pytest.param(1000, marks=pytest.mark.slow)])
 
 
 def cache_of(tokens, kinds=("turbo", "plain")):
@@ -387,7 +387,7 @@ from support.stored import feed, made, tiny_model, tokens_of
 from mlx_turbo import PromptStore
 store, model = PromptStore({folder!r}, max_bytes=2_000_000), tiny_model()
 print("ready", flush=True)
-for seed in range({first}, 10_000):
+for seed in range({first}, {first} + 1000):
     tokens = [*tokens_of(300), *tokens_of(300, seed)]
     store.put(model, tokens, feed(made(("turbo", "plain"), "turbo4"), tokens, [300]))
     store.flush()
