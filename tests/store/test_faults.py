@@ -28,7 +28,7 @@ from mlx_turbo.store.prompt_store import MARK
 pytestmark = [pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True), pytest.mark.usefixtures("door")]
 
 N = 500
-few_or_many = pytest.mark.parametrize("n", [30, pytest.param(1000, marks=pytest.mark.slow)])
+few_or_many = pytest.mark.parametrize("n", [30, pytest.param(700, marks=pytest.mark.slow)])
 
 
 def cache_of(tokens, kinds=("turbo", "plain")):

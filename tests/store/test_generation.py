@@ -79,7 +79,7 @@ def soak(model, tokenizer, folder, n_requests, rng):
     return wrong, sent, found
 
 
-@pytest.mark.parametrize("n_requests", [4, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_requests", [4, pytest.param(40, marks=pytest.mark.slow)])
 def test_conversations_with_common_prefixes_and_restarts_get_no_wrong_token(demo, tmp_path, n_requests):
     wrong, sent, found = soak(*demo, tmp_path / "store", n_requests, random.Random(0))
     print(f"{n_requests} requests: {wrong} wrong tokens, {sent} tokens sent, {found} of them stored")
