@@ -110,11 +110,7 @@ def time_latents(n_tokens, effort, dtype):
             "column": columns[name],
             "heads": heads,
             "tokens": n_tokens,
-            "n": t.n,
-            "median_seconds": t.median,
-            "low_seconds": t.low,
-            "high_seconds": t.high,
-            "uncertainty": t.uncertainty,
+            **seconds_of(t),
             "times_uncompressed": t.median / found["uncompressed", heads].median,
         }
         for (name, heads), t in found.items()
@@ -130,6 +126,17 @@ def latent_run(cache, fetched, nope, rope):
         return base.scaled_dot_product_attention(nope, latents, latents, cache=cache, scale=scale, mask=mask)
 
     return lambda calls: [step() for _ in range(calls)]
+
+
+def seconds_of(t):
+    """What a row says of a timing.Timing."""
+    return {
+        "n": t.n,
+        "median_seconds": t.median,
+        "low_seconds": t.low,
+        "high_seconds": t.high,
+        "uncertainty": t.uncertainty,
+    }
 
 
 # ---- 3: Python overhead ----------------------------------------------------------------------------------------
@@ -178,11 +185,7 @@ def time_overhead(n_tokens, steps, dtype):
             "name": name,
             "column": column,
             "tokens": n_tokens,
-            "n": t.n,
-            "median_seconds": t.median,
-            "low_seconds": t.low,
-            "high_seconds": t.high,
-            "uncertainty": t.uncertainty,
+            **seconds_of(t),
             "times_mlx_lm_4_bit": t.median / found["mlx-lm 4 bit", mlx].median,
         }
         for (name, column), t in found.items()
