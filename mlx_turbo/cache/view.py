@@ -50,7 +50,14 @@ class KVView(NamedTuple):
         return are_latents(self.keys.n_kv_heads, self.keys.head_dim, self.values.head_dim)
 
 
-class LazyKV(mx.array):
+class MarkedArray(mx.array):
+    """An array that knows where it comes from. Pickled, it is a plain one: its cache does not come with it."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain, (self[:],)
+
+
+class LazyKV(MarkedArray):
     """Keys (side 0) or values (side 1) that a cache returned: an ordinary lazy array that also knows its `KVView`.
 
     Whatever a model makes of it (a slice, a cast) is a plain array: only what the cache returned is marked.
@@ -69,11 +76,8 @@ class LazyKV(mx.array):
         swapped = super().swapaxes(axis1, axis2, stream=stream)
         return TransposedKV(swapped, self) if {axis1 % 4, axis2 % 4} == {2, 3} else swapped
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return plain, (self[:],)  # pickled, it is a plain array: its cache does not come with it
 
-
-class TransposedKV(mx.array):
+class TransposedKV(MarkedArray):
     """A `LazyKV`, [B, n_kv_heads, D, N]."""
 
     def __init__(self, array: mx.array, of: LazyKV) -> None:
@@ -84,20 +88,14 @@ class TransposedKV(mx.array):
         product = mx.matmul(queries, self)
         return KeyLogits(product, queries, self.of) if type(queries) is mx.array and queries.ndim == 4 else product
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return plain, (self[:],)
 
-
-class KeyLogits(mx.array):
+class KeyLogits(MarkedArray):
     """Products [B, n_heads, L, N] of queries with the tokens of a `LazyKV`, of which they are known: an ordinary lazy
     array, computed if it is read. Models with latent attention hand it to attention as what is added to the logits."""
 
     def __init__(self, array: mx.array, queries: mx.array, of: LazyKV) -> None:
         super().__init__(array)
         self.queries, self.of = queries, of
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return plain, (self[:],)
 
 
 def plain(array: mx.array) -> mx.array:
