@@ -40,6 +40,7 @@ from mlx_turbo.bench import (
     timing,  # noqa: E402
 )
 from mlx_turbo.bench import contenders as contending
+from mlx_turbo.bench.rows import describe_row, is_fault  # noqa: E402
 from mlx_turbo.cache.single import TurboKVCache  # noqa: E402
 from mlx_turbo.integration import attention
 from mlx_turbo.quant.scheme import TurboConfig  # noqa: E402
@@ -69,9 +70,11 @@ def time_attention(n_tokens, effort, dtype):
         },
     )
     for row in rows:
+        if is_fault(row):
+            raise SystemExit(f"attention_timing: {row['status']}: {describe_row(row)}: {row['problem']}")
         if row["status"] != "ok":
-            raise SystemExit(f"attention_timing: {row['status']}: {rows.describe_row(row)}: {row['problem']}")
-    return rows
+            print(f"{row['status']}: {describe_row(row)}: {row['problem']}", file=sys.stderr)
+    return [row for row in rows if row["status"] == "ok"]
 
 
 # ---- 2: latent attention ---------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ ORDERS = ("natural", "reversed", "random")
 
 def check(case, backends=LAUNCHES.values(), tolerance=1.0, mask=None, sinks=None):
     want = expected(case, mask, sinks)
-    allowed = tolerance * ATTEND_TOLERANCE[case.keys.bits] + ROUNDING[case.queries.dtype]
+    bits = [case.keys.bits] + ([case.rope.keys.bits] if case.rope else [])
+    allowed = tolerance * max(ATTEND_TOLERANCE[b] for b in bits) + ROUNDING[case.queries.dtype]
     for backend in backends:
         out = backend.attend(
             case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask, sinks=sinks, rope=case.rope
