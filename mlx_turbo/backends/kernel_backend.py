@@ -29,7 +29,7 @@ from .attend_launch import (
     vectors_per_simdgroup,
 )
 from .device import device_name
-from .rotate import diagonals, rotate, unrotate
+from .rotate import diagonal, diagonals, rotate, unrotate
 from .self_test import AttendKernel, AttendSide, VectorsKernel
 from .sides import BackendError, Balance, CachedSide, PackedSide, QuantizeSide, RopePart, WrongResultError
 from .sources import metal_source
@@ -263,7 +263,10 @@ class KernelBackend:
                 shifts.append(diag)
             else:
                 shifts.append(
-                    mx.contiguous(-diag[0] * (mean if balance is None else mean * balance.of_heads(batch[1])))
+                    mx.contiguous(
+                        diagonal(head_dim, seed, 0, -1)
+                        * (mean if balance is None else mean * balance.of_heads(batch[1]))
+                    )
                 )
             template += _vectors_template(i, VectorsKernel(head_dim, bits, rotates, mean is not None))
             code_shapes.append((*batch, words_per_row(bits, head_dim)) if i < n else (1,))
@@ -603,7 +606,8 @@ def _both_diagonals(*dims_and_seed: int) -> mx.array:
 def _diagonals_of_heads(factors: mx.array, seed: int, inverse: bool) -> mx.array:
     """The diagonals of the rotation, float32 [B * H, rounds, D], which balance the channels too, or un-balance them.
     factors: of a `Balance`."""
-    first, *others = diagonals(factors.shape[-1], seed)
+    D = factors.shape[-1]
+    first, *others = (diagonal(D, seed, i) for i in range(len(rotation.windows(D))))
     of_heads = mx.flatten(first / factors if inverse else first * factors, 0, 1)
     return mx.concatenate([of_heads, *(mx.broadcast_to(d, of_heads.shape) for d in others)], axis=1)
 

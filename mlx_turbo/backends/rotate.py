@@ -18,6 +18,14 @@ def diagonals(head_dim: int, seed: int) -> mx.array:
 
 
 @functools.lru_cache(maxsize=None)
+def diagonal(head_dim: int, seed: int, i: int, sign: float = 1) -> mx.array:
+    """sign times one of `diagonals` as an evaluated float32 array [head_dim]: taking it from there is a kernel."""
+    array = mx.array((sign * rotation.diagonals(head_dim, seed)[i]).astype(np.float32))
+    mx.eval(array)
+    return array
+
+
+@functools.lru_cache(maxsize=None)
 def constant(make: Callable[..., np.ndarray], *args: Any) -> mx.array:
     """make(*args) as an evaluated array, made once."""
     array = mx.array(make(*args))
@@ -38,7 +46,7 @@ def rotate(x: mx.array, seed: int = 0) -> mx.array:
     """rotation.rotate of x [..., head_dim], float32."""
     x = x.astype(mx.float32)
     for i, window in enumerate(rotation.windows(x.shape[-1])):
-        x = _transform_window(x * diagonals(x.shape[-1], seed)[i], *window)
+        x = _transform_window(x * diagonal(x.shape[-1], seed, i), *window)
     return x
 
 
@@ -46,5 +54,5 @@ def unrotate(y: mx.array, seed: int = 0) -> mx.array:
     """rotation.unrotate of y [..., head_dim], float32."""
     y = y.astype(mx.float32)
     for i, window in reversed(list(enumerate(rotation.windows(y.shape[-1])))):
-        y = _transform_window(y, *window) * diagonals(y.shape[-1], seed)[i]
+        y = _transform_window(y, *window) * diagonal(y.shape[-1], seed, i)
     return y

@@ -5,6 +5,7 @@ cache: error = KL(p || p') in nats, averaged over the sampled queries of a kv he
 it (auto_bits.py), and every cache the balance of the keys' channels (balancing.py).
 """
 
+import math
 from typing import NamedTuple, Optional
 
 import mlx.core as mx
@@ -29,11 +30,18 @@ class Observed(NamedTuple):
 
 class Sample(NamedTuple):
     """Keys of a layer. first: number of first tokens, which stay exact. starts: first tokens of the runs of
-    `sample_keys` after these. keys: those of all runs, float32 [B, H, n, D], 0 where they cannot be packed."""
+    `sample_keys` after these. keys: those of all runs, float32 [B, H, n, D], 0 where they cannot be packed. centers:
+    the means of the runs, float32 [B, H, runs, D], and of which heads they are subtracted, bool [B, H, 1, 1]; None if
+    of none by the configuration."""
 
     first: int
     starts: list[int]
     keys: mx.array
+    centers: Optional[tuple[mx.array, mx.array]]
+
+    def means(self, seed: int, balance: Optional[Balance] = None) -> Optional[mx.array]:
+        """The means as a cache would store them, float32 [B, H, runs, D]."""
+        return None if self.centers is None else plain(stored(*self.centers, seed, balance), seed, balance)
 
 
 def sample_queries(n: int) -> list[int]:
@@ -57,12 +65,12 @@ class Attention:
     """
 
     def __init__(self, observed: Observed, keys: mx.array, config: TurboConfig) -> None:
-        self.config, (B, H, N, D) = config, keys.shape
+        B, H, N, D = keys.shape
         queries, positions, scale, sinks = observed
-        self.first, self.starts, self.keys = sample(keys, config)
-        first, x = self.first, self.keys
-        length = x.shape[2] // len(self.starts)
-        at = list(range(first)) + [first + at + i for at in self.starts for i in range(length)]
+        self.config, self.sample = config, sample(keys, config)
+        first, starts, x, _ = self.sample
+        length = x.shape[2] // len(starts)
+        at = list(range(first)) + [first + at + i for at in starts for i in range(length)]
         n_represented = [1.0] * first + [(N - first) / x.shape[2]] * x.shape[2]  # tokens that a sampled one stands for
         weight = mx.log(mx.array(n_represented))
         visible = mx.array(at) <= mx.array(positions)[:, None]
@@ -83,12 +91,10 @@ class Attention:
 
         balance: of their channels; of n * B rows, n ways to balance them, and the result is [n * B, n_kv_heads].
         """
-        (B, H, n, D), x = self.keys.shape, self.keys
-        n_ways = 1 if balance is None else balance.factors.shape[0] // B
-        x = mx.concatenate([x] * n_ways) if n_ways > 1 else x
-        error = _error(x, len(self.starts), bits, self.config, balance)
-        shift = self.queries @ error.reshape(n_ways, B, H, n, D).swapaxes(-1, -2)
-        shift = mx.pad(shift, [(0, 0)] * 4 + [(self.first, int(self.has_sinks))])
+        B, H, n, D = self.sample.keys.shape
+        error = _error(self.sample, bits, self.config, balance).reshape(-1, B, H, n, D)
+        shift = self.queries @ error.swapaxes(-1, -2)
+        shift = mx.pad(shift, [(0, 0)] * 4 + [(self.sample.first, int(self.has_sinks))])
         kl = mx.logsumexp(self.logits + shift, axis=-1) - self.total - (self.weights * shift).sum(-1)
         n_good = self.good.sum(-1)
         kl = (kl * self.good).sum(-1) / n_good
@@ -98,15 +104,14 @@ class Attention:
 def without_infinite(queries: mx.array) -> tuple[mx.array, mx.array]:
     """Queries float32 [..., D], 0 where they are not finite, and which are, bool [...]. They are not packed: they may
     be far larger than keys."""
-    good = mx.isfinite(mx.square(queries).sum(-1))
+    good = mx.square(queries).sum(-1) < math.inf  # not so for NaN
     return mx.where(good[..., None], queries, 0), good
 
 
 def key_error(keys: mx.array, bits: int, config: TurboConfig) -> mx.array:
     """A stand-in for `Attention.error` without queries, [B, n_kv_heads]: ||error||^2 / (2 D), the KL divergence for
     queries of norm sqrt(D) in a random direction; averaged over tokens. keys: [B, n_kv_heads, N, D]."""
-    _, starts, x = sample(keys, config)
-    return _key_error(_error(x, len(starts), bits, config, None))
+    return _key_error(_error(sample(keys, config), bits, config, None))
 
 
 def _key_error(error):
@@ -118,24 +123,21 @@ def sample(keys: mx.array, config: TurboConfig) -> Sample:
     first = min(config.sink, keys.shape[2] - 1)
     starts, length = sample_keys(keys.shape[2] - first)
     x = mx.concatenate([keys[:, :, first + at : first + at + length] for at in starts], axis=2)
-    return Sample(first, starts, without_bad(x.astype(mx.float32))[0])
+    x, _ = without_bad(x.astype(mx.float32))
+    summary = summarize(x, 0, length) if config.centre else None
+    return Sample(first, starts, x, None if summary is None else (summary[0], should_center(*summary)))
 
 
-def means_of(x: mx.array, n_segments: int, config: TurboConfig, balance: Optional[Balance]) -> Optional[mx.array]:
-    """The means of x [B, H, n_segments * T, D] as a cache would store them, float32 [B, H, n_segments, D]; None if the
-    configuration has none."""
-    if not config.centre:
-        return None
-    summary = summarize(x, 0, x.shape[2] // n_segments)
-    return plain(stored(summary[0], should_center(*summary), config.seed, balance), config.seed, balance)
-
-
-def _error(x, n_segments, bits, config, balance):
-    """Restored minus exact of x [B, H, n_segments * T, D], quantized by segments as if they were heads."""
+def _error(sample, bits, config, balance):
+    """Restored minus exact of a sample's keys, quantized by runs as if they were heads: [ways * B, H, n, D] of factors
+    that are n ways to balance each of B rows."""
+    x, n_runs, mean = sample.keys, len(sample.starts), sample.means(config.seed, balance)
+    if balance is not None:
+        x = mx.concatenate([x] * (balance.factors.shape[0] // x.shape[0]))
     B, H, n, D = x.shape
-    T, mean = n // n_segments, means_of(x, n_segments, config, balance)
-    mean = None if mean is None else mean.reshape(B, -1, 1, D)
-    side = QuantizeSide(x.reshape(B, H * n_segments, T, D), bits, mean, balance)
+    mean = None if mean is None else mx.broadcast_to(mean, (B, H, n_runs, D)).reshape(B, -1, 1, D)
+    T = n // n_runs
+    side = QuantizeSide(x.reshape(B, H * n_runs, T, D), bits, mean, balance)
     ((codes, gamma),) = select.quantize_sides([side], config.seed, scale=config.scale)
     packed = PackedSide(codes, gamma, bits, D, mean, balance)
     (restored,) = select.dequantize_sides([packed], 0, T, mx.float32, config.seed)

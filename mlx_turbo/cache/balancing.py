@@ -10,6 +10,7 @@ Chosen when the first keys of a sequence are packed, by the queries that were sh
 too few keys, there is no balance. The factors stay the same as long as packed tokens are held.
 """
 
+import math
 from typing import Optional
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ import mlx.core as mx
 from ..backends.sides import Balance
 from ..quant.scheme import TurboConfig
 from . import centering
-from .attention_error import Attention, Observed, means_of, sample, without_infinite
+from .attention_error import Attention, Observed
 
 EXPONENTS = (0.0, 0.5, 1.0)  # of s
 FLOOR = 1e-3  # of a head's rms, the least that counts as that of a channel: some models have channels that are all 0
@@ -33,22 +34,21 @@ def choose(keys: mx.array, config: TurboConfig, bits: int, observed: Optional[Ob
         return None
     keys = mx.contiguous(keys)  # so that a row of a batch gets the same factors to the bit
     observed = observed._replace(queries=mx.contiguous(observed.queries))
-    of_queries, of_keys = _rms(keys, config, observed)
+    attention = Attention(observed, keys, config)
+    of_queries, of_keys = _rms(attention)
     candidates = mx.stack([_normalized(of_queries, of_keys, exponent) for exponent in EXPONENTS])
     together = Balance(mx.flatten(candidates, 0, 1))  # measured at once: these are many small operations
-    errors = Attention(observed, keys, config).error(min(bits, MOST_BITS), together).reshape(candidates.shape[:3])
+    errors = attention.error(min(bits, MOST_BITS), together).reshape(candidates.shape[:3])
     best = mx.argmin(errors * mx.array([MARGIN, *[1] * (len(EXPONENTS) - 1)])[:, None, None], axis=0)
     return mx.take_along_axis(candidates, best[None, ..., None, None], axis=0)[0]
 
 
-def _rms(keys, config, observed):
-    """Root mean squares [B, H, 1, D] of the channels of queries and of centered keys."""
-    (B, H, _, D), (_, starts, x) = keys.shape, sample(keys, config)
-    means = means_of(x, len(starts), config, None)
+def _rms(attention):
+    """Root mean squares [B, H, 1, D] of the channels of queries and of centered keys, each times a number."""
+    x, means = attention.sample.keys, attention.sample.means(attention.config.seed)
     if means is not None:
-        x = mx.flatten(mx.unflatten(x, 2, (len(starts), -1)) - means[..., None, :], 2, 3)
-    q, _ = without_infinite(observed.queries.astype(mx.float32).reshape(B, H, -1, D))
-    return [_floored(mx.square(a).sum(2, keepdims=True)) for a in (q, x)]
+        x = mx.flatten(mx.unflatten(x, 2, (means.shape[2], -1)) - means[..., None, :], 2, 3)
+    return [_floored(mx.square(a).sum(2, keepdims=True)) for a in (attention.queries, x)]
 
 
 def _floored(squares):
@@ -59,4 +59,4 @@ def _normalized(of_queries, of_keys, exponent):
     s = (of_queries / of_keys) ** (exponent / 2)
     k = mx.square(of_keys)
     s = s * mx.sqrt(k.sum(-1, keepdims=True) / (k * mx.square(s)).sum(-1, keepdims=True))
-    return mx.where(mx.isfinite(s) & (s > 0), s, 1)
+    return mx.where((s > 0) & (s < math.inf), s, 1)

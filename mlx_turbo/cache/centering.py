@@ -10,6 +10,7 @@ them, and the rounded means are what is subtracted.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -19,7 +20,7 @@ from ..backends.rotate import rotate, unrotate
 from ..backends.sides import ONE_SEGMENT, Balance
 
 SEGMENT = 128  # packed tokens that share a mean of keys: 16 / SEGMENT = 0.125 bits per number where it is used
-SLICE = 1024  # tokens that are summed at a time
+SLICE = 2048  # tokens that are summed at a time
 LARGEST = 65504  # largest root mean square of a vector that can be packed: scales are float16
 SHARE = 0.25  # of the energy of a head's tokens that their means must carry; as many bits more in the codes buy 0.16
 FEWEST = 64  # tokens needed to decide: the mean of a few neighbors is large in any head
@@ -92,7 +93,8 @@ def stored(means: mx.array, centered: mx.array, seed: int, balance: Optional[Bal
     """Means [B, H, S, D] as they are stored: balanced as the tokens are, rotated, float16, 0 where `centered`
     [B, H, 1, 1] is false or they do not fit."""
     means = rotate(means if balance is None else means * balance.factors, seed).astype(mx.float16)
-    return mx.where(centered & mx.isfinite(means).all(-1, keepdims=True), means, mx.zeros_like(means))
+    finite = (mx.abs(means) < math.inf).all(-1, keepdims=True)
+    return mx.where(centered & finite, means, mx.zeros_like(means))
 
 
 def plain(means: mx.array, seed: int, balance: Optional[Balance] = None) -> mx.array:

@@ -263,10 +263,11 @@ def _quantize_by_segment(x, side, means, first, config):
     """Codes and scale of x [B, H, n, D], packed tokens first, ...: segments are launched as if they were heads."""
     B, H, n, D = x.shape
     begun, whole, rest = centering.spans(first, n, side.segment)
-    at, s, parts = 0, first // side.segment, []
+    at, s, parts, since = 0, 0, [], first // side.segment
+    plain = centering.plain(means[:, :, since : n_segments(first + n, side.segment)], config.seed, side.balance)
     for n_tokens, count in (begun, 1), (whole * side.segment, whole), (rest, 1):
         if n_tokens:
-            mean = centering.plain(means[:, :, s : s + count], config.seed, side.balance).reshape(B, H * count, 1, D)
+            mean = plain[:, :, s : s + count].reshape(B, H * count, 1, D)
             piece = x[:, :, at : at + n_tokens].reshape(B, H * count, -1, D)
             launched = [QuantizeSide(piece, side.bits, mean, side.balance)]
             (quantized,) = select.quantize_sides(launched, config.seed, scale=config.scale)
