@@ -82,7 +82,7 @@ def door():
 def vlm(request):
     """The package mlx_vlm: the installed one, or else its wheel."""
     if importlib.util.find_spec("mlx_vlm") is None:
-        folder = unpacked(request.config.cache.mkdir(f"mlx_vlm-{VERSION}"))
+        folder = unpacked(request.config.cache.mkdir("packages") / f"mlx_vlm-{VERSION}")
         sys.path.append(str(folder))
     import mlx_vlm
 

@@ -1,7 +1,6 @@
 """The kernels compiled by NVIDIA's compiler, without a GPU: they build, spill nothing, and keep to their registers."""
 
 import sys
-from multiprocessing.pool import ThreadPool
 
 import mlx.core as mx
 import pytest
@@ -20,12 +19,11 @@ HOPPER = nvrtc.ARCHITECTURES[1]
 
 def compiled(collector, architectures=nvrtc.ARCHITECTURES):
     """[(what a kernel is, `Resources`)] of all kernels that a collector was asked for."""
-    jobs = [
-        (kernel, architecture, out) for kernel, out in collector.generated.values() for architecture in architectures
+    return [
+        ((kernel, architecture, out[1]), nvrtc.compile_for(architecture, *out))
+        for kernel, out in collector.generated.values()
+        for architecture in architectures
     ]
-    with ThreadPool(2) as pool:
-        used = pool.starmap(lambda kernel, architecture, out: nvrtc.compile_for(architecture, *out), jobs)
-    return [((*job[:2], job[2][1]), resources) for job, resources in zip(jobs, used)]
 
 
 def check(collector, architectures=nvrtc.ARCHITECTURES):

@@ -25,7 +25,7 @@ import mlx_lm
 import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
-from support.downloads import downloaded
+from support.downloads import downloaded, filled_once
 from support.families import NOT_BUILT, all_names
 from support.tolerances import LOGITS_TURBO8, ROUNDING_OF_LOGITS
 
@@ -106,16 +106,17 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def tests_of_mlx_lm(request):
     """The folder of the installed mlx-lm's tests."""
-    folder = request.config.cache.mkdir(f"mlx_lm-{mlx_lm.__version__}-tests")
-    if not all((folder / file).exists() for file in [*FILES, MODELS]):
-        with (
-            downloaded(f"mlx-lm=={mlx_lm.__version__}", "--no-binary", "mlx-lm") as source,
-            tarfile.open(source) as archive,
-        ):
-            for member in archive:
-                path = Path(member.name)
-                if member.isfile() and path.parts[1:-1] == ("tests",):
-                    (folder / path.name).write_bytes(archive.extractfile(member).read())
+    folder = request.config.cache.mkdir("packages") / f"mlx_lm-{mlx_lm.__version__}-tests"
+    with filled_once(folder) as new:
+        if new:
+            with (
+                downloaded(f"mlx-lm=={mlx_lm.__version__}", "--no-binary", "mlx-lm") as source,
+                tarfile.open(source) as archive,
+            ):
+                for member in archive:
+                    path = Path(member.name)
+                    if member.isfile() and path.parts[1:-1] == ("tests",):
+                        (new / path.name).write_bytes(archive.extractfile(member).read())
     missing = [file for file in [*FILES, MODELS] if not (folder / file).exists()]
     assert not missing, f"the source distribution of mlx-lm {mlx_lm.__version__} has no {missing}"
     return folder

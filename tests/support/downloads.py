@@ -1,6 +1,8 @@
 """Packages that tests read, and that no extra installs."""
 
 import contextlib
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,3 +20,23 @@ def downloaded(requirement, *options):
         if done.returncode:
             pytest.skip(f"{requirement} cannot be downloaded: {done.stderr.strip()[-500:]}")
         yield next(Path(folder).iterdir())
+
+
+@contextlib.contextmanager
+def filled_once(folder):
+    """A new folder to be filled, which becomes `folder` when the block has run; None where `folder` is there already.
+    Several processes may do so at the same time: nobody sees a folder that is half full."""
+    if folder.exists():
+        yield None
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        yield new
+        try:
+            os.rename(new, folder)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)

@@ -99,8 +99,10 @@ def version():
     return f"{major.value}.{minor.value}"
 
 
+@functools.lru_cache(maxsize=None)  # models of different shapes have kernels in common
 def compile_for(architecture, text, name):
-    """`Resources` of the kernel `name`. Raises RuntimeError with the compiler's messages if there are errors."""
+    """`Resources` of the kernel `name`. Raises RuntimeError with the compiler's messages if there are errors. One
+    program at a time: threads would wait for NVRTC's lock."""
     nvrtc, headers = _library()
     options = [
         "--device-as-default-execution-space",

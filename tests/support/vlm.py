@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_map_with_path
-from support.downloads import downloaded
+from support.downloads import downloaded, filled_once
 
 VERSION = "0.7.10"
 VOCABULARY = 96
@@ -165,13 +165,14 @@ def build(name, seed=0, vocabulary=VOCABULARY, image_token=IMAGE_TOKEN):
 
 
 def unpacked(folder):
-    """mlx-vlm's wheel in a folder, without what it depends on: 39 MB in place of 700. Its models, `generate` and its
-    batches need only what mlx-lm needs; its server, audio and video need more."""
+    """mlx-vlm's wheel in a folder, which is made if it is not there, without what it depends on: 39 MB in place of
+    700. Its models, `generate` and its batches need only what mlx-lm needs; its server, audio and video need more."""
     if tuple(map(int, mx.__version__.split(".")[:3])) < (0, 32, 4):
         pytest.skip(f"mlx-vlm {VERSION} needs mlx 0.32.4")
-    if not (folder / "mlx_vlm").exists():
-        with downloaded(f"mlx-vlm=={VERSION}", "--only-binary", "mlx-vlm") as wheel:
-            zipfile.ZipFile(wheel).extractall(folder)
+    with filled_once(folder) as new:
+        if new:
+            with downloaded(f"mlx-vlm=={VERSION}", "--only-binary", "mlx-vlm") as wheel:
+                zipfile.ZipFile(wheel).extractall(new)
     return folder
 
 
