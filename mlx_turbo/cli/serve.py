@@ -55,6 +55,7 @@ from .common import (
     patched_attributes,
     print_message,
     refuse_kv_bits,
+    trim_to_common,
     use_demo_model,
     warnings_as_messages,
 )
@@ -67,7 +68,6 @@ from .serve_store import (
     add_store_arguments,
     check_store_arguments,
     new_cache,
-    trim_to_common,
 )
 
 

@@ -18,10 +18,9 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..integration.isolation import GenerationError, IsolatedBatchGenerator
-from ..integration.prompt_cache import flatten_caches
 from ..store.cut import BLOCK
 from ..store.prompt_store import CHECKPOINT, PromptStore, default_folder
-from .common import CliError, describe_error, print_message
+from .common import CliError, describe_error, print_message, trim_to_common
 
 
 def add_store_arguments(group: Any, size: Callable[[str], int]) -> None:
@@ -54,20 +53,6 @@ def check_store_arguments(args: argparse.Namespace) -> None:
     for name in ("store_bytes", "store_memory_bytes", "store_checkpoint"):
         if (value := getattr(args, name)) < 0:
             raise CliError(f"--{name.replace('_', '-')}: got {value}, expected a whole number of at least 0")
-
-
-def trim_to_common(prompt_cache: Sequence[Any], n_tokens: int) -> int | None:
-    """Trim caches to the tokens that all of them hold, at most n_tokens, and return how many; None if one cannot be
-    trimmed."""
-    caches = flatten_caches(prompt_cache)
-    offsets = [getattr(c, "offset", None) or n_tokens for c in caches]  # 0: a layer that is not used
-    n = min([n_tokens, *offsets])
-    for cache, offset in zip(caches, offsets):
-        if offset > n:
-            if not cache.is_trimmable():
-                return None
-            cache.trim(offset - n)
-    return n
 
 
 def new_cache(model: Any) -> list[Any]:
