@@ -32,6 +32,16 @@ def generate(model, tokens, cache, n):
     return [int(token) for token, _ in steps]
 
 
+def sharp_model():
+    """A small model whose answers depend on what it attends to: its logits are large, so that it looks at few tokens."""
+    model = llama()
+    for layer in model.layers:
+        layer.self_attn.q_proj.weight *= 8
+        layer.self_attn.o_proj.weight *= 8
+    mx.eval(model.parameters())
+    return model
+
+
 def answer(store, model, tokens, scheme):
     """(how many tokens were stored, the answer, the cache that holds both)"""
     cache, n = store.fetch(model, tokens, like=make_prompt_cache(model, scheme))
@@ -42,7 +52,7 @@ def answer(store, model, tokens, scheme):
 def work(folder, scheme, max_bytes, memory, flush):
     """What the process does: a line with a prompt, a line with what is said to it; a line that bids it go on, it puts
     the cache, and a line with the store's report. The end of the input closes the store."""
-    model, store = llama(), PromptStore(folder, max_bytes=max_bytes, max_memory_bytes=memory)
+    model, store = sharp_model(), PromptStore(folder, max_bytes=max_bytes, max_memory_bytes=memory)
     print("ready", flush=True)
     while line := sys.stdin.readline():
         tokens = json.loads(line)
@@ -130,7 +140,7 @@ def soak(folder, scheme, n_requests, max_bytes, memory, n_kills, n_restarts):
     scheme: with "turbo0" every answer is compared with one that is computed anew, and the process is killed at any
     moment; with others, with an uninterrupted run, and it is killed in an answer, when what it had put is written.
     """
-    rng, model, answers, theirs = random.Random(0), llama(), {}, TheirCache()
+    rng, model, answers, theirs = random.Random(0), sharp_model(), {}, TheirCache()
     exact = scheme == "turbo0"
     args = str(folder / "store"), scheme, max_bytes, memory, not exact
     out = dict.fromkeys(("sent", "store_found", "mlx_lm_found", "wrong", "nbytes", "memory_nbytes"), 0)
