@@ -16,6 +16,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ GROUP = 16_000_000  # bytes of blocks in a file, about
 MOST_QUEUED = 2_000_000_000  # bytes that wait to be written
 KEPT = 100  # messages about damage and errors
 CHECKPOINT = 32  # blocks
+READERS = 4  # threads
 
 
 class Stored(NamedTuple):
@@ -426,7 +428,8 @@ class PromptStore:
     def _load(self, chain: Sequence[Record]) -> list[Any]:
         """The prompt cache that records make, root first."""
         maps: dict[str, np.ndarray] = {}
-        data = {record.id: self._payload(record, maps) for record in chain}
+        with ThreadPoolExecutor(READERS) as pool:  # files are read, and checksums computed, without Python's lock
+            data = dict(zip((r.id for r in chain), pool.map(lambda record: self._payload(record, maps), chain)))
         blocks = [data[record.id] for record in chain if record.kind == "block"]
         end = data[chain[-1].id] if chain[-1].kind == "end" else None
         try:
