@@ -33,7 +33,7 @@ def generate(model, tokens, cache, n):
 
 
 def sharp_model():
-    """A small model whose answers depend on what it attends to: its logits are large, so that it looks at few tokens."""
+    """A small model whose answers depend on what it attends to: logits are large, so that it looks at few tokens."""
     model = llama()
     for layer in model.layers:
         layer.self_attn.q_proj.weight *= 8
