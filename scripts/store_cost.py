@@ -7,6 +7,8 @@
 - Bare caches with the layout of an 8B-class model (8 kv heads of head_dim 128, float16; --layers of its 32) hold 30,000
   random tokens: bytes per token in the store, beside mlx-lm's save_prompt_cache of a KVCache with the same tokens; GB/s
   of a fetch, beside reading the same files with read().
+- By arithmetic, nothing is run: what the same prompt is of a whole 8B-class model (Qwen3-8B's layout): bytes, by
+  `mlx-turbo plan`; the seconds that a fetch of them takes at the speed just measured; the operations of computing them.
 """
 
 import argparse
@@ -21,13 +23,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+from mlx.utils import tree_flatten
 from mlx_lm.models import cache as lm_cache
 
 from mlx_turbo import PromptStore, TurboKVCache, get_backend, make_prompt_cache
+from mlx_turbo.cli import plan
 from mlx_turbo.cli.common import DEMO_MODEL, load_model
+from mlx_turbo.quant.scheme import TurboConfig
 from mlx_turbo.store.files import SUFFIX
 
 HEADS, HEAD_DIM = 8, 128
+EIGHT_B = dict(
+    model_type="qwen3",
+    hidden_size=4096,
+    num_hidden_layers=36,
+    intermediate_size=12288,
+    num_attention_heads=32,
+    num_key_value_heads=HEADS,
+    head_dim=HEAD_DIM,
+    rms_norm_eps=1e-6,
+    vocab_size=151936,
+    max_position_embeddings=40960,
+    rope_theta=1e6,
+    tie_word_embeddings=False,
+)
 
 
 def drop(folder: Path) -> bool:
@@ -140,6 +159,23 @@ def bare(n: int, n_layers: int, scheme: str, folder: Path) -> dict:
     }
 
 
+def arithmetic(n: int, scheme: str, gb_per_s: float) -> dict:
+    """Of n tokens of an 8B-class model. operations: 2 for each weight of a layer and token, 4 for each number of a
+    query head and each pair of tokens that attends."""
+    model = plan.build(EIGHT_B)
+    layers, configs = plan.layers_of(model), plan.configs_of(model, TurboConfig.of(scheme))
+    weights = sum(a.size for layer in model.layers for _, a in tree_flatten(layer.parameters()))
+    heads = EIGHT_B["num_hidden_layers"] * EIGHT_B["num_attention_heads"] * HEAD_DIM
+    nbytes = plan.cache_bytes(layers, configs, n)
+    return {
+        "tokens": n,
+        "bytes": nbytes,
+        "fetch_s": nbytes / 1e9 / gb_per_s,
+        "weights_of_layers": weights,
+        "operations": 2 * weights * n + 4 * heads * n * (n + 1) / 2,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kv", default="turbo4", help="the scheme (default: turbo4)")
@@ -159,6 +195,8 @@ def main() -> None:
             "first_token": first_token(args.prompt, args.kv, Path(folder) / "a") if args.prompt else None,
             "bare": bare(args.tokens, args.layers, args.kv, Path(folder) / "b"),
         }
+    speed = found["bare"]["GB_per_s"]["fetch_warm"]
+    found["arithmetic_8b"] = arithmetic(args.tokens, args.kv, speed)
     json.dump(found, sys.stdout, indent=2)
     print()
 

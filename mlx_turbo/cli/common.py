@@ -7,7 +7,7 @@ import importlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -397,6 +397,20 @@ def check_going_back(prompt_cache: list[Any], n_most: int | None, what: str) -> 
             f"--draft-model: {what} has a window of {window} tokens, which cannot go back once it is full, and may "
             f"hold {most}; leave --draft-model out, or set a lower limit"
         )
+
+
+def trim_to_common(prompt_cache: Sequence[Any], n_tokens: int) -> int | None:
+    """Trim caches to the tokens that all of them hold, at most n_tokens, and return how many; None if one cannot be
+    trimmed."""
+    caches = flatten_caches(prompt_cache)
+    offsets = [getattr(c, "offset", None) or n_tokens for c in caches]  # 0: a layer that is not used
+    n = min([n_tokens, *offsets])
+    for cache, offset in zip(caches, offsets):
+        if offset > n:
+            if not cache.is_trimmable():
+                return None
+            cache.trim(offset - n)
+    return n
 
 
 def cached_tokens(prompt_cache: list[Any]) -> int:

@@ -5,7 +5,7 @@ Besides the caches, it differs from mlx_lm.server in these ways:
 - A prompt longer than the model's context is refused (400), and an answer stops at the context's end.
 - Prompt caches are filed under exactly the tokens they hold. If a whole prompt is cached, its last token is trimmed,
   so that the model has one to continue from. --prompt-cache-bytes also applies without batching.
-- GET /kv-cache reports what the prompt caches take.
+- GET /kv-cache reports what the prompt caches take, and as GET /v1/models does, how many tokens still fit.
 - A request that fails gets a status and a message, or an event `error` if its answer is streamed already; the others go
   on (integration/isolation.py), and so does the server.
 """
@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import io
 import json
 import logging
 import signal
@@ -22,7 +23,6 @@ import socket
 import sys
 import threading
 import types
-import warnings
 from collections.abc import Callable, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -38,7 +38,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from ..backends.select import get_backend, use_backend
 from ..backends.sides import BackendError
 from ..cache.single import TurboKVCache
-from ..integration.isolation import GenerationError, IsolatedBatchGenerator
+from ..integration.isolation import GenerationError
 from ..integration.prompt_cache import describe, enable, flatten_caches
 from ..quant.scheme import TurboConfig
 from .common import (
@@ -55,8 +55,19 @@ from .common import (
     patched_attributes,
     print_message,
     refuse_kv_bits,
+    trim_to_common,
     use_demo_model,
     warnings_as_messages,
+)
+from .serve_context import context, room_of
+from .serve_store import (
+    PromptClock,
+    ServedPrompts,
+    StoringBatchGenerator,
+    Unfinished,
+    add_store_arguments,
+    check_store_arguments,
+    new_cache,
 )
 
 
@@ -67,6 +78,7 @@ class ServerProgram(TurboProgram):
     def _load(self, original: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         flags = {self.args.draft_model: "--draft-model", self.args.model: "--model"}
         model, *rest = load_model(original, path, flags.get(path, "model"), *args, **kwargs)
+        self.args.rooms[path] = room_of(model, self.config)
         if self.config is not None:
             enable(model, self.config)
         self.warm(model, rest[0], path == self.args.draft_model)
@@ -84,13 +96,6 @@ class ServerProgram(TurboProgram):
 
     def _make_prompt_cache(self, original: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> list[Any]:
         return original(model, max_kv_size)  # the model's own make_cache is ours
-
-
-def _new_cache(model: Any) -> list[Any]:
-    """A prompt cache as the next request gets it, to look at."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said when the model was loaded
-        return make_prompt_cache(model)
 
 
 def context_of(model: Any) -> int | None:
@@ -119,8 +124,8 @@ class ModelProvider(module.ModelProvider):
         adapters = getattr(self, "_adapter_map", {})
         loaded = super().load(model_path, adapters.get(model_path, adapter_path), draft_model_path)
         if self.draft_model is not None:
-            check_going_back(_new_cache(self.model), self.limit(), "the model")
-            check_going_back(_new_cache(self.draft_model), self.limit(), "the draft model")
+            check_going_back(new_cache(self.model), self.limit(), "the model")
+            check_going_back(new_cache(self.draft_model), self.limit(), "the draft model")
         return loaded
 
     def limit(self) -> int | None:
@@ -147,26 +152,40 @@ class LRUPromptCache(module.LRUPromptCache):
     from; and a cache that cannot be kept, copied or trimmed ended the server.
 
     schemes: what `schemes_of` says of the caches that a request gets now; those of another scheme are not gone on from.
+    prompts: those on disk, where what is not in memory is looked up.
     """
 
     schemes: Callable[[], Any] | None = None
+    prompts: ServedPrompts | None = None
 
     def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any) -> None:
         """File the caches of a sequence; if that fails, they are dropped and the log says so."""
         try:
-            n = _trim_to_common(prompt_cache, len(tokens))
+            n = trim_to_common(prompt_cache, len(tokens))
             if n is None:
                 return
             (
                 can_trim_prompt_cache(prompt_cache),
                 [c.nbytes for c in prompt_cache],
             )  # what fails, fails before it is filed
-            super().insert_cache(model, tokens[:n], prompt_cache, **options)
+            super().insert_cache(model, tokens[:n], list(prompt_cache), **options)
         except Exception:
             logging.exception("the cache of an answer is not kept")
+            return
+        # a prompt is put once its answer does not wait for it; before that, what no later cut can be made of
+        unfinished = isinstance(prompt_cache, Unfinished) and can_trim_prompt_cache(prompt_cache)
+        if self.prompts is not None and (not unfinished or options.get("cache_type") == "system"):
+            self.prompts.put(tokens[:n], prompt_cache)
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        """A copy of the caches that hold most of a prompt, and the tokens after them; none if that fails."""
+        """The caches that hold most of a prompt, a copy or from disk, and the tokens after them."""
+        cache, rest = self._fetch_from_memory(model, tokens)
+        if self.prompts is None:
+            return cache, rest
+        return self.prompts.fetch(tokens, cache, rest)
+
+    def _fetch_from_memory(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+        """Of those in memory; none if that fails."""
         try:
             cache, rest = super().fetch_nearest_cache(model, tokens)
             if cache is None or (self.schemes is not None and schemes_of(cache) != self.schemes()):
@@ -186,20 +205,6 @@ def schemes_of(prompt_cache: list[Any]) -> set[TurboConfig]:
     return {c.config for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)}
 
 
-def _trim_to_common(prompt_cache: list[Any], n_tokens: int) -> int | None:
-    """Trim caches to the tokens that all of them hold, at most n_tokens, and return how many; None if one cannot be
-    trimmed."""
-    caches = flatten_caches(prompt_cache)
-    offsets = [getattr(c, "offset", None) or n_tokens for c in caches]  # 0: a layer that is not used
-    n = min([n_tokens, *offsets])
-    for cache, offset in zip(caches, offsets):
-        if offset > n:
-            if not cache.is_trimmable():
-                return None
-            cache.trim(offset - n)
-    return n
-
-
 # ---- requests ----------------------------------------------------------------------------------------------
 class RequestError(ValueError):
     """A request that cannot be answered: status 400."""
@@ -208,8 +213,8 @@ class RequestError(ValueError):
 class Answer:
     """The queue on which mlx-lm's loop puts the parts of an answer, which ends with None or with an exception."""
 
-    def __init__(self, queue: Any, unfinished: "set[Answer]") -> None:
-        self.queue, self.unfinished = queue, unfinished
+    def __init__(self, queue: Any, unfinished: "set[Answer]", clock: PromptClock) -> None:
+        self.queue, self.unfinished, self.clock = queue, unfinished, clock
         self.context: module.GenerationContext | None = None
         unfinished.add(self)
 
@@ -217,7 +222,9 @@ class Answer:
         """Hand on a part. The progress of a row that failed is a GenerationError: the loop then drops the row, as one
         whose client is gone."""
         if isinstance(part, module.GenerationContext):
-            self.context = part
+            self.context, self.computed = part, self.clock.start()
+        if isinstance(part, tuple):
+            self.computed(part[0])
         if part is None or isinstance(part, Exception):
             self.unfinished.discard(self)
         if isinstance(part, Exception):
@@ -240,16 +247,18 @@ class ResponseGenerator(module.ResponseGenerator):
         if model_provider.cli_args.prompt_cache_bytes is not None:
             prompt_cache.max_bytes = model_provider.cli_args.prompt_cache_bytes
         prompt_cache.schemes = self._schemes
+        prompt_cache.prompts = self.prompts = model_provider.cli_args.prompts
+        self.prompts.provider = model_provider
         super().__init__(model_provider, prompt_cache)
 
     def _schemes(self) -> set[TurboConfig]:
         """Those of the caches that the next request gets: `enable` may be called while the server runs."""
         models: tuple[Any, Any] = (self.model_provider.model, self.model_provider.draft_model)
-        return schemes_of([c for model in models if model is not None for c in _new_cache(model)])
+        return schemes_of([c for model in models if model is not None for c in new_cache(model)])
 
     def _next_request(self, timeout: float | None = None) -> Any:
         request = super()._next_request(timeout)
-        return request and (Answer(request[0], self._unfinished), *request[1:])
+        return request and (Answer(request[0], self._unfinished, self.prompts.clock), *request[1:])
 
     def _generate(self) -> None:
         """The generation thread. What ends mlx-lm's loop ends the answers it was at, and the loop begins anew."""
@@ -298,11 +307,18 @@ class ResponseGenerator(module.ResponseGenerator):
             "sequences": len(self.prompt_cache),
             "nbytes": self.prompt_cache.nbytes,
             "active_memory": mx.get_active_memory(),
+            **self.context(),
+            "store": self.prompts.report(),
         }
+
+    def context(self) -> dict[str, Any]:
+        """What is said of the loaded model's context (serve_context.py)."""
+        return context(self.model_provider, self.prompt_cache, self.cli_args.rooms)
 
     def stop_and_join(self) -> None:
         held = self.kv_cache()  # before the thread drops its caches
         super().stop_and_join()
+        self.prompts.close()
         print_message(f"prompt caches held: {held['sequences']} sequences, {held['nbytes'] / 1e6:.3f} MB")
 
 
@@ -340,6 +356,20 @@ class APIHandler(module.APIHandler):
                 self.wfile.write(json.dumps({"error": str(e)}).encode())
             self.wfile.flush()
 
+    def handle_models_request(self) -> None:
+        """Answer GET /v1/models, with the context of the model that is loaded."""
+        sent, self.wfile = self.wfile, io.BytesIO()
+        try:
+            super().handle_models_request()
+            head, between, body = self.wfile.getvalue().partition(b"\r\n\r\n")
+        finally:
+            self.wfile = sent
+        listed, generator = json.loads(body), self.response_generator
+        for entry in listed["data"]:
+            if entry["id"] == (generator.model_provider.model_key or [None])[0]:
+                entry.update(generator.context())
+        self.wfile.write(head + between + json.dumps(listed).encode())
+
     def do_GET(self) -> None:
         """Answer a GET request."""
         if self.path != "/kv-cache":
@@ -374,6 +404,7 @@ def _run_http_server(original: Callable[..., Any], host: str, port: int, respons
         provider.tried.wait()
         if provider.failure is not None:
             raise provider.failure
+        response_generator.prompts.open(provider.cli_args)
         original(host, port, response_generator, HTTPServer, APIHandler)
     except BaseException:  # else the other thread runs forever
         module.ResponseGenerator.stop_and_join(response_generator)
@@ -396,8 +427,8 @@ def check_port(host: str, port: int) -> None:
         raise CliError(f"{flag}: cannot listen on {host}:{port}: {e.strerror}") from e
 
 
-def batch_generator() -> Callable[..., Any]:
-    """What the generation loop makes its batches with.
+def batch_generator(prompts: ServedPrompts) -> Callable[..., Any]:
+    """What the generation loop makes its batches with. prompts: where they are stored.
 
     Raises BackendError if the installed mlx-lm's loop is not the one that isolation.py is written for: then a request
     that fails would end the server.
@@ -423,7 +454,7 @@ def batch_generator() -> Callable[..., Any]:
             f"({'; '.join(missing)}): one that fails would end the server. Install another version of mlx-lm, or use "
             "mlx_lm.server itself"
         )
-    return functools.partial(IsolatedBatchGenerator, module.BatchGenerator)
+    return functools.partial(StoringBatchGenerator, prompts, module.BatchGenerator)
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -452,6 +483,8 @@ def main(argv: Sequence[str]) -> int:
         metavar="N",
         help="refuse prompts of N or more tokens, and stop answers there (default: the model's context; 0: no limit)",
     )
+    add_store_arguments(group, _size)
+    prompts = ServedPrompts()
 
     def parse_args() -> argparse.Namespace:
         describe_model_argument(parser)
@@ -462,6 +495,8 @@ def main(argv: Sequence[str]) -> int:
         for name in ("max_context", "prompt_cache_size"):
             if (value := getattr(args, name)) is not None and value < 0:
                 raise CliError(f"--{name.replace('_', '-')}: got {value}, expected a whole number of at least 0")
+        check_store_arguments(args)
+        args.prompts, args.rooms = prompts, {}
         check_port(args.host, args.port)
         if args.model is None:
             use_demo_model(args)
@@ -483,7 +518,8 @@ def main(argv: Sequence[str]) -> int:
             ModelProvider=ModelProvider,
             LRUPromptCache=LRUPromptCache,
             ResponseGenerator=ResponseGenerator,
-            BatchGenerator=batch_generator(),
+            BatchGenerator=batch_generator(prompts),
+            stream_generate=functools.partial(prompts.stream_generate, module.stream_generate),
             scan_cache_dir=functools.partial(_scan_cache_dir, module.scan_cache_dir),
             _run_http_server=functools.partial(_run_http_server, module._run_http_server),
         ),

@@ -144,6 +144,11 @@ class Index:
         """All records."""
         return self._select("ORDER BY file, offset")
 
+    def count(self) -> dict[str, int]:
+        """{kind: number of records}"""
+        with self._lock:
+            return dict(self._db.execute("SELECT kind, COUNT(*) FROM records GROUP BY kind").fetchall())
+
     def files(self) -> dict[str, tuple[int, float]]:
         """{name: (bytes, when it was used last)}"""
         with self._lock:

@@ -15,7 +15,8 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ MARK = "store.json"
 GROUP = 16_000_000  # bytes of blocks in a file, about
 MOST_QUEUED = 2_000_000_000  # bytes that wait to be written
 KEPT = 100  # messages about damage and errors
+CHECKPOINT = 32  # blocks
+READERS = 4  # threads
 
 
 class Stored(NamedTuple):
@@ -156,6 +159,29 @@ class PromptStore:
                 self._remember(record, pieces.get(record.id))
         n_new = sum(record.kind == "block" for record in new)
         return Stored(len(numbers), len(chain) - 2, n_new, sum(len(pieces[r.id]) for r in new), contents.why)
+
+    def checkpoints(
+        self, model: Any, tokens: Sequence[int], cache: Sequence[Any], n: int = 0, every: int = CHECKPOINT
+    ) -> Callable[[int, int], None]:
+        """A function for mlx-lm's `prompt_progress_callback` that puts the cache of a long prompt while it is computed,
+        after every `every` blocks: a process that ends in between goes on from the newest one.
+
+        model, cache: as for `put`. tokens: of the whole prompt, of which the cache holds the first n already. every: a
+        number of blocks of 128 tokens; a cache is put where the prompt's next chunk ends after them.
+
+        Raises ValueError for an `every` below 1; the function raises what `put` does.
+        """
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: got {every!r}, expected a number of blocks of at least 1")
+        last = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            if done - last >= every * cut.BLOCK and done < total:  # at the end the first answer is in the cache too
+                last = done
+                self.put(model, tokens[: n + done], cache)
+
+        return progress
 
     def _on_disk(self, chain: list[Record]) -> set[str]:
         """The ids of records that are on disk, or wait to be written."""
@@ -294,12 +320,14 @@ class PromptStore:
                 del ids[name]
 
     # ---- fetching ----------------------------------------------------------------------------------------------
-    def fetch(self, model: Any, tokens: Sequence[int], like: Sequence[Any] | None = None) -> tuple[Any, int]:
+    def fetch(
+        self, model: Any, tokens: Sequence[int], like: Sequence[Any] | None = None, more_than: int = 0
+    ) -> tuple[Any, int]:
         """(a prompt cache of the first n tokens, n) for the largest n that is stored, at least one less than there are
         tokens: the model goes on with `tokens[n:]`. (None, 0) if nothing is.
 
         like: a prompt cache as the model gets it now; only caches of the same classes and configurations are found.
-        None: any.
+        None: any. more_than: a cache of so many tokens or fewer is of no use, and is not read.
 
         A piece that is damaged is not used but forgotten, with all that goes on from it, and `report()` names it.
         """
@@ -310,15 +338,17 @@ class PromptStore:
             self._check_open()
             self._counts["fetches"] += 1
             self._counts["tokens_asked"] += len(numbers)
-            found = self._fetch(of, numbers, layout)
+            found = self._fetch(of, numbers, layout, more_than)
             self._counts["hits"] += found[1] > 0
             self._counts["tokens_found"] += found[1]
             return found
 
-    def _fetch(self, of: str, tokens: np.ndarray, layout: str | None) -> tuple[Any, int]:
+    def _fetch(self, of: str, tokens: np.ndarray, layout: str | None, more_than: int) -> tuple[Any, int]:
         lost: set[str] = set()
         while True:  # a damaged piece may be needed by several candidates: look again without it
             for n, chain in self._candidates(of, tokens, layout):
+                if min(n, len(tokens) - 1) <= more_than:
+                    return None, 0
                 if lost & {record.id for record in chain}:
                     continue
                 try:
@@ -398,7 +428,8 @@ class PromptStore:
     def _load(self, chain: Sequence[Record]) -> list[Any]:
         """The prompt cache that records make, root first."""
         maps: dict[str, np.ndarray] = {}
-        data = {record.id: self._payload(record, maps) for record in chain}
+        with ThreadPoolExecutor(READERS) as pool:  # files are read, and checksums computed, without Python's lock
+            data = dict(zip((r.id for r in chain), pool.map(lambda record: self._payload(record, maps), chain)))
         blocks = [data[record.id] for record in chain if record.kind == "block"]
         end = data[chain[-1].id] if chain[-1].kind == "end" else None
         try:
@@ -468,13 +499,13 @@ class PromptStore:
         that wait to be written; not_written, pieces that could not be; damaged and errors, the newest messages."""
         with self._lock:
             self._check_open()
-            records = self._index.all()
+            n_pieces = self._index.count()
             return {
                 "folder": str(self.folder),
                 "nbytes": self._index.nbytes,
                 "n_files": len(self._index.files()),
-                "blocks": sum(r.kind == "block" for r in records),
-                "ends": sum(r.kind == "end" for r in records),
+                "blocks": n_pieces.get("block", 0),
+                "ends": n_pieces.get("end", 0),
                 "memory_nbytes": self._memory_bytes,
                 "queued_nbytes": self._queued_bytes,
                 **self._counts,

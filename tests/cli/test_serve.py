@@ -148,6 +148,17 @@ def test_the_models_of_a_machine_without_a_hugging_face_cache_are_the_one_it_ser
     assert demo.log.count("layers compressed") == 1  # by that name it is not loaded again
 
 
+def test_clients_are_told_the_context_what_is_kept_and_how_much_still_fits(exact, demo, model):
+    for server, name, length in (demo, DEMO_MODEL, 4096), (exact, model, 600):
+        answer = server.chat(STORY)
+        said = settled(server)
+        (listed,) = server.get("/v1/models")[1]["data"]
+        assert listed == listed | {name: said[name] for name in said if name.startswith(("context", "tokens"))}
+        assert listed["id"] == str(name) and listed["context_length"] == length
+        assert answer["usage"]["total_tokens"] - 1 <= listed["tokens_in_memory"] < 20_000
+        assert listed["tokens_that_fit"] == length  # of a small model on this machine
+
+
 def test_it_ends_with_what_its_prompt_caches_hold(tmp_path):
     for end in ("SIGINT", "SIGTERM"):
         with Server(tmp_path, "--kv", "turbo4") as server:

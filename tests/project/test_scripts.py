@@ -172,3 +172,8 @@ def test_store_cost_measures_bytes_and_speed():
     assert 0.25 < bare["ratio"] < 0.32 and bare["bytes_per_token_and_layer"] > 1024 + 32
     assert {"read_warm", "fetch_warm"} <= set(bare["GB_per_s"]) and min(bare["GB_per_s"].values()) > 0
     assert found["first_token"] is None
+    large = found["arithmetic_8b"]
+    assert 1 < large["bytes"] / (2500 * 36 * 2 * 8 * (64 + 2)) < 1.3  # packed rows; besides: exact tokens, room to grow
+    assert large["weights_of_layers"] == 36 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128)
+    assert large["operations"] == 5000 * large["weights_of_layers"] + 4 * 36 * 32 * 128 * 2500 * 2501 / 2
+    assert large["fetch_s"] == large["bytes"] / 1e9 / bare["GB_per_s"]["fetch_warm"]

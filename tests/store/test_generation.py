@@ -1,12 +1,11 @@
 """The embedded model with a PromptStore: the same tokens as without one."""
 
-import random
+import json
 
-import mlx.core as mx
 import pytest
-from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache
 from support.models import DEMO_MODEL
+from support.soak import generate, soak
 
 from mlx_turbo import PromptStore, make_prompt_cache
 
@@ -15,12 +14,6 @@ pytestmark = pytest.mark.usefixtures("door")
 
 def text_tokens(tokenizer, n, skip=0):
     return tokenizer.encode((DEMO_MODEL / "stories.txt").read_text())[skip : skip + n]
-
-
-def generate(model, tokens, cache, n):
-    """The next n tokens, after which the cache holds all of them."""
-    steps = generate_step(mx.array(tokens), model, max_tokens=n, prompt_cache=cache, prefill_step_size=512)
-    return [int(token) for token, _ in steps]
 
 
 def new_cache(model, scheme):
@@ -48,39 +41,22 @@ def test_a_conversation_that_is_stored_after_each_turn_gets_the_tokens_of_one_th
             store.put(model, conversation, cache)
 
 
-def soak(model, tokenizer, folder, n_requests, rng):
-    """(tokens that differ from computing anew, tokens sent, tokens that were found) of requests in 8 conversations with
-    common prefixes: each goes on, starts over in another place, or asks the same again; the store is opened anew now
-    and then."""
-    system, wrong, sent, found = text_tokens(tokenizer, 300), 0, 0, 0
-    conversations = [system for _ in range(8)]
-    store = PromptStore(folder, max_bytes=60_000_000, max_memory_bytes=20_000_000)
-    for _ in range(n_requests):
-        if rng.random() < 0.2:
-            store.close()
-            store = PromptStore(folder, max_bytes=60_000_000, max_memory_bytes=rng.choice([0, 20_000_000]))
-        i, what = rng.randrange(8), rng.random()
-        before = conversations[i] if what < 0.8 else conversations[i][: rng.randrange(200, len(conversations[i]) + 1)]
-        prompt = before + text_tokens(tokenizer, rng.randrange(20, 150), rng.randrange(5000))
-        if len(prompt) > 1500:
-            prompt = system + prompt[-100:]
-        cache, n = store.fetch(model, prompt)
-        cache = cache or make_prompt_cache(model, "turbo0")
-        got = generate(model, prompt[n:], cache, 6)
-        want = generate(model, prompt, new_cache(model, "none"), 6)
-        wrong += sum(a != b for a, b in zip(got, want))
-        conversations[i] = prompt + got
-        store.put(model, conversations[i], cache)
-        sent, found = sent + len(prompt), found + n
-        report = store.report()
-        assert report["nbytes"] <= 60_000_000 and report["memory_nbytes"] <= 20_000_000
-        assert report["damaged"] == report["errors"] == []
-    store.close()
-    return wrong, sent, found
+LIMITS = {"turbo0": (12_000_000, 4_000_000), "turbo4": (1_000_000_000, 0)}  # bytes on disk and in memory
 
 
-@pytest.mark.parametrize("n_requests", [4, pytest.param(40, marks=pytest.mark.slow)])
-def test_conversations_with_common_prefixes_and_restarts_get_no_wrong_token(demo, tmp_path, n_requests):
-    wrong, sent, found = soak(*demo, tmp_path / "store", n_requests, random.Random(0))
-    print(f"{n_requests} requests: {wrong} wrong tokens, {sent} tokens sent, {found} of them stored")
-    assert wrong == 0 and found > sent / 4
+@pytest.mark.parametrize("scheme", LIMITS)
+@pytest.mark.parametrize(
+    "n_requests, n_kills, n_restarts", [(12, 1, 1), pytest.param(500, 8, 8, marks=pytest.mark.slow)]
+)
+def test_conversations_with_common_prefixes_restarts_and_kills_get_no_wrong_token(
+    tmp_path, scheme, n_requests, n_kills, n_restarts
+):
+    """turbo0 with limits that it reaches, against computing anew; turbo4 against a run without restarts and kills."""
+    max_bytes, memory = LIMITS[scheme]
+    out = soak(tmp_path, scheme, n_requests, max_bytes, memory, n_kills, n_restarts)
+    print(f"{scheme}, {n_requests} requests:", json.dumps(out))
+    assert out["wrong"] == 0
+    assert out["nbytes"] <= max_bytes and out["memory_nbytes"] <= memory
+    assert out["store_found"] > out["mlx_lm_found"] and out["store_found"] > out["sent"] / 4
+    if n_requests == 500 and scheme == "turbo0":
+        assert out["nbytes"] > 0.8 * max_bytes and out["memory_nbytes"] > 0.8 * memory

@@ -17,6 +17,7 @@ from mlx_turbo import PromptStore, TurboConfig
 from mlx_turbo.integration.prompt_cache import flatten_caches
 from mlx_turbo.quant.scheme import BITS, Scheme
 from mlx_turbo.store import cut
+from mlx_turbo.store.files import SUFFIX
 
 pytestmark = [pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True), pytest.mark.usefixtures("door")]
 
@@ -103,6 +104,46 @@ def test_what_cannot_be_cut_is_stored_whole_and_found_for_its_tokens_only(backen
         assert n == 500 and bits(got) == bits(cache)
         feed(got, tokens_of(40, 1), []), feed(cache, tokens_of(40, 1), [])
         assert bits(got) == bits(cache)  # it goes on as if nothing had been
+
+
+def test_a_cache_of_no_more_tokens_than_the_caller_has_is_not_read(backend, folder, model):
+    cache, tokens = feed(made(["turbo", "plain"], "turbo4"), tokens_of(300), []), tokens_of(301)
+    with PromptStore(folder, max_memory_bytes=0) as store:
+        store.put(model, tokens[:300], cache)
+        store.flush()
+        assert store.fetch(model, tokens, more_than=299)[1] == 300
+        for path in folder.glob("*" + SUFFIX):
+            path.unlink()
+        assert store.fetch(model, tokens, more_than=300) == (None, 0) and not store.report()["damaged"]
+        assert store.fetch(model, tokens, more_than=299) == (None, 0) and store.report()["damaged"]
+        assert (store.report()["hits"], store.report()["tokens_found"]) == (1, 300)
+
+
+@pytest.mark.parametrize("every, n_held, wanted", [(1, 0, [200, 400, 600]), (2, 0, [400]), (3, 7, [407]), (9, 0, [])])
+def test_checkpoints_are_the_caches_at_the_ends_of_chunks(backend, folder, model, every, n_held, wanted):
+    tokens, cache, said = tokens_of(n_held + 601), made(["turbo", "plain"], "turbo4"), []
+    with PromptStore(folder) as store:
+        if n_held:
+            feed(cache, tokens[:n_held], [])
+        note = store.checkpoints(model, tokens, cache, n_held, every)
+        note(0, 601)
+        for done in range(200, 601, 200):
+            feed(cache, tokens[n_held + done - 200 : n_held + done], [])
+            note(done, 601)
+            said.append(bits(cache))
+        note(601, 601)  # mlx-lm calls it after the first answer is in the cache
+        store.flush()
+        assert sorted(e["tokens"] for e in store.entries()) == wanted
+    with PromptStore(folder) as store:
+        for n in wanted:
+            got, found = store.fetch(model, tokens[: n + 1])
+            assert found == n and bits(got) == said[(n - n_held) // 200 - 1]
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+def test_checkpoints_after_no_whole_number_of_blocks_are_refused(backend, folder, model, every):
+    with PromptStore(folder) as store, pytest.raises(ValueError, match="every: got"):
+        store.checkpoints(model, [1], [], every=every)
 
 
 def test_exactly_the_stored_tokens_give_a_cache_of_one_less(backend, folder, model):

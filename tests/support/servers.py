@@ -43,7 +43,12 @@ class Server:
             f"sys.path[:0] = {[package, str(Path(__file__).parents[1])]!r}; {prelude}\n"
             "from mlx_turbo.cli.main import main; sys.exit(main(sys.argv[1:]))"
         )
-        env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
+        env = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder),
+            "HOME": str(folder),
+            "XDG_CACHE_HOME": str(folder),
+        }
         with open(self.log_file, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", command, "serve", "--port", str(self.port), *map(str, argv)],
