@@ -67,8 +67,8 @@ class ServerProgram(TurboProgram):
     def _load(self, original: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         flags = {self.args.draft_model: "--draft-model", self.args.model: "--model"}
         model, *rest = load_model(original, path, flags.get(path, "model"), *args, **kwargs)
-        if self.config is not None:
-            enable(model, self.config)
+        if (config := self.choose(model, rest[0])) is not None:
+            enable(model, config)
         self.warm(model, rest[0], path == self.args.draft_model)
         with warnings_as_messages():
             cache = make_prompt_cache(model)
