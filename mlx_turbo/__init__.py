@@ -11,6 +11,7 @@ from .cache.batch import BatchTurboKVCache
 from .cache.batch_rotating import BatchRotatingTurboKVCache
 from .cache.rotating import RotatingTurboKVCache
 from .cache.single import TurboKVCache
+from .integration.bit_budget import choose_bits
 from .integration.prompt_cache import describe, disable, enable, make_prompt_cache
 from .integration.prompt_cache_file import load_prompt_cache, save_prompt_cache
 from .integration.warming import warm
@@ -27,6 +28,7 @@ __all__ = [
     "Scheme",
     "TurboConfig",
     "TurboKVCache",
+    "choose_bits",
     "dequantize",
     "describe",
     "disable",

@@ -142,7 +142,7 @@ def chosen_schemes(names: Iterable[str]) -> tuple[Scheme, ...]:
             scheme = TurboConfig.of(name).scheme
         except ValueError:
             scheme = None
-        if scheme is None or not scheme.key_bits or not scheme.value_bits or name == "auto":
+        if scheme is None or not scheme.key_bits or not scheme.value_bits or name.startswith("auto"):
             raise CliError(
                 f"--kv: got {name!r}, allowed are schemes that pack keys and values: turboN and turboKvV "
                 "with N, K, V in (2, 3, 4, 5, 6, 8), for example turbo4, turbo8v4"

@@ -52,7 +52,13 @@ class Side:
 
 
 def make_sides(config: TurboConfig, key_bits: Optional[int] = None) -> list[Side]:
-    """Empty keys and values. key_bits: what auto chose, if it has."""
+    """Empty keys and values. key_bits: what auto chose, if it has. Raises ValueError for a configuration of a whole
+    model."""
+    if config.of_all_layers:
+        config.check_chosen()
+        raise ValueError(
+            "schemes: these are of a whole model, for make_prompt_cache; a cache gets config.for_layer(i, n)"
+        )
     bits = config.scheme.key_bits if key_bits is None else key_bits, config.scheme.value_bits
     return [Side(b, centering.segment_of(i)) for i, b in enumerate(bits)]
 

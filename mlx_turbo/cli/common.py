@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from ..backends.select import BACKENDS, GPUS, get_backend
 from ..backends.sides import BackendError
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
+from ..integration.bit_budget import Prices, calibration_tokens, spend
 from ..integration.prompt_cache import compress, describe, flatten_caches, make_prompt_cache, patch_mlx_lm, reports
 from ..integration.prompt_cache_file import load_with
 from ..integration.warming import warm
@@ -95,6 +97,29 @@ def kv_config(scheme: str, args: argparse.Namespace) -> TurboConfig | None:
     return None if scheme == "none" else config
 
 
+def for_model(
+    config: TurboConfig | None, model: Any, tokenizer: Any, known: dict[TurboConfig, Prices] | None = None
+) -> TurboConfig | None:
+    """A configuration for a model: a budget is spent, by a text of this package, which is said and takes a while.
+    Raises CliError for a budget that this model cannot keep.
+
+    known: the prices of the same model, by configuration without its budget; what is measured is added.
+    """
+    if config is None or config.budget is None:
+        return config
+    known = {} if known is None else known
+    print_message(f"{config.name}: choosing the bits of each layer's keys and values ...")
+    start, but_for_its_size = time.perf_counter(), replace(config, budget=None)
+    try:
+        if but_for_its_size not in known:
+            known[but_for_its_size] = Prices(model, calibration_tokens(tokenizer), config)
+        chosen = spend(config, known[but_for_its_size])
+    except ValueError as e:
+        raise CliError(f"--kv: {str(e).removeprefix('config: ')}") from e
+    print_message(f"{config.name}: chosen in {time.perf_counter() - start:.1f} s")
+    return chosen
+
+
 # ---- mlx-lm's programs with our caches ---------------------------------------------------------------------
 def load_model(load: Callable[..., Any], path: str | Path, flag: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """Call `load` (mlx_lm.load) for a model that the user named with `flag`. Raises CliError if that fails.
@@ -166,6 +191,8 @@ class TurboProgram:
         self.scheme: str = args.kv or DEFAULT_SCHEME
         self.config = kv_config(self.scheme, args)
         self._file_config: TurboConfig | None = None
+        self._of_models: dict[int, tuple[Any, TurboConfig | None]] = {}  # by id: a model, and its configuration
+        self._not_checked: list[tuple[list[Any], str]] = []  # caches of files that came before their model
         self._n_loaded = 0
 
     @contextlib.contextmanager
@@ -192,14 +219,27 @@ class TurboProgram:
     def _load(self, original: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         is_draft, self._n_loaded = self._n_loaded > 0, self._n_loaded + 1
         model, *rest = load_model(original, path, "--draft-model" if is_draft else "--model", *args, **kwargs)
+        config = self.choose(model, rest[0])
+        while self._not_checked and config is not None:
+            self._fit(*self._not_checked.pop(), config)
         self.warm(model, rest[0], is_draft)
         return model, *rest
 
     _sharded_load = _load
 
+    def choose(self, model: Any, tokenizer: Any) -> TurboConfig | None:
+        """The configuration of a model that was just loaded. Raises CliError for a budget that it cannot keep."""
+        config = for_model(self.config, model, tokenizer)
+        self._of_models[id(model)] = model, config
+        return config
+
+    def config_of(self, model: Any) -> TurboConfig | None:
+        """The configuration of a model; None for mlx-lm's own caches."""
+        return self._of_models.get(id(model), (model, self.config))[1]
+
     def warm(self, model: Any, tokenizer: Any, is_draft: bool) -> None:
         """Build the kernels before the first token (warming.py), and say so: on a new Mac it takes a while."""
-        config = self._file_config or self.config
+        config = self._file_config or self.config_of(model)
         if config is None or get_backend().name not in GPUS:
             return
         n_draft_tokens = 0
@@ -214,18 +254,18 @@ class TurboProgram:
 
     def new_cache(self, model: Any) -> list[Any]:
         """A prompt cache as this program makes it, to look at."""
-        if self.config is None:
+        if (config := self.config_of(model)) is None:
             return self._make_plain_cache(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said where one is made to be used
-            return make_prompt_cache(model, self.config)
+            return make_prompt_cache(model, config)
 
     def _make_prompt_cache(self, original: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> list[Any]:
-        if self.config is None:
+        if (config := self.config_of(model)) is None:
             cache = original(model, max_kv_size)
         else:
             with warnings_as_messages():
-                cache = make_prompt_cache(model, self.config, max_kv_size)
+                cache = make_prompt_cache(model, config, max_kv_size)
         self.caches.append(cache)
         return cache
 
@@ -241,21 +281,34 @@ class TurboProgram:
                 raise CliError(f"--prompt-cache-file: {file!r} does not say which model it is of; pass --model")
         for saved in (c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)):
             self._file_config = saved.config
-            self._check_flags(saved, file)
-        if self.config is not None:
-            cache = compress(cache, self.config)
+        if self.config is not None and self.config.budget is not None:  # it is spent once the model is there
+            self._not_checked.append((cache, file))
+        else:
+            self._fit(cache, file, self.config)
         self.caches.append(cache)
         return (cache, *rest) if rest else cache
 
-    def _check_flags(self, saved: TurboKVCache, file: str) -> None:
-        """Raise CliError if a flag contradicts what a cache in a file was made with."""
+    def _fit(self, cache: list[Any], file: str, config: TurboConfig | None) -> None:
+        """Compress what a file holds uncompressed. Raises CliError if a flag contradicts what it holds."""
+        for i, layer in enumerate(cache):
+            own = config if config is None or config.schemes is None else config.for_layer(i, len(cache))
+            for saved in flatten_caches([layer]):
+                if isinstance(saved, TurboKVCache):
+                    self._check_flags(saved, file, own)
+        if config is not None:
+            cache[:] = compress(cache, config)
+
+    def _check_flags(self, saved: TurboKVCache, file: str, config: TurboConfig | None) -> None:
+        """Raise CliError if a flag contradicts what a cache in a file was made with. config: of its layer."""
         for name, given in (("name", self.args.kv), ("sink", self.args.kv_sink), ("recent", self.args.kv_recent)):
             if name == "sink" and isinstance(saved, RotatingTurboKVCache):
                 continue  # a window keeps the leading tokens that it was made to keep
             made_with = getattr(saved.config, name)
-            if given is not None and (self.config is None or getattr(self.config, name) != made_with):
+            if given is not None and (config is None or getattr(config, name) != made_with):
+                wanted = f" ({config.name} in a layer)" if config is not None and config is not self.config else ""
                 raise CliError(
-                    f"{FLAGS[name]}: got {given}, but {file!r} was made with {made_with}; leave {FLAGS[name]} out"
+                    f"{FLAGS[name]}: got {given}{wanted * (name == 'name')}, but {file!r} was made with {made_with}; "
+                    f"leave {FLAGS[name]} out"
                 )
 
 
@@ -280,7 +333,8 @@ def summarize(prompt_cache: list[Any]) -> dict[str, Any]:
     if ours:
         first = next((report for report in ours if "window" not in report), ours[0])
         summary |= {name: first[name] for name in ("tokens", "sink", "packed", "recent", "attention")}
-        summary["scheme"] = next(c.config.name for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache))
+        names = {c.config.name for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)}
+        summary["scheme"] = names.pop() if len(names) == 1 else "a scheme for each layer"
         packed = [r["packed_bits_per_value"] for r in ours if r["packed"]]
         summary["packed_bits_per_value"] = sum(packed) / len(packed) if packed else None
     return summary
@@ -338,6 +392,7 @@ def add_program_arguments(parser: argparse.ArgumentParser, command: str, module:
         metavar="SCHEME",
         help="scheme of the KV cache, named after its bits per number: turbo4, turbo3, turbo2, turbo8v4 (8 for keys, "
         "4 for values), ...; auto: turbo4, with more bits for the keys of layers that turn out to need them; "
+        "auto:BITS: BITS per number on average, scales included, spent where the model needs them (auto:4.5); "
         f"none: mlx-lm's own cache (default: {DEFAULT_SCHEME}). A draft model's cache and the window of "
         "--max-kv-size are compressed too.",
     )

@@ -18,6 +18,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ..backends.select import get_backend, use_backend
+from ..integration.bit_budget import Prices
 from ..integration.prompt_cache import describe, make_prompt_cache, reports
 from ..quality import metrics, needles, plots, tool_calls
 from ..quality.baselines import (
@@ -39,6 +40,7 @@ from .common import (
     Parser,
     add_cache_arguments,
     describe_error,
+    for_model,
     kv_config,
     load_model,
     print_message,
@@ -152,10 +154,10 @@ def build_parser() -> Parser:
         nargs="+",
         action="extend",
         metavar="CACHE",
-        help="caches to compare with the uncompressed one: turbo4, turbo8v4, ...; mlx8 and mlx4, mlx-lm's own "
-        "QuantizedKVCache; and any other as package.module:factory, where factory(model) returns new caches, one per "
-        f"layer. mlx4{WITH_EXACT} and package.module:factory{WITH_EXACT} keep the same tokens exact as ours "
-        f"(default: {' '.join(DEFAULT_KV)})",
+        help="caches to compare with the uncompressed one: turbo4, turbo8v4, auto, auto:4.5, ...; mlx8 and mlx4, "
+        "mlx-lm's own QuantizedKVCache; and any other as package.module:factory, where factory(model) returns new "
+        f"caches, one per layer. mlx4{WITH_EXACT} and package.module:factory{WITH_EXACT} keep the same tokens exact as "
+        f"ours (default: {' '.join(DEFAULT_KV)})",
     )
     return parser
 
@@ -241,13 +243,16 @@ def first_windows(tokenizer: Any, text: str, n_tokens: int, n_windows: int) -> l
 MakeCache = Callable[[], list[Any]]
 
 
-def make_caches(model: Any, args: argparse.Namespace) -> dict[str, MakeCache]:
-    """name -> function that makes a prompt cache: "none" first, then those of --kv. Raises CliError."""
+def make_caches(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, MakeCache]:
+    """name -> function that makes a prompt cache: "none" first, then those of --kv, whose budgets are spent now. Raises
+    CliError."""
+    prices: dict[TurboConfig, Prices] = {}
     made: dict[str, MakeCache] = {"none": lambda: make_plain_cache(model)}
     for name, config in _configs(args).items():
         base = name.removesuffix(WITH_EXACT)
-        if base == name and config is not None:
-            made[name] = functools.partial(make_prompt_cache, model, config)
+        ours = for_model(config, model, tokenizer, prices) if base == name else None
+        if ours is not None:
+            made[name] = functools.partial(make_prompt_cache, model, ours)
             continue
         if base in MLX_LM_BITS:
             why_not = why_not_quantized(model, with_exact=base != name)
@@ -267,6 +272,11 @@ def make_caches(model: Any, args: argparse.Namespace) -> dict[str, MakeCache]:
     return made
 
 
+def _is_foreign(name: str) -> bool:
+    """Whether a name of --kv is package.module:factory."""
+    return ":" in name and not name.startswith("auto:")
+
+
 def _with_exact(model: Any, make: MakeCache, config: TurboConfig) -> list[Any]:
     return keep_exact(model, make(), config.sink, config.recent, config.block)
 
@@ -277,7 +287,7 @@ def _configs(args: argparse.Namespace) -> dict[str, TurboConfig | None]:
     configs: dict[str, TurboConfig | None] = {}
     for name in args.kv or DEFAULT_KV:
         base = name.removesuffix(WITH_EXACT)
-        if ":" in base:
+        if _is_foreign(base):
             try:
                 import_factory(base)
             except ValueError as e:
@@ -287,7 +297,7 @@ def _configs(args: argparse.Namespace) -> dict[str, TurboConfig | None]:
         elif base != name and base not in MLX_LM_BITS:
             raise CliError(f"--kv: got {name!r}; {WITH_EXACT} is for mlx-lm's and other caches: ours keep exact tokens")
         config = None
-        if base != name or base not in MLX_LM_BITS and ":" not in base:
+        if base != name or base not in MLX_LM_BITS and not _is_foreign(base):
             config = _with_block(kv_config(DEFAULT_SCHEME if base != name else name, args), args)
         if name != "none":  # the others are compared with it anyway
             configs[name] = config
@@ -458,7 +468,7 @@ def print_tables(report: dict[str, Any]) -> None:
 
 def _group(name: str) -> str:
     """Whose cache a row is, for the legend."""
-    if ":" in name:
+    if _is_foreign(name):
         return "other caches"
     if not name.startswith("mlx"):
         return "mlx_turbo"
@@ -568,7 +578,7 @@ def _measure(
     """What a report has of the caches: {"results"}, and {"needles"} and {"tools"} if they were asked for. documents: of
     --tools. Prints each warning once."""
     with warnings.catch_warnings(record=True) as caught:
-        caches = make_caches(model, args)
+        caches = make_caches(model, tokenizer, args)
         n_steps = sum(len(w) - 1 for w in windows)
         with tqdm(total=n_steps, desc="text", unit=" tokens", disable=args.quiet or None) as bar:
             results = metrics.compare(model, windows, caches, args.chunk, bar.update)

@@ -23,7 +23,8 @@ from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
 from ..integration.prompt_cache import flatten_caches
 from ..integration.prompt_cache import make_prompt_cache as make_compressed_cache
-from ..quant.scheme import TurboConfig
+from ..quant.budget import Part, cheapest_widths
+from ..quant.scheme import Scheme, TurboConfig
 from .common import DEMO_MODEL, CliError, Parser, describe_error, explain_load_error, kv_config, tree_nbytes
 
 SCHEMES = ("none", "turbo8v4", "turbo4", "turbo3", "turbo2")
@@ -223,19 +224,42 @@ def layers_of(model: Any) -> list[Layer]:
     return layers
 
 
-def configs_of(model: Any, scheme: TurboConfig | None) -> list[TurboConfig | None]:
+def configs_of(model: Any, scheme: TurboConfig | None, layers: list[Layer] | None = None) -> list[TurboConfig | None]:
     """For each of `layers_of`, the TurboConfig of the cache that replaces it, or None if it is not compressed.
 
-    scheme: a TurboConfig, or None for mlx-lm's own caches.
+    scheme: a TurboConfig, or None for mlx-lm's own caches. layers: of the model, for a budget, which is spent as if all
+    of its numbers were worth the same. Raises CliError for a budget that the model cannot keep.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
     if scheme is None:
         return [None] * len(flatten_caches(make_prompt_cache(model)))
+    if scheme.budget is not None:
+        scheme = _spent_evenly(model, scheme, layers_of(model) if layers is None else layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "nothing is compressed": the table shows it
         cache = make_compressed_cache(model, scheme)
     return [c.config if isinstance(c, TurboKVCache) else None for c in flatten_caches(cache)]
+
+
+def _spent_evenly(model: Any, scheme: TurboConfig, layers: list[Layer]) -> TurboConfig:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cache = make_compressed_cache(model, replace(scheme, budget=None))
+    heads: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    of_caches = iter(layers)
+    for i, layer in enumerate(cache):
+        for member, found in zip(flatten_caches([layer]), of_caches):
+            if isinstance(member, TurboKVCache) and found.shape is not None:
+                for side, head_dim in enumerate(found.shape[1:]):
+                    if bits_at(member.config.scheme.key_bits, head_dim):
+                        heads.setdefault((i, side), []).append((found.shape[0], head_dim))
+    parts = [Part(h, {4: float(sum(n * head_dim for n, head_dim in h))}) for h in heads.values()]
+    try:
+        widths = dict(zip(heads, cheapest_widths(parts, scheme.budget or 0.0)))
+    except ValueError as e:
+        raise CliError(f"--kv: {scheme.name}: {str(e).removeprefix('bits: ')}") from e
+    return replace(scheme, schemes=[Scheme(*(widths.get((i, side), 4) for side in (0, 1))) for i in range(len(cache))])
 
 
 def is_compressed(layer: Layer, config: TurboConfig | None) -> bool:
@@ -377,7 +401,7 @@ def plan(
     layers = layers_of(model)
     rows = []
     for scheme, turbo in schemes.items():
-        configs = configs_of(model, turbo)
+        configs = configs_of(model, turbo, layers)
         far = [cache_bytes(layers, configs, n) for n in (2**24, 2**25)]
         row: dict[str, Any] = {
             "kv": scheme,
@@ -449,6 +473,8 @@ def _print_table(p: dict[str, Any], memory_is: str) -> None:
         "\ncompressed: number of compressed caches; the others stay as mlx-lm makes them. bytes/token: what one more "
         "token of a sequence takes.\nNot included: the working memory of a prompt chunk."
     )
+    if any(r["kv"].startswith("auto:") for r in p["results"]):
+        print("auto:BITS: shown as if all layers needed the same; the average is that of any other choice.")
     if any(r["kv"] == "auto" for r in p["results"]):
         print(
             "auto: shown as if turbo4 is enough for every layer; it decides on the first prompt chunk, and keys can "

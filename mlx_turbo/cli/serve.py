@@ -78,9 +78,10 @@ class ServerProgram(TurboProgram):
     def _load(self, original: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         flags = {self.args.draft_model: "--draft-model", self.args.model: "--model"}
         model, *rest = load_model(original, path, flags.get(path, "model"), *args, **kwargs)
-        self.args.rooms[path] = room_of(model, self.config)
-        if self.config is not None:
-            enable(model, self.config)
+        config = self.choose(model, rest[0])
+        self.args.rooms[path] = room_of(model, config)
+        if config is not None:
+            enable(model, config)
         self.warm(model, rest[0], path == self.args.draft_model)
         with warnings_as_messages():
             cache = make_prompt_cache(model)

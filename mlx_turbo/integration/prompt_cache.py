@@ -10,7 +10,7 @@ from ..cache.batch_rotating import BatchRotatingTurboKVCache
 from ..cache.last_step import NOT_YET, NOTHING_PACKED
 from ..cache.rotating import RotatingTurboKVCache, Window
 from ..cache.single import TurboKVCache
-from ..quant.scheme import Scheme, TurboConfig
+from ..quant.scheme import Scheme, TurboConfig, bits_per_value
 from . import attention
 from .conversion import compress_window
 from .kv_size import KEEP, limit_kv_size, pass_on_max_kv_size
@@ -125,16 +125,19 @@ def make_prompt_cache(
     """A prompt cache for `model` with TurboKVCache where its library's make_prompt_cache has a KVCache, and
     RotatingTurboKVCache where it has a RotatingKVCache (sliding windows).
 
-    model: of mlx-lm or mlx-vlm. config: a scheme's name, a Scheme or a TurboConfig. max_kv_size: the most tokens that a
+    model: of mlx-lm or mlx-vlm. config: a scheme's name, a Scheme or a TurboConfig; for "auto:4.5", what `choose_bits`
+    returns. max_kv_size: the most tokens that a
     layer sees, the first 4 of them kept; also for models that make their own caches, for which the library ignores it.
     A warning names the layers that it does not limit, and why. Caches inside a CacheList of mlx-lm are treated one by
     one, except those of an indexer (sparse_indexer.py). Windows of fewer than 2 * (recent + block) tokens, caches that
     hold something else (states, ...) and those inside a CacheList of mlx-vlm stay as the library makes them. `describe`
     says which and why; there is a warning if nothing is left to compress.
 
-    Raises ValueError for an unknown scheme.
+    Raises ValueError for an unknown scheme, a budget that `choose_bits` has not spent yet, and schemes for another
+    number of layers.
     """
     turbo, module, model = TurboConfig.of(config), patch_library_of(model), language_model(model)
+    turbo.check_chosen()
     original = getattr(model, "make_cache", None)
     if isinstance(original, _EnabledMakeCache):
         original = original.original
@@ -190,9 +193,10 @@ def enable(model: Any, config: str | Scheme | TurboConfig = "turbo4") -> Any:
     make_prompt_cache passes max_kv_size on to it. Calling it
     again changes the configuration; `disable` undoes it. Returns the model.
 
-    Raises ValueError for an unknown scheme.
+    Raises ValueError for an unknown scheme, and a budget that `choose_bits` has not spent yet.
     """
     turbo = TurboConfig.of(config)
+    turbo.check_chosen()
     disable(model)
     patch_library_of(model)
     part = language_model(model)
@@ -245,8 +249,8 @@ def reports(prompt_cache: list[Any]) -> list[tuple[int, Any, dict[str, Any] | No
 
 
 def describe(prompt_cache: list[Any]) -> str:
-    """A prompt cache in one line: how many layers are compressed, what stays uncompressed and why, what `auto` chose,
-    and which layers hold tokens that are not finite. Waits for the tokens to be computed."""
+    """A prompt cache in one line: how many layers are compressed, what stays uncompressed and why, what `auto` chose or
+    the widths of each layer, and which layers hold tokens that are not finite. Waits for the tokens to be computed."""
     found = reports(prompt_cache)
     compressed = [(layer, cache) for layer, cache, report, _ in found if report and len(report["exact"]) < 2]
     windows, n_compressed = [c for _, c in compressed if isinstance(c, Window)], len({layer for layer, _ in compressed})
@@ -259,6 +263,7 @@ def describe(prompt_cache: list[Any]) -> str:
         + _describe_kept(found)
         + _describe_exact(found)
         + _describe_auto(found)
+        + _describe_widths(found)
         + _describe_not_finite(found)
         + _describe_attention(found)
     )
@@ -317,6 +322,37 @@ def _describe_auto(found: _Reports) -> str:
             f"; auto: keys {', '.join(texts)}, chosen by {' and '.join(sorted(filter(None, by))) or 'another process'}"
         )
     return text
+
+
+def _describe_widths(found: _Reports) -> str:
+    """Which layers have keys and values of which width, and the average, where the configuration gives layers different
+    ones."""
+    ours = [(layer, cache) for layer, cache, report, _ in found if report and not report["auto"]]
+    if len({cache.config.scheme for _, cache in ours}) < 2:
+        return ""
+    text = ""
+    for i, name in enumerate(("keys", "values")):
+        layers: dict[int, dict[int, None]] = {}
+        for layer, cache in ours:
+            scheme = cache.config.scheme
+            layers.setdefault((scheme.key_bits, scheme.value_bits)[i], {})[layer] = None
+        at = [
+            f"{f'{bits} bits' if bits else 'exact'} in layers {', '.join(map(str, layers[bits]))}"
+            for bits in sorted(layers, key=lambda bits: bits or 16)
+        ]
+        text += f"; {name}: {', '.join(at)}"
+    average = scheme_bits([cache for _, cache in ours])
+    return text if average is None else f"{text}; on average {average:.3f} bits per number"
+
+
+def scheme_bits(caches: list[Any]) -> float | None:
+    """Stored bits per number of packed keys and values, scales included, of caches of ours; what stays exact does not
+    count. None if nothing is to be packed, or the caches are empty."""
+    sides = [side for cache in caches for side in cache._sides if side.recent is not None and side.bits]
+    numbers = [side.recent.shape[1] * side.head_dim for side in sides]
+    if not numbers:
+        return None
+    return sum(n * bits_per_value(side.bits, side.head_dim) for n, side in zip(numbers, sides)) / sum(numbers)
 
 
 def _describe_not_finite(found: _Reports) -> str:

@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Union
+from typing import Any, Optional, Sequence, Union
 
 import numpy as np
 
 BITS = (0, 2, 3, 4, 5, 6, 8)  # per number; 0 = left in the model's dtype
 PACKED_BITS = BITS[1:]
 _DIGIT = f"[{''.join(map(str, BITS))}]"
+BUDGETS = 2.0, 8.5  # bits per number, scales included: least and most that auto:BITS takes
 SCALES = ("inner-product", "least-squares", "norm", "matched-norm")  # rules, see reference.quantize; default first
 
 
@@ -36,8 +37,9 @@ class Scheme:
         if not match:
             raise ValueError(
                 f"scheme: got {name!r}, allowed are turboN and turboKvV with N, K, V in {BITS}, for example "
-                "'turbo4', 'turbo3', 'turbo8v4' (keys 8 bits, values 4), 'turbo0v4' (keys exact), and 'auto': turbo4 "
-                "with more bits for the keys of layers that need them"
+                "'turbo4', 'turbo3', 'turbo8v4' (keys 8 bits, values 4), 'turbo0v4' (keys exact), 'auto': turbo4 "
+                "with more bits for the keys of layers that need them, and 'auto:BITS': an average, for example "
+                "'auto:4.5'"
             )
         return cls(*(int(b) for b in match.groups(default=match[1])))
 
@@ -55,7 +57,7 @@ class Scheme:
 class TurboConfig:
     """How a cache stores its tokens: [sink: exact][packed][recent: exact].
 
-    scheme: bits of packed tokens, a `Scheme` or its name. "auto" is turbo4 with `auto`.
+    scheme: bits of packed tokens, a `Scheme` or its name. "auto" is turbo4 with `auto`, "auto:4.5" a `budget` of 4.5.
     sink: number of leading tokens kept exact.
     recent: least number of the newest tokens kept exact.
     block: number of tokens that decoding packs at a time, the oldest exact ones, once there are recent + block.
@@ -67,8 +69,12 @@ class TurboConfig:
     boundary: number of layers at either end of the model whose keys get at least 8 bits.
     auto: more bits for the keys of a layer whose attention errs too much on the first prompt chunk
         (cache/auto_bits.py).
+    budget: bits per number of packed tokens, scales included, on average over the keys and values of all layers.
+        `choose_bits` finds the `schemes` that spend them best on a model; until then no cache can be made.
+    schemes: a scheme for each layer of the model, in place of `scheme`: `Scheme`s or their names.
 
-    Raises ValueError for an unknown scheme, a negative size, a block below 1, or an unknown scale.
+    Raises ValueError for an unknown scheme, a negative size, a block below 1, an unknown scale, a budget that is not
+    from 2 to 8.5, and for budget or schemes beside scheme, auto or boundary.
     """
 
     scheme: Scheme = field(default_factory=lambda: Scheme(4, 4))
@@ -81,12 +87,24 @@ class TurboConfig:
     balance: bool = True
     boundary: int = 0
     auto: bool = False
+    budget: Optional[float] = None
+    schemes: Optional[Sequence[Scheme]] = None
 
     def __post_init__(self) -> None:
         if self.scheme == "auto":
             object.__setattr__(self, "scheme", "turbo4")
             object.__setattr__(self, "auto", True)
+        if isinstance(self.scheme, str) and self.scheme.startswith("auto:"):
+            object.__setattr__(self, "budget", _budget("scheme", self.scheme, self.scheme.removeprefix("auto:")))
+            object.__setattr__(self, "scheme", "turbo4")
         object.__setattr__(self, "scheme", Scheme.parse(self.scheme))
+        if self.budget is not None:
+            object.__setattr__(self, "budget", _budget("budget", self.budget, self.budget))
+        if self.schemes is not None:
+            object.__setattr__(self, "schemes", tuple(map(Scheme.parse, self.schemes)))
+        if self.of_all_layers and (self.scheme != Scheme(4, 4) or self.auto or self.boundary):
+            name = "budget" if self.schemes is None else "schemes"
+            raise ValueError(f"{name}: says how many bits every layer gets; leave scheme, auto and boundary out")
         for name, least in (("sink", 0), ("recent", 0), ("block", 1), ("seed", 0), ("boundary", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
@@ -102,13 +120,36 @@ class TurboConfig:
 
     @property
     def name(self) -> str:
-        """For people: "auto", "turbo8v4", "auto from turbo3"."""
+        """For people: "auto", "turbo8v4", "auto from turbo3", "auto:4.5", "a scheme for each layer"."""
+        if self.budget is not None:
+            return f"auto:{self.budget:g}"
+        if self.schemes is not None:
+            return "a scheme for each layer"
         if not self.auto:
             return self.scheme.name
         return "auto" if self.scheme == Scheme(4, 4) else f"auto from {self.scheme.name}"
 
+    @property
+    def of_all_layers(self) -> bool:
+        """Whether it is of a whole model, with a budget or a scheme for each layer, and not of a single cache."""
+        return self.budget is not None or self.schemes is not None
+
+    def check_chosen(self) -> None:
+        """Raise ValueError if there is a budget, and `choose_bits` has not spent it yet."""
+        if self.budget is not None and self.schemes is None:
+            raise ValueError(
+                f"config: got {self.name!r}, which depends on the model; pass what "
+                f"mlx_turbo.choose_bits(model, tokens, {self.name!r}) returns, with at least 320 tokens of any text"
+            )
+
     def for_layer(self, layer: int, n_layers: int) -> "TurboConfig":
-        """The configuration of layer 0 .. n_layers - 1 of a model: more bits for keys at the boundary."""
+        """The configuration of layer 0 .. n_layers - 1 of a model: its own scheme, or more bits for keys at the
+        boundary. Raises ValueError for a budget that is not spent yet, and `schemes` of another number of layers."""
+        self.check_chosen()
+        if self.schemes is not None:
+            if len(self.schemes) != n_layers:
+                raise ValueError(f"schemes: got {len(self.schemes)}, and the model has {n_layers} layers")
+            return replace(self, scheme=self.schemes[layer], schemes=None, budget=None)
         keys = self.scheme.key_bits
         if not keys or self.boundary <= layer < n_layers - self.boundary:
             return self
@@ -126,6 +167,21 @@ class TurboConfig:
         if not isinstance(config, TurboConfig):
             config = cls(scheme=config)  # type: ignore[arg-type]  # a name is parsed
         return replace(config, **options)
+
+
+def _budget(name: str, got: Any, bits: Any) -> float:
+    try:
+        number = float(bits)
+    except (TypeError, ValueError):
+        number = 0.0
+    least, most = BUDGETS
+    if isinstance(bits, bool) or not least <= number <= most:
+        what = "auto:BITS with BITS" if name == "scheme" else "numbers"
+        raise ValueError(
+            f"{name}: got {got!r}, allowed are {what} from {least:g} to {most:g}: bits per number of packed tokens, "
+            "scales included"
+        )
+    return number
 
 
 # ---- the packed row ------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def prompt_cache_file(tmp_path):
         model, tokenizer = common.load_model(load, DEMO_MODEL, "--model")
         cache = make_prompt_cache(model) if scheme is None else mlx_turbo.make_prompt_cache(model, scheme)
         model(mx.array(tokenizer.encode(LONG_STORY))[None], cache=cache)
-        file = tmp_path / f"{scheme}.safetensors"
+        file = tmp_path / "prompt.safetensors"
         save_prompt_cache(str(file), cache, {"model": str(DEMO_MODEL), "tokenizer_config": "{}"})
         return file
 
@@ -372,3 +372,66 @@ def test_a_program_that_makes_its_caches_past_us_is_an_error_and_not_an_uncompre
     )
     code, out, err = run("generate", "-p", "Once", "-m", 3)
     assert code == 1 and "made no KV cache through mlx_turbo" in err
+
+
+# ---- auto:BITS -----------------------------------------------------------------------------------------------
+@pytest.fixture
+def priced(monkeypatch):
+    """The keys of layer 2 of the embedded model cost most, by a measurement that takes no time. Returns the
+    configurations that were measured for."""
+    measured_for = []
+
+    class Prices:
+        n_layers, heads = 4, {(layer, side): [(2, 128)] for layer in range(4) for side in (0, 1)}
+
+        def __init__(self, model, tokens, config):
+            assert len(tokens) > 320 and len(model.layers) == 4
+            measured_for.append(config)
+
+        def errors(self, progress):
+            return {part: {3: 0.1 if part == (2, 0) else 0.001} for part in self.heads}
+
+    monkeypatch.setattr(common, "Prices", Prices)
+    return measured_for
+
+
+def test_a_budget_is_spent_on_the_model_before_its_first_cache(run, priced):
+    code, out, err = run("generate", "-p", STORY, "-m", 4, "--kv", "auto:4.25", *SHORT_WINDOW)
+    assert code == 0, err
+    assert "auto:4.25: choosing the bits of each layer's keys and values" in err and len(priced) == 1
+    assert priced[0].sink == 2 and priced[0].recent == 8
+    average = float(re.search(r"on average ([\d.]+) bits per number", out)[1])
+    assert 4.125 < average <= 4.25 and "keys: " in out and re.search(r"8 bits in layers 2", out)
+
+
+def test_a_budget_that_makes_no_sense_is_refused_with_the_range(run):
+    for command in ("generate", "chat", "serve", "eval", "plan"):
+        for kv in ("auto:1", "auto:abc", "auto:20"):
+            code, out, err = run(command, "--kv", kv)
+            assert code == 2 and out == "" and f"error: --kv: got '{kv}', allowed are auto:BITS with BITS from 2" in err
+
+
+def test_a_budget_that_the_model_cannot_keep_is_refused(run, priced):
+    code, _, err = run("generate", "-p", "Once", "-m", 2, "--kv", "auto:2.1")
+    assert code == 2 and "error: --kv: got 'auto:2.1', and this model's keys and values take 2.125 bits" in err
+
+
+@pytest.mark.parametrize("made_with, code", [("auto:4.25", 0), (None, 0), ("turbo4", 2), ("auto:3.5", 2)])
+def test_a_prompt_cache_file_beside_a_budget(run, priced, prompt_cache_file, made_with, code):
+    """The file is read before the model: it is checked, or compressed, once the budget is spent."""
+    scheme = made_with
+    if made_with and made_with.startswith("auto:"):
+        from mlx_turbo.integration.bit_budget import spend
+
+        scheme = spend(mlx_turbo.TurboConfig(made_with), common.Prices(_Layers, [0] * 321, None))
+    file = prompt_cache_file(scheme)
+    got, out, err = run("generate", "-p", " Then", "-m", 5, "--prompt-cache-file", file, "--kv", "auto:4.25")
+    assert got == code, err
+    if code:
+        assert "error: --kv: got auto:4.25 (turbo" in err and "was made with turbo" in err
+    else:
+        assert re.search(r"KV cache: a scheme for each layer, .* (\d+) packed", out) and "8 bits in layers 2" in out
+
+
+class _Layers:
+    layers = range(4)

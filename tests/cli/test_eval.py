@@ -24,6 +24,7 @@ from mlx_turbo import TurboConfig, TurboKVCache, make_prompt_cache
 from mlx_turbo.cli import common, main
 from mlx_turbo.cli import eval as evaluate
 from mlx_turbo.cli.common import DEMO_MODEL, CliError
+from mlx_turbo.integration import bit_budget
 from mlx_turbo.quality import baselines, metrics, needles, plots, style
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +127,7 @@ def test_mlx4_is_what_mlx_lm_s_quantized_cache_gives(demo):
         log_p[name] = x - np.log(np.exp(x).sum(-1, keepdims=True))
     p, q = log_p["none"], log_p["mlx4"]
     args = evaluate.build_parser().parse_args(["--kv", "mlx4"])
-    result, cache = metrics.compare(model, [tokens], evaluate.make_caches(model, args), chunk)["mlx4"]
+    result, cache = metrics.compare(model, [tokens], evaluate.make_caches(model, tokenizer, args), chunk)["mlx4"]
     assert [type(c) for c in cache] == [QuantizedKVCache] * 4 and cache[0].offset == 96
     by_token = (np.exp(p) * (p - q)).sum(-1)
     assert result["kld"] == pytest.approx(by_token.mean(), rel=1e-3)
@@ -448,8 +449,29 @@ def test_the_picture_is_a_png_with_something_on_it(measured):
     assert 0.02 < (pixels[..., :3].min(-1) < 0.7).mean() < 0.3  # drawn on, and not filled
 
 
+def test_budgets_are_measured_once_and_compared(run, monkeypatch):
+    """On the model itself, with the fewest tokens."""
+    made, real = [], bit_budget.Prices
+
+    def prices(*args):
+        made.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(common, "Prices", prices)
+    monkeypatch.setattr(bit_budget, "MOST", bit_budget.FEWEST)
+    argv = ["--tokens", 200, "--chunk", 64, "--kv", "auto:3.125", "turbo3", "auto:6.125"]
+    code, out, err = run("eval", "--quiet", "--json", *argv)
+    assert code == 0, err
+    rows = rows_of(json.loads(out))
+    assert list(rows) == ["none", "auto:3.125", "turbo3", "auto:6.125"] and len(made) == 1
+    bits = [rows[name]["resident_bits_per_value_32k"] for name in ("auto:3.125", "turbo3", "auto:6.125")]
+    assert bits[0] == pytest.approx(bits[1]) and bits[2] == pytest.approx(bits[0] + 3)
+    assert rows["auto:6.125"]["kld"] < rows["auto:3.125"]["kld"] < rows["turbo3"]["kld"] * 1.1
+    assert "on average 3.125 bits per number" in rows["auto:3.125"]["layers"]
+
+
 def test_the_picture_has_a_marker_for_every_group_of_caches():
-    names = ("mlx4", "mlx8", "mlx4+exact", "a.b:c", "d:e", "d:e+exact", "turbo4", "auto")
+    names = ("mlx4", "mlx8", "mlx4+exact", "a.b:c", "d:e", "d:e+exact", "turbo4", "auto", "auto:4.5")
     groups = {evaluate._group(name) for name in names}
     assert len(groups) == 4 == len(plots.MARKERS) and len(plots.GROUP_COLORS) == 3
 

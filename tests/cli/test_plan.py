@@ -210,6 +210,31 @@ def test_the_window_is_counted(run):
     assert more - less == 4 * 2 * 2 * 960 * 128 * 2 - 4 * 2 * 2 * 1024 * 66  # so many more exact, fewer packed
 
 
+@pytest.mark.parametrize("bits", [2.5, 4.125, 4.5, 6])
+def test_a_budget_takes_its_average(run, bits):
+    code, out, _ = run("--kv", f"auto:{bits}", "--json")
+    (row,) = json.loads(out)["results"]
+    numbers = 4 * 2 * 2 * 128  # layers, sides, heads, dims
+    assert code == 0 and row["compressed"] == 4
+    assert 0 <= bits - 8 * row["bytes_per_token"] / numbers <= 1 / 8  # a step is one bit in one of 8 parts
+    assert "as if all layers needed the same" in run("--kv", f"auto:{bits}")[1]
+
+
+def test_a_budget_below_what_two_bits_take_is_refused(run):
+    code, _, err = run("--kv", "auto:2.1")
+    assert code == 2 and "error: --kv: auto:2.1: got 2.1, and 2 bits for all keys and values take 2.125" in err
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "deepseek_v3", "falcon_h1", "qwen3_next"])
+def test_a_budget_of_windows_latents_and_states(name):
+    model = plan.build(families.config(name))
+    config = TurboConfig("auto:4.9", sink=2, recent=4, block=2)
+    layers, uniform = plan.layers_of(model), TurboConfig("turbo5", sink=2, recent=4, block=2)
+    budget, more = (plan.cache_bytes(layers, plan.configs_of(model, c), 10_000) for c in (config, uniform))
+    less = plan.cache_bytes(layers, plan.configs_of(model, TurboConfig("turbo3", sink=2, recent=4, block=2)), 10_000)
+    assert less < budget < more
+
+
 def test_auto_is_counted_with_the_bits_it_starts_from(run):
     code, out, _ = run("--kv", "auto", "turbo4", "--json")
     auto, turbo4 = json.loads(out)["results"]
