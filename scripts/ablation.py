@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""What each protection of the cache contributes, alone and together: KL divergence of the embedded model's output.
+"""What each protection of the cache contributes, alone and together: KL divergence of a model's output.
 
     python scripts/ablation.py [--tokens 2048] [--windows 2] [--chunk 32] [--json] [--png FILE]
+    python scripts/ablation.py --model MODEL --text FILE [--rows ROW ...] [the options above]
     python scripts/ablation.py --prefill-cost [--model MODEL] [--tokens 2048]
 
-A row is a configuration. Windows of held-out stories are read through its cache and through an uncompressed one, in
-chunks of 32, in float32. Bits are resident bits per value, 8 * bytes of the cache / numbers it stands for: at the end
-of the window in float32, and projected to 32,768 tokens of a 16-bit model, of which the exact tokens are a smaller
-part. --prefill-cost: how much longer the first prompt chunk takes with balanced channels, and with `auto`, than with
-neither. MODEL: a folder, or a Hugging Face id, in its own dtype on a GPU.
+A row is a configuration. Windows of held-out stories (the embedded model) or of the text are read through its cache and
+through an uncompressed one, in chunks of 32, in float32. Bits are resident bits per value, 8 * bytes of the cache /
+numbers it stands for: at the end of the window in float32, and projected to 32,768 tokens of a 16-bit model, of which
+the exact tokens are a smaller part. --prefill-cost: how much longer the first prompt chunk takes with balanced
+channels, and with `auto`, than with neither, in the model's own dtype on a GPU. MODEL: a folder, or a Hugging Face id.
 """
 
 import argparse
@@ -66,15 +67,15 @@ ROWS = {
 }
 
 
-def load(path=common.DEMO_MODEL):
-    """(the model, held-out stories as its tokens); the embedded model, and any on a CPU, in float32"""
+def load(path, text, own_dtype):
+    """(the model, in float32 unless own_dtype and on a GPU; tokens of the file `text`, or of held-out stories)"""
     model, tokenizer = common.load_model(mlx_lm.load, path, "--model")
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    if path == common.DEMO_MODEL or on_cpu:
+    if on_cpu or not own_dtype:
         model.set_dtype(mx.float32)
     if on_cpu:
         model = use_numpy_products(model)
-    text = (common.DEMO_MODEL / "stories.txt").read_text()
+    text = Path(text or common.DEMO_MODEL / "stories.txt").read_text()
     return model, mx.array(sum((tokenizer.encode(t) for t in text.split("<|endoftext|>")), []))
 
 
@@ -101,12 +102,15 @@ def main():
     parser.add_argument("--png")
     parser.add_argument("--prefill-cost", action="store_true")
     parser.add_argument("--model", default=common.DEMO_MODEL)
+    parser.add_argument("--text", metavar="FILE")
     args = parser.parse_args()
     if args.png:
         check_plot(args.png)
-    if args.model != common.DEMO_MODEL and not args.prefill_cost:
-        parser.error("--model: only --prefill-cost takes another model")
-    model, tokens = load(args.model)
+    model, tokens = load(args.model, args.text, args.prefill_cost and args.model != common.DEMO_MODEL)
+    if len(tokens) < args.tokens * args.windows:
+        parser.error(
+            f"--tokens and --windows: {args.windows} x {args.tokens} tokens, but the text has only {len(tokens)}"
+        )
     where = f"{device_name()}, mlx {mx.__version__}, {get_backend().describe()}"
     if args.prefill_cost:
         cost = prefill_cost(model, tokens[: args.tokens])
@@ -138,8 +142,9 @@ def main():
         for name, (measured, cache) in results.items()
     ][1:]
     what = (
-        f"{args.windows} x {args.tokens:,} tokens of held-out stories in chunks of {args.chunk}, "
-        "embedded model, float32"
+        f"{args.windows} x {args.tokens:,} tokens of {Path(args.text).name if args.text else 'held-out stories'} "
+        f"in chunks of {args.chunk}, {'embedded model' if args.model == common.DEMO_MODEL else Path(args.model).name}, "
+        "float32"
     )
     if args.png:
         plots.bar_plot(

@@ -40,8 +40,15 @@ class Sample(NamedTuple):
     centers: Optional[tuple[mx.array, mx.array]]
 
     def means(self, seed: int, balance: Optional[Balance] = None) -> Optional[mx.array]:
-        """The means as a cache would store them, float32 [B, H, runs, D]."""
-        return None if self.centers is None else plain(stored(*self.centers, seed, balance), seed, balance)
+        """The means as a cache would store them, float32 [B, H, runs, D]; [ways * B, H, runs, D] of factors that are so
+        many ways to balance each row."""
+        if self.centers is None:
+            return None
+        means, heads = self.centers
+        if balance is not None and balance.factors.shape[0] > means.shape[0]:
+            ways = balance.factors.shape[0] // means.shape[0]
+            means, heads = (mx.concatenate([x] * ways) for x in (means, heads))
+        return plain(stored(means, heads, seed, balance), seed, balance)
 
 
 def sample_queries(n: int) -> list[int]:
@@ -135,7 +142,7 @@ def _error(sample, bits, config, balance):
     if balance is not None:
         x = mx.concatenate([x] * (balance.factors.shape[0] // x.shape[0]))
     B, H, n, D = x.shape
-    mean = None if mean is None else mx.broadcast_to(mean, (B, H, n_runs, D)).reshape(B, -1, 1, D)
+    mean = None if mean is None else mean.reshape(B, -1, 1, D)
     T = n // n_runs
     side = QuantizeSide(x.reshape(B, H * n_runs, T, D), bits, mean, balance)
     ((codes, gamma),) = select.quantize_sides([side], config.seed, scale=config.scale)

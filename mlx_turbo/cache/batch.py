@@ -78,7 +78,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_free = 0  # number of tokens that every row can take while nothing else happens
         self._observed, self._observed_with, self._last = [[] for _ in range(B)], None, []
         self._to_balance = None  # as of TurboKVCache
-        self._waiting = []  # (rows, tokens held, end in the columns, number packed) of first keys in `_to_balance`
+        self._waiting = []  # (rows, tokens held, end in the columns, number packed, begun) of keys in `_to_balance`
         self._set_offset()
 
     @classmethod
@@ -330,7 +330,7 @@ class BatchTurboKVCache(TurboKVCache):
             if not job.n_packed:
                 self._set_balance(rows, job.sides[0].balance, balanced[rows[0]])
             if not job.n_packed and wait and self._may_balance:
-                self._waiting.append((rows, n_exact[rows[0]], ends[rows[0]], job.n_pack))
+                self._waiting.append((rows, n_exact[rows[0]], ends[rows[0]], job.n_pack, new[0].begun))
             for i, side in enumerate(self._sides):
                 if sinks:
                     side.sink = write_rows(side.sink, self.n_rows, rows, 0, exact[i][:, :, :sinks], sinks)
@@ -392,15 +392,14 @@ class BatchTurboKVCache(TurboKVCache):
                     self._observed[b] = []
             return
         tail, side, changed = returned.tail, self._sides[0], False
-        for rows, n_tail, end, n_pack in waiting:
+        for rows, n_tail, end, n_pack, begun in waiting:
             keys = take_rows(tail, rows)[:, :, end - n_tail : end]
             balance, balanced = self._choose_balance(rows, keys)
             if balance is None:
                 continue
             to_pack = side.to_pack(None)._replace(balance=balance)
-            ((new,),) = pack(
-                [PackJob([to_pack], [keys[:, :, self._n_new_sinks(0) :]], 0, n_pack)], self.config, self.step
-            )
+            job = PackJob([to_pack], [keys[:, :, self._n_new_sinks(0) :]], 0, n_pack, begun)
+            ((new,),) = pack([job], self.config, self.step)
             if rows == list(range(self.n_rows)):
                 side.codes = side.scale = side.means = None
             self._set_balance(rows, balance, balanced)
@@ -425,7 +424,7 @@ class BatchTurboKVCache(TurboKVCache):
         if new.means is not None:
             means = new.means[:, :, : n_segments(at + n, side.segment)]
             side.means = write_rows(side.means, self.n_rows, rows, 0, means, max(self.step // side.segment, 1))
-            has_means = [centered[rows[0]]] * len(rows) if at else new.centered
+            has_means = [centered[rows[0]]] * len(rows) if at else new.begun.rows
         for b, has in zip(rows, has_means):
             centered[b] = has
             if not at and not has and side.means is not None:

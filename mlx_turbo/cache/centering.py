@@ -20,7 +20,7 @@ from ..backends.rotate import rotate, unrotate
 from ..backends.sides import ONE_SEGMENT, Balance
 
 SEGMENT = 128  # packed tokens that share a mean of keys: 16 / SEGMENT = 0.125 bits per number where it is used
-SLICE = 2048  # tokens that are summed at a time
+SLICE = 1024  # tokens that are summed at a time
 LARGEST = 65504  # largest root mean square of a vector that can be packed: scales are float16
 SHARE = 0.25  # of the energy of a head's tokens that their means must carry; as many bits more in the codes buy 0.16
 FEWEST = 64  # tokens needed to decide: the mean of a few neighbors is large in any head

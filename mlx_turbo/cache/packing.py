@@ -147,28 +147,38 @@ class SideToPack(NamedTuple):
     balance: Optional[Balance] = None
 
 
+class Begun(NamedTuple):
+    """What the first tokens that rows pack decide of one side. means: float32 [B, H, segments, D]. heads: which are
+    centered, bool [B, H, 1, 1]. rows: whether any head of a row is, for each row."""
+
+    means: mx.array
+    heads: mx.array
+    rows: list[bool]
+
+
 class PackJob(NamedTuple):
     """Tokens of rows that pack as many at the same moment.
 
     tails: keys and values [B, H, n, D], exact, that follow the packed ones; the first n_pack become packed tokens
-    n_packed, n_packed + 1, ...
+    n_packed, n_packed + 1, ... begun: of keys alone that are packed again, what was decided then.
     """
 
     sides: list[SideToPack]
     tails: list[mx.array]
     n_packed: int
     n_pack: int
+    begun: Optional[Begun] = None
 
 
 class PackedTokens(NamedTuple):
     """What one side of a `PackJob` becomes. codes: uint32 [B, H, n_pack, words] and scale: float16 [B, H, n_pack, 1],
-    or the exact vectors and None with 0 bits. means: of all packed tokens, with room for more. centered: whether any
-    head of a row is, for each row; None where this job does not decide it."""
+    or the exact vectors and None with 0 bits. means: of all packed tokens, with room for more. begun: None where this
+    job does not decide it."""
 
     codes: mx.array
     scale: Optional[mx.array]
     means: Optional[mx.array]
-    centered: Optional[list[bool]]
+    begun: Optional[Begun]
 
 
 def pack(jobs: Sequence[PackJob], config: TurboConfig, step: int) -> list[list[PackedTokens]]:
@@ -181,12 +191,8 @@ def pack(jobs: Sequence[PackJob], config: TurboConfig, step: int) -> list[list[P
     for job, new, centered in zip(jobs, begun, _decide_centering(jobs, begun)):
         means = _extend_means(job, new, centered, config, step)
         quantized = quantize_tokens([x[:, :, : job.n_pack] for x in job.tails], job.sides, means, job.n_packed, config)
-        done.append(
-            [
-                PackedTokens(*q, mean, None if job.n_packed else centered.get(i))
-                for i, (q, mean) in enumerate(zip(quantized, means))
-            ]
-        )
+        decided = {} if job.n_packed else {i: Begun(*new[i], centered[i]) for i in new}
+        done.append([PackedTokens(*q, mean, decided.get(i)) for i, (q, mean) in enumerate(zip(quantized, means))])
     return done
 
 
@@ -198,6 +204,8 @@ def _begun_segments(job, config):
     segment's mean when its first token is packed. Latents never are: they serve as keys and values, and do not turn.
     """
     new = {}
+    if job.begun is not None:
+        return {0: job.begun[:2]}
     if (
         not job.n_packed
         and len(job.tails) == 2
@@ -221,9 +229,12 @@ def _begun_segments(job, config):
 def _decide_centering(jobs, begun):
     """For each job {side: whether any head of a row is centered, for each row}. Rows that have not packed before decide
     it here, all at once: the only time, apart from auto's choice, that a sequence waits for its tokens."""
-    undecided = [new for job, new in zip(jobs, begun) if not job.n_packed]
+    undecided = [new for job, new in zip(jobs, begun) if not job.n_packed and job.begun is None]
     decided = iter(centering.rows_to_center([centered for new in undecided for _, centered in new.values()]))
-    return [{i: [True] if job.n_packed else next(decided) for i in new} for job, new in zip(jobs, begun)]
+    return [
+        {0: job.begun.rows} if job.begun else {i: [True] if job.n_packed else next(decided) for i in new}
+        for job, new in zip(jobs, begun)
+    ]
 
 
 def _extend_means(job, new, centered, config, step):

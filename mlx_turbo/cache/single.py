@@ -122,7 +122,7 @@ class TurboKVCache:
                     for side, t in zip(self._sides, tails)
                 ]
             view = self.n_packed, tails
-            self._pack(tails)
+            begun = self._pack(tails)
         for side, x in zip(self._sides, new):
             if n_to_sink:
                 side.sink = write(side.sink, self.n_sink, x[:, :, :n_to_sink], self.config.sink)
@@ -143,12 +143,12 @@ class TurboKVCache:
         n_packed, tails = view
         fetched = self._fetch((self.n_sink, n_packed, tails[0].shape[2]), tails, new if first else None)
         if begins and not n_packed:
-            self._wait_for_queries(fetched[0], tails[0])
+            self._wait_for_queries(fetched[0], tails[0], begun)
         return fetched
 
     def _pack(self, tails):
         """Quantize all but the newest `recent` tokens of `tails` (exact tokens after the packed ones, per side) and
-        keep those in new recent buffers. Raises before anything is changed."""
+        keep those in new recent buffers. Returns what was decided of keys. Raises before anything is changed."""
         self._unread.clear()
         n_pack = tails[0].shape[2] - self.config.recent
         sides = [side.to_pack(side.means if self.n_packed else None) for side in self._sides]
@@ -161,6 +161,7 @@ class TurboKVCache:
             side.recent = write(None, 0, tail[:, :, n_pack:], self.config.recent + self.config.block)
         self.n_packed += n_pack
         self.n_recent = self.config.recent
+        return packed[0].begun
 
     def _updated(self):
         keys, values = self._sides
@@ -265,10 +266,10 @@ class TurboKVCache:
         factors = balancing.choose(keys, self.config, self._sides[0].bits, join(*self._observed))
         return None if factors is None else Balance(factors)
 
-    def _wait_for_queries(self, returned, tail):
+    def _wait_for_queries(self, returned, tail, begun=None):
         """The keys of `tail` are to be balanced as soon as the model attends to `returned`. They are held as long as
-        the model holds that."""
-        returned.tail, self._to_balance = tail, weakref.ref(returned)
+        the model holds that. begun: what was decided when they were packed."""
+        returned.tail, returned.begun, self._to_balance = tail, begun, weakref.ref(returned)
 
     def _balance(self):
         """Pack the keys of the last update again: now there are queries to balance them by."""
@@ -277,7 +278,7 @@ class TurboKVCache:
         balance, self._observed = None if tail is None else self._choose_balance(tail), None
         if balance is not None:
             side.balance = balance
-            job = PackJob([side.to_pack(None)], [tail], 0, self.n_packed)
+            job = PackJob([side.to_pack(None)], [tail], 0, self.n_packed, returned.begun)
             ((new,),) = pack([job], self.config, self.step)
             side.codes, side.scale = (write(None, 0, a, self.step) for a in (new.codes, new.scale))
             side.means = new.means

@@ -62,9 +62,11 @@ class LazyKV(MarkedArray):
 
     Whatever a model makes of it (a slice, a cast) is a plain array: only what the cache returned is marked.
 
-    tail: of keys that wait for their queries to be balanced, the exact tokens after the packed ones."""
+    tail: of keys that wait for their queries to be balanced, the exact tokens after the packed ones. begun: what was
+    decided when these were packed (packing.Begun)."""
 
     tail: Optional[mx.array] = None
+    begun: Any = None
 
     def __init__(self, array: mx.array, view: KVView, side: int) -> None:
         super().__init__(array)

@@ -11,6 +11,7 @@ from support.caches import FAST_BACKENDS, same
 
 from mlx_turbo import RotatingTurboKVCache, TurboKVCache
 from mlx_turbo.cache import balancing
+from mlx_turbo.cache.attention_error import Attention
 from mlx_turbo.integration import attention
 from mlx_turbo.quant import reference
 
@@ -81,7 +82,7 @@ def test_how_a_model_shares_a_logit_between_keys_and_queries_does_not_matter(spr
     restored = []
     for keys, queries in ((k, q), (k * t, q / mx.repeat(t, HEADS // KV_HEADS, axis=1))):
         observed = balancing.Observed(queries, list(range(130)), D**-0.5, None)
-        rms = balancing._rms(keys, config, observed)
+        rms = balancing._rms(Attention(observed, keys, config))
         factors = balancing._normalized(*rms, 1.0)
         packed = reference.quantize(to_numpy(keys), bits, balance=to_numpy(factors).astype(np.float64))
         restored.append(reference.dequantize(packed))

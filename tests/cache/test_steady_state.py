@@ -176,6 +176,19 @@ def check_prompt_chunks(monkeypatch, layer, tiles):
     assert waits.places == [] and (len(waits._started) > 8 or not tiles)
 
 
+@pytest.mark.parametrize("make", [TurboKVCache, lambda: BatchTurboKVCache("turbo4", [0])])
+def test_a_first_prompt_chunk_waits_once_also_if_its_keys_are_packed_again(monkeypatch, stub, make):
+    Layer(make(), bias=30).prompt(300)
+    layer, waits = Layer(make(), bias=30), Waits(monkeypatch)
+    given = layer.inputs(300)
+    with waits:
+        out = layer.attend(*given)
+    mx.eval(out)
+    assert layer.cache.state and len(waits.places) == 1 and "centering.py" in waits.places[0]
+    factors = layer.cache._sides[0].balance
+    assert factors is not None, "the keys were not packed again"
+
+
 def test_a_sequence_waits_once_when_it_first_packs(monkeypatch, stub):
     decode(Layer(TurboKVCache(), bias=30), 140, contextlib.nullcontext())
     layer, waits = Layer(TurboKVCache(), bias=30).prompt(1), Waits(monkeypatch)

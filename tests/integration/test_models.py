@@ -92,7 +92,10 @@ def test_every_plain_layer_gets_a_compressed_cache(backend, model):
     assert all(c.config == TurboConfig("turbo8v4") for c in cache)
     cache = make_prompt_cache(model, TurboConfig("turbo4", boundary=1))
     assert [c.config.scheme.key_bits for c in cache] == [8] + [4] * (len(cache) - 2) + [8]
-    assert describe(cache) == "4 of 4 layers compressed"
+    assert describe(cache) == (
+        "4 of 4 layers compressed; keys: 4 bits in layers 1, 2, 8 bits in layers 0, 3; "
+        "values: 4 bits in layers 0, 1, 2, 3"
+    )
     assert make_prompt_cache(model)[0].config.scheme == Scheme(4, 4)
     assert make_prompt_cache(model, SMALL)[3].config == SMALL
 

@@ -340,7 +340,13 @@ def test_the_server_builds_what_its_answers_need(recorder, tokenizer, monkeypatc
     monkeypatch.setattr(common, "warm", lambda *args, **options: asked.append(options["n_draft_tokens"]) or 0)
     for draft in None, str(DEMO_MODEL) + "/.":
         args = argparse.Namespace(
-            kv="auto", kv_sink=None, kv_recent=None, model=str(DEMO_MODEL), draft_model=draft, num_draft_tokens=5
+            kv="auto",
+            kv_sink=None,
+            kv_recent=None,
+            model=str(DEMO_MODEL),
+            draft_model=draft,
+            num_draft_tokens=5,
+            rooms={},
         )
         program = serve.ServerProgram(serve.module, args)
         for path in filter(None, (args.model, draft)):
