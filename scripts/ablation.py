@@ -149,7 +149,15 @@ def main():
     if args.png:
         plots.bar_plot(
             args.png,
-            [(r["configuration"], r["kld"], r["kld_se"], f"{r['bits_32k']:.2f} bits") for r in rows],
+            [
+                (
+                    r["configuration"],
+                    r["kld"],
+                    r["kld_se"],
+                    "" if r["bits_32k"] is None else f"{r['bits_32k']:.2f} bits",
+                )
+                for r in rows
+            ],
             "What each protection of the cache contributes",
             what,
             f"scripts/ablation.py, {where}. Bits: per number, in a cache of 32,768 tokens.",
@@ -162,7 +170,11 @@ def main():
         "|---|---|---|---|"
     )
     for row in rows:
-        print(f"| {row['configuration']} | {row['kld']:.6f} | {row['bits_here']:.2f} | {row['bits_32k']:.3f} |")
+        here, at_32k = (
+            "none packed" if bits is None else f"{bits:.{digits}f}"
+            for bits, digits in ((row["bits_here"], 2), (row["bits_32k"], 3))
+        )
+        print(f"| {row['configuration']} | {row['kld']:.6f} | {here} | {at_32k} |")
     print(f"\n{what}; {where}")
 
 
