@@ -191,7 +191,7 @@ def pack(jobs: Sequence[PackJob], config: TurboConfig, step: int) -> list[list[P
     for job, new, centered in zip(jobs, begun, _decide_centering(jobs, begun)):
         means = _extend_means(job, new, centered, config, step)
         quantized = quantize_tokens([x[:, :, : job.n_pack] for x in job.tails], job.sides, means, job.n_packed, config)
-        decided = {i: Begun(*of_side, rows=centered[i]) for i, of_side in new.items() if not job.n_packed}
+        decided = {i: Begun(side[0], side[1], centered[i]) for i, side in new.items() if not job.n_packed}
         done.append([PackedTokens(*q, mean, decided.get(i)) for i, (q, mean) in enumerate(zip(quantized, means))])
     return done
 
