@@ -356,7 +356,8 @@ class PromptStore:
                         continue
                     caches = self._load(chain)
                 except _Lost as e:
-                    self._forget(e.record, str(e))
+                    if not isinstance(e, _Evicted):
+                        self._forget(e.record, str(e))
                     lost.add(e.record.id)
                     break
                 except LookupError as e:
@@ -453,7 +454,10 @@ class PromptStore:
                 maps[record.file] = files.map_file(self.folder / record.file)
             return files.piece_of(maps[record.file], record)
         except (OSError, ValueError) as e:
-            raise _Lost(record, str(e)) from e
+            gone = isinstance(e, FileNotFoundError) and all(
+                r.file != record.file for r in self._from_index(self._index.of_ids, [record.id])
+            )
+            raise (_Evicted if gone else _Lost)(record, str(e)) from e
 
     def _known(self, of_index: Any, of_memory: dict[str, set[str]], keys: Iterable[str]) -> list[Record]:
         keys = list(keys)
@@ -551,7 +555,8 @@ class PromptStore:
                     raise _Lost(records[id], "what it goes on from is gone")
                 return self._load(chain)
             except _Lost as e:
-                self._forget(e.record, str(e))
+                if not isinstance(e, _Evicted):
+                    self._forget(e.record, str(e))
                 raise ValueError(f"{id}: {e}") from e
 
     def verify(self) -> list[str]:
@@ -609,6 +614,10 @@ class _Lost(Exception):
     def __init__(self, record: Record, why: str) -> None:
         super().__init__(why)
         self.record = record
+
+
+class _Evicted(_Lost):
+    """A piece that was removed, to make room or by `delete`, after the index was asked for it: no damage."""
 
 
 def _of_tokens(record: Record) -> Record:

@@ -16,7 +16,7 @@ import mlx_turbo
 from mlx_turbo import PromptStore, TurboConfig
 from mlx_turbo.integration.prompt_cache import flatten_caches
 from mlx_turbo.quant.scheme import BITS, Scheme
-from mlx_turbo.store import cut
+from mlx_turbo.store import cut, files
 from mlx_turbo.store.files import SUFFIX
 
 pytestmark = [pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True), pytest.mark.usefixtures("door")]
@@ -117,6 +117,33 @@ def test_a_cache_of_no_more_tokens_than_the_caller_has_is_not_read(backend, fold
         assert store.fetch(model, tokens, more_than=300) == (None, 0) and not store.report()["damaged"]
         assert store.fetch(model, tokens, more_than=299) == (None, 0) and store.report()["damaged"]
         assert (store.report()["hits"], store.report()["tokens_found"]) == (1, 300)
+
+
+def test_what_another_store_removes_while_it_is_fetched_is_not_found_and_not_damaged(
+    backend, folder, model, monkeypatch
+):
+    """With the only exception that a file is gone of which the index still has records."""
+    cache, tokens = feed(made(["turbo", "plain"], "turbo4"), tokens_of(300), []), tokens_of(301)
+    map_file, removals = files.map_file, []
+
+    def removed_first(path):
+        if removals:
+            removals.pop()()
+        return map_file(path)
+
+    monkeypatch.setattr(files, "map_file", removed_first)
+    with PromptStore(folder, max_memory_bytes=0) as store, PromptStore(folder) as other:
+        for removals_of, damaged in (other.delete, False), (lambda: [p.unlink() for p in paths], True):
+            store.put(model, tokens[:300], cache)
+            store.flush()
+            (entry,) = store.entries()
+            paths = list(folder.glob("*" + SUFFIX))
+            removals.append(removals_of)
+            assert store.fetch(model, tokens) == (None, 0) and not removals
+            assert bool(store.report()["damaged"]) == damaged
+            removals.clear()
+            with pytest.raises(KeyError):
+                store.load_entry(entry["id"])
 
 
 @pytest.mark.parametrize("every, n_held, wanted", [(1, 0, [200, 400, 600]), (2, 0, [400]), (3, 7, [407]), (9, 0, [])])
