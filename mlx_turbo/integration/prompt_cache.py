@@ -337,7 +337,8 @@ def _describe_widths(found: _Reports) -> str:
             scheme = cache.config.scheme
             layers.setdefault((scheme.key_bits, scheme.value_bits)[i], {})[layer] = None
         at = [
-            f"{f'{bits} bits' if bits else 'exact'} in layers {', '.join(map(str, layers[bits]))}"
+            f"{f'{bits} bits' if bits else 'exact'} in layer{'s' * (len(layers[bits]) > 1)} "
+            f"{', '.join(map(str, layers[bits]))}"
             for bits in sorted(layers, key=lambda bits: bits or 16)
         ]
         text += f"; {name}: {', '.join(at)}"

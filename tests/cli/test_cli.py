@@ -401,7 +401,7 @@ def test_a_budget_is_spent_on_the_model_before_its_first_cache(run, priced):
     assert "auto:4.25: choosing the bits of each layer's keys and values" in err and len(priced) == 1
     assert priced[0].sink == 2 and priced[0].recent == 8
     average = float(re.search(r"on average ([\d.]+) bits per number", out)[1])
-    assert 4.125 < average <= 4.25 and "keys: " in out and re.search(r"8 bits in layers 2", out)
+    assert 4.125 < average <= 4.25 and "keys: " in out and re.search(r"8 bits in layer 2", out)
 
 
 def test_a_budget_that_makes_no_sense_is_refused_with_the_range(run):
@@ -430,7 +430,7 @@ def test_a_prompt_cache_file_beside_a_budget(run, priced, prompt_cache_file, mad
     if code:
         assert "error: --kv: got auto:4.25 (turbo" in err and "was made with turbo" in err
     else:
-        assert re.search(r"KV cache: a scheme for each layer, .* (\d+) packed", out) and "8 bits in layers 2" in out
+        assert re.search(r"KV cache: a scheme for each layer, .* (\d+) packed", out) and "8 bits in layer 2" in out
 
 
 class _Layers:
