@@ -134,12 +134,7 @@ class Conversation:
         temporary = self.path.with_name(f".{uuid.uuid4().hex}.new")
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            try:
-                files.write_all(fd, text.encode())
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            files.write_private(temporary, text)
             os.replace(temporary, self.path)
         except OSError as e:
             temporary.unlink(missing_ok=True)

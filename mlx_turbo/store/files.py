@@ -111,6 +111,16 @@ def write_file(folder: Path, name: str, head: bytes, records: Sequence[Record], 
     sync_folder(folder)
 
 
+def write_private(path: Path, text: str) -> None:
+    """Make a file that its owner alone can read, and have it on the disk. Raises OSError, also if there is one."""
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        write_all(fd, text.encode())
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def read_records(path: Path) -> list[Record]:
     """The records of a file. Raises DamagedError if its header is not what was written, and OSError."""
     with open(path, "rb") as file:

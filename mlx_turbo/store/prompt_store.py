@@ -653,12 +653,7 @@ def _open_folder(folder: Path) -> bytes:
         key = secrets.token_hex(32)
         text = json.dumps({"version": VERSION, "key": key, "crc": zlib.crc32(key.encode())})
         temporary = folder / f".{uuid.uuid4().hex}.new"
-        fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        try:
-            files.write_all(fd, text.encode())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        files.write_private(temporary, text)
         with contextlib.suppress(FileExistsError):  # another process was faster
             os.link(temporary, mark)
         temporary.unlink()
