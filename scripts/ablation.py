@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mlx_turbo import TurboConfig, get_backend  # noqa: E402
 from mlx_turbo.backends.device import device_name  # noqa: E402
 from mlx_turbo.cli import common
+from mlx_turbo.cli.eval import first_windows, read_text
 from mlx_turbo.integration import prompt_cache
 from mlx_turbo.quality import metrics, plots
 from mlx_turbo.quality.cpu_products import use_numpy_products
@@ -67,16 +68,16 @@ ROWS = {
 }
 
 
-def load(path, text, own_dtype):
-    """(the model, in float32 unless own_dtype and on a GPU; tokens of the file `text`, or of held-out stories)"""
+def load(path, text, own_dtype, n_tokens, n_windows):
+    """(the model, in float32 unless own_dtype and on a GPU; windows of the file `text`, or of held-out stories)"""
     model, tokenizer = common.load_model(mlx_lm.load, path, "--model")
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
     if on_cpu or not own_dtype:
         model.set_dtype(mx.float32)
     if on_cpu:
         model = use_numpy_products(model)
-    text = Path(text or common.DEMO_MODEL / "stories.txt").read_text()
-    return model, mx.array(sum((tokenizer.encode(t) for t in text.split("<|endoftext|>")), []))
+    text, _ = read_text(str(text or common.DEMO_MODEL / "stories.txt"))
+    return model, first_windows(tokenizer, text, n_tokens, n_windows)
 
 
 def prefill_cost(model, tokens, repeats=6):
@@ -106,14 +107,13 @@ def main():
     args = parser.parse_args()
     if args.png:
         check_plot(args.png)
-    model, tokens = load(args.model, args.text, args.prefill_cost and args.model != common.DEMO_MODEL)
-    if len(tokens) < args.tokens * args.windows:
-        parser.error(
-            f"--tokens and --windows: {args.windows} x {args.tokens} tokens, but the text has only {len(tokens)}"
-        )
+    own_dtype = args.prefill_cost and args.model != common.DEMO_MODEL
+    model, windows = load(args.model, args.text, own_dtype, args.tokens, args.windows)
+    if len(windows) < args.windows or len(windows[0]) < args.tokens:
+        parser.error(f"--tokens and --windows: the text has fewer than {args.windows} x {args.tokens} tokens")
     where = f"{device_name()}, mlx {mx.__version__}, {get_backend().describe()}"
     if args.prefill_cost:
-        cost = prefill_cost(model, tokens[: args.tokens])
+        cost = prefill_cost(model, mx.array(windows[0]))
         if args.json:
             print(json.dumps({"ms": cost, "tokens": args.tokens, "where": where}))
             return
@@ -122,7 +122,6 @@ def main():
             print(f"{name:<20}{ms:>10,.1f} ms{ms / cost['turbo4, no balance'] - 1:>+8.1%}")
         print(where)
         return
-    windows = [tokens[i * args.tokens : (i + 1) * args.tokens].tolist() for i in range(args.windows)]
     make = {"uncompressed": lambda: [KVCache() for _ in model.layers]}
     make |= {
         name: partial(prompt_cache.make_prompt_cache, model, config)
@@ -136,6 +135,7 @@ def main():
             "configuration": name,
             "kld": measured["kld"],
             "kld_se": measured["kld_se"],
+            "kld_p999": measured["kld_p999"],
             "bits_here": metrics.resident_bits(cache),
             "bits_32k": metrics.projected_bits(cache),
         }

@@ -229,13 +229,16 @@ def _from_hub(repo: str, file: str | None) -> tuple[Path, str]:
 
 
 def first_windows(tokenizer: Any, text: str, n_tokens: int, n_windows: int) -> list[list[int]]:
-    """The first n_windows windows of a text, n_tokens tokens each; a single shorter one if the text is shorter."""
+    """The first n_windows windows of a text, n_tokens tokens each; a single shorter one if the text is shorter. Where
+    the tokenizer begins a text with a token of its own, so does every window: some models (Gemma) are lost without."""
     wanted, n_chars = n_tokens * n_windows, 8 * n_tokens * n_windows
     tokens = tokenizer.encode(text[:n_chars])
     while len(tokens) <= wanted and n_chars < len(text):  # encode no more of a large file than necessary
         n_chars *= 4
         tokens = tokenizer.encode(text[:n_chars])
-    full = [tokens[i * n_tokens : (i + 1) * n_tokens] for i in range(min(n_windows, len(tokens) // n_tokens))]
+    begin = tokens[:1] if tokens[:1] == [getattr(tokenizer, "bos_token_id", None)] else []
+    rest, n = tokens[len(begin) :], n_tokens - len(begin)
+    full = [begin + rest[i * n : (i + 1) * n] for i in range(min(n_windows, len(rest) // n if n else 0))]
     return full or [tokens]
 
 

@@ -161,6 +161,13 @@ def test_a_short_text_is_one_short_window_and_a_long_one_is_not_encoded_whole(de
     assert max(seen) < len(STORIES) / 2
 
 
+def test_every_window_begins_as_the_tokenizer_begins_a_text():
+    tokenizer = types.SimpleNamespace(bos_token_id=2, encode=lambda text: [2, *map(ord, text)])
+    assert evaluate.first_windows(tokenizer, "abcdefgh", 4, 2) == [[2, 97, 98, 99], [2, 100, 101, 102]]
+    without = types.SimpleNamespace(bos_token_id=2, encode=lambda text: list(map(ord, text)))
+    assert evaluate.first_windows(without, "abcdefgh", 4, 2) == [[97, 98, 99, 100], [101, 102, 103, 104]]
+
+
 # ---- bits ----------------------------------------------------------------------------------------------------
 def filled(make, n_tokens, dtype, head_dim=64, chunk=None):
     rng = mx.random.key(0)
