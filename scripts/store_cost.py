@@ -6,7 +6,7 @@
   next token from a store that was opened anew, its files dropped from the system's memory first where it allows that.
 - Bare caches with the layout of an 8B-class model (8 kv heads of head_dim 128, float16; --layers of its 32) hold 30,000
   random tokens: bytes per token in the store, beside mlx-lm's save_prompt_cache of a KVCache with the same tokens; GB/s
-  of a fetch, beside reading the same files with read().
+  and seconds of a fetch, beside reading the same files with read(), and mlx-lm's load_prompt_cache.
 - By arithmetic, nothing is run: what the same prompt is of a whole 8B-class model (Qwen3-8B's layout): bytes, by
   `mlx-turbo plan`; the seconds that a fetch of them takes at the speed just measured; the operations of computing them.
 """
@@ -53,7 +53,7 @@ def drop(folder: Path) -> bool:
     """Have the system forget the files of a folder that it holds in memory; whether it can."""
     if not hasattr(os, "posix_fadvise"):
         return False
-    for path in folder.glob("*" + SUFFIX):
+    for path in [*folder.glob("*" + SUFFIX), *folder.glob("*.safetensors")]:
         fd = os.open(path, os.O_RDONLY)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
@@ -106,9 +106,9 @@ def first_token(n: int, scheme: str, folder: Path) -> dict:
     }
 
 
-def bare(n: int, n_layers: int, scheme: str, folder: Path) -> dict:
+def filled(n: int, n_layers: int, scheme: str) -> tuple[list, list]:
+    """Our caches and mlx-lm's, with the same random tokens."""
     mx.random.seed(0)
-    model, tokens = nn.Linear(4, 4), [i % 1000 for i in range(n)]
     ours, theirs = [], []
     for _ in range(n_layers):
         keys, values = (mx.random.normal((1, HEADS, n, HEAD_DIM)).astype(mx.float16) for _ in range(2))
@@ -117,17 +117,26 @@ def bare(n: int, n_layers: int, scheme: str, folder: Path) -> dict:
                 cache.update_and_fetch(keys[:, :, i : i + 2048], values[:, :, i : i + 2048])
             mx.eval(cache.state)
             caches.append(cache)
+    return ours, theirs
+
+
+def bare(n: int, n_layers: int, scheme: str, folder: Path) -> dict:
+    model, tokens = nn.Linear(4, 4), [i % 1000 for i in range(n)]
+    ours, theirs = filled(n, n_layers, scheme)
     with PromptStore(folder, max_memory_bytes=0) as store:
         _, put = timed(lambda: store.put(model, tokens, ours))
         _, written = timed(store.flush)
         held = store.report()["nbytes"]
     lm_cache.save_prompt_cache(str(folder / "theirs.safetensors"), theirs)
     saved = (folder / "theirs.safetensors").stat().st_size
-    (folder / "theirs.safetensors").unlink()
+    ours = theirs = None
     speed: dict[str, float] = {}
+    took: dict[str, float] = {}
 
     def note(what, n_bytes, seconds):  # the best of several
+        mx.clear_cache()  # as in a process that has just begun, MLX has no memory at hand
         speed[what] = max(speed.get(what, 0), n_bytes / seconds / 1e9)
+        took[what] = min(took.get(what, seconds), seconds)
 
     with PromptStore(folder, max_memory_bytes=0) as store:
         store.fetch(model, [*tokens[:200], 1])  # what is imported late
@@ -147,6 +156,10 @@ def bare(n: int, n_layers: int, scheme: str, folder: Path) -> dict:
             (cache, _), seconds = timed(lambda: store.fetch(model, [*tokens, 1]))
             mx.eval([c.state for c in cache])
         note(f"fetch_{what}", n_bytes, seconds)
+        cache, start = None, time.perf_counter()
+        cache = lm_cache.load_prompt_cache(str(folder / "theirs.safetensors"))
+        mx.eval([c.state for c in cache])
+        cache = note(f"mlx_lm_{what}", saved, time.perf_counter() - start)
     return {
         "tokens": n,
         "layers": n_layers,
@@ -156,6 +169,7 @@ def bare(n: int, n_layers: int, scheme: str, folder: Path) -> dict:
         "put_s": put,
         "written_s": written,
         "GB_per_s": speed,
+        "seconds": took,
     }
 
 

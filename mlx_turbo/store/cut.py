@@ -10,11 +10,14 @@ Layers that can be cut: TurboKVCache, windows that have not evicted anything, ml
 end as they are: windows that have, states, and mlx-lm's other caches.
 """
 
+import functools
 import hashlib
 import importlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -31,6 +34,7 @@ from ..quant.scheme import words_per_row
 from .raw import DTYPES, NAMES, from_raw, from_tree, join, row_hashes, split, to_raw, to_tree, unsigned
 
 BLOCK = SEGMENT  # tokens
+AHEAD = 2  # layers whose rows are copied together before MLX takes them
 ALL = 1 << 60  # packed tokens of a layer, as far as a block is concerned
 _PARTS = "sink", "codes", "scale", "means", "recent"
 _COUNTS = "n_sink", "n_packed", "n_recent"
@@ -188,7 +192,11 @@ def _arrays_of(header, n_heads):
 def _rows(name, slot, first, last, n_packed):
     """(first row, number of rows) of array `name` that belong to tokens first .. last - 1, of which those of the layer
     with n_packed packed ones."""
-    part, sink = name.partition(".")[2], slot.get("sink", 0)
+    return _rows_of_part(name.partition(".")[2], slot.get("sink", 0), first, last, n_packed)
+
+
+@functools.lru_cache(maxsize=1 << 16)  # the layers of a model have the same rows in a block
+def _rows_of_part(part, sink, first, last, n_packed):
     if part == "means":  # a segment's mean goes with its first token
         edges = [-(-max(min(n, sink + n_packed) - sink, 0) // SEGMENT) for n in (first, last)]
     else:
@@ -303,7 +311,8 @@ def assemble(root: np.ndarray, blocks: Sequence[np.ndarray], end: np.ndarray | N
     if end is not None:
         pieces.append((n, meta["n"], Reader(end, at)))
     n, in_blocks = meta.get("n", n), n
-    caches = []
+    packed = [in_blocks - slot.get("sink", 0) if end is None else meta["n_packed"][i] for i, slot in _slots(spec)]
+    gathered, caches = _gather(spec, pieces, end is not None, packed), []
     for i, slot in enumerate(spec["slots"]):
         kind = _class_of(slot["class"])
         if slot["kind"] == "empty":
@@ -313,8 +322,7 @@ def assemble(root: np.ndarray, blocks: Sequence[np.ndarray], end: np.ndarray | N
             tree, at, count = meta["whole"][str(i)]
             caches.append(_of_state(kind, *from_tree(tree, own[at : at + count])))
         else:
-            n_packed = in_blocks - slot.get("sink", 0) if end is None else meta["n_packed"][i]
-            arrays = _gather(slot, pieces, end is not None, n_packed)
+            arrays, n_packed = next(gathered)
             if slot["kind"] == "plain":
                 cache = kind()
                 cache.update_and_fetch(arrays["keys"], arrays["values"])
@@ -329,24 +337,35 @@ def assemble(root: np.ndarray, blocks: Sequence[np.ndarray], end: np.ndarray | N
     return _build(spec["tree"], caches)
 
 
-def _gather(slot, pieces, has_end, n_packed):
-    """{name: array [1, H, n, D]} of a layer, those of no rows left out (of a KVCache: not)."""
-    out = {}
-    for name, (n_heads, width, dtype_name) in slot["arrays"].items():
-        dtype, spans = DTYPES[dtype_name], []
-        for k, (first, last, reader) in enumerate(pieces):
-            is_end = has_end and k == len(pieces) - 1
-            spans.append((_rows(name, slot, first, last, n_packed if is_end else ALL)[1], reader))
-        total = sum(count for count, _ in spans)
-        if not total and slot["kind"] != "plain":
-            continue
-        rows, at = np.empty((1, n_heads, total, width), unsigned(dtype)), 0
-        for count, reader in spans:
-            if count:
-                rows[0, :, at : at + count] = reader.take(n_heads, count, width, dtype)
-                at += count
-        out[name] = from_raw(rows, dtype)
-    return out
+def _gather(spec, pieces, has_end, packed) -> Iterator[tuple[dict[str, mx.array], int]]:
+    """({name: array [1, H, n, D]}, packed tokens) of each layer that was cut; arrays of no rows are left out (of a
+    KVCache: not). packed: the packed tokens of these layers.
+
+    Threads copy the rows of the next layers together while MLX takes those of this one.
+    """
+    with ThreadPoolExecutor(AHEAD) as pool:
+        ahead: deque[tuple[dict[str, tuple[Future[np.ndarray], mx.Dtype]], int]] = deque()
+        for (_, slot), n_packed in zip(_slots(spec), packed):
+            rows = {}
+            for name, (n_heads, width, dtype_name) in slot["arrays"].items():
+                dtype, spans = DTYPES[dtype_name], []
+                for k, (first, last, reader) in enumerate(pieces):
+                    is_end = has_end and k == len(pieces) - 1
+                    count = _rows(name, slot, first, last, n_packed if is_end else ALL)[1]
+                    if count:
+                        spans.append(reader.take(n_heads, count, width, dtype))
+                if spans or slot["kind"] == "plain":
+                    spans = spans or [np.empty((n_heads, 0, width), unsigned(dtype))]
+                    rows[name] = pool.submit(np.concatenate, spans, 1), dtype
+            ahead.append((rows, n_packed))
+            if len(ahead) > AHEAD:
+                yield _to_mlx(*ahead.popleft())
+        while ahead:
+            yield _to_mlx(*ahead.popleft())
+
+
+def _to_mlx(rows, n_packed):
+    return {name: from_raw(future.result()[None], dtype) for name, (future, dtype) in rows.items()}, n_packed
 
 
 def _turbo(kind, slot, arrays, fixed, n, n_packed):
