@@ -17,7 +17,16 @@ from ..backends.sides import BackendError
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
 from ..integration.bit_budget import Prices, calibration_tokens, spend
-from ..integration.prompt_cache import compress, describe, flatten_caches, make_prompt_cache, patch_mlx_lm, reports
+from ..integration.prompt_cache import (
+    compress,
+    configs_of,
+    describe,
+    flatten_caches,
+    is_window,
+    make_prompt_cache,
+    patch_mlx_lm,
+    reports,
+)
 from ..integration.prompt_cache_file import load_with
 from ..integration.warming import warm
 from ..quant.scheme import TurboConfig
@@ -280,7 +289,8 @@ class TurboProgram:
             if metadata.setdefault("model", getattr(self.args, "model", None)) is None:
                 raise CliError(f"--prompt-cache-file: {file!r} does not say which model it is of; pass --model")
         for saved in (c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)):
-            self._file_config = saved.config
+            if self._file_config is None or not is_window(saved):  # those of `auto` are another scheme
+                self._file_config = saved.config
         if self.config is not None and self.config.budget is not None:  # it is spent once the model is there
             self._not_checked.append((cache, file))
         else:
@@ -290,11 +300,11 @@ class TurboProgram:
 
     def _fit(self, cache: list[Any], file: str, config: TurboConfig | None) -> None:
         """Compress what a file holds uncompressed. Raises CliError if a flag contradicts what it holds."""
+        config_of = None if config is None else configs_of(cache, config)
         for i, layer in enumerate(cache):
-            own = config if config is None or config.schemes is None else config.for_layer(i, len(cache))
             for saved in flatten_caches([layer]):
                 if isinstance(saved, TurboKVCache):
-                    self._check_flags(saved, file, own)
+                    self._check_flags(saved, file, config_of and config_of(i, saved))
         if config is not None:
             cache[:] = compress(cache, config)
 
@@ -333,7 +343,8 @@ def summarize(prompt_cache: list[Any]) -> dict[str, Any]:
     if ours:
         first = next((report for report in ours if "window" not in report), ours[0])
         summary |= {name: first[name] for name in ("tokens", "sink", "packed", "recent", "attention")}
-        names = {c.config.name for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)}
+        of_ours = [c for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)]
+        names = {c.config.name for c in [c for c in of_ours if not is_window(c)] or of_ours}
         summary["scheme"] = names.pop() if len(names) == 1 else "a scheme for each layer"
         packed = [r["packed_bits_per_value"] for r in ours if r["packed"]]
         summary["packed_bits_per_value"] = sum(packed) / len(packed) if packed else None

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from ..cache.batch import BatchTurboKVCache
@@ -65,6 +66,24 @@ def is_long_window(cache: Any, config: TurboConfig) -> bool:
     return is_cache(cache, "RotatingKVCache") and cache.max_size - cache.keep >= 2 * (config.recent + config.block)
 
 
+def is_window(cache: Any) -> bool:
+    """Whether a cache, mlx-lm's or ours, is of a layer whose attention is a sliding window: not one that a user's
+    max_kv_size made, which keeps first tokens."""
+    return (isinstance(cache, Window) or is_cache(cache, "RotatingKVCache")) and not cache.keep
+
+
+def configs_of(prompt_cache: list[Any], config: TurboConfig) -> Callable[[int, Any], TurboConfig]:
+    """The configuration of a cache of layer i, as a function of i and the cache, in a prompt cache of whichever
+    classes."""
+    has_windows = any(map(is_window, flatten_caches(prompt_cache)))
+
+    def of(i: int, cache: Any) -> TurboConfig:
+        own = config.for_layer(i, len(prompt_cache))
+        return own.of_window() if is_window(cache) else own.beside_windows() if has_windows else own
+
+    return of
+
+
 def flatten_caches(prompt_cache: Any) -> list[Any]:
     """All caches of a prompt cache, in order; those inside a CacheList one by one."""
     return [m for c in prompt_cache for m in (flatten_caches(c.caches) if hasattr(c, "caches") else [c])]
@@ -80,7 +99,10 @@ def compress(prompt_cache: list[Any], config: TurboConfig, indexers: set[tuple[i
 
     indexers = indexers_of_tokens(prompt_cache) if indexers is None else indexers
 
-    def compressed(cache: Any, own: TurboConfig) -> Any:
+    config_of = configs_of(prompt_cache, config)
+
+    def compressed(i: int, cache: Any) -> Any:
+        own = config_of(i, cache)
         of_mlx_vlm = type(cache).__module__ == "mlx_vlm.models.cache"
         if is_cache(cache, "KVCache"):
             held = None if cache.empty() else [x[:, :, : cache.offset] for x in (cache.keys, cache.values)]
@@ -93,15 +115,14 @@ def compress(prompt_cache: list[Any], config: TurboConfig, indexers: set[tuple[i
 
     out = []
     for i, c in enumerate(prompt_cache):
-        own = config.for_layer(i, len(prompt_cache))
         if is_vlm_list(c):
             out.append(c)
             continue
         if not hasattr(c, "caches"):
-            out.append(compressed(c, own))
+            out.append(compressed(i, c))
             continue
         kept = [(i, j) in indexers for j in range(len(c.caches))]
-        inside = [m if keep else compressed(m, own) for m, keep in zip(c.caches, kept)]
+        inside = [m if keep else compressed(i, m) for m, keep in zip(c.caches, kept)]
         out.append((IndexedCacheList if any(kept) else type(c))(*inside))
     return out
 
@@ -257,7 +278,11 @@ def describe(prompt_cache: list[Any]) -> str:
     text = f"{n_compressed} of {len(prompt_cache)} layers compressed"
     if windows:
         sizes = " and ".join(f"{size:,}" for size in sorted({c.max_size for c in windows}))
-        text += f" ({len(windows)} of them windows of {sizes} tokens)"
+        schemes, others = (
+            {c.config.name for _, c in compressed if isinstance(c, Window) == of} for of in (True, False)
+        )
+        at = f" at {' and '.join(sorted(schemes))}" if others and schemes != others else ""
+        text += f" ({len(windows)} of them windows of {sizes} tokens{at})"
     return (
         text
         + _describe_kept(found)

@@ -68,7 +68,8 @@ class TurboConfig:
         errs least where queries look (cache/balancing.py).
     boundary: number of layers at either end of the model whose keys get at least 8 bits.
     auto: more bits for the keys of a layer whose attention errs too much on the first prompt chunk
-        (cache/auto_bits.py).
+        (cache/auto_bits.py). In models with sliding windows, 8 bits for these, and values of the other layers get the
+        next width.
     budget: bits per number of packed tokens, scales included, on average over the keys and values of all layers.
         `choose_bits` finds the `schemes` that spend them best on a model; until then no cache can be made.
     schemes: a scheme for each layer of the model, in place of `scheme`: `Scheme`s or their names.
@@ -154,6 +155,20 @@ class TurboConfig:
         if not keys or self.boundary <= layer < n_layers - self.boundary:
             return self
         return replace(self, scheme=Scheme(max(keys, 8), self.scheme.value_bits))
+
+    def of_window(self) -> "TurboConfig":
+        """The configuration of a layer of a model whose attention is a sliding window: with `auto` 8 bits, because what
+        a window takes does not grow."""
+        bits = self.scheme.key_bits, self.scheme.value_bits
+        return replace(self, scheme=Scheme(*(b and 8 for b in bits)), auto=False) if self.auto else self
+
+    def beside_windows(self) -> "TurboConfig":
+        """The configuration of the other layers of such a model: with `auto` values get the next width, because these
+        few layers hold all that is far away."""
+        keys, values = self.scheme.key_bits, self.scheme.value_bits
+        if not self.auto or not values:
+            return self
+        return replace(self, scheme=Scheme(keys, min((b for b in BITS if b > values), default=values)))
 
     @classmethod
     def of(cls, config: Union["TurboConfig", Scheme, str], **options: Any) -> "TurboConfig":

@@ -155,6 +155,29 @@ def test_layers_of_a_head_dim_that_cannot_be_packed_stay_exact_and_are_named(bac
         assert row.report()["exact"] == {} and row.report()["packed"] > 0
 
 
+@pytest.mark.parametrize(
+    "scheme, windows, others", [("auto", "turbo8", "turbo4v5"), ("turbo3v4", "turbo3v4", "turbo3v4")]
+)
+def test_auto_gives_more_bits_to_windows_and_to_values_beside_them(backend, door, tmp_path, scheme, windows, others):
+    model = gemma3(sliding_window=64)
+    options = dict(sink=4, recent=8, block=8)
+    cache = make_prompt_cache(model, TurboConfig.of(scheme, **options))
+    model(tokens_of(300), cache=cache)
+    model(tokens_of(300)[:, :100], cache=cache)
+    for layer in cache:
+        is_window = isinstance(layer, RotatingTurboKVCache)
+        assert layer.config.scheme.name == (windows if is_window else others)
+        assert (layer.report()["auto"] is None) == (is_window or scheme != "auto")
+        if is_window:
+            assert layer.report()["scheme"] == windows
+    assert f"windows of 64 tokens{' at turbo8' * (windows == 'turbo8')})" in describe(cache)
+    save_prompt_cache(tmp_path / "file", cache)
+    loaded = load_prompt_cache(tmp_path / "file.safetensors")
+    assert [c.config for c in loaded] == [c.config for c in cache] and describe(loaded)[:45] == describe(cache)[:45]
+    limited = make_prompt_cache(llama(64), TurboConfig.of(scheme, **options), max_kv_size=128)
+    assert {c.config for c in limited} == {TurboConfig.of(scheme, **options)}  # a user's limit is no sliding window
+
+
 def test_a_side_that_can_be_packed_is_packed_beside_one_that_cannot(backend, door):
     rng = np.random.default_rng(0)
     for dims, exact in (((64, 16), "values"), ((16, 64), "keys")):
