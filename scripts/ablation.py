@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
 """What each protection of the cache contributes, alone and together: KL divergence of a model's output.
 
-    python scripts/ablation.py [--tokens 2048] [--windows 2] [--chunk 32] [--json] [--png FILE]
+    python scripts/ablation.py [--tokens 2048] [--windows 2] [--chunk 64] [--json] [--png FILE]
     python scripts/ablation.py --model MODEL --text FILE [--rows ROW ...] [the options above]
+    python scripts/ablation.py --of RESULT.json ... [--png FILE]
     python scripts/ablation.py --prefill-cost [--model MODEL] [--tokens 2048]
 
 A row is a configuration. Windows of held-out stories (the embedded model) or of the text are read through its cache and
-through an uncompressed one, in chunks of 32, in float32. Bits are resident bits per value, 8 * bytes of the cache /
+through an uncompressed one, in chunks, in float32. Bits are resident bits per value, 8 * bytes of the cache /
 numbers it stands for: at the end of the window in float32, and projected to 32,768 tokens of a 16-bit model, of which
-the exact tokens are a smaller part. --prefill-cost: how much longer the first prompt chunk takes with balanced
-channels, and with `auto`, than with neither, in the model's own dtype on a GPU. MODEL: a folder, or a Hugging Face id.
+the exact tokens are a smaller part. Whether keys are centered is decided by the tokens at hand when packing begins, at
+least 64: with a smaller --chunk the rows without recent tokens are not. MODEL: a folder, or a Hugging Face id.
+--prefill-cost: how much longer the first prompt chunk takes with balanced channels, and with `auto`, than with neither,
+in the model's own dtype on a GPU.
+--of: shows what --json printed in earlier runs, side by side where these are of several models.
 """
 
 import argparse
@@ -42,15 +46,14 @@ ROWS = {
     "+ least-squares scale": TurboConfig("turbo4", **LEAST | NOTHING),
     "+ inner-product scale": TurboConfig("turbo4", centre=False, **NOTHING),
     "+ centring": TurboConfig("turbo4", **NOTHING),
-    "+ sink 4": TurboConfig("turbo4", **NOTHING | dict(sink=4)),
-    "+ recent 64": TurboConfig("turbo4", balance=False),
+    "+ recent 64": TurboConfig("turbo4", sink=0, balance=False),
+    "+ sink 4": TurboConfig("turbo4", balance=False),
     "+ balance = the default": TurboConfig("turbo4"),
     "default without sink": TurboConfig("turbo4", sink=0),
-    "default without recent": TurboConfig("turbo4", recent=0, block=1),
+    "default without sink and recent": TurboConfig("turbo4", sink=0, recent=0, block=1),
     "default without centring": TurboConfig("turbo4", centre=False),
     "default with least squares": TurboConfig("turbo4", scale="least-squares"),
     "sink 64": TurboConfig("turbo4", sink=64),
-    "recent 32": TurboConfig("turbo4", recent=32),
     "recent 128": TurboConfig("turbo4", recent=128),
     "recent 256": TurboConfig("turbo4", recent=256),
     "auto": TurboConfig("auto"),
@@ -97,16 +100,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=2)
-    parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", default=list(ROWS))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--png")
     parser.add_argument("--prefill-cost", action="store_true")
     parser.add_argument("--model", default=common.DEMO_MODEL)
     parser.add_argument("--text", metavar="FILE")
+    parser.add_argument("--of", nargs="+", metavar="RESULT", type=Path)
     args = parser.parse_args()
     if args.png:
         check_plot(args.png)
+    if args.of:
+        results = [json.loads(file.read_text()) for file in args.of]
+        if len({tuple(row["configuration"] for row in result["rows"]) for result in results}) > 1:
+            parser.error("--of: the results have different rows")
+        show(results)
+        if args.png:
+            draw(results, args.png)
+        return
     own_dtype = args.prefill_cost and args.model != common.DEMO_MODEL
     model, windows = load(args.model, args.text, own_dtype, args.tokens, args.windows)
     if len(windows) < args.windows or len(windows[0]) < args.tokens:
@@ -141,41 +153,65 @@ def main():
         }
         for name, (measured, cache) in results.items()
     ][1:]
-    what = (
-        f"{args.windows} x {args.tokens:,} tokens of {Path(args.text).name if args.text else 'held-out stories'} "
-        f"in chunks of {args.chunk}, {'embedded model' if args.model == common.DEMO_MODEL else Path(args.model).name}, "
-        "float32"
-    )
+    result = {
+        "model": "embedded model" if args.model == common.DEMO_MODEL else Path(args.model).name,
+        "text": Path(args.text).name if args.text else "held-out stories",
+        "windows": args.windows,
+        "tokens": args.tokens,
+        "chunk": args.chunk,
+        "where": where,
+        "rows": rows,
+    }
     if args.png:
-        plots.bar_plot(
-            args.png,
+        draw([result], args.png)
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        show([result])
+
+
+def what(result):
+    return (
+        f"{result['model']}: {result['windows']} x {result['tokens']:,} tokens of {result['text']} in chunks of "
+        f"{result['chunk']}, float32"
+    )
+
+
+def draw(results, file):
+    """The picture: a panel for each result."""
+    panels = [
+        (
+            what(result),
             [
                 (
-                    r["configuration"],
-                    r["kld"],
-                    r["kld_se"],
-                    "" if r["bits_32k"] is None else f"{r['bits_32k']:.2f} bits",
+                    row["configuration"],
+                    row["kld"],
+                    row["kld_se"],
+                    "" if row["bits_32k"] is None else f"{row['bits_32k']:.2f} bits",
                 )
-                for r in rows
+                for row in result["rows"]
             ],
-            "What each protection of the cache contributes",
-            what,
-            f"scripts/ablation.py, {where}. Bits: per number, in a cache of 32,768 tokens.",
         )
-    if args.json:
-        print(json.dumps({"where": where, "tokens": args.tokens, "chunk": args.chunk, "rows": rows}, indent=1))
-        return
-    print(
-        f"| Configuration | KLD (nats) | bits per value, {args.tokens:,} tokens of float32 | 32,768 of float16 |\n"
-        "|---|---|---|---|"
-    )
-    for row in rows:
-        here, at_32k = (
-            "none packed" if bits is None else f"{bits:.{digits}f}"
-            for bits, digits in ((row["bits_here"], 2), (row["bits_32k"], 3))
-        )
-        print(f"| {row['configuration']} | {row['kld']:.6f} | {here} | {at_32k} |")
-    print(f"\n{what}; {where}")
+        for result in results
+    ]
+    where = "; ".join(dict.fromkeys(result["where"] for result in results))
+    footer = f"scripts/ablation.py, {where}. Bits: per number, in a cache of 32,768 tokens."
+    plots.bar_plot(file, panels, "What each protection of the cache contributes", footer)
+
+
+def show(results):
+    """The table: the results side by side, of which all have the same rows."""
+    columns = "".join(f" {r['model']}: KLD (nats) | p99.9 | bits at 32K |" for r in results)
+    print(f"| Configuration |{columns}\n|{'---|' * (1 + 3 * len(results))}")
+    for rows in zip(*(result["rows"] for result in results)):
+        cells = ""
+        for row in rows:
+            error = "" if row["kld_se"] is None else f" ± {row['kld_se']:.2g}"
+            bits = "none packed" if row["bits_32k"] is None else f"{row['bits_32k']:.2f}"
+            cells += f" {row['kld']:.2g}{error} | {row['kld_p999']:.2g} | {bits} |"
+        print(f"| {rows[0]['configuration']} |{cells}")
+    for result in results:
+        print(f"\n{what(result)}; {result['where']}")
 
 
 if __name__ == "__main__":

@@ -92,23 +92,30 @@ def _draw_group(axes: Any, points: list[Point], group: str, marker: str, color: 
         )
 
 
-def bar_plot(file: str | Path, rows: Sequence[Bar], title: str, subtitle: str, footer: str) -> None:
-    """KL divergence (log axis) of each row, from top to bottom.
+def bar_plot(file: str | Path, panels: Sequence[tuple[str, Sequence[Bar]]], title: str, footer: str) -> None:
+    """KL divergence (log axis) of each row, from top to bottom; panels side by side, with the same rows.
 
-    rows: (label, kld, standard error or None, note). Raises PlotError for a KLD of 0, or if the file cannot be written.
+    panels: (subtitle, [(label, kld, standard error or None, note), ...]). Raises PlotError for a KLD of 0, for panels
+    whose labels differ, or if the file cannot be written.
     """
-    if not rows or min(row[1] for row in rows) <= 0:
-        raise PlotError("every row needs a KL divergence above 0 on a log axis")
-    figure, axes = _new_figure((9, 1.5 + 0.27 * len(rows)), dpi=130)
-    labels, kld, errors, notes = zip(*rows)
-    axes.barh(range(len(rows)), kld, xerr=None if None in errors else errors, color=BLUE, ecolor=DARK_GRAY, height=0.65)
-    for y, (x, error, note) in enumerate(zip(kld, errors, notes)):
-        axes.text((x + (error or 0)) * 1.15, y, f"{x:.2g}, {note}", va="center", fontsize=8, color=DARK_GRAY)
-    axes.set_yticks(range(len(rows)), labels, fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlim(min(kld) / 2, max(kld) * 8)
-    axes.set_xlabel("KL divergence from the uncompressed cache, nats per token (shorter is better)")
-    open_frame(axes)
-    add_titles(figure, axes, title, subtitle, footer)
+    labels = {tuple(row[0] for row in rows) for _, rows in panels}
+    if len(labels) != 1 or not min(labels) or min(row[1] for _, rows in panels for row in rows) <= 0:
+        raise PlotError("every panel needs the same rows, and each a KL divergence above 0 on a log axis")
+    n_rows = len(panels[0][1])
+    figure, first = _new_figure((4 + 5 * len(panels), 1.8 + 0.27 * n_rows), dpi=130 if len(panels) == 1 else 90)
+    figure.delaxes(first)
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for i, (axes, (subtitle, rows)) in enumerate(zip(all_axes, panels)):
+        names, kld, errors, notes = zip(*rows)
+        errors = [error or 0 for error in errors]
+        axes.barh(range(n_rows), kld, xerr=errors if any(errors) else None, color=BLUE, ecolor=DARK_GRAY, height=0.65)
+        for y, (x, error, note) in enumerate(zip(kld, errors, notes)):
+            axes.text((x + error) * 1.15, y, f"{x:.2g}, {note}", va="center", fontsize=8, color=DARK_GRAY)
+        axes.set_yticks(range(n_rows), names, fontsize=9)
+        axes.set_xscale("log")
+        axes.set_xlim(min(kld) / 2, max(kld) * 8)
+        axes.set_xlabel("KL divergence from the uncompressed cache,\nnats per token (shorter is better)")
+        open_frame(axes)
+        add_titles(figure, axes, "" if i else title, subtitle, footer)
+    all_axes[0].invert_yaxis()
     save_png(figure, file)

@@ -112,6 +112,11 @@ def test_ablation_measures_what_each_protection_contributes(tmp_path):
     assert 0 < default < scale / 2 < paper / 3  # measured on 2,048 tokens: docs/quality.md
     assert all(4.1 < r["bits_32k"] < 4.4 < r["bits_here"] for r in out["rows"][2:])
     assert picture.stat().st_size > 10_000
+    file, both = tmp_path / "one.json", tmp_path / "both.png"
+    file.write_text(json.dumps(out))
+    shown = run("ablation.py", "--of", str(file), str(file), "--png", str(both)).stdout.splitlines()
+    assert shown[0].count("embedded model: KLD") == 2 and shown[3].startswith(f"| {rows[1]} | {scale:.2g} |")
+    assert both.stat().st_size > 10_000
 
 
 def test_prefill_cost_times_the_first_chunk_with_and_without_what_is_chosen_there():
