@@ -5,8 +5,8 @@ most TARGET. The keys are balanced as they will be (balancing.py).
 
 TARGET is calibrated on trained models (docs/quality.md): the layers of SmolLM2 and Qwen2.5-Coder have 0.003 to 0.06
 at 4 bits, and with this target they take a mean of 4.4 to 4.6 bits per number at 32K tokens. A bit more divides the
-error by 3 to 4. Values stay as they are: packed keys cost these models 3 to 5 times as much as packed values, and the
-error of the attention's output tells nothing about which layer's values matter.
+error by 3 to 4. Values keep the bits of the configuration: packed keys cost these models 3 to 5 times as much as packed
+values, and the error of the attention's output tells nothing about which layer's values matter.
 """
 
 from typing import Optional
