@@ -107,9 +107,9 @@ def bar_plot(file: str | Path, panels: Sequence[tuple[str, Sequence[Bar]]], titl
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for i, (axes, (subtitle, rows)) in enumerate(zip(all_axes, panels)):
         names, kld, errors, notes = zip(*rows)
-        errors = [error or 0 for error in errors]
-        axes.barh(range(n_rows), kld, xerr=errors if any(errors) else None, color=BLUE, ecolor=DARK_GRAY, height=0.65)
-        for y, (x, error, note) in enumerate(zip(kld, errors, notes)):
+        widths = [error or 0 for error in errors]
+        axes.barh(range(n_rows), kld, xerr=widths if any(widths) else None, color=BLUE, ecolor=DARK_GRAY, height=0.65)
+        for y, (x, error, note) in enumerate(zip(kld, widths, notes)):
             axes.text((x + error) * 1.15, y, f"{x:.2g}, {note}", va="center", fontsize=8, color=DARK_GRAY)
         axes.set_yticks(range(n_rows), names, fontsize=9)
         axes.set_xscale("log")
