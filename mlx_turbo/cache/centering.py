@@ -42,9 +42,7 @@ def summarize(x: mx.array, first: int, segment: int) -> tuple[mx.array, tuple[in
 
 @functools.lru_cache(maxsize=64)  # the layers of a model have the same
 def _column(numbers: tuple[int, ...]) -> mx.array:
-    column = mx.array(numbers, mx.float32)[:, None]
-    mx.eval(column)  # a constant that is lazy cannot be used from another thread
-    return column
+    return mx.array([[n] for n in numbers], mx.float32)
 
 
 def should_center(means: mx.array, n_tokens: tuple[int, ...], energy: mx.array) -> mx.array:
