@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..quant import rotation
-from ..quant.scheme import SCALES, words_per_row
+from ..quant.scheme import LARGEST, SCALES, words_per_row
 from . import self_test
 from .attend_launch import (
     SEGMENT_STEP,
@@ -30,16 +30,17 @@ from .attend_launch import (
 )
 from .device import device_name
 from .rotate import diagonal, diagonals, rotate, unrotate
-from .self_test import AttendKernel, AttendSide, VectorsKernel
+from .self_test import AttendKernel, AttendSide, StatisticsKernel, VectorsKernel
 from .sides import BackendError, Balance, CachedSide, PackedSide, QuantizeSide, RopePart, WrongResultError
 from .sources import metal_source
+from .statistics import UNIT
 
 Counts = tuple[int, int, int]  # sink, packed and recent tokens
 Mask = Union[None, str, mx.array]
 Template = list[tuple[str, Any]]
 
 LOG2_E = float(np.log2(np.e))
-SIMDGROUPS_PER_THREADGROUP = 8  # of quantize.metal and dequantize.metal
+SIMDGROUPS_PER_THREADGROUP = 8  # of quantize.metal, dequantize.metal and statistics.metal
 QUANTIZE_ARGUMENTS = (
     ["x0", "x1", "shift0", "shift1", "diag0", "diag1"],
     ["codes0", "codes1", "scale0", "scale1"],
@@ -48,6 +49,7 @@ DEQUANTIZE_ARGUMENTS = (
     [f"{name}{i}" for name in ("codes", "scale", "mean", "sink", "recent", "diag") for i in (0, 1)] + ["span"],
     ["x0", "x1"],
 )
+STATISTICS_ARGUMENTS = ["x", "numbers"], ["sums", "energy"]
 OF_SEGMENTS = 2  # MEAN of dequantize.metal: rotated means, one for each segment
 WITH_EXACT = "between exact tokens"
 ATTEND_ARGUMENTS = (
@@ -115,6 +117,17 @@ class KernelBackend:
         kernels = tuple(VectorsKernel(s.x.shape[-1], s.bits, r, s.mean is not None) for s, r in prepared)
         self._test_vectors("quantize", kernels, prepared[0][0].x.dtype, scale)
         return self.launch_quantize(prepared, seed, scale)
+
+    def statistics(self, x: mx.array, first: int, segment: int) -> tuple[mx.array, mx.array]:
+        """Sums float32 [B, H, S, D] by segment and energy float32 [B, H, 1, 1] of x [B, H, L, D], any strides, as
+        select.statistics: x is read once, where it lies. segment: at most UNIT, or more than first % segment + L."""
+        kernel = StatisticsKernel(x.shape[3], x.dtype)
+        if kernel not in self._tested:
+            self.run_check(
+                f"statistics.metal with {kernel}", lambda: self_test.check_statistics(self.launch_statistics, kernel)
+            )
+            self._tested.add(kernel)
+        return self.launch_statistics(x, first, segment)
 
     def dequantize(
         self, sides: Sequence[PackedSide], first: int, length: int, dtype: mx.Dtype, seed: int = 0
@@ -280,6 +293,23 @@ class KernelBackend:
         )
         return [(outs[i], outs[2 + i]) for i in range(n)]
 
+    def launch_statistics(self, x: mx.array, first: int, segment: int) -> tuple[mx.array, mx.array]:
+        """`statistics` untested."""
+        B, H, L, D = x.shape
+        unit = min(segment, UNIT)
+        n_units = -(-(first % unit + L) // unit)
+        sums, energy = self.kernel("statistics", *STATISTICS_ARGUMENTS)(
+            inputs=[x, _begun_and_unit(first % unit, unit)],
+            template=[("D", D), ("LARGEST", LARGEST), ("SIMDGROUPS", SIMDGROUPS_PER_THREADGROUP)],
+            output_shapes=[(B, H, n_units, D), (B, H, n_units, 1)],
+            output_dtypes=[mx.float32] * 2,
+            grid=(32, SIMDGROUPS_PER_THREADGROUP * B * H * n_units, 1),
+            threadgroup=(32, SIMDGROUPS_PER_THREADGROUP, 1),
+        )
+        if segment > unit:
+            sums = sums.sum(2, keepdims=True)
+        return sums, energy.sum(2, keepdims=True)
+
     def launch_dequantize(
         self,
         prepared: Sequence[tuple[PackedSide, bool]],
@@ -423,6 +453,12 @@ class KernelBackend:
 def _span(first: int, length: int, n_sink: int, n_recent: int, *of_sides: int) -> mx.array:
     """dequantize.metal's `span`."""
     return mx.array([first, length, n_sink, n_recent, *of_sides], mx.int32)
+
+
+@functools.lru_cache(maxsize=64)
+def _begun_and_unit(begun: int, unit: int) -> mx.array:
+    """statistics.metal's `numbers`."""
+    return mx.array([begun, unit], mx.int32)
 
 
 def _vectors_template(i: int, kernel: VectorsKernel) -> Template:

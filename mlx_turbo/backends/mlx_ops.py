@@ -7,6 +7,7 @@ import numpy as np
 
 from ..quant import codebook
 from ..quant.scheme import PLANE_DIMS, SCALES, bit_fields, plane_b
+from . import statistics
 from .device import device_name
 from .rotate import constant, rotate, unrotate
 from .sides import CachedSide, PackedSide, QuantizeSide
@@ -191,6 +192,10 @@ class CpuBackend:
     ) -> list[tuple[mx.array, mx.array]]:
         """As KernelBackend.quantize."""
         return [_quantize_in_slices(side, seed, scale) for side in sides]
+
+    def statistics(self, x: mx.array, first: int, segment: int) -> tuple[mx.array, mx.array]:
+        """As KernelBackend.statistics."""
+        return statistics.in_operations(x, first, segment)
 
     def dequantize(
         self, sides: Sequence[PackedSide], first: int, length: int, dtype: mx.Dtype, seed: int = 0

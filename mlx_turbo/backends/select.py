@@ -16,6 +16,7 @@ import mlx.core as mx
 from ..quant.rotation import check_head_dim
 from ..quant.scheme import PACKED_BITS, SCALES, words_per_row
 from .sides import BackendError, PackedSide, QuantizeSide
+from .statistics import UNIT, lengths
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 # of tokens that stay exact
@@ -189,6 +190,21 @@ def dequantize_sides(
     if length == 0 or 0 in sides[0].codes.shape[:2]:
         return [mx.zeros((*s.codes.shape[:2], length, s.head_dim), dtype) for s in sides]
     return get_backend(backend).dequantize(sides, first, length, dtype, seed)
+
+
+def statistics(x: mx.array, first: int, segment: int, backend: Any = None) -> tuple[mx.array, mx.array]:
+    """Of x [B, H, L, D] (any strides), to become packed tokens first, first + 1, ..., in segments of `segment` tokens:
+    (sums float32 [B, H, S, D] of those of each segment, energy float32 [B, H, 1, 1], the sum of the squares of all),
+    lazily. A vector that cannot be packed counts as zeros. What a row gets does not depend on the others, to the bit.
+
+    Raises ValueError for a segment of more than 128 tokens that is not the only one.
+    """
+    if segment > UNIT and first % segment + x.shape[2] > segment:
+        raise ValueError(f"segment: got {segment}, allowed are 1 to {UNIT}, or more if they hold all tokens")
+    if 0 in x.shape[:3]:
+        n_segments = len(lengths(first, x.shape[2], segment))
+        return mx.zeros((*x.shape[:2], n_segments, x.shape[3])), mx.zeros((*x.shape[:2], 1, 1))
+    return get_backend(backend).statistics(x, first, segment)
 
 
 def quantize(

@@ -204,6 +204,20 @@ def compare_quantized(words: np.ndarray, scale: np.ndarray, want: Quantized, tie
     return None
 
 
+def compare_statistics(
+    sums: np.ndarray, energy: np.ndarray, x: np.ndarray, first: int, segment: int
+) -> tuple[Optional[str], float]:
+    """What is wrong with sums [B, H, S, D] and energy [B, H, 1, 1] of x [B, H, L, D] (`select.statistics`) against the
+    reference, or None, and the largest error relative to the largest number of a head."""
+    worst = 0.0
+    for got, want in zip((sums, energy), reference.statistics(x, first, segment)):
+        if got.shape != want.shape:
+            return f"got shape {got.shape}, expected {want.shape}", np.inf
+        error = np.abs(got - want).max((2, 3)) / np.maximum(np.abs(want).max((2, 3)), 1e-30)
+        worst = max(worst, float(np.where(np.isnan(error), np.inf, error).max()))
+    return too_large(worst, TOLERANCE[mx.float32]), worst
+
+
 # ---- first use of a kernel -------------------------------------------------------------------------------------
 # Each function builds one specialization by launching it for a few vectors, and says what is wrong or None. launch: the
 # method of KernelBackend.
@@ -217,6 +231,16 @@ class VectorsKernel(NamedTuple):
 
     def __str__(self) -> str:
         return f"head_dim {self.head_dim}, {self.bits} bits{', mean' if self.has_mean else ''}"
+
+
+class StatisticsKernel(NamedTuple):
+    """A specialization of statistics.metal. dtype: of the vectors."""
+
+    head_dim: int
+    dtype: mx.Dtype
+
+    def __str__(self) -> str:
+        return f"head_dim {self.head_dim}, {self.dtype}"
 
 
 class AttendSide(NamedTuple):
@@ -262,6 +286,19 @@ def check_quantize(
         wants.append(reference_rows(side, 0 if kernel.rotates else None, rule))
     for (codes, scale), want in zip(launch(prepared, 0, rule), wants):
         if problem := compare_quantized(np.array(codes), np.array(scale), want):
+            return problem
+    return None
+
+
+def check_statistics(launch: Callable[..., tuple[mx.array, mx.array]], kernel: StatisticsKernel) -> Optional[str]:
+    """statistics.metal for the tokens of three segments, as a model's projection leaves them; one is not finite."""
+    rng, first, n_tokens = np.random.default_rng(0), 5, 2 * SEGMENT_STEP
+    x = random_array(rng, (1, n_tokens, 2, kernel.head_dim), kernel.dtype) + 0.5
+    x = mx.where(mx.arange(n_tokens)[:, None, None] == 9, mx.nan, x).astype(kernel.dtype).swapaxes(1, 2)
+    for segment in (SEGMENT_STEP, ONE_SEGMENT):
+        sums, energy = launch(x, first, segment)
+        problem, _ = compare_statistics(to_float64(sums), to_float64(energy), to_float64(x), first, segment)
+        if problem:
             return problem
     return None
 

@@ -12,8 +12,9 @@ import mlx.core as mx
 
 from ..backends import select
 from ..backends.sides import Balance, PackedSide, QuantizeSide
+from ..backends.statistics import without_bad
 from ..quant.scheme import TurboConfig
-from .centering import SEGMENT, plain, should_center, stored, summarize, without_bad
+from .centering import SEGMENT, plain, should_center, stored, summarize
 
 N_QUERIES, N_SEGMENTS = 32, 4  # sampled query tokens; sampled runs of SEGMENT keys
 

@@ -9,6 +9,7 @@ tokens; values do not turn and get a single mean. Means are stored in float16 an
 them, and the rounded means are what is subtracted.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ from typing import Any, Optional
 
 import mlx.core as mx
 
+from ..backends import select
 from ..backends.rotate import rotate, unrotate
 from ..backends.sides import ONE_SEGMENT, Balance
+from ..backends.statistics import lengths
 
 SEGMENT = 128  # packed tokens that share a mean of keys: 16 / SEGMENT = 0.125 bits per number where it is used
-SLICE = 1024  # tokens that are summed at a time
-LARGEST = 65504  # largest root mean square of a vector that can be packed: scales are float16
 SHARE = 0.25  # of the energy of a head's tokens that their means must carry; as many bits more in the codes buy 0.16
 FEWEST = 64  # tokens needed to decide: the mean of a few neighbors is large in any head
 
@@ -31,54 +32,28 @@ def segment_of(side: int) -> int:
     return ONE_SEGMENT if side else SEGMENT
 
 
-def spans(first: int, n: int, segment: int) -> tuple[int, int, int]:
-    """How packed tokens first .. first + n - 1 lie in segments: (tokens of a segment begun earlier, whole segments,
-    tokens of a last, incomplete segment)."""
-    begun = min(-first % segment, n)
-    whole = (n - begun) // segment
-    return begun, whole, n - begun - whole * segment
-
-
-def without_bad(x: mx.array) -> tuple[mx.array, mx.array]:
-    """x float32 [..., D] and its squared norms [..., 1], both 0 for a vector that is not finite or too large: it must
-    not affect others through a mean or a decision."""
-    energy = mx.square(x).sum(-1, keepdims=True)
-    good = energy <= x.shape[-1] * float(LARGEST) ** 2  # not so for NaN
-    return mx.where(good, x, 0), mx.where(good, energy, 0)
-
-
-def summarize(x: mx.array, first: int, segment: int) -> tuple[mx.array, mx.array, mx.array]:
+def summarize(x: mx.array, first: int, segment: int) -> tuple[mx.array, tuple[int, ...], mx.array]:
     """Of x [B, H, T, D], to become packed tokens first, first + 1, ...: (means by segment float32 [B, H, S, D],
-    tokens of each float32 [S, 1], energy of all [B, H, 1, 1]). Vectors that cannot be packed count as zeros. More
-    than SLICE tokens are summed slice by slice, started here and not waited for, so that no float32 copy of a prompt
-    chunk is made."""
-    unit = min(segment, SLICE)
-    begun, whole, rest = spans(first % unit if segment > unit else first, x.shape[2], unit)
-    group = SLICE // unit
-    pieces = [(begun, 1)] + [(min(group, whole - i) * unit, min(group, whole - i)) for i in range(0, whole, group)]
-    at, sums, lengths = 0, [], []
-    energy: Any = 0
-    for n, n_segments in [p for p in [*pieces, (rest, 1)] if p[0]]:
-        piece, squares = without_bad(mx.unflatten(x[:, :, at : at + n].astype(mx.float32), 2, (n_segments, -1)))
-        sums.append(piece.sum(3))
-        energy = energy + squares.sum((2, 3, 4), keepdims=True)[..., 0]
-        lengths += [n // n_segments] * n_segments
-        at += n
-        if x.shape[2] > SLICE:
-            mx.async_eval(sums[-1], energy)
-    total, n_tokens = mx.concatenate(sums, axis=2), mx.array(lengths, mx.float32)[:, None]
-    if segment > unit:
-        total, n_tokens = total.sum(2, keepdims=True), n_tokens.sum(0, keepdims=True)
-    return total / n_tokens, n_tokens, energy
+    tokens of each, energy of all [B, H, 1, 1]). Vectors that cannot be packed count as zeros."""
+    sums, energy = select.statistics(x, first, segment)
+    n_tokens = lengths(first, x.shape[2], segment)
+    return sums / _column(n_tokens), n_tokens, energy
 
 
-def should_center(means: mx.array, n_tokens: mx.array, energy: mx.array) -> mx.array:
+@functools.lru_cache(maxsize=64)  # the layers of a model have the same
+def _column(numbers: tuple[int, ...]) -> mx.array:
+    return mx.array([[n] for n in numbers], mx.float32)
+
+
+def should_center(means: mx.array, n_tokens: tuple[int, ...], energy: mx.array) -> mx.array:
     """From `summarize`: for each batch row and head, whether the means carry more than SHARE of the energy, apart from
     the share that means of so few tokens have by chance: bool [B, H, 1, 1]. Decided per row and head, so that the other
     rows of a batch do not matter."""
-    by_chance = (n_tokens.shape[0] / n_tokens.sum()).astype(mx.float32)
-    carried = (n_tokens * mx.square(means)).sum((2, 3), keepdims=True)
-    return (carried - by_chance * energy > SHARE * (1 - by_chance) * energy) & (n_tokens.sum() >= FEWEST)
+    if sum(n_tokens) < FEWEST:
+        return mx.zeros(energy.shape, mx.bool_)
+    by_chance = len(n_tokens) / sum(n_tokens)
+    carried = (mx.square(means) * _column(n_tokens)).sum((2, 3), keepdims=True)
+    return carried > (by_chance + SHARE * (1 - by_chance)) * energy
 
 
 def rows_to_center(decisions: Sequence[mx.array]) -> list[list[bool]]:

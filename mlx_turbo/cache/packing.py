@@ -8,6 +8,7 @@ import mlx.core as mx
 from ..backends import select
 from ..backends.select import QuantizeSide
 from ..backends.sides import ONE_SEGMENT, Balance, are_latents
+from ..backends.statistics import spans
 from ..quant.rotation import can_rotate
 from ..quant.scheme import Scheme, TurboConfig
 from . import centering
@@ -279,7 +280,7 @@ def quantize_tokens(
 def _quantize_by_segment(x, side, means, first, config):
     """Codes and scale of x [B, H, n, D], packed tokens first, ...: segments are launched as if they were heads."""
     B, H, n, D = x.shape
-    begun, whole, rest = centering.spans(first, n, side.segment)
+    begun, whole, rest = spans(first, n, side.segment)
     at, s, parts, since = 0, 0, [], first // side.segment
     plain = centering.plain(means[:, :, since : n_segments(first + n, side.segment)], config.seed, side.balance)
     for n_tokens, count in (begun, 1), (whole * side.segment, whole), (rest, 1):

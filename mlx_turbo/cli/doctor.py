@@ -18,6 +18,7 @@ from ..backends.select import get_backend
 from ..backends.self_test import (
     attend_tolerance,
     compare_quantized,
+    compare_statistics,
     compare_vectors,
     packed_side,
     random_array,
@@ -111,6 +112,24 @@ class AttendCheck(NamedTuple):
         )
 
 
+class StatisticsCheck(NamedTuple):
+    """Sums by segment to compare with the reference. segment: tokens that share a mean."""
+
+    head_dim: int
+    segment: int
+    dtype: mx.Dtype
+    n_tokens: int
+
+    @property
+    def group(self) -> str:
+        """The line of the summary that counts this check."""
+        return f"statistics, {dtype_name(self.dtype)}"
+
+    def __str__(self) -> str:
+        of = "one segment" if self.segment == ONE_SEGMENT else f"segments of {self.segment}"
+        return f"statistics head_dim {self.head_dim}, {of}, {dtype_name(self.dtype)}, {self.n_tokens} tokens"
+
+
 def dtype_name(dtype: mx.Dtype) -> str:
     """ "float16", not "mlx.core.float16"."""
     return str(dtype).removeprefix("mlx.core.")
@@ -149,7 +168,7 @@ MODELS = (
 )
 
 
-AnyCheck = Check | AttendCheck
+AnyCheck = Check | AttendCheck | StatisticsCheck
 
 
 def quick_checks() -> list[AnyCheck]:
@@ -162,6 +181,9 @@ def quick_checks() -> list[AnyCheck]:
         checks += [
             Check("quantize", sides, model.dtype, 37)
             for sides in (((side,) for side in packed) if model.means else (packed,))
+        ]
+        checks += [
+            StatisticsCheck(model.head_dim, segment, model.dtype, 300) for segment in (SEGMENT_STEP, ONE_SEGMENT)
         ]
         checks.append(Check("dequantize", tuple((model.head_dim, b, False) for b in bits), model.dtype, 37))
         sides = (model.key_bits, model.head_dim), (4, model.head_dim)
@@ -187,8 +209,14 @@ def _latent_check(bits: int, heads: int, dtype: mx.Dtype, n_tokens: int = TWO_LA
 
 
 def all_checks() -> list[AnyCheck]:
-    """The quick ones, then every kernel: `_packing_checks` and `_attention_checks`."""
-    return list(dict.fromkeys([*quick_checks(), *_packing_checks(), *_attention_checks()]))
+    """The quick ones, then every kernel: `_packing_checks`, `_statistics_checks` and `_attention_checks`."""
+    return list(dict.fromkeys([*quick_checks(), *_packing_checks(), *_statistics_checks(), *_attention_checks()]))
+
+
+def _statistics_checks() -> list[StatisticsCheck]:
+    """Every head_dim in bfloat16, all dtypes at 64 and 128."""
+    kinds = [(d, mx.bfloat16) for d in HEAD_DIMS] + [(d, t) for d in (64, 128) for t in (mx.float16, mx.float32)]
+    return [StatisticsCheck(d, s, dtype, 300) for d, dtype in kinds for s in (SEGMENT_STEP, ONE_SEGMENT)]
 
 
 def _packing_checks() -> list[Check]:
@@ -317,14 +345,23 @@ def _run_latent_check(
 def run_check(check: AnyCheck, backend: Any) -> tuple[str | None, float]:
     """(what is wrong or None, the largest relative error) of one check. Raises what the backend raises.
 
-    The error is that of the scales for quantize, of the vectors (relative to their largest number) for dequantize, of
-    the output (relative to its largest number) for attend.
+    The error is that of the sums for statistics (relative to the largest of a head), of the scales for quantize, of
+    the vectors (relative to their largest number) for dequantize, of the output (likewise) for attend.
     """
     if isinstance(check, AttendCheck):
         return _run_attend_check(check, backend)
+    if isinstance(check, StatisticsCheck):
+        return _run_statistics_check(check, backend)
     run = _run_quantize_check if check.operation == "quantize" else _run_dequantize_check
     problems, worst = run(check, backend)
     return next(filter(None, problems), None), worst
+
+
+def _run_statistics_check(check: StatisticsCheck, backend: Any) -> tuple[str | None, float]:
+    rng, first = np.random.default_rng(0), 37
+    x = mx.array(_vectors(rng, check.n_tokens, check.head_dim).swapaxes(1, 2)).astype(check.dtype).swapaxes(1, 2)
+    sums, energy = backend.statistics(x, first, check.segment)
+    return compare_statistics(to_float64(sums), to_float64(energy), to_float64(x), first, check.segment)
 
 
 def _run_quantize_check(check: Check, backend: Any) -> tuple[Sequence[str | None], float]:

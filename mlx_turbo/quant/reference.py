@@ -11,7 +11,7 @@ import numpy as np
 
 from . import codebook
 from . import rotation as rotations
-from .scheme import SCALES, bit_fields, words_per_row
+from .scheme import LARGEST, SCALES, bit_fields, words_per_row
 
 Rotation = Union[int, np.ndarray, None]  # a seed of rotation.py, an orthogonal matrix, or none
 Levels = Union[str, np.ndarray, None]
@@ -178,6 +178,20 @@ def unpack(words: np.ndarray, bits: int, head_dim: int) -> np.ndarray:
             (words[..., word] >> np.uint32(shift) & np.uint32(2**width - 1)) << np.uint32(code_shift)
         ).astype(np.uint8)
     return codes
+
+
+# ---- means ---------------------------------------------------------------------------------------------------
+def statistics(x: np.ndarray, first: int, segment: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of vectors x [..., L, D], packed tokens first, first + 1, ..., in segments of `segment` tokens: (sums float64
+    [..., S, D] of those of each segment, energy float64 [..., 1, 1], the sum of the squares of all).
+
+    A vector that is not finite, or whose root mean square is beyond LARGEST, cannot be packed and counts as zeros."""
+    x = np.asarray(x, np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = np.where(np.square(x).mean(-1, keepdims=True) <= float(LARGEST) ** 2, x, 0)
+    segments = (first + np.arange(x.shape[-2])) // segment - first // segment
+    sums = np.stack([x[..., segments == s, :].sum(-2) for s in range(segments[-1] + 1)], axis=-2)
+    return sums, np.square(x).sum((-2, -1), keepdims=True)
 
 
 # ---- attention -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ PACKED_BITS = BITS[1:]
 _DIGIT = f"[{''.join(map(str, BITS))}]"
 BUDGETS = 2.0, 8.5  # bits per number, scales included: least and most that auto:BITS takes
 SCALES = ("inner-product", "least-squares", "norm", "matched-norm")  # rules, see reference.quantize; default first
+LARGEST = 65504  # largest root mean square of a vector that can be packed: scales are float16
 
 
 @dataclass(frozen=True)

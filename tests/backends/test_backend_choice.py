@@ -40,7 +40,7 @@ def test_a_cache_on_a_broken_backend_raises_and_stays_as_it_was():
         assert cache.offset == 2 and cache.n_packed == 0
 
 
-@pytest.mark.parametrize("name", ["quantize", "dequantize"])
+@pytest.mark.parametrize("name", ["quantize", "dequantize", "statistics"])
 @pytest.mark.parametrize("fault", ["zeros", "last vector", "scale"])
 def test_a_kernel_that_computes_something_wrong_is_an_error(name, fault):
     """What M1 did to kernels with too many registers: no error, wrong numbers."""
@@ -58,12 +58,18 @@ def test_a_kernel_that_computes_something_wrong_is_an_error(name, fault):
         def launch_quantize(self, prepared, *options):
             return [tuple(map(self._spoil, out)) for out in oracle.quantize([s for s, _ in prepared], *options)]
 
+        def launch_statistics(self, x, first, segment):
+            sums, energy = oracle.statistics(x, first, segment)
+            return self._spoil(sums), energy
+
         def launch_dequantize(self, prepared, first, length, dtype, seed):
             return [self._spoil(x) for x in oracle.dequantize([s for s, _ in prepared], first, length, dtype, seed)]
 
     with select.use_backend(Wrong()), pytest.raises(BackendError, match="disagrees with the NumPy reference"):
         if name == "quantize":
             select.quantize(X, 4)
+        elif name == "statistics":
+            select.statistics(X, 0, 128)
         else:
             codes, scale = oracle.quantize([sides.QuantizeSide(X, 4)])[0]
             select.dequantize(codes, scale, 4, head_dim=64)

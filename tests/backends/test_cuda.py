@@ -11,7 +11,7 @@ from mlx_turbo.backends import cuda, sources
 from mlx_turbo.backends.sides import BackendError, QuantizeSide
 
 PRELUDE, POSITIONS = sources.cuda_prelude()
-KERNELS = "attend", "merge", "quantize", "dequantize"
+KERNELS = "attend", "merge", "quantize", "dequantize", "statistics"
 
 
 def translated(header="", body=""):

@@ -60,6 +60,10 @@ class Recorder(MetalBackend):
         super().quantize(*args, **options)
         return CPU.quantize(*args, **options)
 
+    def statistics(self, *args):
+        super().statistics(*args)
+        return CPU.statistics(*args)
+
     def dequantize(self, *args, **options):
         super().dequantize(*args, **options)
         return CPU.dequantize(*args, **options)
@@ -76,7 +80,7 @@ class Recorder(MetalBackend):
         """How many texts of each file."""
         return {
             name: sum(f"custom_kernel_turbo_{name}_" in text for text in self.texts)
-            for name in ("quantize", "dequantize", "attend", "merge")
+            for name in ("statistics", "quantize", "dequantize", "attend", "merge")
         }
 
 

@@ -66,7 +66,7 @@ def test_cuda_registers_prints_what_each_kernel_of_a_step_asks_for():
         "warps",
     ]
     kernels = {line[20:38].strip(): line.split()[-5:] for line in lines}
-    assert set(kernels) == {"attend, one launch", "attend", "merge", "quantize", "dequantize"}
+    assert set(kernels) == {"attend, one launch", "attend", "merge", "quantize", "dequantize", "statistics"}
     for name, numbers in kernels.items():
         shared, registers, spills, stack, warps = map(int, numbers)
         assert (shared > 0) == (name not in ("quantize", "dequantize")) and 20 < registers < 256

@@ -34,6 +34,9 @@ DEQUANTIZE_CEILING = {
     (576, 4): 39.8,
 }
 
+# The same of statistics, on 512 vectors, by head_dim: of each value a sum and a square; positions, and who is there.
+STATISTICS_CEILING = {128: 10.1, 64: 10.5, 80: 15.3, 256: 7.7, 576: 7.0}
+
 # Registers of a thread with NVRTC 13.0, at most, for sm_80 and sm_90a, by the variant of a kernel (collector.Kernel).
 # python scripts/cuda_registers.py --ceilings prints the table.
 REGISTERS = {
@@ -43,6 +46,7 @@ REGISTERS = {
     "merge": 120,
     "quantize": 72,
     "dequantize": 64,
+    "statistics": 96,
 }
 
 

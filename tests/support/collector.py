@@ -102,9 +102,10 @@ class _Collector:
             self.attend(queries, keys, keys, counts, scale=1.0, rope=part)
 
     def packing(self, head_dim, bits, dtype=mx.float16):
-        """What packing and restoring the tokens of a layer ask for."""
+        """What packing and restoring the tokens of a layer ask for, and their means."""
         x = mx.zeros((1, 1, 8, head_dim), dtype)
         codes, mean = mx.zeros((1, 1, 8, words_per_row(bits, head_dim)), mx.uint32), mx.zeros((1, 1, 1, head_dim))
+        self.statistics(x, 0, 128)
         self.quantize([QuantizeSide(x, bits, mean)] * 2)
         self.dequantize([PackedSide(codes, mx.zeros((1, 1, 8, 1), mx.float16), bits, head_dim, mean)] * 2, 0, 8, dtype)
 
