@@ -30,7 +30,7 @@ from .attend_launch import (
 )
 from .device import device_name
 from .rotate import diagonal, diagonals, rotate, unrotate
-from .self_test import AttendKernel, AttendSide, VectorsKernel
+from .self_test import AttendKernel, AttendSide, RequantizeKernel, VectorsKernel
 from .sides import BackendError, Balance, CachedSide, PackedSide, QuantizeSide, RopePart, WrongResultError
 from .sources import metal_source
 
@@ -39,7 +39,7 @@ Mask = Union[None, str, mx.array]
 Template = list[tuple[str, Any]]
 
 LOG2_E = float(np.log2(np.e))
-SIMDGROUPS_PER_THREADGROUP = 8  # of quantize.metal and dequantize.metal
+SIMDGROUPS_PER_THREADGROUP = 8  # of quantize.metal, dequantize.metal and requantize.metal
 QUANTIZE_ARGUMENTS = (
     ["x0", "x1", "shift0", "shift1", "diag0", "diag1"],
     ["codes0", "codes1", "scale0", "scale1"],
@@ -48,6 +48,7 @@ DEQUANTIZE_ARGUMENTS = (
     [f"{name}{i}" for name in ("codes", "scale", "mean", "sink", "recent", "diag") for i in (0, 1)] + ["span"],
     ["x0", "x1"],
 )
+REQUANTIZE_ARGUMENTS = ["codes", "scale"], ["new_codes", "new_scale"]
 OF_SEGMENTS = 2  # MEAN of dequantize.metal: rotated means, one for each segment
 WITH_EXACT = "between exact tokens"
 ATTEND_ARGUMENTS = (
@@ -115,6 +116,19 @@ class KernelBackend:
         kernels = tuple(VectorsKernel(s.x.shape[-1], s.bits, r, s.mean is not None) for s, r in prepared)
         self._test_vectors("quantize", kernels, prepared[0][0].x.dtype, scale)
         return self.launch_quantize(prepared, seed, scale)
+
+    def requantize(self, side: PackedSide, bits: int, scale: str = SCALES[0]) -> tuple[mx.array, mx.array]:
+        """Rows with fewer `bits` from packed ones, as they lie: means and balance of the side are not looked at. scale:
+        the scale's rule, as reference.requantize.
+
+        Returns (codes uint32 [B, H, capacity, words], scale float16 [B, H, capacity, 1]).
+        """
+        kernel = RequantizeKernel(side.head_dim, side.bits, bits, scale)
+        if kernel not in self._tested:
+            what = f"requantize.metal with {kernel}"
+            self.run_check(what, lambda: self_test.check_requantize(self.launch_requantize, kernel))
+            self._tested.add(kernel)
+        return self.launch_requantize(side, bits, scale)
 
     def dequantize(
         self, sides: Sequence[PackedSide], first: int, length: int, dtype: mx.Dtype, seed: int = 0
@@ -279,6 +293,18 @@ class KernelBackend:
             **_vectors_grid(math.prod(xs[0].shape[:3]), [x.shape[-1] for x in xs[:n]]),
         )
         return [(outs[i], outs[2 + i]) for i in range(n)]
+
+    def launch_requantize(self, side: PackedSide, bits: int, scale: str) -> tuple[mx.array, mx.array]:
+        """`requantize` untested."""
+        *batch, _ = side.codes.shape
+        codes, scales = self.kernel("requantize", *REQUANTIZE_ARGUMENTS)(
+            inputs=[side.codes, side.scale],
+            template=[("FROM", side.bits), ("TO", bits), ("D", side.head_dim), ("RULE", SCALES.index(scale))],
+            output_shapes=[(*batch, words_per_row(bits, side.head_dim)), (*batch, 1)],
+            output_dtypes=[mx.uint32, mx.float16],
+            **_vectors_grid(math.prod(batch), [side.head_dim]),
+        )
+        return codes, scales
 
     def launch_dequantize(
         self,

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from ..backends.rotate import rotate, unrotate
 from ..backends.sides import ONE_SEGMENT, Balance
+from .joined import Tokens
 
 SEGMENT = 128  # packed tokens that share a mean of keys: 16 / SEGMENT = 0.125 bits per number where it is used
 SLICE = 1024  # tokens that are summed at a time
@@ -47,7 +48,7 @@ def without_bad(x: mx.array) -> tuple[mx.array, mx.array]:
     return mx.where(good, x, 0), mx.where(good, energy, 0)
 
 
-def summarize(x: mx.array, first: int, segment: int) -> tuple[mx.array, mx.array, mx.array]:
+def summarize(x: Tokens, first: int, segment: int) -> tuple[mx.array, mx.array, mx.array]:
     """Of x [B, H, T, D], to become packed tokens first, first + 1, ...: (means by segment float32 [B, H, S, D],
     tokens of each float32 [S, 1], energy of all [B, H, 1, 1]). Vectors that cannot be packed count as zeros. More
     than SLICE tokens are summed slice by slice, started here and not waited for, so that no float32 copy of a prompt

@@ -34,6 +34,9 @@ DEQUANTIZE_CEILING = {
     (576, 4): 39.8,
 }
 
+# (head_dim, bits, fewer bits)
+REQUANTIZE_CEILING = {}
+
 # Registers of a thread with NVRTC 13.0, at most, for sm_80 and sm_90a, by the variant of a kernel (collector.Kernel).
 # python scripts/cuda_registers.py --ceilings prints the table.
 REGISTERS = {
@@ -43,12 +46,14 @@ REGISTERS = {
     "merge": 120,
     "quantize": 72,
     "dequantize": 64,
+    "requantize": 64,
 }
 
 
 def registers_allowed(kernel):
     """Of a collector.Kernel."""
-    if kernel.variant == "quantize" and max(kernel.template["D0"], kernel.template["D1"]) > 512:
+    t = kernel.template
+    if kernel.variant in ("quantize", "requantize") and max(t.get("D", 0), t.get("D0", 0), t.get("D1", 0)) > 512:
         return 104  # a lane has 32 dims
     return 128 if few_sums(kernel) else REGISTERS[kernel.variant]
 
