@@ -34,7 +34,9 @@ int row = int(thread_position_in_grid.y) * R::VECTORS + uint(lane) / R::LANES;
 bool live = row < n_rows;
 row = min(row, n_rows - 1);  // lanes past the end shuffle along
 int head = row / n_tokens, token = row - head * n_tokens, b = head / n_heads, h = head - b * n_heads;
-float g = live ? float(scale[b * scale_strides[0] + h * scale_strides[1] + token * scale_strides[2]]) : 0.0f;
+float g =
+    live ? float(scale[b * scale_strides[0] + h * scale_strides[1] + token * scale_strides[2]]) * Levels<FROM>::UNIT
+         : 0.0f;
 float y[R::DIMS_PER_LANE];
 tq_read_row<FROM, D>(codes + b * codes_strides[0] + h * codes_strides[1] + token * codes_strides[2], live, t, 1.0f, y);
-tq_encode<TO, D, RULE>(y, g *Levels<FROM>::UNIT, new_codes + (long)row * R::WORDS, new_scale + row, live, t);
+tq_encode<TO, D, RULE>(y, g, new_codes + (long)row * R::WORDS, new_scale + row, live, t);

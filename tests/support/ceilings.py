@@ -34,8 +34,19 @@ DEQUANTIZE_CEILING = {
     (576, 4): 39.8,
 }
 
-# (head_dim, bits, fewer bits)
-REQUANTIZE_CEILING = {}
+# The same of requantize, by (head_dim, bits, fewer bits).
+REQUANTIZE_CEILING = {
+    (128, 8, 6): 36,
+    (128, 6, 4): 32.9,
+    (128, 4, 3): 24.3,
+    (128, 3, 2): 19.5,
+    (128, 8, 5): 32.1,
+    (128, 5, 3): 26.7,
+    (64, 6, 4): 32.8,
+    (256, 6, 4): 33,
+    (80, 6, 4): 35.6,
+    (576, 6, 4): 33.8,
+}
 
 # Registers of a thread with NVRTC 13.0, at most, for sm_80 and sm_90a, by the variant of a kernel (collector.Kernel).
 # python scripts/cuda_registers.py --ceilings prints the table.
