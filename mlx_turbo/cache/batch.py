@@ -461,7 +461,6 @@ class BatchTurboKVCache(TurboKVCache):
             balance, balanced = (None, []) if i else self._choose_balance(rows, map(self._exact_row, rows), bits)
             groups.append(ExactRows(rows, tail, self._n_packed[rows[0]], balance))
             changes.append((rows, balance, balanced))
-        side.means = None
         decided = pack_exact(side, bits, groups, config, self.step)
         for (rows, balance, balanced), group, (means, begun) in zip(changes, groups, decided):
             if i == 0:

@@ -48,11 +48,11 @@ def without_bad(x: mx.array) -> tuple[mx.array, mx.array]:
     return mx.where(good, x, 0), mx.where(good, energy, 0)
 
 
-def summarize(x: Tokens, first: int, segment: int) -> tuple[mx.array, mx.array, mx.array]:
+def summarize(x: Tokens, first: int, segment: int, wait: bool = False) -> tuple[mx.array, mx.array, mx.array]:
     """Of x [B, H, T, D], to become packed tokens first, first + 1, ...: (means by segment float32 [B, H, S, D],
     tokens of each float32 [S, 1], energy of all [B, H, 1, 1]). Vectors that cannot be packed count as zeros. More
-    than SLICE tokens are summed slice by slice, started here and not waited for, so that no float32 copy of a prompt
-    chunk is made."""
+    than SLICE tokens are summed slice by slice, started here and only with `wait` waited for, so that no float32 copy
+    of a prompt chunk is made."""
     unit = min(segment, SLICE)
     begun, whole, rest = spans(first % unit if segment > unit else first, x.shape[2], unit)
     group = SLICE // unit
@@ -66,7 +66,7 @@ def summarize(x: Tokens, first: int, segment: int) -> tuple[mx.array, mx.array, 
         lengths += [n // n_segments] * n_segments
         at += n
         if x.shape[2] > SLICE:
-            mx.async_eval(sums[-1], energy)
+            (mx.eval if wait else mx.async_eval)(sums[-1], energy)
     total, n_tokens = mx.concatenate(sums, axis=2), mx.array(lengths, mx.float32)[:, None]
     if segment > unit:
         total, n_tokens = total.sum(2, keepdims=True), n_tokens.sum(0, keepdims=True)

@@ -195,11 +195,11 @@ def pack(jobs: Sequence[PackJob], config: TurboConfig, step: int) -> list[list[P
 
 
 def decide_means(
-    jobs: Sequence[PackJob], config: TurboConfig, step: int
+    jobs: Sequence[PackJob], config: TurboConfig, step: int, wait: bool = False
 ) -> list[tuple[list[Optional[mx.array]], dict[int, Begun]]]:
     """For each job the means of each side with those of the segments that it begins, and {side: what it decided}.
-    step, and when it waits: as of `pack`."""
-    begun = [_begun_segments(job, config) for job in jobs]
+    step, and when it waits: as of `pack`; with `wait` for each slice of the tokens too, which takes less memory."""
+    begun = [_begun_segments(job, config, wait) for job in jobs]
     done = []
     for job, new, centered in zip(jobs, begun, _decide_centering(jobs, begun)):
         means = _extend_means(job, new, centered, config, step)
@@ -208,7 +208,7 @@ def decide_means(
     return done
 
 
-def _begun_segments(job, config):
+def _begun_segments(job, config, wait):
     """{side: (means [B, H, S, D] of the segments that a job begins, which rows and heads are centered [B, H, 1, 1])},
     lazily.
 
@@ -228,7 +228,7 @@ def _begun_segments(job, config):
         n_before, n = (n_segments(tokens, side.segment) for tokens in (job.n_packed, job.n_packed + job.n_pack))
         if not config.centre or not side.bits or n == n_before or job.n_packed and side.means is None:
             continue
-        summary = centering.summarize(tail, job.n_packed, side.segment)
+        summary = centering.summarize(tail, job.n_packed, side.segment, wait)
         in_begun_segment = 1 if job.n_packed % side.segment else 0
         if job.n_packed:
             centered = (side.means[:, :, :1] != 0).any(-1, keepdims=True)

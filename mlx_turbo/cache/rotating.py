@@ -4,8 +4,8 @@
 
 Tokens stay in the order they came. One that has left the window, which no query sees any more, is left out of what
 `update_and_fetch` returns. Once a quarter of a window of packed tokens has left it, they are evicted: the packed
-buffers are copied without them. So a layer holds at most 1.25 windows of packed tokens (if keys may be centered, the
-quarter is rounded up to whole segments of 128), and what the newest prompt chunk has beyond that; a token is copied
+buffers are copied without them. So a layer holds at most 1.25 windows of packed tokens (with `centre`, the quarter is
+rounded up to whole segments of 128), and what the newest prompt chunk has beyond that; a token is copied
 about four times.
 """
 
