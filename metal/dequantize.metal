@@ -32,6 +32,36 @@
 // REGISTERS (estimate, 32 bits each): DIMS_PER_LANE values, up to 4 words, 8 pairs of levels, a few indices: 38;
 //   54 for D > 512.
 
+// The levels of a packed row, times gamma: those of the DIMS_PER_LANE dims of lane t. there: whether there is a row.
+// Every lane of the simdgroup takes part. CODES: a pointer.
+template <int BITS, int D, class CODES>
+METAL_FUNC void tq_read_row(CODES row, bool there, int t, float gamma, thread float *y) {
+  typedef Row<BITS, D> R;
+  constexpr int UNITS = R::DIMS_PER_LANE / 16, PER_UNIT = R::PER_UNIT, ROW_UNITS = R::UNITS;
+  uint plane_b = 0;  // bytes of two units (not at 6 bits)
+  if (R::PLANES && BITS != 6) {
+    if (there && (UNITS == 2 || t % 2 == 0) && t * UNITS < ROW_UNITS) plane_b = row[R::PLANE_A + t * UNITS / 2];
+    if (UNITS == 1) {
+      uint neighbour = simd_shuffle_xor(plane_b, ushort(1));
+      if (t % 2 == 1) plane_b = neighbour >> 8;
+    }
+  }
+  TQ_UNROLL for (int u = 0; u < UNITS; u++) {
+    uint w[PER_UNIT];
+    TQ_UNROLL for (int k = 0; k < PER_UNIT; k++) {
+      int word = (t * UNITS + u) * PER_UNIT + k;
+      w[k] = there && word < R::PLANE_A ? row[word] : 0;
+    }
+    uint b = (plane_b >> (8 * u)) & 0x00ff00ffu;
+    if (BITS == 6) b = there && t * UNITS + u < ROW_UNITS ? row[R::PLANE_A + t * UNITS + u] : 0;
+    half2 level[8];
+    tq_unit_levels<BITS>(w, b, level);
+    TQ_UNROLL for (int i = 0; i < 16; i++) {
+      y[16 * u + i] = R::has(t, 16 * u + i) ? gamma * float(level[i / 2][i % 2]) : 0.0f;
+    }
+  }
+}
+
 // Restores the 32 / LANES rows of a simdgroup. CODES, SCALE, MEANS, ROWS: pointers (constant if the array is
 // tiny, else device).
 template <int BITS, int D, bool ROTATE, int MEAN, bool EXACT, class CODES, class SCALE, class MEANS, class ROWS,
@@ -41,9 +71,7 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
                               STRIDES recent_strides, const device float *diag, SPAN span, int segment,
                               int heads_per_diag, device T *x, int simdgroup, int lane) {
   typedef Row<BITS, D> R;
-  constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, UNITS = DIMS_PER_LANE / 16,
-                P = tq_power_of_two_from(D / 2 + 1);
-  constexpr int PER_UNIT = R::PER_UNIT, ROW_UNITS = R::UNITS;
+  constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, P = tq_power_of_two_from(D / 2 + 1);
   int first = span[0], n_packed = span[1], n_sink = EXACT ? span[2] : 0, n_recent = EXACT ? span[3] : 0;
   int L = n_sink + n_packed + n_recent, n_heads = codes_shape[1], n_vectors = codes_shape[0] * n_heads * L;
   int t = uint(lane) % LANES, vector = simdgroup * (32 / LANES) + uint(lane) / LANES;  // unsigned: no division
@@ -60,28 +88,7 @@ METAL_FUNC void tq_dequantize(CODES codes, SHAPE codes_shape, STRIDES codes_stri
 
   // ---- levels of the codes, times the scale
   float y[DIMS_PER_LANE];
-  uint plane_b = 0;  // bytes of two units (not at 6 bits)
-  if (R::PLANES && BITS != 6) {
-    if (packed && (UNITS == 2 || t % 2 == 0) && t * UNITS < ROW_UNITS) plane_b = row[R::PLANE_A + t * UNITS / 2];
-    if (UNITS == 1) {
-      uint neighbour = simd_shuffle_xor(plane_b, ushort(1));
-      if (t % 2 == 1) plane_b = neighbour >> 8;
-    }
-  }
-  TQ_UNROLL for (int u = 0; u < UNITS; u++) {
-    uint w[PER_UNIT];
-    TQ_UNROLL for (int k = 0; k < PER_UNIT; k++) {
-      int word = (t * UNITS + u) * PER_UNIT + k;
-      w[k] = packed && word < R::PLANE_A ? row[word] : 0;
-    }
-    uint b = (plane_b >> (8 * u)) & 0x00ff00ffu;
-    if (BITS == 6) b = packed && t * UNITS + u < ROW_UNITS ? row[R::PLANE_A + t * UNITS + u] : 0;
-    half2 level[8];
-    tq_unit_levels<BITS>(w, b, level);
-    TQ_UNROLL for (int i = 0; i < 16; i++) {
-      y[16 * u + i] = R::has(t, 16 * u + i) ? gamma * float(level[i / 2][i % 2]) : 0.0f;
-    }
-  }
+  tq_read_row<BITS, D>(row, packed, t, gamma, y);
   if (MEAN == 2 && packed) {
     MEANS from = mean + b * mean_strides[0] + h * mean_strides[1] + token / segment * mean_strides[2];
     TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {

@@ -92,41 +92,13 @@ METAL_FUNC float tq_sum_lanes(float v) {  // over the lanes of a vector
   return v;
 }
 
-// Quantizes the 32 / LANES vectors of simdgroup `simdgroup`. x_shape, x_strides: of [B, H, L, D].
-template <int BITS, int D, bool ROTATE, bool MEAN, int RULE, class X, class SHAPE, class STRIDES>
-METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device float *shift, const device float *diag,
-                            SHAPE diag_shape, device uint *codes, device half *scale, int simdgroup, int lane) {
+// Quantizes a rotated vector, of which lane t has the numbers y of its DIMS_PER_LANE dims, 0 where there are none.
+// Writes its row, and its scale times `times`. live: whether there is a vector; every lane of the simdgroup takes part.
+template <int BITS, int D, int RULE>
+METAL_FUNC void tq_encode(const thread float *y, float times, device uint *row, device half *scale, bool live, int t) {
   static_assert(RULE >= 0 && RULE <= 3, "RULE is 0, 1, 2 or 3");
   typedef Row<BITS, D> R;
-  constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, UNITS = DIMS_PER_LANE / 16,
-                P = tq_power_of_two_from(D / 2 + 1);
-  int n_heads = x_shape[1], L = x_shape[2], n_vectors = x_shape[0] * n_heads * L;
-  int t = uint(lane) % LANES, vector = simdgroup * (32 / LANES) + uint(lane) / LANES;  // unsigned: no division
-  bool live = vector < n_vectors;
-  vector = min(vector, n_vectors - 1);  // lanes past the end shuffle along
-  int head = vector / L, l = vector - head * L, b = head / n_heads, h = head - b * n_heads;
-  if (ROTATE) diag += head / (x_shape[0] * n_heads / diag_shape[0]) * ((P == D ? 1 : 2) * D);
-  X from = x + b * x_strides[0] + h * x_strides[1] + l * x_strides[2];
-
-  // ---- read, centre, rotate
-  float y[DIMS_PER_LANE];
-  TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
-    int d = t * DIMS_PER_LANE + i;
-    y[i] = 0;
-    if (live && R::has(t, i)) {
-      y[i] = float(from[d * x_strides[3]]);
-      if (ROTATE) y[i] = MEAN ? fma(diag[d], y[i], shift[head * D + d]) : diag[d] * y[i];
-    }
-  }
-  if (ROTATE) {
-    tq_hadamard<D, DIMS_PER_LANE, LANES, 0, P>(y, lane, t);
-    if (P != D) {
-      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
-        if (R::has(t, i)) y[i] *= diag[D + t * DIMS_PER_LANE + i];
-      }
-      tq_hadamard<D, DIMS_PER_LANE, LANES, D - P, P>(y, lane, t);
-    }
-  }
+  constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, UNITS = DIMS_PER_LANE / 16;
 
   // ---- norm, codes
   float norm2 = 0;
@@ -160,7 +132,6 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
 
   // ---- pack, and <y, c> or <c, c> with the levels as every reader will compute them
   constexpr int PER_UNIT = R::PER_UNIT, ROW_UNITS = R::UNITS;
-  device uint *row = codes + (long)vector * R::WORDS;
   float yc = 0, cc = 0;
   uint plane_b[UNITS];
   TQ_UNROLL for (int u = 0; u < UNITS; u++) {
@@ -223,8 +194,44 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
   if (RULE == 0) gamma = yc > 0 ? norm2 / (yc * Levels<BITS>::UNIT) : sigma;
   if (RULE == 1) gamma = cc > 0 ? yc / (cc * Levels<BITS>::UNIT) : BITS == 8 ? sigma : yc;
   if (RULE == 3) gamma = cc > 0 ? sigma * (sqrt(D / cc) / Levels<BITS>::UNIT) : sigma;
-  half g = half(gamma);
-  if (live && t == 0) scale[vector] = g + (g - g);  // infinity: NaN
+  half g = half(gamma * times);
+  if (live && t == 0) *scale = g + (g - g);  // infinity: NaN
+}
+
+// Quantizes the 32 / LANES vectors of simdgroup `simdgroup`. x_shape, x_strides: of [B, H, L, D].
+template <int BITS, int D, bool ROTATE, bool MEAN, int RULE, class X, class SHAPE, class STRIDES>
+METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device float *shift, const device float *diag,
+                            SHAPE diag_shape, device uint *codes, device half *scale, int simdgroup, int lane) {
+  typedef Row<BITS, D> R;
+  constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, P = tq_power_of_two_from(D / 2 + 1);
+  int n_heads = x_shape[1], L = x_shape[2], n_vectors = x_shape[0] * n_heads * L;
+  int t = uint(lane) % LANES, vector = simdgroup * (32 / LANES) + uint(lane) / LANES;  // unsigned: no division
+  bool live = vector < n_vectors;
+  vector = min(vector, n_vectors - 1);  // lanes past the end shuffle along
+  int head = vector / L, l = vector - head * L, b = head / n_heads, h = head - b * n_heads;
+  if (ROTATE) diag += head / (x_shape[0] * n_heads / diag_shape[0]) * ((P == D ? 1 : 2) * D);
+  X from = x + b * x_strides[0] + h * x_strides[1] + l * x_strides[2];
+
+  // ---- read, centre, rotate
+  float y[DIMS_PER_LANE];
+  TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
+    int d = t * DIMS_PER_LANE + i;
+    y[i] = 0;
+    if (live && R::has(t, i)) {
+      y[i] = float(from[d * x_strides[3]]);
+      if (ROTATE) y[i] = MEAN ? fma(diag[d], y[i], shift[head * D + d]) : diag[d] * y[i];
+    }
+  }
+  if (ROTATE) {
+    tq_hadamard<D, DIMS_PER_LANE, LANES, 0, P>(y, lane, t);
+    if (P != D) {
+      TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
+        if (R::has(t, i)) y[i] *= diag[D + t * DIMS_PER_LANE + i];
+      }
+      tq_hadamard<D, DIMS_PER_LANE, LANES, D - P, P>(y, lane, t);
+    }
+  }
+  tq_encode<BITS, D, RULE>(y, 1.0f, codes + (long)vector * R::WORDS, scale + vector, live, t);
 }
 // ==== body
 constexpr int V0 = Row<B0, D0>::VECTORS;

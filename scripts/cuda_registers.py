@@ -2,7 +2,8 @@
 """Registers, spills and shared memory of the kernels on NVIDIA GPUs, as NVIDIA's compiler says. Needs no GPU.
 
 One line per kernel that a step asks for: attention in one launch (a short cache) and in two (a long one), merging,
-packing and restoring. warps: how many fit on a multiprocessor by registers and shared memory, of 64.
+packing and restoring; and those that give packed rows fewer bits. warps: how many fit on a multiprocessor by registers
+and shared memory, of 64.
 
 With --ceilings instead: the most that any kernel of the slow tests takes, for the table in tests/support/ceilings.py (a
 quarter of an hour on 2 cores).

@@ -30,7 +30,7 @@ from .attend_launch import (
 )
 from .device import device_name
 from .rotate import diagonal, diagonals, rotate, unrotate
-from .self_test import AttendKernel, AttendSide, StatisticsKernel, VectorsKernel
+from .self_test import AttendKernel, AttendSide, RequantizeKernel, StatisticsKernel, VectorsKernel
 from .sides import BackendError, Balance, CachedSide, PackedSide, QuantizeSide, RopePart, WrongResultError
 from .sources import metal_source
 from .statistics import UNIT
@@ -40,7 +40,7 @@ Mask = Union[None, str, mx.array]
 Template = list[tuple[str, Any]]
 
 LOG2_E = float(np.log2(np.e))
-SIMDGROUPS_PER_THREADGROUP = 8  # of quantize.metal, dequantize.metal and statistics.metal
+SIMDGROUPS_PER_THREADGROUP = 8  # of all kernels but those of attention
 QUANTIZE_ARGUMENTS = (
     ["x0", "x1", "shift0", "shift1", "diag0", "diag1"],
     ["codes0", "codes1", "scale0", "scale1"],
@@ -50,6 +50,7 @@ DEQUANTIZE_ARGUMENTS = (
     ["x0", "x1"],
 )
 STATISTICS_ARGUMENTS = ["x", "numbers"], ["sums", "energy"]
+REQUANTIZE_ARGUMENTS = ["codes", "scale"], ["new_codes", "new_scale"]
 OF_SEGMENTS = 2  # MEAN of dequantize.metal: rotated means, one for each segment
 WITH_EXACT = "between exact tokens"
 ATTEND_ARGUMENTS = (
@@ -128,6 +129,19 @@ class KernelBackend:
             )
             self._tested.add(kernel)
         return self.launch_statistics(x, first, segment)
+
+    def requantize(self, side: PackedSide, bits: int, scale: str = SCALES[0]) -> tuple[mx.array, mx.array]:
+        """Rows with fewer `bits` from packed ones, as they lie: means and balance of the side are not looked at. scale:
+        the scale's rule, as reference.requantize.
+
+        Returns (codes uint32 [B, H, capacity, words], scale float16 [B, H, capacity, 1]).
+        """
+        kernel = RequantizeKernel(side.head_dim, side.bits, bits, scale)
+        if kernel not in self._tested:
+            what = f"requantize.metal with {kernel}"
+            self.run_check(what, lambda: self_test.check_requantize(self.launch_requantize, kernel))
+            self._tested.add(kernel)
+        return self.launch_requantize(side, bits, scale)
 
     def dequantize(
         self, sides: Sequence[PackedSide], first: int, length: int, dtype: mx.Dtype, seed: int = 0
@@ -309,6 +323,18 @@ class KernelBackend:
         if segment > unit:
             sums = sums.sum(2, keepdims=True)
         return sums, energy.sum(2, keepdims=True)
+
+    def launch_requantize(self, side: PackedSide, bits: int, scale: str) -> tuple[mx.array, mx.array]:
+        """`requantize` untested."""
+        *batch, _ = side.codes.shape
+        codes, scales = self.kernel("requantize", *REQUANTIZE_ARGUMENTS)(
+            inputs=[side.codes, side.scale],
+            template=[("FROM", side.bits), ("TO", bits), ("D", side.head_dim), ("RULE", SCALES.index(scale))],
+            output_shapes=[(*batch, words_per_row(bits, side.head_dim)), (*batch, 1)],
+            output_dtypes=[mx.uint32, mx.float16],
+            **_vectors_grid(math.prod(batch), [side.head_dim]),
+        )
+        return codes, scales
 
     def launch_dequantize(
         self,

@@ -1,6 +1,6 @@
 """What the kernels in metal/ do, in MLX operations: for any device. float32 inside."""
 
-from typing import Optional, Sequence, Union
+from typing import Callable, Optional, Sequence, Union
 
 import mlx.core as mx
 import numpy as np
@@ -121,8 +121,8 @@ def _read_slots(words: mx.array, bits: int, head_dim: int) -> mx.array:
 
 
 # ---- the backend ---------------------------------------------------------------------------------------------
-def _quantize(side: QuantizeSide, seed: int, rule: str) -> tuple[mx.array, mx.array]:
-    y, bits = rotate(side.centered(), seed), side.bits
+def _encode(y: mx.array, bits: int, rule: str) -> tuple[mx.array, mx.array]:
+    """(words, scales float32 [..., 1] by the rule) of rotated vectors y float32 [..., D]."""
     sigma = mx.sqrt(mx.square(y).mean(-1, keepdims=True))
     if bits == 8:
         inverse = mx.where(sigma > 0, 1 / (sigma * codebook.UNIFORM_STEP), 0)
@@ -144,24 +144,57 @@ def _quantize(side: QuantizeSide, seed: int, rule: str) -> tuple[mx.array, mx.ar
     else:
         scale = sigma if rule == "norm" else sigma * mx.sqrt(y.shape[-1] / energy)
     # a vector of zeros has no dot product; 8-bit codes are all 0 if sigma is 0 or infinite
-    scale = mx.where(dot > 0 if rule == "inner-product" else energy > 0, scale, sigma).astype(mx.float16)
-    return pack(codes, bits), scale + (scale - scale)  # infinity: NaN
+    return pack(codes, bits), mx.where(dot > 0 if rule == "inner-product" else energy > 0, scale, sigma)
+
+
+def _stored(scale: mx.array) -> mx.array:
+    scale = scale.astype(mx.float16)
+    return scale + (scale - scale)  # infinity: NaN
+
+
+def _quantize(side: QuantizeSide, seed: int, rule: str) -> tuple[mx.array, mx.array]:
+    codes, scale = _encode(rotate(side.centered(), seed), side.bits, rule)
+    return codes, _stored(scale)
+
+
+def _requantize(side: PackedSide, bits: int, rule: str) -> tuple[mx.array, mx.array]:
+    levels = _read_slots(mx.contiguous(side.codes), side.bits, side.head_dim)
+    codes, factor = _encode(mx.take(levels, constant(_dim_slots, side.bits, side.head_dim), axis=-1), bits, rule)
+    return codes, _stored(side.scale.astype(mx.float32) * factor)
 
 
 SLICE_VALUES = 1 << 18  # quantized at a time: a prompt chunk's float32 intermediates would be 18 times the chunk
 
 
+def _in_slices(n: int, values_per_token: int, of_tokens: Callable[[slice], tuple[mx.array, mx.array]]):
+    """of_tokens(slice(0, n)), a slice at a time, each waited for and written to where it belongs."""
+    step = max(1, SLICE_VALUES // values_per_token)
+    if step >= n:
+        return of_tokens(slice(0, n))
+    whole: list[mx.array] = []
+    for at in range(0, n, step):
+        part = of_tokens(slice(at, at + step))
+        whole = whole or [mx.zeros((*a.shape[:2], n, a.shape[3]), a.dtype) for a in part]
+        for buffer, a in zip(whole, part):
+            buffer[:, :, at : at + step] = a
+        mx.eval(whole)
+    codes, scales = whole
+    return codes, scales
+
+
 def _quantize_in_slices(side: QuantizeSide, seed: int, rule: str) -> tuple[mx.array, mx.array]:
     x, n = side.x, side.x.shape[2]
-    step = max(1, SLICE_VALUES // (x.size // n))
-    if step >= n:
-        return _quantize(side, seed, rule)
-    slices = []
-    for at in range(0, n, step):
-        slices.append(_quantize(side._replace(x=x[:, :, at : at + step]), seed, rule))
-        mx.eval(slices[-1])
-    codes, scales = (mx.concatenate(list(parts), axis=2) for parts in zip(*slices))
-    return codes, scales
+    return _in_slices(n, x.size // n, lambda tokens: _quantize(side._replace(x=x[:, :, tokens]), seed, rule))
+
+
+def _requantize_in_slices(side: PackedSide, bits: int, rule: str) -> tuple[mx.array, mx.array]:
+    B, H, n, _ = side.codes.shape
+
+    def of_tokens(tokens: slice) -> tuple[mx.array, mx.array]:
+        part = side._replace(codes=side.codes[:, :, tokens], scale=side.scale[:, :, tokens])
+        return _requantize(part, bits, rule)
+
+    return _in_slices(n, B * H * side.head_dim, of_tokens)
 
 
 def without_nan(
@@ -196,6 +229,10 @@ class CpuBackend:
     def statistics(self, x: mx.array, first: int, segment: int) -> tuple[mx.array, mx.array]:
         """As KernelBackend.statistics."""
         return statistics.in_operations(x, first, segment)
+
+    def requantize(self, side: PackedSide, bits: int, scale: str = SCALES[0]) -> tuple[mx.array, mx.array]:
+        """As KernelBackend.requantize."""
+        return _requantize_in_slices(side, bits, scale)
 
     def dequantize(
         self, sides: Sequence[PackedSide], first: int, length: int, dtype: mx.Dtype, seed: int = 0

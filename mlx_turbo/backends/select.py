@@ -180,6 +180,14 @@ def quantize_sides(
     return get_backend(backend).quantize(sides, seed, scale)
 
 
+def requantize_side(
+    side: PackedSide, bits: int, backend: Any = None, scale: str = SCALES[0]
+) -> tuple[mx.array, mx.array]:
+    """Codes uint32 [B, H, capacity, words] and scale float16 [B, H, capacity, 1] of a side's rows at fewer `bits`, from
+    what they hold and unchecked; the same means and balance belong to them. A scale that is not finite stays NaN."""
+    return get_backend(backend).requantize(side, bits, scale)
+
+
 def dequantize_sides(
     sides: Sequence[PackedSide], first: int, length: int, dtype: mx.Dtype, seed: int = 0, backend: Any = None
 ) -> list[mx.array]:

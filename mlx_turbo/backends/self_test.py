@@ -243,6 +243,18 @@ class StatisticsKernel(NamedTuple):
         return f"head_dim {self.head_dim}, {self.dtype}"
 
 
+class RequantizeKernel(NamedTuple):
+    """A specialization of requantize.metal. rule: of the scale."""
+
+    head_dim: int
+    bits: int
+    to_bits: int
+    rule: str
+
+    def __str__(self) -> str:
+        return f"head_dim {self.head_dim}, {self.bits} to {self.to_bits} bits, {self.rule}"
+
+
 class AttendSide(NamedTuple):
     """One side of a specialization of attend.metal. exact_dtype: of sink and recent tokens."""
 
@@ -301,6 +313,17 @@ def check_statistics(launch: Callable[..., tuple[mx.array, mx.array]], kernel: S
         if problem:
             return problem
     return None
+
+
+def check_requantize(
+    launch: Callable[[PackedSide, int, str], tuple[mx.array, mx.array]], kernel: RequantizeKernel
+) -> Optional[str]:
+    """requantize.metal for 21 random rows."""
+    x = np.random.default_rng(0).standard_normal((1, 3, 7, kernel.head_dim))
+    rows = reference.quantize(x, kernel.bits, rotation=None)
+    codes, scale = launch(packed_side(rows), kernel.to_bits, kernel.rule)
+    want = reference.requantize(rows, kernel.to_bits, scale=kernel.rule)
+    return compare_quantized(np.array(codes), np.array(scale), want)
 
 
 def check_dequantize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from .sides import BackendError
 
 BODY_MARKER = "// ==== body\n"
+BEHIND = {"requantize": ("dequantize", "quantize")}  # files whose headers a kernel uses, besides shared.metal
 
 
 def metal_folder() -> Path:
@@ -24,9 +25,11 @@ def _folder(file: str) -> Path:
 
 @functools.lru_cache(maxsize=None)
 def metal_source(name: str) -> tuple[str, str]:
-    """(header, body) of metal/<name>.metal, with shared.metal in front and without comments and blank lines."""
-    header, body = (metal_folder() / f"{name}.metal").read_text().split(BODY_MARKER)
-    return _without_comments((metal_folder() / "shared.metal").read_text() + header), _without_comments(body)
+    """(header, body) of metal/<name>.metal, with shared.metal and the headers that it uses (BEHIND) in front, without
+    comments and blank lines."""
+    files = {file: (metal_folder() / f"{file}.metal").read_text() for file in ("shared", *BEHIND.get(name, ()), name)}
+    headers = [text.split(BODY_MARKER)[0] for text in files.values()]
+    return _without_comments("".join(headers)), _without_comments(files[name].split(BODY_MARKER)[1])
 
 
 @functools.lru_cache(maxsize=None)

@@ -15,6 +15,7 @@ from ..backends.sides import Balance, PackedSide, QuantizeSide
 from ..backends.statistics import without_bad
 from ..quant.scheme import TurboConfig
 from .centering import SEGMENT, plain, should_center, stored, summarize
+from .joined import Tokens
 
 N_QUERIES, N_SEGMENTS = 32, 4  # sampled query tokens; sampled runs of SEGMENT keys
 
@@ -72,7 +73,7 @@ class Attention:
     are not finite do not count; a kv head that has no others is judged as by `key_error`.
     """
 
-    def __init__(self, observed: Observed, keys: mx.array, config: TurboConfig) -> None:
+    def __init__(self, observed: Observed, keys: Tokens, config: TurboConfig) -> None:
         B, H, N, D = keys.shape
         queries, positions, scale, sinks = observed
         self.config, self.sample = config, sample(keys, config)
@@ -85,7 +86,7 @@ class Attention:
         n_rows = queries.shape[1] // H
         visible = mx.concatenate([visible] * n_rows, axis=0)
         self.queries, self.good = without_infinite(queries.astype(mx.float32).reshape(B, H, -1, D) * scale)
-        exact, _ = without_bad(keys[:, :, :first].astype(mx.float32))
+        exact, _ = without_bad(mx.contiguous(keys[:, :, :first]).astype(mx.float32))
         logits = self.queries @ mx.concatenate([exact, x], axis=2).swapaxes(-1, -2) + weight
         logits = mx.where(visible, logits, -1e30)
         if sinks is not None:
@@ -126,11 +127,12 @@ def _key_error(error):
     return mx.square(error).sum(-1).mean(-1) / (2 * error.shape[-1])
 
 
-def sample(keys: mx.array, config: TurboConfig) -> Sample:
+def sample(keys: Tokens, config: TurboConfig) -> Sample:
     """A sample of keys [B, H, N, D] of tokens 0 .. N - 1."""
     first = min(config.sink, keys.shape[2] - 1)
     starts, length = sample_keys(keys.shape[2] - first)
-    x = mx.concatenate([keys[:, :, first + at : first + at + length] for at in starts], axis=2)
+    # contiguous, so that a row of a batch gets the same to the bit
+    x = mx.contiguous(mx.concatenate([keys[:, :, first + at : first + at + length] for at in starts], axis=2))
     x, _ = without_bad(x.astype(mx.float32))
     summary = summarize(x, 0, length) if config.centre else None
     return Sample(first, starts, x, None if summary is None else (summary[0], should_center(*summary)))
@@ -162,6 +164,17 @@ def newest(seen: list[tuple]) -> list[tuple]:
 def still_held(seen: list[tuple], n: int) -> list[tuple]:
     """[(queries, ..., positions)] without those of tokens that a trim to n tokens removes."""
     return [some for some in seen if some[-1][-1] < n]
+
+
+def without_first(seen: list[tuple], n: int, n_kept: int) -> list[tuple]:
+    """[(queries, ..., positions)] once the n tokens after the first n_kept are not held any more: without the queries
+    of these tokens."""
+    left = []
+    for queries, *others, positions in seen:
+        gone = sum(p < n_kept + n for p in positions)
+        if gone < len(positions):
+            left.append((queries[:, :, gone:], *others, [p - n for p in positions[gone:]]))
+    return left
 
 
 def join(seen: list[tuple], scale: float, sinks: Optional[mx.array]) -> Optional[Observed]:

@@ -19,6 +19,7 @@ from ..backends.sides import Balance
 from ..quant.scheme import TurboConfig
 from . import centering
 from .attention_error import Attention, Observed
+from .joined import Tokens
 
 EXPONENTS = (0.0, 0.5, 1.0)  # of s
 FLOOR = 1e-3  # of a head's rms, the least that counts as that of a channel: some models have channels that are all 0
@@ -27,12 +28,11 @@ MOST_BITS = 4  # at which the errors are compared: with more they are rounding
 FEWEST = centering.FEWEST  # keys
 
 
-def choose(keys: mx.array, config: TurboConfig, bits: int, observed: Optional[Observed]) -> Optional[mx.array]:
+def choose(keys: Tokens, config: TurboConfig, bits: int, observed: Optional[Observed]) -> Optional[mx.array]:
     """Factors for keys [B, n_kv_heads, N, D] of tokens 0 .. N - 1 that are to be packed at `bits`, lazily: float32
     [B, n_kv_heads, 1, D]. Of equal energy: packed keys are as large as without. None where nothing can be chosen."""
     if not config.balance or not bits or observed is None or keys.shape[2] < FEWEST:
         return None
-    keys = mx.contiguous(keys)  # so that a row of a batch gets the same factors to the bit
     observed = observed._replace(queries=mx.contiguous(observed.queries))
     attention = Attention(observed, keys, config)
     of_queries, of_keys = _rms(attention)

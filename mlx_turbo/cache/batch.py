@@ -24,6 +24,7 @@ from . import auto_bits, balancing
 from .attention_error import join, newest, sample_queries, still_held
 from .batch_plan import Plan
 from .history import NAMES
+from .joined import Joined
 from .packing import (
     PackJob,
     grow,
@@ -36,6 +37,7 @@ from .packing import (
     write,
     write_rows,
 )
+from .repacking import ExactRows, pack_exact
 from .single import TurboKVCache
 from .state import BATCH_MAGIC, ROW_NAMES, read_state
 
@@ -89,6 +91,10 @@ class BatchTurboKVCache(TurboKVCache):
     def _empty_row(self):
         """A cache for a row, without tokens."""
         return self.row_class(self.config)
+
+    @property
+    def _has_packed(self):
+        return any(self._n_packed)
 
     # ---- rows ------------------------------------------------------------------------------------------------
     def _sinks(self, n_packed):
@@ -252,7 +258,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._changed()
         self.shown = plan
         self._evaluate()
-        if first and not self._may_balance and not self.undecided:
+        if first and not self._may_balance and not self.undecided and not self._keeps_queries:
             return new
         fetched = self._fetch((*plan.columns[:2], R + n_new), tails, new if first else None)
         if self._waiting:
@@ -319,7 +325,8 @@ class BatchTurboKVCache(TurboKVCache):
             if n_packed:
                 balance = self._balance_of(rows)
             else:
-                balance, balanced[rows[0]] = (None, []) if wait else self._choose_balance(rows, exact[0])
+                keys = [exact[0][j : j + 1] for j in range(len(rows))]
+                balance, balanced[rows[0]] = (None, []) if wait else self._choose_balance(rows, keys)
             sides[0] = sides[0]._replace(balance=balance)
             jobs.append(PackJob(sides, after_sink, n_packed, n))
             exact_of.append(exact)
@@ -356,18 +363,18 @@ class BatchTurboKVCache(TurboKVCache):
             return balance
         return Balance(take_rows(balance.factors, rows)) if any(self._balanced[b] for b in rows) else None
 
-    def _choose_balance(self, rows, keys):
-        """The balance of rows whose keys [len(rows), H, n, D] from the first token on are at hand, as far as it can be
-        chosen, and those rows that it could be chosen for."""
-        chosen = []
-        for i, b in enumerate(rows):
+    def _choose_balance(self, rows, keys, bits=None):
+        """The balance of rows whose keys, each [1, H, n, D] from the first token on, are at hand, as far as it can be
+        chosen, and those rows that it could be chosen for. bits: as of TurboKVCache._choose_balance."""
+        chosen, keys = [], list(keys)
+        for b, of_row in zip(rows, keys):
             observed, self._observed[b] = self._observed_of(b), []
             joined = join(*observed) if observed else None
-            chosen.append(balancing.choose(keys[i : i + 1], self.config, self._sides[0].bits, joined))
+            chosen.append(balancing.choose(of_row, self.config, bits or self._sides[0].bits, joined))
         balanced = [b for b, factors in zip(rows, chosen) if factors is not None]
         if not balanced:
             return None, balanced
-        ones = mx.ones((1, keys.shape[1], 1, keys.shape[3]))
+        ones = mx.ones((1, keys[0].shape[1], 1, keys[0].shape[3]))
         return Balance(mx.concatenate([ones if factors is None else factors for factors in chosen])), balanced
 
     def _set_balance(self, rows, balance, balanced=()):
@@ -394,7 +401,7 @@ class BatchTurboKVCache(TurboKVCache):
         tail, side, changed = returned.tail, self._sides[0], False
         for rows, n_tail, end, n_pack, begun in waiting:
             keys = take_rows(tail, rows)[:, :, end - n_tail : end]
-            balance, balanced = self._choose_balance(rows, keys)
+            balance, balanced = self._choose_balance(rows, [keys[j : j + 1] for j in range(len(rows))])
             if balance is None:
                 continue
             to_pack = side.to_pack(None)._replace(balance=balance)
@@ -416,15 +423,20 @@ class BatchTurboKVCache(TurboKVCache):
 
     def _write_packed(self, i, rows, at, n, new):
         """Write the `PackedTokens` of keys (i = 0) or values (1) to `rows`, as packed tokens at .. at + n - 1."""
-        side, centered = self._sides[i], self._centered[i]
+        side = self._sides[i]
         side.codes = write_rows(side.codes, self.n_rows, rows, at, new.codes, self.step)
         if new.scale is not None:
             side.scale = write_rows(side.scale, self.n_rows, rows, at, new.scale, self.step)
+        self._write_means(i, rows, at, n, new.means, new.begun and new.begun.rows)
+
+    def _write_means(self, i, rows, at, n, means, begun):
+        """The same of the means, or None. begun: which rows are centered, if they begin to pack."""
+        side, centered = self._sides[i], self._centered[i]
         has_means = [False] * len(rows)
-        if new.means is not None:
-            means = new.means[:, :, : n_segments(at + n, side.segment)]
+        if means is not None:
+            means = means[:, :, : n_segments(at + n, side.segment)]
             side.means = write_rows(side.means, self.n_rows, rows, 0, means, max(self.step // side.segment, 1))
-            has_means = [centered[rows[0]]] * len(rows) if at else new.begun.rows
+            has_means = begun if begun else [centered[rows[0]]] * len(rows)
         for b, has in zip(rows, has_means):
             centered[b] = has
             if not at and not has and side.means is not None:
@@ -439,6 +451,35 @@ class BatchTurboKVCache(TurboKVCache):
             elif side.means.shape[2] < n:
                 side.means = grow(side.means, (*side.means.shape[:2], n, side.means.shape[3]), side.means.dtype)
 
+    # ---- fewer bits ------------------------------------------------------------------------------------------
+    def _pack_exact(self, i, bits):
+        side, config, packed = self._sides[i], self._config_of_keys(), [b for b, n in enumerate(self._n_packed) if n]
+        alike = len(set(zip(self._n_packed, self._n_recent))) == 1
+        groups, changes = [], []
+        for rows in [packed] if alike else [[b] for b in packed]:  # a row, or all rows, without a copy of their tokens
+            tail = self._exact_tail(side, rows)
+            balance, balanced = (None, []) if i else self._choose_balance(rows, map(self._exact_row, rows), bits)
+            groups.append(ExactRows(rows, tail, self._n_packed[rows[0]], balance))
+            changes.append((rows, balance, balanced))
+        decided = pack_exact(side, bits, groups, config, self.step)
+        for (rows, balance, balanced), group, (means, begun) in zip(changes, groups, decided):
+            if i == 0:
+                self._set_balance(rows, balance, balanced)
+            self._write_means(i, rows, 0, group.n_packed, means, begun)
+        self._cover_means()
+
+    def _exact_tail(self, side, rows):
+        """The tokens after the sink of rows that hold as many, of a side that is exact."""
+        n_packed, n_recent, end = self._n_packed[rows[0]], self._n_recent[rows[0]], self._n_columns
+        packed, recent = (take_rows(a, rows) for a in (side.codes, side.recent))
+        return Joined([packed[:, :, :n_packed], recent[:, :, end - n_recent : end]])
+
+    def _exact_row(self, b):
+        """The keys of a row from its first token on."""
+        side = self._sides[0]
+        sink = [side.sink[b : b + 1, :, : self.config.sink]] if self.config.sink else []
+        return Joined([*sink, *self._exact_tail(side, [b]).parts])
+
     # ---- auto ------------------------------------------------------------------------------------------------
     def observe(self, queries: mx.array, scale: float, sinks: Optional[mx.array] = None) -> None:
         """As TurboKVCache.observe. `auto` uses the queries at the next update, so that all layers pack at once."""
@@ -447,7 +488,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._observed_with = scale, sinks
         waiting = {b for rows, *_ in self._waiting for b in rows} if self._to_balance is not None else set()
         for b, (first, n) in enumerate(self._last):
-            if not n or self._n_packed[b] and b not in waiting:
+            if not n or self._n_packed[b] and b not in waiting and not self._keeps_queries:
                 continue
             sample = sample_queries(n)
             positions = [self.n_tokens(b) - n + i for i in sample]
@@ -492,7 +533,7 @@ class BatchTurboKVCache(TurboKVCache):
     def _decided(self, bits, errors, by):
         self._sides[0].bits, self._errors, self._by = bits, errors, by
         self.undecided = False
-        if not self._may_balance:
+        if not self._may_balance and not self._keeps_queries:
             self._observed = [[] for _ in range(self.n_rows)]
 
     def _raise_keys(self, bits):
@@ -641,6 +682,7 @@ class BatchTurboKVCache(TurboKVCache):
         if type(cache) is not cls.row_class:
             raise ValueError(f"caches: got a {type(cache).__name__}, allowed are {cls.row_class.__name__}s")
         batch = cls._empty(cache)
+        batch.repackable = cache.repackable
         batch.undecided, batch._errors, batch._by = cache.undecided, dict(cache._errors), cache._by
         unpacked = not cache.n_packed
         for i, (mine, side) in enumerate(zip(batch._sides, cache._sides)):
@@ -685,7 +727,8 @@ class BatchTurboKVCache(TurboKVCache):
         if decided:
             best = max(decided, key=lambda p: _precision(p._sides[0].bits))
             joined._decided(best._sides[0].bits, dict(best._errors), best._by)
-        if joined.undecided or joined._may_balance:
+        joined.repackable = any(p.repackable for p in parts)
+        if joined.undecided or joined._may_balance or joined._keeps_queries:
             joined._observed = [seen for p in parts for seen in p._observed]
             joined._observed_with = next((p._observed_with for p in parts if p._observed_with), None)
         for name in "_n_packed", "_n_recent", "_n_evicted":
@@ -815,6 +858,7 @@ class BatchTurboKVCache(TurboKVCache):
         """Row idx as a cache of its own."""
         b = list(range(self.n_rows))[idx]
         cache = self._empty_row()
+        cache.repackable = self.repackable
         n = self.n_tokens(b)
         if n or may_choose_bits(self.config) and not self._exact_because():
             cache.undecided, cache._errors, cache._by = self.undecided, dict(self._errors), self._by

@@ -10,6 +10,7 @@ from typing import Any, Optional, Sequence, Union
 import mlx.core as mx
 
 from ..quant.scheme import Scheme, TurboConfig
+from .attention_error import without_first
 from .batch import BatchTurboKVCache
 from .packing import n_segments, take_ending_at, write
 from .rotating import NO_KEPT_TOKENS, RotatingTurboKVCache, Window
@@ -60,6 +61,9 @@ class BatchRotatingTurboKVCache(Window, BatchTurboKVCache):
         self._unread.clear()
         self._n_packed = [n - gone for n, gone in zip(self._n_packed, n_oldest)]
         self._n_evicted = [n + gone for n, gone in zip(self._n_evicted, n_oldest)]
+        self._observed = [
+            without_first(seen, gone, self.keep) if gone else seen for seen, gone in zip(self._observed, n_oldest)
+        ]
         n, room = max(self._n_packed), max(self.room, *self._n_packed)
         for side in self._sides:
             for name, per_row in ("codes", 1), ("scale", 1), ("means", side.segment):

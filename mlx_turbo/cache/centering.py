@@ -21,6 +21,7 @@ from ..backends import select
 from ..backends.rotate import rotate, unrotate
 from ..backends.sides import ONE_SEGMENT, Balance
 from ..backends.statistics import lengths
+from .joined import Joined, Tokens
 
 SEGMENT = 128  # packed tokens that share a mean of keys: 16 / SEGMENT = 0.125 bits per number where it is used
 SHARE = 0.25  # of the energy of a head's tokens that their means must carry; as many bits more in the codes buy 0.16
@@ -32,12 +33,26 @@ def segment_of(side: int) -> int:
     return ONE_SEGMENT if side else SEGMENT
 
 
-def summarize(x: mx.array, first: int, segment: int) -> tuple[mx.array, tuple[int, ...], mx.array]:
+def summarize(x: Tokens, first: int, segment: int) -> tuple[mx.array, tuple[int, ...], mx.array]:
     """Of x [B, H, T, D], to become packed tokens first, first + 1, ...: (means by segment float32 [B, H, S, D],
     tokens of each, energy of all [B, H, 1, 1]). Vectors that cannot be packed count as zeros."""
-    sums, energy = select.statistics(x, first, segment)
+    sums, energy = _sums(x.parts if isinstance(x, Joined) else [x], first, segment)
     n_tokens = lengths(first, x.shape[2], segment)
     return sums / _column(n_tokens), n_tokens, energy
+
+
+def _sums(parts, first, segment):
+    """`select.statistics` of tokens that lie in several arrays."""
+    sums, energy = select.statistics(parts[0], first, segment)
+    for before, part in itertools.pairwise(parts):
+        first += before.shape[2]
+        more, more_energy = select.statistics(part, first, segment)
+        if first % segment:  # a segment that the part before has begun
+            sums = mx.concatenate([sums[:, :, :-1], sums[:, :, -1:] + more[:, :, :1], more[:, :, 1:]], axis=2)
+        else:
+            sums = mx.concatenate([sums, more], axis=2)
+        energy = energy + more_energy
+    return sums, energy
 
 
 @functools.lru_cache(maxsize=64)  # the layers of a model have the same

@@ -12,6 +12,7 @@ from ..backends.statistics import spans
 from ..quant.rotation import can_rotate
 from ..quant.scheme import Scheme, TurboConfig
 from . import centering
+from .joined import Tokens
 
 Buffer = Any  # an mx.array, or None: which it is follows from the token counts
 Centered = dict[int, list[bool]]  # by side: whether any head of a row is centered, for each row
@@ -165,7 +166,7 @@ class PackJob(NamedTuple):
     """
 
     sides: list[SideToPack]
-    tails: list[mx.array]
+    tails: Sequence[Tokens]
     n_packed: int
     n_pack: int
     begun: Optional[Begun] = None
@@ -187,13 +188,24 @@ def pack(jobs: Sequence[PackJob], config: TurboConfig, step: int) -> list[list[P
 
     Waits at most once, and only for rows that pack for the first time.
     """
+    done = []
+    for job, (means, begun) in zip(jobs, decide_means(jobs, config, step)):
+        quantized = quantize_tokens([x[:, :, : job.n_pack] for x in job.tails], job.sides, means, job.n_packed, config)
+        done.append([PackedTokens(*q, mean, begun.get(i)) for i, (q, mean) in enumerate(zip(quantized, means))])
+    return done
+
+
+def decide_means(
+    jobs: Sequence[PackJob], config: TurboConfig, step: int
+) -> list[tuple[list[Optional[mx.array]], dict[int, Begun]]]:
+    """For each job the means of each side with those of the segments that it begins, and {side: what it decided}.
+    step, and when it waits: as of `pack`."""
     begun = [_begun_segments(job, config) for job in jobs]
     done = []
     for job, new, centered in zip(jobs, begun, _decide_centering(jobs, begun)):
         means = _extend_means(job, new, centered, config, step)
-        quantized = quantize_tokens([x[:, :, : job.n_pack] for x in job.tails], job.sides, means, job.n_packed, config)
         decided = {i: Begun(side[0], side[1], centered[i]) for i, side in new.items() if not job.n_packed}
-        done.append([PackedTokens(*q, mean, decided.get(i)) for i, (q, mean) in enumerate(zip(quantized, means))])
+        done.append((means, decided))
     return done
 
 

@@ -4,8 +4,8 @@
 
 Tokens stay in the order they came. One that has left the window, which no query sees any more, is left out of what
 `update_and_fetch` returns. Once a quarter of a window of packed tokens has left it, they are evicted: the packed
-buffers are copied without them. So a layer holds at most 1.25 windows of packed tokens (if keys may be centered, the
-quarter is rounded up to whole segments of 128), and what the newest prompt chunk has beyond that; a token is copied
+buffers are copied without them. So a layer holds at most 1.25 windows of packed tokens (with `centre`, the quarter is
+rounded up to whole segments of 128), and what the newest prompt chunk has beyond that; a token is copied
 about four times.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, Optional, Union
 import mlx.core as mx
 
 from ..quant.scheme import Scheme, TurboConfig
+from .attention_error import without_first
 from .history import set_offset
 from .masks import windows_mask
 from .packing import n_segments, write
@@ -57,9 +58,9 @@ class Window(TurboKVCache):
 
     @property
     def _eviction_unit(self):
-        """Packed tokens are evicted in multiples of this: whole segments where keys can have means (centering.py)."""
-        config = self.config
-        return self._sides[0].segment if config.centre and config.scheme.key_bits else 1
+        """Packed tokens are evicted in multiples of this: whole segments where keys can have means (centering.py), also
+        exact ones, which `repack` may pack."""
+        return self._sides[0].segment if self.config.centre else 1
 
     @property
     def _evict_from(self):
@@ -175,6 +176,9 @@ class RotatingTurboKVCache(Window):
                     kept = buffer[:, :, n // per_row : n_segments(self.n_packed, per_row)]
                     setattr(side, name, write(None, 0, kept, n_segments(room, per_row)))
         self.n_packed, self.n_evicted = n_left, self.n_evicted + n
+        if self._observed:
+            seen, *of_all = self._observed
+            self._observed = (without_first(seen, n, self.n_sink), *of_all)
         self._evaluate()
 
     def _view(self, counts, tails=None):

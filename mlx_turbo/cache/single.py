@@ -23,9 +23,11 @@ from ..quant.scheme import SCALES, Scheme, TurboConfig
 from . import auto_bits, balancing, history
 from .attention_error import join, newest, sample_queries, still_held
 from .conversion import converter
+from .joined import Joined
 from .last_step import NOT_YET, after_update
 from .masks import attention_mask
 from .packing import PackJob, allowed_dtypes, bits_at, make_sides, may_choose_bits, n_segments, pack, write
+from .repacking import ExactRows, fewer_bits, pack_exact, requantize
 from .state import FORMAT_VERSION, HEADER_NAMES, MAGIC, read_state
 from .view import KVView, LazyKV, Unread
 
@@ -48,6 +50,9 @@ class TurboKVCache:
     row_names: tuple[str, ...] = ()  # of the counts of rows in the state
     never_quantized: Optional[str] = None  # what this is, if mlx-lm has no quantized cache of that kind
     batch_class: Any = None  # what `merge` makes; batch.py sets it
+    repackable: bool = False
+    """Whether the newest queries are held as long as keys are exact (0 bits), so that `repack` can balance them: set
+    by whoever will call it, before the first token. A state does not hold it."""
 
     def __init__(self, config: Union[str, Scheme, TurboConfig] = "turbo4", **options: Any) -> None:
         self.config = TurboConfig.of(config, **options)
@@ -136,7 +141,7 @@ class TurboKVCache:
         self._updated()
         if first or view:
             self._evaluate()
-        if first and not begins and not self.undecided:
+        if first and not begins and not self.undecided and not self._keeps_queries:
             return new
         if view is None:
             return self._fetch((self.n_sink, self.n_packed, self.n_recent), new=new if first else None)
@@ -240,7 +245,14 @@ class TurboKVCache:
     def wants_queries(self) -> bool:
         """Whether `observe` has use for queries: until the first keys are packed, and once after that, if their own
         queries came behind them."""
-        return self.undecided or self._to_balance is not None or self._begins_to_pack
+        return self.undecided or self._to_balance is not None or self._begins_to_pack or self._keeps_queries
+
+    @property
+    def _keeps_queries(self):
+        """Whether exact keys may be packed later, and balanced then."""
+        keys = self._sides[0]
+        can_pack = keys.recent is None or bits_at(8, keys.head_dim) > 0
+        return self.repackable and self.config.balance and not keys.bits and can_pack and not self.holds_latents
 
     @property
     def holds_latents(self) -> bool:
@@ -258,12 +270,14 @@ class TurboKVCache:
         """Whether the next keys to be packed are the first, and may be balanced."""
         return not self.n_packed and self.config.balance and self._sides[0].bits > 0
 
-    def _choose_balance(self, tail):
-        """The balance of keys of which `tail` comes after the sink, as far as it can be chosen."""
+    def _choose_balance(self, tail, bits=None):
+        """The balance of keys of which `tail`, one array or several, comes after the sink, as far as it can be chosen.
+        bits: at which they will be packed, if that is not what they have."""
         if not self._observed:
             return None
-        keys = mx.concatenate([self._sides[0].sink[:, :, : self.n_sink], tail], axis=2) if self.n_sink else tail
-        factors = balancing.choose(keys, self.config, self._sides[0].bits, join(*self._observed))
+        sink = [self._sides[0].sink[:, :, : self.n_sink]] if self.n_sink else []
+        keys = Joined([*sink, *(tail if isinstance(tail, list) else [tail])])
+        factors = balancing.choose(keys, self.config, bits or self._sides[0].bits, join(*self._observed))
         return None if factors is None else Balance(factors)
 
     def _wait_for_queries(self, returned, tail, begun=None):
@@ -312,12 +326,78 @@ class TurboKVCache:
         if self.n_recent > self._capacity():
             self._pack([recent for _, recent in parts])
 
+    # ---- fewer bits ------------------------------------------------------------------------------------------
+    def repack(self, key_bits: Optional[int] = None, value_bits: Optional[int] = None) -> None:
+        """Give keys and values fewer bits per number (None: as many as they have), the tokens that are packed already
+        too, from what the cache holds; config.scheme is the new scheme.
+
+        Packed tokens get them from their codes, with the means and the balance that they have. Exact ones (0 bits) are
+        packed as if all tokens had come in one chunk, if `repackable` was set before they came: then keys are balanced
+        by the newest queries. Waits for the result: keys first, then values; of each, the old and the new tokens are
+        held at the same time. With `auto`, the bits are then as they are: it chooses no others.
+
+        Raises ValueError, with the cache unchanged, for more bits than there are or other ones than 0, 2, 3, 4, 5, 6
+        and 8, for integers, and as long as `auto` has not chosen.
+        """
+        now = self._asked_bits()
+        if self.undecided:
+            raise ValueError("key_bits: auto has not chosen those of this cache yet, which it does before it packs")
+        scheme = fewer_bits(now, key_bits, value_bits)
+        if scheme == now:
+            return
+        for x, name in zip((side.recent for side in self._sides), history.NAMES):
+            if x is not None and x.dtype not in select.DTYPES:
+                raise ValueError(f"{name}: got {x.dtype}, which only a cache of turbo0 holds; it cannot be packed")
+        self._unread.clear()
+        self.version += 1
+        self._errors, self._by = {}, None
+        done = now
+        for i, bits in enumerate((scheme.key_bits, scheme.value_bits)):
+            side = self._sides[i]
+            packed_at = bits if side.recent is None else bits_at(bits, side.head_dim)
+            if packed_at != side.bits:
+                self._repack_side(i, packed_at)
+            done = Scheme(scheme.key_bits, scheme.value_bits if i else done.value_bits)
+            self.config = replace(self.config, scheme=done, auto=False)
+
+    def _asked_bits(self):
+        """The scheme as it is: config.scheme, and of keys what auto chose."""
+        scheme, chosen = self.config.scheme, self._sides[0].bits
+        if may_choose_bits(self.config) and "keys" not in self._exact_because():
+            return Scheme(chosen, scheme.value_bits)
+        return scheme
+
+    def _repack_side(self, i, bits):
+        """Bring the packed tokens of keys (i = 0) or values (1) to fewer bits, and those to come."""
+        side = self._sides[i]
+        if not self._has_packed:
+            side.codes = side.scale = side.means = None  # room of another width, of tokens that were trimmed
+            side.bits = bits
+        elif side.bits:
+            requantize(side, bits, self.config)
+        else:
+            self._pack_exact(i, bits)
+
+    @property
+    def _has_packed(self):
+        return self.n_packed > 0
+
+    def _pack_exact(self, i, bits):
+        """Pack the tokens of keys (i = 0) or values (1) that are exact at 0 bits."""
+        side, config = self._sides[i], self._config_of_keys()
+        tail = [side.codes[:, :, : self.n_packed], side.recent[:, :, : self.n_recent]]
+        balance = None if i else self._choose_balance(tail, bits)
+        rows = ExactRows(list(range(side.recent.shape[0])), Joined(tail), self.n_packed, balance)
+        ((side.means, _),) = pack_exact(side, bits, [rows], config, self.step)
+        if i == 0:
+            side.balance, self._observed = balance, None
+
     # ---- fetch -----------------------------------------------------------------------------------------------
     def _fetch(self, counts, tails=None, new=None):
         """All tokens of both sides as `LazyKV`: (n_sink, n_packed, n_recent) of sink, packed and exact `tails` (the
         recent tokens, if not given). new: the same tokens as arrays, if they are at hand."""
         view = self._view(counts, tails)
-        if not any(side.bits for side in self._sides):
+        if not any(side.bits for side in self._sides) and not self._keeps_queries:
             return tuple(view.restore())  # nothing is packed: exactly what mlx-lm's own attention gets
         packed = self._unread.get(view) if view.counts[1] else None
         return tuple(LazyKV(x, view, i) for i, x in enumerate(new or view.restore(packed)))

@@ -79,6 +79,22 @@ class Check(NamedTuple):
         return f"{self.operation} {sides}, {dtype_name(self.dtype)}, {self.n_tokens} tokens"
 
 
+class RequantizeCheck(NamedTuple):
+    """Packed rows of `bits` with `fewer`, to compare with the reference."""
+
+    head_dim: int
+    bits: int
+    fewer: int
+
+    @property
+    def group(self) -> str:
+        """The line of the summary that counts this check."""
+        return "requantize"
+
+    def __str__(self) -> str:
+        return f"requantize head_dim {self.head_dim}, {self.bits} to {self.fewer} bits"
+
+
 class AttendCheck(NamedTuple):
     """Attention over one cache to compare with the reference. keys, values: (bits, head_dim). n_tokens: 4 sink, the
     packed ones, 20 recent. mask: None, "causal", "boolean" or "additive". means: packed tokens are centered. rope:
@@ -168,7 +184,7 @@ MODELS = (
 )
 
 
-AnyCheck = Check | AttendCheck | StatisticsCheck
+AnyCheck = Check | RequantizeCheck | AttendCheck | StatisticsCheck
 
 
 def quick_checks() -> list[AnyCheck]:
@@ -209,14 +225,22 @@ def _latent_check(bits: int, heads: int, dtype: mx.Dtype, n_tokens: int = TWO_LA
 
 
 def all_checks() -> list[AnyCheck]:
-    """The quick ones, then every kernel: `_packing_checks`, `_statistics_checks` and `_attention_checks`."""
-    return list(dict.fromkeys([*quick_checks(), *_packing_checks(), *_statistics_checks(), *_attention_checks()]))
+    """The quick ones, then every kernel."""
+    packing = [*_packing_checks(), *_requantize_checks(), *_statistics_checks()]
+    return list(dict.fromkeys([*quick_checks(), *packing, *_attention_checks()]))
 
 
 def _statistics_checks() -> list[StatisticsCheck]:
     """Every head_dim in bfloat16, all dtypes at 64 and 128."""
     kinds = [(d, mx.bfloat16) for d in HEAD_DIMS] + [(d, t) for d in (64, 128) for t in (mx.float16, mx.float32)]
     return [StatisticsCheck(d, s, dtype, 300) for d, dtype in kinds for s in (SEGMENT_STEP, ONE_SEGMENT)]
+
+
+def _requantize_checks() -> list[RequantizeCheck]:
+    """Each bit width to each lower one at head_dim 128; one of these at the others."""
+    steps = [(a, b) for a in PACKED_BITS for b in PACKED_BITS if a > b]
+    others = [RequantizeCheck(d, *steps[4 * i % len(steps)]) for i, d in enumerate(HEAD_DIMS)]
+    return list(dict.fromkeys([*(RequantizeCheck(128, *step) for step in steps), *others]))
 
 
 def _packing_checks() -> list[Check]:
@@ -345,13 +369,15 @@ def _run_latent_check(
 def run_check(check: AnyCheck, backend: Any) -> tuple[str | None, float]:
     """(what is wrong or None, the largest relative error) of one check. Raises what the backend raises.
 
-    The error is that of the sums for statistics (relative to the largest of a head), of the scales for quantize, of
-    the vectors (relative to their largest number) for dequantize, of the output (likewise) for attend.
+    The error is that of the sums for statistics (relative to the largest of a head), of the scales for quantize and
+    requantize, of the vectors (relative to their largest number) for dequantize, of the output (likewise) for attend.
     """
     if isinstance(check, AttendCheck):
         return _run_attend_check(check, backend)
     if isinstance(check, StatisticsCheck):
         return _run_statistics_check(check, backend)
+    if isinstance(check, RequantizeCheck):
+        return _run_requantize_check(check, backend)
     run = _run_quantize_check if check.operation == "quantize" else _run_dequantize_check
     problems, worst = run(check, backend)
     return next(filter(None, problems), None), worst
@@ -380,6 +406,14 @@ def _run_quantize_check(check: Check, backend: Any) -> tuple[Sequence[str | None
         error = np.abs(scale[..., 0].astype(np.float64) - want.scale) / np.maximum(want.scale, 1e-30)
         worst = max(worst, float(error.max()))
     return problems, worst
+
+
+def _run_requantize_check(check: RequantizeCheck, backend: Any) -> tuple[str | None, float]:
+    rows = reference.quantize(_vectors(np.random.default_rng(0), 37, check.head_dim), check.bits)
+    want = reference.requantize(rows, check.fewer)
+    codes, scale = map(np.array, backend.requantize(packed_side(rows), check.fewer))
+    error = np.abs(scale[..., 0].astype(np.float64) - want.scale) / np.maximum(want.scale, 1e-30)
+    return compare_quantized(codes, scale, want), float(error.max())
 
 
 def _run_dequantize_check(check: Check, backend: Any) -> tuple[Sequence[str | None], float]:

@@ -100,10 +100,20 @@ def quantize(
         raise ValueError(f"bits: got {bits!r}, allowed are 1 to 8")
     if scale not in SCALES:
         raise ValueError(f"scale: got {scale!r}, allowed are {SCALES}")
-    table, head_dim = _levels_of(levels, bits), x.shape[-1]
+    table = _levels_of(levels, bits)
     x = x if mean is None else x - np.asarray(mean, np.float64)
     y = _rotate(x if balance is None else x * np.asarray(balance, np.float64), rotation)
-    norm = np.linalg.norm(y, axis=-1, keepdims=True)
+    codes, gamma, u = _encode(y, table, scale)
+    with np.errstate(over="ignore"):
+        gamma = gamma.astype(scale_dtype).astype(np.float64)
+    if not np.isfinite(gamma).all():
+        raise ValueError(f"x: a vector's scale is beyond {np.dtype(scale_dtype).name}")
+    return Quantized(codes, gamma, u, bits, rotation, table, mean, balance)
+
+
+def _encode(y: np.ndarray, table: np.ndarray, scale: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(codes, scales by the rule, y at norm sqrt(head_dim)) of rotated vectors y [..., head_dim]."""
+    head_dim, norm = y.shape[-1], np.linalg.norm(y, axis=-1, keepdims=True)
     u = np.divide(y * np.sqrt(head_dim), norm, out=np.zeros_like(y), where=norm > 0)
     codes = np.searchsorted(codebook.thresholds(table), u, side="right").astype(np.uint8)
     c = table[codes]
@@ -117,11 +127,31 @@ def quantize(
         gamma = norm / np.sqrt(head_dim)
     else:
         gamma = np.divide(norm, np.sqrt(energy), out=np.zeros_like(norm), where=energy > 0)
-    with np.errstate(over="ignore"):
-        gamma = gamma.astype(scale_dtype).astype(np.float64)
-    if not np.isfinite(gamma).all():
-        raise ValueError(f"x: a vector's scale is beyond {np.dtype(scale_dtype).name}")
-    return Quantized(codes, gamma, u, bits, rotation, table, mean, balance)
+    return codes, gamma, u
+
+
+def requantize(
+    quantized: Quantized, bits: int, *, levels: Levels = None, scale: str = SCALES[0], scale_dtype: Any = np.float16
+) -> Quantized:
+    """A `Quantized` with fewer bits, from what it holds: its rotated vectors y = scale * levels of the codes are
+    quantized as `quantize` would, about the same mean and with the same balance, which are not looked at.
+
+    The codes follow from the old codes alone, and the new scale is the old one times a factor that does; so a scale
+    that is not finite, or becomes so, is NaN. levels, scale, scale_dtype: as of `quantize`.
+
+    Raises ValueError, naming the argument, for bits that are not fewer, bad levels and an unknown scale rule.
+    """
+    q = quantized
+    if isinstance(bits, bool) or bits not in range(1, q.bits):
+        raise ValueError(f"bits: got {bits!r}, allowed are 1 to {q.bits - 1}, fewer than the rows have")
+    if scale not in SCALES:
+        raise ValueError(f"scale: got {scale!r}, allowed are {SCALES}")
+    table = _levels_of(levels, bits)
+    codes, factor, u = _encode(_levels_of(q.levels, q.bits)[q.codes], table, scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        gamma = (q.scale * factor).astype(scale_dtype).astype(np.float64)
+    gamma = np.where(np.isfinite(gamma), gamma, np.nan)
+    return Quantized(codes, gamma, u, bits, q.rotation, table, q.mean, q.balance)
 
 
 _SAME: Any = object()

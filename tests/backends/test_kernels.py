@@ -4,10 +4,11 @@ import metalsim
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.ceilings import DEQUANTIZE_CEILING, QUANTIZE_CEILING
+from support.ceilings import DEQUANTIZE_CEILING, QUANTIZE_CEILING, REQUANTIZE_CEILING
 from support.round_trip import check_round_trip, vectors
 
 from mlx_turbo.backends import attend_launch, select
+from mlx_turbo.backends.self_test import compare_quantized, packed_side
 from mlx_turbo.backends.sides import PackedSide, QuantizeSide
 from mlx_turbo.quant import reference, rotation
 
@@ -48,6 +49,21 @@ def test_every_byte_is_written_once_and_every_byte_read_once(simulated, head_dim
     assert set(stats.reads["scale0"]) == {lanes}  # each lane of a vector reads its scale
 
 
+@pytest.mark.parametrize("order", ["natural", "reversed", "random"])
+@pytest.mark.parametrize("bits, fewer", [(8, 6), (8, 2), (6, 4), (5, 3), (4, 3)], ids=str)
+@pytest.mark.parametrize("head_dim, n", SHAPES)
+def test_fewer_bits_in_any_order_of_threads(simulated, head_dim, n, bits, fewer, order):
+    """And every byte is read once, and written once."""
+    rows = reference.quantize(np.random.default_rng(n).standard_normal((1, 1, n, head_dim)), bits)
+    with metalsim.configured(order=order, seed=n):
+        codes, scale = select.requantize_side(packed_side(rows), fewer)
+    stats = metalsim.last()
+    assert compare_quantized(np.array(codes), np.array(scale), reference.requantize(rows, fewer)) is None
+    assert set(stats.writes["new_codes"]) == set(stats.writes["new_scale"]) == set(stats.reads["codes"]) == {1}
+    assert set(stats.reads["scale"]) == {32 // attend_launch.vectors_per_simdgroup(head_dim)}
+    assert stats.threadgroup_size == 0 and stats.barriers == 0
+
+
 def test_one_launch_reads_and_writes_both_sides_of_different_head_dims(simulated):
     x = vectors(1, 2, 5, 512, dtype=mx.float16), vectors(1, 2, 5, 64, dtype=mx.float16)
     packed = select.quantize_sides([QuantizeSide(x[0], 8), QuantizeSide(x[1], 4)])
@@ -75,6 +91,9 @@ def test_lengths_are_data_the_text_of_the_kernel_stays_the_same(simulated, gener
     for first, n in ((0, 8), (3, 17), (1, 39)):
         select.dequantize_sides([quantized(128, 40)], first, n, mx.float16)
     assert len(generated_texts) == 2
+    for n in (8, 9, 40):
+        select.requantize_side(quantized(128, n), 3)
+    assert len(generated_texts) == 3
 
 
 def counted(run, n_values):
@@ -90,6 +109,12 @@ def test_operations_per_value_stay_below_their_ceiling(simulated, head_dim, bits
     side = quantized(head_dim, n, bits)
     dequantize = counted(lambda: select.dequantize_sides([side], 0, n, mx.float16), n * head_dim)
     assert dequantize <= DEQUANTIZE_CEILING[head_dim, bits]
+
+
+@pytest.mark.parametrize("head_dim, bits, fewer", list(REQUANTIZE_CEILING), ids=str)
+def test_operations_of_fewer_bits_stay_below_their_ceiling(simulated, head_dim, bits, fewer):
+    side, n = quantized(head_dim, 64, bits), 64 * head_dim
+    assert counted(lambda: select.requantize_side(side, fewer), n) <= REQUANTIZE_CEILING[head_dim, bits, fewer]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -7,7 +7,7 @@ from support.arrays import to_numpy
 from support.round_trip import check_round_trip, vectors
 
 from mlx_turbo.backends import select
-from mlx_turbo.backends.self_test import random_balance
+from mlx_turbo.backends.self_test import compare_quantized, random_balance
 from mlx_turbo.backends.sides import PackedSide, QuantizeSide
 from mlx_turbo.quant import reference
 from mlx_turbo.quant.scheme import PACKED_BITS, words_per_row
@@ -147,6 +147,67 @@ def test_part_of_a_capacity_buffer_is_restored_without_touching_the_rest(backend
     buffers[1] = mx.where(mx.arange(20)[:, None] < 12, buffers[1], poison)
     (got,) = select.dequantize_sides([PackedSide(*buffers, 4, 64)], 3, 5, mx.float32)
     assert np.array_equal(to_numpy(got), want)
+
+
+FEWER = [(a, b) for a in PACKED_BITS for b in PACKED_BITS if a > b]
+
+
+def packed_rows(bits, *shape, seed=0, dead=None):
+    """Random rows as the oracle packs them. dead: a vector [b, h, token] whose scale is NaN."""
+    rows = reference.quantize(np.random.default_rng(seed).standard_normal(shape), bits)
+    if dead is not None:
+        rows.scale[dead] = np.nan
+    scale = mx.array(rows.scale[..., None].astype(np.float16))
+    return rows, PackedSide(mx.array(rows.packed()), scale, bits, shape[-1])
+
+
+@pytest.mark.parametrize("bits, fewer", FEWER, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 72, 80, 128, 576])
+def test_rows_get_fewer_bits_as_the_oracle_says(backend, head_dim, bits, fewer):
+    rows, side = packed_rows(bits, 2, 1, 5, head_dim, seed=bits)
+    codes, scale = select.requantize_side(side, fewer)
+    assert codes.dtype == mx.uint32 and scale.dtype == mx.float16 and scale.shape == (2, 1, 5, 1)
+    assert compare_quantized(np.array(codes), np.array(scale), reference.requantize(rows, fewer)) is None
+
+
+@pytest.mark.parametrize("rule", reference.SCALES)
+@pytest.mark.parametrize("bits, fewer", [(8, 3), (6, 5), (4, 2)], ids=str)
+def test_rows_get_fewer_bits_by_every_scale_rule(backend, rule, bits, fewer):
+    rows, side = packed_rows(bits, 1, 2, 5, 128)
+    codes, scale = select.requantize_side(side, fewer, scale=rule)
+    assert compare_quantized(np.array(codes), np.array(scale), reference.requantize(rows, fewer, scale=rule)) is None
+
+
+@pytest.mark.parametrize("rule", reference.SCALES)
+@pytest.mark.parametrize("bits, fewer", [(8, 4), (5, 2)], ids=str)
+def test_fewer_bits_keep_a_scale_that_is_not_finite_and_zeros(backend, rule, bits, fewer):
+    rows, side = packed_rows(bits, 1, 1, 4, 64, dead=(0, 0, 1))
+    zeros = mx.array([0, 1, 0, 1])[:, None] == 0
+    zero_codes, zero_scale = select.quantize_sides([QuantizeSide(mx.zeros((1, 1, 4, 64)), bits)])[0]
+    side = side._replace(codes=mx.where(zeros, zero_codes, side.codes), scale=mx.where(zeros, zero_scale, side.scale))
+    _, scale = select.requantize_side(side, fewer, scale=rule)
+    scale = to_numpy(scale)[0, 0, :, 0]
+    assert np.isnan(scale).tolist() == [False, True, False, False] and scale[0] == scale[2] == 0 < scale[3]
+
+
+def test_a_scale_that_grows_beyond_float16_is_nan(backend):
+    """As if the vector had been packed at the fewer bits at once."""
+    _, side = packed_rows(8, 1, 1, 3, 64)
+    side = side._replace(scale=mx.full((1, 1, 3, 1), 65504.0, mx.float16))
+    _, scale = select.requantize_side(side, 2)
+    assert np.isnan(to_numpy(scale)).all()
+    _, scale = select.requantize_side(side._replace(scale=side.scale / 2), 2)
+    assert np.isfinite(to_numpy(scale)).all()
+
+
+def test_a_part_of_a_larger_buffer_gets_fewer_bits_like_a_copy_of_it(backend):
+    _, side = packed_rows(5, 3, 4, 9, 96)
+    views = [slice(None), slice(1, 3), slice(2, 7)], [slice(0, 1), slice(None, None, 2), slice(None)]
+    for view in views:
+        part = side._replace(codes=side.codes[tuple(view)], scale=side.scale[tuple(view)])
+        copied = part._replace(codes=mx.array(np.array(part.codes)), scale=mx.array(np.array(part.scale)))
+        for got, want in zip(select.requantize_side(part, 3), select.requantize_side(copied, 3)):
+            assert np.array_equal(np.array(got), np.array(want))
 
 
 def test_zero_vectors_come_back_as_zeros(backend):

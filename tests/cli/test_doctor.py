@@ -48,6 +48,14 @@ class GivesNaN(CpuBackend):
         return [x * float("nan") for x in super().dequantize(sides, first, length, dtype, seed)]
 
 
+class KeepsTheScale(CpuBackend):
+    """Of rows that get 3 bits."""
+
+    def requantize(self, side, bits):
+        codes, scale = super().requantize(side, bits)
+        return codes, side.scale if bits == 3 else scale
+
+
 class ForgetsASide(CpuBackend):
     def quantize(self, sides, seed=0):
         return super().quantize(sides, seed)[:1]
@@ -84,6 +92,7 @@ FAULTS = {
     ReadsFromTheStart: lambda name: name.startswith("dequantize"),
     # a prompt chunk attends over restored tokens
     GivesNaN: lambda name: name.startswith("dequantize") or "40 query tokens" in name,
+    KeepsTheScale: lambda name: name.startswith("requantize") and "to 3 bits" in name,
     ForgetsASide: lambda name: name.startswith("quantize") and " and " in name,
     ReadsRowsTooLarge: lambda name: name.startswith(("attend", "dequantize")),
     ForgetsWhereASegmentBegan: lambda name: name.startswith("statistics") and "segments of 128" in name,
@@ -144,6 +153,13 @@ def test_checks_cover_every_head_dim_bits_dtype_operation_with_and_without_mean(
             for mean in (False, True):
                 dtypes = [dtype for o, _, b, m, dtype in single if (o, b, m) == (op, bits, mean)]
                 assert all(dtype in dtypes for dtype in (mx.float16, mx.bfloat16, mx.float32))
+
+
+def test_checks_cover_every_number_of_bits_that_rows_can_get():
+    checks = [c for c in doctor.all_checks() if isinstance(c, doctor.RequantizeCheck)]
+    steps = {(a, b) for a in PACKED_BITS for b in PACKED_BITS if a > b}
+    assert {(c.bits, c.fewer) for c in checks if c.head_dim == 128} == steps
+    assert {c.head_dim for c in checks} == set(doctor.HEAD_DIMS)
 
 
 def test_text_ends_with_a_verdict_and_verbose_names_every_check(capsys):

@@ -56,7 +56,7 @@ def test_kernel_cost_says_what_is_missing_or_wrong(tmp_path, monkeypatch):
 
 @LINUX
 def test_cuda_registers_prints_what_each_kernel_of_a_step_asks_for():
-    out = run("cuda_registers.py", "--head-dim", "64", "--gqa", "2", "--scheme", "turbo2").stdout
+    out = run("cuda_registers.py", "--head-dim", "64", "--gqa", "2", "--scheme", "turbo3").stdout
     title, names, *lines = out.splitlines()
     assert title.startswith("sm_90a, NVRTC 13.0") and names.split()[-5:] == [
         "shared",
@@ -66,10 +66,11 @@ def test_cuda_registers_prints_what_each_kernel_of_a_step_asks_for():
         "warps",
     ]
     kernels = {line[20:38].strip(): line.split()[-5:] for line in lines}
-    assert set(kernels) == {"attend, one launch", "attend", "merge", "quantize", "dequantize", "statistics"}
+    in_registers = {"quantize", "dequantize", "requantize"}
+    assert set(kernels) == {"attend, one launch", "attend", "merge", "statistics", *in_registers}
     for name, numbers in kernels.items():
         shared, registers, spills, stack, warps = map(int, numbers)
-        assert (shared > 0) == (name not in ("quantize", "dequantize")) and 20 < registers < 256
+        assert (shared > 0) == (name not in in_registers) and 20 < registers < 256
         assert spills <= 200 and stack <= 64 and 8 <= warps <= min(64, 65536 // 32 // registers)
 
 
@@ -90,9 +91,18 @@ def test_attention_timing_names_the_backend_of_each_figure():
 
 @LINUX
 def test_packing_cost_counts_what_the_ceilings_of_the_kernel_tests_allow():
-    from support.ceilings import DEQUANTIZE_CEILING, QUANTIZE_CEILING
+    from support.ceilings import DEQUANTIZE_CEILING, QUANTIZE_CEILING, REQUANTIZE_CEILING
+
+    from mlx_turbo.backends.attend_launch import vectors_per_simdgroup
 
     rows = json.loads(run("packing_cost.py", "--json").stdout)
+    rows, again = ([r for r in rows if ("fewer" in r) == fewer] for fewer in (False, True))
+    assert {b for r in again for b in (r["bits"], r["fewer"])} == {8, 6, 4, 3, 2}
+    for r in again:
+        assert 10 < r["requantize_ops"] <= REQUANTIZE_CEILING[r["head_dim"], r["bits"], r["fewer"]] + 0.1
+        lanes = 32 // vectors_per_simdgroup(r["head_dim"])  # each of which reads the scale
+        codes = (r["bits"] + r["fewer"]) / 8
+        assert r["requantize_bytes"] == pytest.approx(codes + 2 * (lanes + 1) / r["head_dim"], abs=0.03)
     assert {(r["head_dim"], r["bits"]) for r in rows} == set(QUANTIZE_CEILING)
     for r in rows:
         case = r["head_dim"], r["bits"]

@@ -69,6 +69,10 @@ def all_ways():
         fetched = cache.update_and_fetch(*tokens(130))
         out["a chunk attends"] = ways_of(lambda: attend(130, fetched, cache))
         out["tokens are restored"] = ways_of(lambda: mx.eval(cache.keys_and_values()))
+        out["packed tokens get fewer bits"] = ways_of(lambda: cache.repack(3, 2))
+        exact = TurboKVCache(TurboConfig("turbo0", 4, 64, 64))
+        exact.update_and_fetch(*tokens(300))
+        out["exact tokens are packed"] = ways_of(lambda: exact.repack(4, 4))
     return out
 
 

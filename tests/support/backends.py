@@ -52,6 +52,11 @@ class OracleBackend:
     def statistics(self, x, first, segment):
         return tuple(mx.array(a.astype(np.float32)) for a in reference.statistics(to_numpy(x), first, segment))
 
+    def requantize(self, side, bits, scale=SCALES[0]):
+        rows = reference.from_packed(np.array(side.codes), np.array(side.scale), side.bits, side.head_dim)
+        new = reference.requantize(rows, bits, scale=scale)
+        return mx.array(new.packed()), mx.array(new.scale[..., None].astype(np.float16))
+
     def dequantize(self, sides, first, length, dtype, seed=0):
         outs = []
         for side in sides:

@@ -14,12 +14,13 @@ from hypothesis import stateful
 from mlx_lm.models.cache import RotatingKVCache
 from support.arrays import to_numpy
 
-from mlx_turbo import TurboKVCache, load_prompt_cache, save_prompt_cache
+from mlx_turbo import Scheme, TurboKVCache, load_prompt_cache, save_prompt_cache
 from mlx_turbo.backends import select
 from mlx_turbo.backends.self_test import compare_quantized, compare_vectors
 from mlx_turbo.cache import balancing, centering
 from mlx_turbo.cache.state import HEADER_NAMES
 from mlx_turbo.quant import reference, rotation
+from mlx_turbo.quant.scheme import BITS
 
 FAST_BACKENDS = [select.default_name()]  # for tests with many small launches
 STEPS = collections.Counter()  # of state machines: how often a rule ran, by (class, rule)
@@ -161,11 +162,16 @@ class ListModel:
     """
 
     def __init__(self, cache):
-        self.cache, self.config = cache, cache.config
+        self.cache = cache
         self.clear()
+
+    @property
+    def config(self):
+        return self.cache.config
 
     def clear(self):
         self.given, self.untrimmed, self.dtypes = None, True, None
+        self.repacked = {}, {}  # of keys, of values: {token: (codes, scale)} that were given to it
 
     @property
     def offset(self):
@@ -204,6 +210,32 @@ class ListModel:
             self.clear()
         elif n < self.offset:
             self.given, self.untrimmed = [x[:, :, :n] for x in self.given], False
+            self.repacked = tuple({t: row for t, row in side.items() if t < n} for side in self.repacked)
+        self.check()
+
+    def replaced(self, side, tokens):
+        """Tokens of a side, from 0 on, were set to others."""
+        for t in tokens:
+            self.repacked[side].pop(t, None)
+
+    def repack(self, **bits):
+        """Fewer bits of both: what was packed gets them as the oracle says, what was exact is packed for the first
+        time."""
+        before, first = stored(self.cache), header(self.cache)["n_sink"]
+        had, asked = self._bits() if self.offset else (0, 0), self.config.scheme
+        with few_keys_are_balanced():
+            self.cache.repack(**bits)
+        want = Scheme(bits.get("key_bits", asked.key_bits), bits.get("value_bits", asked.value_bits))
+        assert self.config.scheme == want
+        now = self._bits() if self.offset else (0, 0)
+        for i, (side, old, new, a, b) in enumerate(zip(self.repacked, before, stored(self.cache), had, now)):
+            if a != b and a and new["codes"] is not None:
+                rows = reference.from_packed(old["codes"], old["scale"], a, self.given[i].shape[3])
+                error = compare_quantized(new["codes"], new["scale"], reference.requantize(rows, b))
+                assert error is None, error
+                assert same([old["means"], old.get("balance")], [new["means"], new.get("balance")])
+                for t in range(new["codes"].shape[2]):
+                    side[first + t] = new["codes"][:, :, t], new["scale"][:, :, t]
         self.check()
 
     def check(self):
@@ -230,7 +262,11 @@ class ListModel:
                 mean, balance = self._mean(side, i, last - first), side.get("balance")
                 x = x[:, :, first:last]
                 want = reference.quantize(x, bits, rotation=config.seed, mean=mean, balance=balance)
-                error = compare_quantized(side["codes"], side["scale"], want)
+                codes, scale, once = side["codes"].copy(), side["scale"].copy(), want.packed()
+                for at, row in ((t - first, row) for t, row in self.repacked[i].items() if t < last):
+                    assert same(row, (codes[:, :, at], scale[:, :, at]))
+                    codes[:, :, at], scale[:, :, at, 0] = once[:, :, at], want.scale[:, :, at]
+                error = compare_quantized(codes, scale, want)
                 assert error is None, error
         self._check_fetched(cache.keys_and_values(), head["n_sink"], head["n_packed"])
 
@@ -277,6 +313,11 @@ def few_keys_are_balanced():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(balancing, "FEWEST", 2)
         yield
+
+
+def fewer(bits):
+    """What bits can become by `repack`, themselves included."""
+    return [b for b in BITS if not bits or 0 < b <= bits]
 
 
 def queries_of(keys, n_rows=2):

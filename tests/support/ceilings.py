@@ -37,6 +37,20 @@ DEQUANTIZE_CEILING = {
 # The same of statistics, on 512 vectors, by head_dim: of each value a sum and a square; positions, and who is there.
 STATISTICS_CEILING = {128: 10.1, 64: 10.5, 80: 15.3, 256: 7.7, 576: 7.0}
 
+# The same of requantize, by (head_dim, bits, fewer bits).
+REQUANTIZE_CEILING = {
+    (128, 8, 6): 36,
+    (128, 6, 4): 32.9,
+    (128, 4, 3): 24.3,
+    (128, 3, 2): 19.5,
+    (128, 8, 5): 32.1,
+    (128, 5, 3): 26.7,
+    (64, 6, 4): 32.8,
+    (256, 6, 4): 33,
+    (80, 6, 4): 35.6,
+    (576, 6, 4): 33.8,
+}
+
 # Registers of a thread with NVRTC 13.0, at most, for sm_80 and sm_90a, by the variant of a kernel (collector.Kernel).
 # python scripts/cuda_registers.py --ceilings prints the table.
 REGISTERS = {
@@ -47,12 +61,14 @@ REGISTERS = {
     "quantize": 72,
     "dequantize": 64,
     "statistics": 96,
+    "requantize": 64,
 }
 
 
 def registers_allowed(kernel):
     """Of a collector.Kernel."""
-    if kernel.variant == "quantize" and max(kernel.template["D0"], kernel.template["D1"]) > 512:
+    t = kernel.template
+    if kernel.variant in ("quantize", "requantize") and max(t.get("D", 0), t.get("D0", 0), t.get("D1", 0)) > 512:
         return 104  # a lane has 32 dims
     return 128 if few_sums(kernel) else REGISTERS[kernel.variant]
 

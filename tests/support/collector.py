@@ -107,7 +107,10 @@ class _Collector:
         codes, mean = mx.zeros((1, 1, 8, words_per_row(bits, head_dim)), mx.uint32), mx.zeros((1, 1, 1, head_dim))
         self.statistics(x, 0, 128)
         self.quantize([QuantizeSide(x, bits, mean)] * 2)
-        self.dequantize([PackedSide(codes, mx.zeros((1, 1, 8, 1), mx.float16), bits, head_dim, mean)] * 2, 0, 8, dtype)
+        packed = PackedSide(codes, mx.zeros((1, 1, 8, 1), mx.float16), bits, head_dim, mean)
+        self.dequantize([packed] * 2, 0, 8, dtype)
+        for fewer in (b for b in PACKED_BITS if b < bits):
+            self.requantize(packed, fewer)
 
 
 class MetalCollector(_Collector, MetalBackend):

@@ -12,6 +12,7 @@ from support.caches import (
     ListModel,
     copied,
     few_keys_are_balanced,
+    fewer,
     held_nbytes,
     queries_of,
     random_tokens,
@@ -35,12 +36,19 @@ BATCHES = dict(
 )
 
 
+def drawn_bits(data, scheme):
+    """Arguments of `repack`, for keys, values or both."""
+    bits = dict(key_bits=st.sampled_from(fewer(scheme.key_bits)), value_bits=st.sampled_from(fewer(scheme.value_bits)))
+    return data.draw(st.fixed_dictionaries({}, optional=bits))
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Everything mlx-lm does to a cache, in any order."""
 
     @initialize(config=CONFIGS, shape=SHAPES)
     def start(self, config, shape):
         self.model, self.shape, self.rng = ListModel(TurboKVCache(config)), shape, np.random.default_rng(0)
+        self.model.cache.repackable = True
         self.others = []  # (cache, its snapshot): copies must never notice what happens to the original
 
     def _replace(self, cache):
@@ -64,6 +72,10 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(way=st.sampled_from(WAYS))
     def go_on_with_a_copy(self, way):
         self._replace(copied(self.model.cache, way))
+
+    @rule(data=st.data())
+    def repack(self, data):
+        self.model.repack(**drawn_bits(data, self.model.config.scheme))
 
     # ---- what a program does that takes it for mlx-lm's KVCache ------------------------------------------------
     @precondition(lambda self: self.model.offset)
@@ -99,6 +111,7 @@ class CacheMachine(RuleBasedStateMachine):
             here = mx.array([i in changed for i in range(model.offset)])[:, None]
             setattr(model.cache, name, mx.depends(mx.where(here, new, tokens), mx.array(3.0) + 1))
         model.given[side][:, :, changed] = to_numpy(new)[:, :, changed]
+        model.replaced(side, changed)
         model.check()
 
     @precondition(lambda self: self.shape["batch"] == 1)
@@ -188,6 +201,16 @@ class WindowMachine(RuleBasedStateMachine):
     def go_on_with_a_copy(self, way):
         self.cache = copied(self.cache, way)
 
+    @rule(data=st.data())
+    def repack(self, data):
+        """Exact tokens are not packed as in the cache that evicts none, once some are evicted."""
+        bits, scheme = drawn_bits(data, self.cache.config.scheme), self.cache.config.scheme
+        if self.cache.n_evicted:
+            bits = {name: b for name, b in bits.items() if getattr(scheme, name)}
+        with few_keys_are_balanced():
+            self.cache.repack(**bits)
+        self.all.repack(**bits)
+
     @precondition(lambda self: self.cache.offset)
     @rule()
     def read_all(self):
@@ -212,7 +235,7 @@ class BatchMachine(RuleBasedStateMachine):
 
     def begin(self, n, shape):
         self.shape = {name: x for name, x in shape.items() if name != "batch"}
-        self.rows, self.n_made = Rows(self.make, n, **self.shape), 0
+        self.rows, self.n_made = Rows(self.make, n, repackable=True, **self.shape), 0
 
     @rule(n=st.integers(1, 5))
     def decode(self, n):
@@ -233,9 +256,14 @@ class BatchMachine(RuleBasedStateMachine):
         lengths = data.draw(st.lists(st.integers(0, 24), min_size=n, max_size=n))
         if any(lengths):
             other.update(lengths, [max(lengths) - k for k in lengths] if padded else None)
+        other.repack(*vars(self.rows.batch.config.scheme).values())
         if data.draw(st.booleans()):
             other, self.rows = self.rows, other
         self.rows.extend(other)
+
+    @rule(data=st.data())
+    def repack(self, data):
+        self.rows.repack(**drawn_bits(data, self.rows.batch.config.scheme))
 
     @rule(data=st.data())
     def filter(self, data):

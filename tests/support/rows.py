@@ -21,12 +21,13 @@ def state_of(cache):
 LARGEST_ERROR = {0: 0.0, 2: 0.68, 3: 0.41, 4: 0.27, 5: 0.18, 6: 0.12, 8: 0.08}
 
 
-def check_restored(cache, given):
+def check_restored(cache, given, passed=((), ())):
     """The tokens that a cache of one row restores are those of a list, keys and values [1, H, offset, D], as near as
-    what was packed can be: a token centered and balanced as its head is. A token in another's place is at 1."""
+    what was packed can be: a token centered and balanced as its head is. A token in another's place is at 1. passed:
+    the bits that packed keys and values had before."""
     assert given[0].shape[2] == cache.offset
     packed_at = cache.config.scheme.key_bits, cache.config.scheme.value_bits  # and raised from there, with auto
-    for got, want, side, bits in zip(cache.keys_and_values(), given, cache._sides, packed_at):
+    for got, want, side, bits, before in zip(cache.keys_and_values(), given, cache._sides, packed_at, passed):
         rounding = {mx.float32: 1e-6, mx.float16: 2**-11, mx.bfloat16: 2**-8}[got.dtype]
         got, n_kept = to_numpy(got), min(cache.config.sink, got.shape[2])
         want = np.concatenate([want[:, :, :n_kept], want[:, :, want.shape[2] - (got.shape[2] - n_kept) :]], axis=2)
@@ -36,6 +37,8 @@ def check_restored(cache, given):
         packed = np.linalg.norm(want[..., None, :] - means[..., None, :, :], axis=-1).max(-1)  # whichever mean was its
         most = LARGEST_ERROR[min(bits, side.bits)] * packed + rounding * np.linalg.norm(want, axis=-1)
         most = most + LARGEST_ERROR[side.bits] * packed * (side.bits > bits)
+        for b in before:  # each of what the one before made of it, which may be longer by as much
+            most = most * (1 + LARGEST_ERROR[b]) + LARGEST_ERROR[b] * packed
         error = np.linalg.norm(got - want, axis=-1)
         assert (error <= most).all() and (side.bits or error.max() == 0), (bits, side.bits, (error - most).max())
 
@@ -44,10 +47,13 @@ class Rows:
     """A batch cache and, beside it, each of its rows alone in a cache that `make` makes, and a list of its tokens;
     compares them after every step."""
 
-    def __init__(self, make, n_rows, seed=0, **shape):
+    def __init__(self, make, n_rows, seed=0, repackable=False, **shape):
         self.shape, self.rng = shape, np.random.default_rng(seed)
         make = functools.partial(TurboKVCache, make) if isinstance(make, TurboConfig) else make
         self.alone = [make() for _ in range(n_rows)]
+        for cache in self.alone:
+            cache.repackable = repackable
+        self.passed = set(), set()  # bits of keys and of values that it had
         self.batch, self.given = self.alone[0].merge(self.alone), [None] * n_rows
         self.bias = [float(i % 3 == 1) * 20 for i in range(n_rows)]
 
@@ -110,7 +116,7 @@ class Rows:
             extracted = batch.extract(b)
             assert same(state_of(extracted), state_of(cache)), b
             if cache.offset:
-                check_restored(extracted, given)
+                check_restored(extracted, given, self.passed)
         if not batch.empty():
             fetched = batch.keys_and_values()
             for b, cache in enumerate(alone):
@@ -124,11 +130,20 @@ class Rows:
                         newest = got[:, :, got.shape[2] - (want.shape[2] - n_sink) :]
                         assert same_restored(np.concatenate([got[:, :, :n_sink], newest], axis=2), want)
 
+    def repack(self, key_bits=None, value_bits=None):
+        for side, bits in zip(self.passed, vars(self.batch.config.scheme).values()):
+            side.add(bits)
+        for cache in [self.batch, *self.alone]:
+            with few_keys_are_balanced():
+                cache.repack(key_bits, value_bits)
+        self.check()
+
     def extend(self, other):
         before = state_of(other.batch)
         self.batch.extend(other.batch)
         assert same(state_of(other.batch), before)
         self.alone += other.alone
+        self.passed = tuple(map(set.union, self.passed, other.passed))
         self.given += other.given
         self.bias += other.bias
         self.check()
