@@ -20,7 +20,7 @@ import mlx.core as mx
 from ..backends import select
 from ..backends.rotate import rotate, unrotate
 from ..backends.sides import ONE_SEGMENT, Balance
-from ..backends.statistics import lengths
+from ..backends.statistics import UNIT, lengths
 from .joined import Joined, Tokens
 
 SEGMENT = 128  # packed tokens that share a mean of keys: 16 / SEGMENT = 0.125 bits per number where it is used
@@ -36,23 +36,14 @@ def segment_of(side: int) -> int:
 def summarize(x: Tokens, first: int, segment: int) -> tuple[mx.array, tuple[int, ...], mx.array]:
     """Of x [B, H, T, D], to become packed tokens first, first + 1, ...: (means by segment float32 [B, H, S, D],
     tokens of each, energy of all [B, H, 1, 1]). Vectors that cannot be packed count as zeros."""
-    sums, energy = _sums(x.parts if isinstance(x, Joined) else [x], first, segment)
-    n_tokens = lengths(first, x.shape[2], segment)
-    return sums / _column(n_tokens), n_tokens, energy
-
-
-def _sums(parts, first, segment):
-    """`select.statistics` of tokens that lie in several arrays."""
-    sums, energy = select.statistics(parts[0], first, segment)
-    for before, part in itertools.pairwise(parts):
-        first += before.shape[2]
-        more, more_energy = select.statistics(part, first, segment)
-        if first % segment:  # a segment that the part before has begun
-            sums = mx.concatenate([sums[:, :, :-1], sums[:, :, -1:] + more[:, :, :1], more[:, :, 1:]], axis=2)
-        else:
-            sums = mx.concatenate([sums, more], axis=2)
-        energy = energy + more_energy
-    return sums, energy
+    unit, n_tokens = min(segment, UNIT), lengths(first, x.shape[2], segment)
+    whole = x.parts[0].shape[2] // unit * unit if isinstance(x, Joined) and not first else 0
+    pieces = [x[:, :, :whole], x[:, :, whole:]] if whole and whole < x.shape[2] else [x[:, :, :]]
+    sums, energy = map(list, zip(*(select.statistics(piece, first % unit, unit) for piece in pieces)))
+    total = mx.concatenate(sums, axis=2) if len(sums) > 1 else sums[0]
+    if segment > unit:  # in the same order, wherever the tokens lie
+        total = total.sum(2, keepdims=True)
+    return total / _column(n_tokens), n_tokens, sum(energy[1:], energy[0])
 
 
 @functools.lru_cache(maxsize=64)  # the layers of a model have the same

@@ -226,7 +226,7 @@ def _latent_check(bits: int, heads: int, dtype: mx.Dtype, n_tokens: int = TWO_LA
 
 def all_checks() -> list[AnyCheck]:
     """The quick ones, then every kernel."""
-    packing = [*_packing_checks(), *_requantize_checks(), *_statistics_checks()]
+    packing: list[AnyCheck] = [*_packing_checks(), *_requantize_checks(), *_statistics_checks()]
     return list(dict.fromkeys([*quick_checks(), *packing, *_attention_checks()]))
 
 
