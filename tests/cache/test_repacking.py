@@ -15,7 +15,7 @@ from support.rows import state_of
 from support.strategies import quick
 
 from mlx_turbo import BatchTurboKVCache, RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache, make_prompt_cache
-from mlx_turbo.backends import mlx_ops
+from mlx_turbo.backends import mlx_ops, statistics
 from mlx_turbo.cache import centering, repacking
 from mlx_turbo.cache.attention_error import sample_queries
 from mlx_turbo.integration import attention
@@ -411,7 +411,7 @@ def test_only_the_old_and_the_new_tokens_of_one_side_are_held_at_a_time(backend,
     number of tokens.)"""
     monkeypatch.setattr(mlx_ops, "SLICE_VALUES", 1 << 14)
     monkeypatch.setattr(repacking, "SLICE", 256)
-    monkeypatch.setattr(centering, "SLICE", 256)
+    monkeypatch.setattr(statistics, "SLICE", 256)
     n, per_token = 8196, 2 * 4 * 64
     lengths = {"cache": [2 * n], "batch": [n, n], "rows of other lengths": [n, n - 300]}[kind]
     shape = dict(heads=4, key_dim=64, value_dim=64, bias=9, dtype=mx.float16)
@@ -419,7 +419,7 @@ def test_only_the_old_and_the_new_tokens_of_one_side_are_held_at_a_time(backend,
     cache = caches[0] if kind == "cache" else TurboKVCache.merge(caches)
     del caches
     mx.eval(cache.state)
-    slack = 1.6e6  # measured: 1.2 MB, two slices of 2^14 numbers in float32, 18 times
+    slack = 2.4e6  # measured: up to 1.7 MB, slices of 2^14 numbers in float32
     for had, now in (0, 8), (8, 6), (6, 4), (4, 2):
         for name in "key_bits", "value_bits":
             used = peak(functools.partial(cache.repack, **{name: now}))
