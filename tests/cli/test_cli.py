@@ -485,3 +485,13 @@ def test_a_prompt_cache_file_goes_on_under_a_budget(run, priced, prompt_cache_fi
 def test_what_does_not_go_with_a_budget_of_memory_is_refused(run, argv, message):
     code, out, err = run("generate", *argv)
     assert code == 2 and out == "" and f"error: {message}" in err
+
+
+def test_eval_has_a_row_for_a_budget_of_memory(run, priced):
+    code, out, err = run("eval", "--kv", "memory:2MB", "turbo4", "--kv-floor", "turbo4", "--tokens", "300", "--json")
+    assert code == 0, err
+    none, budget, turbo4 = json.loads(out)["results"]
+    assert (
+        budget["kv"] == "memory:2MB" and budget["nbytes"] <= 2_000_000 and budget["resident_bits_per_value_32k"] is None
+    )
+    assert 0 <= budget["kld"] <= turbo4["kld"] and "budget of 2MB" in budget["layers"] and turbo4["kv"] == "turbo4"
