@@ -83,7 +83,7 @@ def _pass_through(door, original, queries, keys, values, cache, scale, mask=None
     if (
         view is not None
         and not view.cache.undecided
-        and (view.keys.bits or view.values.bits)
+        and (view.keys.bits or view.values.bits or view.rope is not None)
         and (view.counts[1] or queries.shape[2] <= MAX_QUERY_TOKENS and queries.shape[2] < sum(view.counts))
     ):
         out = attend(queries, view, scale=scale, mask=mask, sinks=sinks)
