@@ -25,6 +25,7 @@ from .attention_error import join, newest, sample_queries, still_held
 from .batch_plan import Plan
 from .history import NAMES
 from .joined import Joined
+from .memory_budget import Room
 from .packing import (
     PackJob,
     grow,
@@ -227,6 +228,8 @@ class BatchTurboKVCache(TurboKVCache):
         new, n_new = (keys, values), keys.shape[2]
         if n_new == 0:
             return self.keys_and_values() if self._n_columns or any(self._n_packed) else new
+        if self.share is not None:
+            self.share.before_update(self, keys, values)
         if n_new <= self._n_free:
             return self._append(new, n_new)
         plan, self._to_balance, self._waiting = self.plan(n_new), None, []
@@ -555,6 +558,50 @@ class BatchTurboKVCache(TurboKVCache):
             side.codes = write(None, 0, codes, self.step)
         side.bits = bits
 
+    # ---- memory budget ---------------------------------------------------------------------------------------
+    @property
+    def packed_columns(self) -> int:
+        """As of TurboKVCache."""
+        return max(self._n_packed, default=0)
+
+    @property
+    def all_packed(self) -> bool:
+        """As of TurboKVCache."""
+        return all(self._n_packed)
+
+    def step_key(self) -> Any:
+        """As TurboKVCache.step_key."""
+        return tuple(map(self.n_tokens, range(self.n_rows))), tuple(self._n_evicted), tuple(self._pad)
+
+    def will_grow(self, n_new: int) -> bool:
+        """As TurboKVCache.will_grow."""
+        recent = self._sides[0].recent
+        if recent is None:
+            return True
+        if n_new <= self._n_free:
+            return self._n_columns + n_new > recent.shape[2]
+        room = self.room_after(n_new)
+        if room.recent > recent.shape[2] or room.sink and self._sides[0].sink is None and self.config.sink:
+            return True
+        return any(side.codes is None or room.n_packed > side.codes.shape[2] for side in self._sides if room.n_packed)
+
+    def room_after(self, n_new: int) -> Room:
+        """As TurboKVCache.room_after; never less than there will be."""
+        plan, step = self.plan(n_new), self._room()
+        of_rows = [n + more for n, more in zip(plan.n_packed, plan.pack_after)]
+        n_packed = max(of_rows)
+        columns = plan.columns[2] + n_new
+        if any(plan.pack_after) or any(span != (0, n_new) for span in plan.spans) or not any(plan.columns):
+            columns = max(
+                recent + n - more - (self.config.sink if more and not packed else 0)
+                for recent, (_, n), more, packed in zip(plan.n_recent, plan.spans, plan.pack_after, plan.n_packed)
+            )
+        return Room(self._sinks(n_packed), max(-(-columns // step), 1) * step, n_packed, None, all(of_rows))
+
+    def next_growth(self, n_new: int) -> Optional[tuple[int, int]]:
+        """None: what a batch needs is not looked for ahead."""
+        return None
+
     # ---- fetch -----------------------------------------------------------------------------------------------
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """The tokens of all rows, [B, n_kv_heads, columns, D] of keys and of values, packed ones dequantized lazily.
@@ -682,6 +729,7 @@ class BatchTurboKVCache(TurboKVCache):
         if type(cache) is not cls.row_class:
             raise ValueError(f"caches: got a {type(cache).__name__}, allowed are {cls.row_class.__name__}s")
         batch = cls._empty(cache)
+        batch.share = cache.share  # for `_join`, which puts what it makes under the budget
         batch.repackable = cache.repackable
         batch.undecided, batch._errors, batch._by = cache.undecided, dict(cache._errors), cache._by
         unpacked = not cache.n_packed
@@ -714,6 +762,12 @@ class BatchTurboKVCache(TurboKVCache):
     @classmethod
     def _join(cls, parts):
         """One cache of the rows of several, which may change internally."""
+        budgets = {id(part.share.budget) if part.share is not None else None for part in parts}
+        if len(budgets) > 1:
+            raise ValueError("caches: they are under different memory budgets, or some under none; allowed is one")
+        share = parts[0].share
+        if share is not None:
+            cls._lower_to_fewest(parts)
         config = parts[0].config
         for part in parts:
             if part.config != config:
@@ -748,7 +802,19 @@ class BatchTurboKVCache(TurboKVCache):
             joined._cover_means()
             joined._evaluate()
         joined._set_offset()
+        if share is not None:
+            share.pass_on(joined, *(part.share.group for part in parts))
         return joined
+
+    @staticmethod
+    def _lower_to_fewest(parts):
+        """Bring caches under a memory budget to the fewest bits that one of them has."""
+        names = "key_bits", "value_bits"
+        fewest = {name: min((getattr(part.config.scheme, name) for part in parts), key=_precision) for name in names}
+        for part in parts:
+            fewer = {name: bits for name, bits in fewest.items() if getattr(part.config.scheme, name) != bits}
+            if fewer:
+                part.repack(**fewer)
 
     def _join_side(self, side, sides, parts):
         like = next(s for s in sides if s.recent is not None).recent
@@ -812,6 +878,9 @@ class BatchTurboKVCache(TurboKVCache):
         version = self.version + 1
         self.__dict__.update(joined.__dict__)
         self.version = version
+        if self.share is not None:
+            self.share.join(self)
+            joined.share = None
 
     def filter(self, batch_indices: Union[Iterable[int], mx.array]) -> None:
         """Keep the rows batch_indices (a list or array of row numbers), in that order.
@@ -858,6 +927,8 @@ class BatchTurboKVCache(TurboKVCache):
         """Row idx as a cache of its own."""
         b = list(range(self.n_rows))[idx]
         cache = self._empty_row()
+        if self.share is not None:
+            self.share.pass_on(cache, (self.share.group, b))
         cache.repackable = self.repackable
         n = self.n_tokens(b)
         if n or may_choose_bits(self.config) and not self._exact_because():

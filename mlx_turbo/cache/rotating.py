@@ -213,6 +213,16 @@ class RotatingTurboKVCache(Window):
         cache.n_evicted = offset - keys.shape[2]
         return cache
 
+    # ---- memory budget ---------------------------------------------------------------------------------------
+    def _left_packed(self) -> tuple[int, Optional[int]]:
+        left = self.n_packed - self._n_evictable(self.n_packed, self.n_recent)
+        return left, None if left == self.n_packed else max(self.room, left)
+
+    def next_growth(self, n_new: int) -> Optional[tuple[int, int]]:
+        """As TurboKVCache.next_growth; a full window does not grow."""
+        found = super().next_growth(n_new)
+        return None if found is None or found[1] > self.room + self.step else found
+
     # ---- the rest of mlx-lm's contract -----------------------------------------------------------------------
     def make_mask(
         self, N: int, window_size: Optional[int] = None, return_array: bool = False

@@ -26,13 +26,14 @@ from .conversion import converter
 from .joined import Joined
 from .last_step import NOT_YET, after_update
 from .masks import attention_mask
+from .memory_budget import Room, Share
 from .packing import PackJob, allowed_dtypes, bits_at, make_sides, may_choose_bits, n_segments, pack, write
 from .repacking import ExactRows, fewer_bits, pack_exact, requantize
 from .state import FORMAT_VERSION, HEADER_NAMES, MAGIC, read_state
 from .view import KVView, LazyKV, Unread
 
 # what a pickle leaves out: it is in the state, or belongs to this process
-_NOT_PICKLED = "_sides", "_offsets", "_unread", "_to_balance", "version", "attended_version", "last_attention"
+_NOT_PICKLED = "_sides", "_offsets", "_unread", "_to_balance", "version", "attended_version", "last_attention", "share"
 
 
 class TurboKVCache:
@@ -50,6 +51,7 @@ class TurboKVCache:
     row_names: tuple[str, ...] = ()  # of the counts of rows in the state
     never_quantized: Optional[str] = None  # what this is, if mlx-lm has no quantized cache of that kind
     batch_class: Any = None  # what `merge` makes; batch.py sets it
+    share: Optional[Share] = None  # in a memory budget
     repackable: bool = False
     """Whether the newest queries are held as long as keys are exact (0 bits), so that `repack` can balance them: set
     by whoever will call it, before the first token. A state does not hold it."""
@@ -63,6 +65,8 @@ class TurboKVCache:
         self._clear()
 
     def _clear(self):
+        if self.share is not None:  # there is room again
+            self.config = replace(self.config, scheme=Scheme(0, 0))
         self._sides = make_sides(self.config)
         self.undecided = may_choose_bits(self.config)  # auto has not chosen the bits of the keys; nothing is packed
         self._errors, self._by = {}, None  # of auto's choice: error by bits, what it was based on
@@ -93,14 +97,16 @@ class TurboKVCache:
         mlx-lm's cache: queries that see it get nothing finite, other rows and heads are unaffected. `report` counts
         such tokens; updates do not wait to find them.
 
-        Raises TypeError or ValueError, with the cache unchanged, for wrong shapes, dtypes or head dims, and for a
-        batch, number of heads, head_dim or dtype other than before. Keys or values of a head_dim that cannot be packed
-        stay exact; `report` says so.
+        Raises TypeError or ValueError, with the cache unchanged, for wrong shapes, dtypes or head dims, for a batch,
+        number of heads, head_dim or dtype other than before, and for tokens that its memory budget cannot hold. Keys or
+        values of a head_dim that cannot be packed stay exact; `report` says so.
         """
         self._check(keys, values)
         new, n_new = (keys, values), keys.shape[2]
         if n_new == 0:
             return self.keys_and_values() if self.offset else new
+        if self.share is not None:
+            self.share.before_update(self, keys, values)
         first, begins, self._to_balance = self.offset == 0, self._begins_to_pack, None
         n_to_sink = min(self.config.sink - self.n_sink, n_new)
         n_to_recent = n_new - n_to_sink
@@ -325,6 +331,55 @@ class TurboKVCache:
         self._sides[0].balance = balance if bits else None
         if self.n_recent > self._capacity():
             self._pack([recent for _, recent in parts])
+
+    # ---- memory budget ---------------------------------------------------------------------------------------
+    @property
+    def packed_columns(self) -> int:
+        """Number of packed tokens, of the row that has most."""
+        return self.n_packed
+
+    @property
+    def all_packed(self) -> bool:
+        """Whether each row has packed tokens."""
+        return self.n_packed > 0
+
+    def step_key(self) -> Any:
+        """What the caches of a prompt cache have in common before a step, and not after it."""
+        return self.offset
+
+    def will_grow(self, n_new: int) -> bool:
+        """Whether buffers may grow in an update with n_new tokens."""
+        if self.n_sink < self.config.sink or self._sides[0].recent is None:
+            return True
+        if self.n_recent + n_new <= self.config.recent + self.config.block:
+            return False
+        n_packed = self.room_after(n_new).n_packed
+        return any(side.codes is None or n_packed > side.codes.shape[2] for side in self._sides)
+
+    def room_after(self, n_new: int) -> Room:
+        """The `Room` after an update with n_new tokens."""
+        config = self.config
+        n_sink = min(config.sink, self.n_sink + n_new)
+        n_to_recent = n_new - (n_sink - self.n_sink)
+        n = self.n_recent + n_to_recent
+        n_packed, kept = self._left_packed()
+        if n > config.recent + config.block:
+            n_packed += (self.n_recent if n_to_recent <= config.block else n) - config.recent
+        return Room(config.sink if n_sink else 0, config.recent + config.block, n_packed, kept)
+
+    def next_growth(self, n_new: int) -> Optional[tuple[int, int]]:
+        """(tokens, n_packed): after an update with n_new tokens, the number of single tokens with which the packed
+        buffers grow next, and how many they hold then. None: they do not grow."""
+        config, room = self.config, self.room_after(n_new)
+        n_recent = self.offset + n_new - room.n_packed - min(config.sink, self.n_sink + n_new)
+        capacity = -(-room.n_packed // self.step) * self.step
+        n_times = (capacity - room.n_packed) // config.block + 1
+        first = config.recent + config.block - n_recent + 1
+        return first + (n_times - 1) * config.block, room.n_packed + n_times * config.block
+
+    def _left_packed(self) -> tuple[int, Optional[int]]:
+        """(packed tokens before an update packs others, tokens that their buffers have room for if they are new)"""
+        return self.n_packed, None
 
     # ---- fewer bits ------------------------------------------------------------------------------------------
     def repack(self, key_bits: Optional[int] = None, value_bits: Optional[int] = None) -> None:
@@ -643,6 +698,8 @@ class TurboKVCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = memo[id(self)] = type(self).__new__(type(self))
         vars(twin).update((name, copy.deepcopy(value, memo)) for name, value in vars(self).items())
+        if twin.share is not None:
+            twin.share.join(twin)
         return twin
 
     def __reduce__(self) -> Any:

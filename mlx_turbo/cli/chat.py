@@ -21,8 +21,10 @@ from .common import (
     cached_tokens,
     describe_error,
     describe_model_argument,
+    limit_to_budget,
     patched_attributes,
     report_lines,
+    say_budget_ended,
     use_demo_model,
     warn_beyond_context,
 )
@@ -60,12 +62,23 @@ class ChatProgram(TurboProgram):
     ) -> Any:
         """mlx-lm's function, with a warning beyond the model's context, and with the conversation kept."""
         warn_beyond_context(model, cached_tokens(options["prompt_cache"]) + len(prompt), options["max_tokens"])
+        original = functools.partial(_within_budget, original)
         if self.conversation is None:
             return original(model, tokenizer, prompt, **options)
         system = getattr(self.args, "system_prompt", None)
         sent = [{"role": "system", "content": system}] if system is not None else []
         sent.append({"role": "user", "content": self.query})
         return self.conversation.answer(original, model, tokenizer, prompt, sent, **options)
+
+
+def _within_budget(original: Callable[..., Any], model: Any, tokenizer: Any, prompt: Any, **options: Any) -> Any:
+    """mlx-lm's stream_generate, whose answer ends where a memory budget does."""
+    cache, asked, n = options["prompt_cache"], options["max_tokens"], 0
+    allowed = limit_to_budget(cache, len(prompt), asked)
+    for response in original(model, tokenizer, prompt, **options | {"max_tokens": allowed}):
+        n += 1
+        yield response
+    say_budget_ended(cache, n, asked, allowed)
 
 
 def _open_conversation(args: argparse.Namespace) -> Conversation | None:
@@ -103,6 +116,8 @@ def main(argv: Sequence[str]) -> int:
     program = ChatProgram(module, args)
     if args.model is None:
         use_demo_model(args)
+    if args.resume is not None and program.config is not None and program.config.memory is not None:
+        raise CliError("--resume: goes without a budget of memory, whose caches are packed to other bits each time")
     program.conversation = _open_conversation(args)
     setattr(parser, "parse_args", lambda: args)
     with (

@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +15,8 @@ from ..backends.select import BACKENDS, GPUS, get_backend
 from ..backends.sides import BackendError
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
-from ..integration.bit_budget import Prices, calibration_tokens, spend
+from ..integration.bit_budget import Prices, calibration_tokens, spend, without_budget
+from ..integration.memory import put_under_budget
 from ..integration.prompt_cache import (
     compress,
     configs_of,
@@ -24,19 +24,28 @@ from ..integration.prompt_cache import (
     flatten_caches,
     is_window,
     make_prompt_cache,
+    memory_budget_of,
     patch_mlx_lm,
     reports,
 )
 from ..integration.prompt_cache_file import load_with
 from ..integration.warming import warm
-from ..quant.scheme import TurboConfig
+from ..quant.scheme import FLOOR, MEMORY, TurboConfig
+from ..quant.sizes import size_name
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo_model"
 DEMO_PROMPT = "Once upon a time"
 DEMO_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # the model continues what was said
 DEFAULT_SCHEME = "auto"
 # field of TurboConfig -> flag
-FLAGS = {"scheme": "--kv", "name": "--kv", "sink": "--kv-sink", "recent": "--kv-recent"}
+FLAGS = {
+    "scheme": "--kv",
+    "name": "--kv",
+    "memory": "--kv",
+    "floor": "--kv-floor",
+    "sink": "--kv-sink",
+    "recent": "--kv-recent",
+}
 
 
 class CliError(Exception):
@@ -85,6 +94,11 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> Any:
         help=f"minimum number of newest tokens kept exact (default: {default.recent})",
     )
     group.add_argument(
+        "--kv-floor",
+        metavar="SCHEME",
+        help=f"of a budget of memory: the scheme below which nothing is packed (default: {FLOOR.name})",
+    )
+    group.add_argument(
         "--backend",
         choices=BACKENDS,
         help="kernels on the GPU, or the same computation in MLX operations (default: the GPU's if there is one)",
@@ -95,6 +109,9 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> Any:
 def kv_config(scheme: str, args: argparse.Namespace) -> TurboConfig | None:
     """The TurboConfig of a scheme's name with --kv-sink and --kv-recent; None for "none". Raises CliError."""
     options = {"sink": args.kv_sink, "recent": args.kv_recent}
+    named = [args.kv] if isinstance(args.kv, str) else args.kv or ()
+    if scheme.startswith(MEMORY) or not any(name.startswith(MEMORY) for name in named):
+        options["floor"] = getattr(args, "kv_floor", None)
     try:
         config = TurboConfig.of(
             DEFAULT_SCHEME if scheme == "none" else scheme, **{k: v for k, v in options.items() if v is not None}
@@ -109,23 +126,24 @@ def kv_config(scheme: str, args: argparse.Namespace) -> TurboConfig | None:
 def for_model(
     config: TurboConfig | None, model: Any, tokenizer: Any, known: dict[TurboConfig, Prices] | None = None
 ) -> TurboConfig | None:
-    """A configuration for a model: a budget is spent, by a text of this package, which is said and takes a while.
-    Raises CliError for a budget that this model cannot keep.
+    """A configuration for a model: a budget is spent, or one of memory gets its prices, by a text of this package,
+    which is said and takes a while. Raises CliError for a budget that this model cannot keep.
 
     known: the prices of the same model, by configuration without its budget; what is measured is added.
     """
-    if config is None or config.budget is None:
+    if config is None or config.budget is None and config.memory is None:
         return config
     known = {} if known is None else known
-    print_message(f"{config.name}: choosing the bits of each layer's keys and values ...")
-    start, but_for_its_size = time.perf_counter(), replace(config, budget=None)
+    doing, done = ("choosing the bits", "chosen") if config.memory is None else ("measuring the price", "measured")
+    print_message(f"{config.name}: {doing} of each layer's keys and values ...")
+    start, but_for_its_size = time.perf_counter(), without_budget(config)
     try:
         if but_for_its_size not in known:
             known[but_for_its_size] = Prices(model, calibration_tokens(tokenizer), config)
         chosen = spend(config, known[but_for_its_size])
     except ValueError as e:
         raise CliError(f"--kv: {str(e).removeprefix('config: ')}") from e
-    print_message(f"{config.name}: chosen in {time.perf_counter() - start:.1f} s")
+    print_message(f"{config.name}: {done} in {time.perf_counter() - start:.1f} s")
     return chosen
 
 
@@ -197,8 +215,14 @@ class TurboProgram:
     def __init__(self, module: Any, args: argparse.Namespace) -> None:
         self.module, self.args = module, args
         self.caches: list[list[Any]] = []
+        if args.kv_memory is not None:
+            if args.kv is not None:
+                raise CliError("--kv-memory: the same as --kv memory:SIZE; leave one of them out")
+            args.kv = MEMORY + args.kv_memory
         self.scheme: str = args.kv or DEFAULT_SCHEME
         self.config = kv_config(self.scheme, args)
+        if self.config is not None and self.config.memory is not None and getattr(args, "draft_model", None):
+            raise CliError("--draft-model: goes without a budget of memory, which is of one model's caches")
         self._file_config: TurboConfig | None = None
         self._of_models: dict[int, tuple[Any, TurboConfig | None]] = {}  # by id: a model, and its configuration
         self._not_checked: list[tuple[list[Any], str]] = []  # caches of files that came before their model
@@ -269,6 +293,10 @@ class TurboProgram:
             warnings.simplefilter("ignore")  # said where one is made to be used
             return make_prompt_cache(model, config)
 
+    def own_cache(self, model: Any, max_kv_size: int | None = None) -> list[Any]:
+        """A prompt cache to be used."""
+        return self._make_prompt_cache(self._make_plain_cache, model, max_kv_size)
+
     def _make_prompt_cache(self, original: Callable[..., Any], model: Any, max_kv_size: int | None = None) -> list[Any]:
         if (config := self.config_of(model)) is None:
             cache = original(model, max_kv_size)
@@ -291,7 +319,8 @@ class TurboProgram:
         for saved in (c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)):
             if self._file_config is None or not is_window(saved):  # those of `auto` are another scheme
                 self._file_config = saved.config
-        if self.config is not None and self.config.budget is not None:  # it is spent once the model is there
+        budgets = (None, None) if self.config is None else (self.config.budget, self.config.memory)
+        if budgets != (None, None):  # it is spent, or priced, once the model is there
             self._not_checked.append((cache, file))
         else:
             self._fit(cache, file, self.config)
@@ -307,12 +336,20 @@ class TurboProgram:
                     self._check_flags(saved, file, config_of and config_of(i, saved))
         if config is not None:
             cache[:] = compress(cache, config)
+        if config is not None and config.memory is not None:
+            new = self.new_cache(next(model for model, own in self._of_models.values() if own == config))
+            budget = memory_budget_of(new)
+            if budget is not None:
+                put_under_budget(cache, budget, budget.shapes)
 
     def _check_flags(self, saved: TurboKVCache, file: str, config: TurboConfig | None) -> None:
-        """Raise CliError if a flag contradicts what a cache in a file was made with. config: of its layer."""
+        """Raise CliError if a flag contradicts what a cache in a file was made with. config: of its layer. A budget of
+        memory goes on from any scheme."""
         for name, given in (("name", self.args.kv), ("sink", self.args.kv_sink), ("recent", self.args.kv_recent)):
             if name == "sink" and isinstance(saved, RotatingTurboKVCache):
                 continue  # a window keeps the leading tokens that it was made to keep
+            if name == "name" and self.scheme.startswith(MEMORY):
+                continue
             made_with = getattr(saved.config, name)
             if given is not None and (config is None or getattr(config, name) != made_with):
                 wanted = f" ({config.name} in a layer)" if config is not None and config is not self.config else ""
@@ -346,6 +383,8 @@ def summarize(prompt_cache: list[Any]) -> dict[str, Any]:
         of_ours = [c for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)]
         names = {c.config.name for c in [c for c in of_ours if not is_window(c)] or of_ours}
         summary["scheme"] = names.pop() if len(names) == 1 else "a scheme for each layer"
+        if (budget := memory_budget_of(prompt_cache)) is not None:
+            summary["scheme"], summary["memory"] = MEMORY + size_name(budget.limit), budget.report()
         packed = [r["packed_bits_per_value"] for r in ours if r["packed"]]
         summary["packed_bits_per_value"] = sum(packed) / len(packed) if packed else None
     return summary
@@ -404,9 +443,11 @@ def add_program_arguments(parser: argparse.ArgumentParser, command: str, module:
         help="scheme of the KV cache, named after its bits per number: turbo4, turbo3, turbo2, turbo8v4 (8 for keys, "
         "4 for values), ...; auto: turbo4, with more bits for the keys of layers that turn out to need them; "
         "auto:BITS: BITS per number on average, scales included, spent where the model needs them (auto:4.5); "
-        f"none: mlx-lm's own cache (default: {DEFAULT_SCHEME}). A draft model's cache and the window of "
-        "--max-kv-size are compressed too.",
+        "memory:SIZE: exact as long as it fits in SIZE, then packed step by step (memory:6GB, or memory:auto: what "
+        f"this machine has beside the model); none: mlx-lm's own cache (default: {DEFAULT_SCHEME}). A draft model's "
+        "cache and the window of --max-kv-size are compressed too.",
     )
+    group.add_argument("--kv-memory", metavar="SIZE", help="the same as --kv memory:SIZE")
     return group
 
 
@@ -424,6 +465,33 @@ def use_demo_model(args: argparse.Namespace) -> None:
     """Fill in --model, and say so."""
     print_message("no --model given: using the embedded demo model (short stories, context of 4096 tokens)")
     args.model = str(DEMO_MODEL)
+
+
+def limit_to_budget(prompt_cache: Any, n_prompt: int, max_tokens: int) -> int:
+    """max_tokens, or fewer: as many as a budget of memory holds behind a prompt of n_prompt tokens. max_tokens: -1 is
+    no limit. Raises CliError if it does not hold the prompt."""
+    budget = memory_budget_of(prompt_cache)
+    if budget is None:
+        return max_tokens
+    fit = budget.tokens_that_fit([c for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)])
+    if fit is None:
+        return max_tokens
+    if fit <= n_prompt:
+        raise CliError(
+            f"--kv: the prompt has {n_prompt:,} tokens, but a cache of {size_name(budget.limit)} holds {fit:,} more at "
+            f"{budget.floor.name}, the floor, and needs one for the answer; allow more memory, or a lower --kv-floor"
+        )
+    return min(max_tokens, fit - n_prompt) if max_tokens >= 0 else fit - n_prompt
+
+
+def say_budget_ended(prompt_cache: Any, n_answered: int, asked: int, allowed: int) -> None:
+    """Print a message if an answer of n_answered tokens ended where its memory budget did: of `asked` (-1: any number)
+    `allowed` fitted."""
+    if allowed != asked and n_answered >= allowed and (budget := memory_budget_of(prompt_cache)) is not None:
+        print_message(
+            f"the answer ends after {n_answered:,} tokens: a cache of {size_name(budget.limit)} holds no more at "
+            f"{budget.floor.name}, the floor"
+        )
 
 
 def refuse_kv_bits(program: TurboProgram) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ..backends.select import get_backend, use_backend
 from ..integration.bit_budget import Prices
-from ..integration.prompt_cache import describe, make_prompt_cache, reports
+from ..integration.prompt_cache import describe, make_prompt_cache, memory_budget_of, reports
 from ..quality import metrics, needles, plots, tool_calls
 from ..quality.baselines import (
     MLX_LM_BITS,
@@ -32,7 +32,7 @@ from ..quality.baselines import (
 )
 from ..quality.cpu_products import use_numpy_products
 from ..quality.style import PlotError, check_plot
-from ..quant.scheme import TurboConfig
+from ..quant.scheme import MEMORY, TurboConfig
 from .common import (
     DEFAULT_SCHEME,
     DEMO_MODEL,
@@ -154,7 +154,7 @@ def build_parser() -> Parser:
         nargs="+",
         action="extend",
         metavar="CACHE",
-        help="caches to compare with the uncompressed one: turbo4, turbo8v4, auto, auto:4.5, ...; mlx8 and mlx4, "
+        help="caches to compare with the uncompressed one: turbo4, auto, auto:4.5, memory:6GB; mlx8 and mlx4, "
         "mlx-lm's own QuantizedKVCache; and any other as package.module:factory, where factory(model) returns new "
         f"caches, one per layer. mlx4{WITH_EXACT} and package.module:factory{WITH_EXACT} keep the same tokens exact as "
         f"ours (default: {' '.join(DEFAULT_KV)})",
@@ -277,7 +277,7 @@ def make_caches(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[st
 
 def _is_foreign(name: str) -> bool:
     """Whether a name of --kv is package.module:factory."""
-    return ":" in name and not name.startswith("auto:")
+    return ":" in name and not name.startswith(("auto:", MEMORY))
 
 
 def _with_exact(model: Any, make: MakeCache, config: TurboConfig) -> list[Any]:
@@ -326,7 +326,8 @@ def _row(
         **measured,
         "perplexity_change": measured["perplexity"] / baseline["perplexity"] - 1,
         "resident_bits_per_value": metrics.resident_bits(cache) or metrics.foreign_bits(cache, plain),
-        "resident_bits_per_value_32k": metrics.projected_bits(cache),
+        # what a budget of memory packs by then is not what it packs now
+        "resident_bits_per_value_32k": metrics.projected_bits(cache) if memory_budget_of(cache) is None else None,
         "packed_bits_per_value": metrics.packed_bits(cache) if name != "none" else None,
     }
     if layers := [report for _, _, report, _ in reports(cache) if report]:

@@ -16,10 +16,12 @@ from .common import (
     cached_tokens,
     check_going_back,
     describe_model_argument,
+    limit_to_budget,
     patched_attributes,
     refuse_kv_bits,
     refuse_prompt_cache_file,
     report_lines,
+    say_budget_ended,
     use_demo_model,
     warn_beyond_context,
 )
@@ -60,7 +62,13 @@ def main(argv: Sequence[str]) -> int:
             n_most = len(prompt) + args.max_tokens if args.max_tokens > 0 else None
             for each, what in ((model, "the model"), (draft, "the draft model")):
                 check_going_back(program.new_cache(each), n_most, what)
-        return original(model, tokenizer, prompt, **kwargs)
+        asked, cache = kwargs["max_tokens"], kwargs.get("prompt_cache")
+        if cache is None and program.config is not None and program.config.memory is not None:
+            cache = kwargs["prompt_cache"] = program.own_cache(model, kwargs.pop("max_kv_size", None))
+        kwargs["max_tokens"] = allowed = limit_to_budget(cache or [], len(prompt), asked)
+        answer = original(model, tokenizer, prompt, **kwargs)
+        say_budget_ended(cache or [], cached_tokens(cache or []) - before - len(prompt), asked, allowed)
+        return answer
 
     setattr(parser, "parse_args", lambda: args)
     # its warning about a long prompt speaks of "indexing errors", which MLX does not have; ours is above

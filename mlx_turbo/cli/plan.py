@@ -9,7 +9,6 @@ import copy
 import functools
 import importlib
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,27 +20,17 @@ from ..backends.select import use_backend
 from ..cache.packing import bits_at
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
-from ..integration.prompt_cache import flatten_caches
+from ..integration.memory import machine_memory, memory_beside
+from ..integration.prompt_cache import flatten_caches, memory_budget_of
 from ..integration.prompt_cache import make_prompt_cache as make_compressed_cache
 from ..quant.budget import Part, cheapest_widths
-from ..quant.scheme import Scheme, TurboConfig
+from ..quant.scheme import FLOOR, MEMORY, Scheme, TurboConfig
+from ..quant.sizes import parse_size
 from .common import DEMO_MODEL, CliError, Parser, describe_error, explain_load_error, kv_config, tree_nbytes
 
 SCHEMES = ("none", "turbo8v4", "turbo4", "turbo3", "turbo2")
 FEW = 8  # tokens that fill every state of constant size: convolutions, n-grams
 STEP = 256  # tokens by which mlx-lm's caches and ours grow
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
 MOST_TOKENS = 2**40  # if that many fit, there is no limit
 
 
@@ -330,29 +319,12 @@ def tokens_that_fit(layers: list[Layer], configs: list[TurboConfig | None], memo
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
-def parse_size(text: str) -> int:
+def memory_size(text: str, flag: str = "--memory") -> int:
     """Bytes of "24GB", "24 GiB" or "24" (GB). Raises CliError for anything else."""
-    digits = text.strip().rstrip("BbIiKkMmGgTt ")
-    unit = text.strip()[len(digits) :].strip().upper()
     try:
-        size = float(digits) * UNITS[unit or "GB"]
-    except (ValueError, KeyError):
-        size = 0
-    if not 0 < size < 2**63:
-        raise CliError(f"--memory: got {text!r}, expected a size such as 24GB or 512MB")
-    return int(size)
-
-
-def machine_memory() -> tuple[int, str]:
-    """(bytes that a model may use on this machine, what they are)."""
-    import mlx.core as mx
-
-    info = mx.device_info() if hasattr(mx, "device_info") else {}
-    if limit := info.get("max_recommended_working_set_size"):
-        return int(limit), "the working set that Metal recommends on this Mac"
-    if limit := info.get("total_memory"):
-        return int(limit), f"all memory of the {info.get('device_name')}"
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "all memory of this machine, which has no GPU"
+        return parse_size(text)
+    except ValueError as e:
+        raise CliError(f"{flag}: {e}") from e
 
 
 def _build_parser() -> Parser:
@@ -380,8 +352,40 @@ def _build_parser() -> Parser:
     add("--kv", nargs="+", action="extend", metavar="SCHEME", help=f"schemes to show (default: {' '.join(SCHEMES)})")
     add("--kv-sink", type=int, metavar="N", help="number of leading tokens kept exact")
     add("--kv-recent", type=int, metavar="N", help="minimum number of newest tokens kept exact")
+    add(
+        "--kv-memory",
+        metavar="SIZE",
+        help="show how a budget of memory for the caches alone is used as they grow, such as 6GB, or auto: what this "
+        "machine has beside the weights; the same as --kv memory:SIZE",
+    )
+    add("--kv-floor", metavar="SCHEME", help=f"of --kv-memory: the scheme below which nothing is packed ({FLOOR.name})")
     add("--json", action="store_true", help="print JSON instead of a table")
     return parser
+
+
+def stages(model: Any, config: TurboConfig, weights: int) -> dict[str, Any]:
+    """How a budget of memory is used as one sequence grows: {"limit": bytes, "floor", "stages": [{"bits" (0: exact),
+    "tokens": as many fit with no part at fewer bits; None: any number}, ...]}.
+
+    config: with `memory`; "auto" is of this machine, beside weights of that many bytes. Raises CliError if nothing is
+    left there, or nothing is compressed.
+    """
+    try:
+        config = replace(config, memory=memory_beside(weights) if config.memory == "auto" else config.memory)
+    except ValueError as e:
+        raise CliError(f"--kv: {e}") from e
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cache = make_compressed_cache(model, config)
+    budget = memory_budget_of(cache)
+    if budget is None:
+        raise CliError(f"--kv: {config.name}: none of this model's caches is compressed")
+    found = budget.stages([c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)])
+    return {
+        "limit": budget.limit,
+        "floor": budget.floor.name,
+        "stages": [{"bits": bits, "tokens": tokens} for bits, tokens in found],
+    }
 
 
 def plan(
@@ -400,7 +404,10 @@ def plan(
     model = build(config)
     layers = layers_of(model)
     rows = []
+    budgets = {name: turbo for name, turbo in schemes.items() if turbo is not None and turbo.memory is not None}
     for scheme, turbo in schemes.items():
+        if scheme in budgets:
+            continue
         configs = configs_of(model, turbo, layers)
         far = [cache_bytes(layers, configs, n) for n in (2**24, 2**25)]
         row: dict[str, Any] = {
@@ -436,6 +443,7 @@ def plan(
         "batch": batch,
         "tokens": tokens,
         "results": [row for row, _ in rows],
+        "budgets": {name: stages(model, turbo, weights) for name, turbo in budgets.items()},
     }
 
 
@@ -453,6 +461,15 @@ def _print_table(p: dict[str, Any], memory_is: str) -> None:
     print(f"weights {_size(p['weights_bytes']):>12} ({source})")
     left = _size(p["memory_bytes"] - p["weights_bytes"])
     print(f"left    {left:>12} for caches" + f" of {p['batch']} sequences" * (p["batch"] > 1) + "\n")
+    for name, of_budget in p["budgets"].items():
+        print(f"{name}: {_size(of_budget['limit'])} for the caches of one sequence, the weights apart")
+        for stage in of_budget["stages"]:
+            what = f"{stage['bits']} bits or more" if stage["bits"] else "exact"
+            tokens = "any number of" if stage["tokens"] is None else f"up to {stage['tokens']:,}"
+            print(f"  {what:<16}{tokens:>16} tokens")
+        print(f"  {of_budget['floor']} is the floor: more tokens are refused\n")
+    if not p["results"]:
+        return
     sequence = " of each sequence" if p["batch"] > 1 else ""
     if p["tokens"] is None:
         print(f"{'kv':<10}{'compressed':>11}{'bytes/token':>13}{f'tokens that fit{sequence}':>20}")
@@ -491,8 +508,10 @@ def main(argv: Sequence[str]) -> int:
     for name, value in (("tokens", args.tokens), ("batch", args.batch)):
         if value is not None and value < 1:
             raise CliError(f"--{name}: got {value}, expected a whole number of at least 1")
+    if args.kv_memory is not None:
+        args.kv = [*(args.kv or ()), MEMORY + args.kv_memory]
     schemes = {scheme: kv_config(scheme, args) for scheme in args.kv or SCHEMES}
-    memory, memory_is = (parse_size(args.memory), "--memory") if args.memory else machine_memory()
+    memory, memory_is = (memory_size(args.memory), "--memory") if args.memory else machine_memory()
     p = plan(args.model or DEMO_MODEL, schemes, memory, args.tokens, args.batch)
     if p["weights_bytes"] > memory and args.tokens is None:
         raise CliError(

@@ -37,10 +37,11 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 
 from ..backends.select import get_backend, use_backend
 from ..backends.sides import BackendError
+from ..cache.memory_budget import MemoryBudget
 from ..cache.single import TurboKVCache
 from ..integration.isolation import GenerationError
-from ..integration.prompt_cache import describe, enable, flatten_caches
-from ..quant.scheme import TurboConfig
+from ..integration.mixed_batch import config_of
+from ..integration.prompt_cache import describe, enable, flatten_caches, memory_budget_of
 from .common import (
     DEFAULT_SCHEME,
     DEMO_TEMPLATE,
@@ -85,6 +86,11 @@ class ServerProgram(TurboProgram):
         self.warm(model, rest[0], path == self.args.draft_model)
         with warnings_as_messages():
             cache = make_prompt_cache(model)
+        self.args.budgets[path] = budget = memory_budget_of(cache)
+        if budget is not None:
+            budget.evict.append(self.args.prompts.evict)
+            ours = [c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)]
+            self.args.most_tokens[path] = budget.tokens_that_fit(ours)
         together = self.args.draft_model is None and all(hasattr(c, "merge") for c in flatten_caches(cache))
         print_message(
             f"{path}: KV cache {self.scheme}, {describe(cache)}; requests are answered "
@@ -130,9 +136,15 @@ class ModelProvider(module.ModelProvider):
         return loaded
 
     def limit(self) -> int | None:
-        """The most tokens that prompt and answer may have: of --max-context, or the model's context; None: no limit."""
-        given = self.cli_args.max_context
-        return (context_of(self.model) if given is None else given) or None
+        """The most tokens that prompt and answer may have: of --max-context, or the model's context, and what a memory
+        budget holds; None: no limit."""
+        given, fit = self.cli_args.max_context, self.fit()
+        limit = (context_of(self.model) if given is None else given) or None
+        return limit if fit is None else fit if limit is None else min(fit, limit)
+
+    def fit(self) -> int | None:
+        """How many tokens the memory budget of the loaded model holds, if it holds nothing else; None: any number."""
+        return self.cli_args.most_tokens.get((self.model_key or [None])[0])
 
     def load_default(self) -> None:
         if self.tried.is_set():  # by a generation loop that begins anew: requests load what they name
@@ -158,6 +170,13 @@ class LRUPromptCache(module.LRUPromptCache):
 
     schemes: Callable[[], Any] | None = None
     prompts: ServedPrompts | None = None
+
+    def evict_oldest(self) -> bool:
+        """Drop the entry that would be dropped next; False if there is none."""
+        n = len(self)
+        if n:
+            self.trim_to(n_sequences=n - 1)
+        return n > 0
 
     def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list[Any], **options: Any) -> None:
         """File the caches of a sequence; if that fails, they are dropped and the log says so."""
@@ -201,9 +220,10 @@ class LRUPromptCache(module.LRUPromptCache):
         return None, tokens
 
 
-def schemes_of(prompt_cache: list[Any]) -> set[TurboConfig]:
-    """The configurations of compressed caches; none if they are all mlx-lm's own."""
-    return {c.config for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)}
+def schemes_of(prompt_cache: list[Any]) -> set[Any]:
+    """The configurations of compressed caches, with their budget of memory if they are under one; none if they are all
+    mlx-lm's own."""
+    return {config_of(c) for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)}
 
 
 # ---- requests ----------------------------------------------------------------------------------------------
@@ -249,10 +269,11 @@ class ResponseGenerator(module.ResponseGenerator):
             prompt_cache.max_bytes = model_provider.cli_args.prompt_cache_bytes
         prompt_cache.schemes = self._schemes
         prompt_cache.prompts = self.prompts = model_provider.cli_args.prompts
+        self.prompts.evict = prompt_cache.evict_oldest
         self.prompts.provider = model_provider
         super().__init__(model_provider, prompt_cache)
 
-    def _schemes(self) -> set[TurboConfig]:
+    def _schemes(self) -> set[Any]:
         """Those of the caches that the next request gets: `enable` may be called while the server runs."""
         models: tuple[Any, Any] = (self.model_provider.model, self.model_provider.draft_model)
         return schemes_of([c for model in models if model is not None for c in new_cache(model)])
@@ -295,6 +316,8 @@ class ResponseGenerator(module.ResponseGenerator):
         limit = self.model_provider.limit()
         if limit and n >= limit:
             whose = "the context of the model" if self.cli_args.max_context is None else "the value of --max-context"
+            if limit == self.model_provider.fit():
+                whose = "what the memory budget holds"
             raise RequestError(f"the prompt has {n} tokens, but must have fewer than {limit}, {whose}")
         if limit:
             args.max_tokens = min(args.max_tokens, limit - n)
@@ -309,8 +332,13 @@ class ResponseGenerator(module.ResponseGenerator):
             "nbytes": self.prompt_cache.nbytes,
             "active_memory": mx.get_active_memory(),
             **self.context(),
+            "memory": None if (budget := self._budget()) is None else budget.report() | {"text": budget.describe()},
             "store": self.prompts.report(),
         }
+
+    def _budget(self) -> MemoryBudget | None:
+        """The memory budget of the loaded model's caches."""
+        return self.cli_args.budgets.get((self.model_provider.model_key or [None])[0])
 
     def context(self) -> dict[str, Any]:
         """What is said of the loaded model's context (serve_context.py)."""
@@ -321,6 +349,8 @@ class ResponseGenerator(module.ResponseGenerator):
         super().stop_and_join()
         self.prompts.close()
         print_message(f"prompt caches held: {held['sequences']} sequences, {held['nbytes'] / 1e6:.3f} MB")
+        if held["memory"] is not None:
+            print_message(f"prompt caches: {held['memory']['text']}")
 
 
 class APIHandler(module.APIHandler):
@@ -497,7 +527,8 @@ def main(argv: Sequence[str]) -> int:
             if (value := getattr(args, name)) is not None and value < 0:
                 raise CliError(f"--{name.replace('_', '-')}: got {value}, expected a whole number of at least 0")
         check_store_arguments(args)
-        args.prompts, args.rooms = prompts, {}
+        args.prompts, args.rooms, args.budgets, args.most_tokens = prompts, {}, {}, {}
+        prompts.has_budget = program.config is not None and program.config.memory is not None
         check_port(args.host, args.port)
         if args.model is None:
             use_demo_model(args)

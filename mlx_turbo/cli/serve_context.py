@@ -6,8 +6,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..integration.memory import machine_memory
 from ..quant.scheme import TurboConfig
-from .plan import Layer, cache_bytes, configs_of, layers_of, machine_memory, tokens_that_fit
+from .plan import Layer, cache_bytes, configs_of, layers_of, tokens_that_fit
 
 
 class Room:

@@ -94,6 +94,8 @@ class ServedPrompts:
         self.off, self.every = "it is not open", CHECKPOINT
         self.provider: Any = None
         self.clock = PromptClock()
+        self.has_budget = False  # whether the caches are under a budget of memory
+        self.evict: Callable[[], bool] = lambda: False  # drops one of mlx-lm's prompt caches
         self.asked: list[int] | None = None  # tokens of the prompt that a cache was looked up for last
         self.hits, self.errors, self.fetch_seconds = 0, 0, 0.0
         self.counts = dict.fromkeys(("tokens_sent", "tokens_from_memory", "tokens_from_store"), 0)
@@ -104,6 +106,8 @@ class ServedPrompts:
         self.every, self.off = args.store_checkpoint, ""
         if args.no_store:
             self.off = "--no-store"
+        elif self.has_budget:
+            self.off = "caches under a budget of memory are packed to other bits each time"
         elif args.draft_model is not None:
             self.off = "the caches of a draft model depend on more than the tokens"
         elif args.kv_bits is not None:

@@ -23,7 +23,7 @@ from mlx.utils import tree_map
 
 from ..cache.single import TurboKVCache
 from ..quant.budget import Part, average_bits, cheapest_widths
-from ..quant.scheme import PACKED_BITS, Scheme, TurboConfig
+from ..quant.scheme import FLOOR, PACKED_BITS, Scheme, TurboConfig
 from .libraries import language_model
 from .prompt_cache import flatten_caches, make_prompt_cache
 
@@ -42,11 +42,12 @@ def choose_bits(
     progress: Callable[[], Any] = lambda: None,
 ) -> TurboConfig:
     """`config` with the scheme of each layer that spends its budget best on `model`, for make_prompt_cache, enable and
-    warm: keys and values at 2 to 8 bits whose average, scales included, is at most the budget.
+    warm: keys and values at 2 to 8 bits whose average, scales included, is at most the budget. With a budget of memory,
+    `config` with the prices by which its caches are packed.
 
     model: of mlx-lm or mlx-vlm. tokens: at least 320 token ids of any text like those the model is for; the first 576
-    are read. config: "auto:4.5", or a TurboConfig with a budget. progress: called after each part that was measured,
-    twice per layer or a little more often.
+    are read. config: "auto:4.5", "memory:6GB", or a TurboConfig with a budget. progress: called after each part
+    that was measured, twice per layer or a little more often.
 
     Costs two passes of 128 tokens through the model per layer, and three to ten of all of them. The same tokens on the
     same machine lead to the same choice. `schemes` of the result can be kept, and given to TurboConfig again.
@@ -63,8 +64,8 @@ class Prices:
 
     def __init__(self, model: Any, tokens: Union[Sequence[int], mx.array], config: TurboConfig) -> None:
         ids = mx.array(tokens if isinstance(tokens, mx.array) else list(tokens)).reshape(1, -1)[:, :MOST]
-        if config.budget is None:
-            raise ValueError(f"config: got {config.name!r}, expected a budget, for example 'auto:4.5'")
+        if config.budget is None and config.memory is None:
+            raise ValueError(f"config: got {config.name!r}, expected a budget, for example 'auto:4.5' or 'memory:6GB'")
         if ids.shape[1] < FEWEST:
             raise ValueError(
                 f"tokens: got {ids.shape[1]}, at least {FEWEST} are needed to choose the bits of {config.name}"
@@ -72,9 +73,7 @@ class Prices:
         n_read = min(READ, ids.shape[1] // 4)
         self._part_of_model = language_model(model)
         with _in_float32(self._part_of_model):
-            self._measure = _Measure(
-                model, replace(config, budget=None, schemes=None), ids[:, :-n_read], ids[:, -n_read:]
-            )
+            self._measure = _Measure(model, without_budget(config), ids[:, :-n_read], ids[:, -n_read:])
             self.heads = self._measure.heads()
         self.n_layers = self._measure.n_layers
         self._errors: Optional[dict[_Key, dict[int, float]]] = None
@@ -90,6 +89,9 @@ class Prices:
 def spend(config: TurboConfig, prices: Prices, progress: Callable[[], Any] = lambda: None) -> TurboConfig:
     """`choose_bits` by prices that may have been measured already. config: the one they are of, or with another
     budget."""
+    if config.memory is not None:
+        found = prices.errors(progress)
+        return replace(config, prices=[[found.get((i, s), {}) for s in (0, 1)] for i in range(prices.n_layers)])
     heads, budget = prices.heads, config.budget or 0.0
     least = average_bits([Part(h, {}) for h in heads.values()], [PACKED_BITS[0]] * len(heads)) if heads else 0.0
     if least > budget + 1e-9:
@@ -102,6 +104,11 @@ def spend(config: TurboConfig, prices: Prices, progress: Callable[[], Any] = lam
     of_part = dict(zip(heads, widths))
     schemes = [Scheme(of_part.get((i, 0), 4), of_part.get((i, 1), 4)) for i in range(prices.n_layers)]
     return replace(config, schemes=schemes)
+
+
+def without_budget(config: TurboConfig) -> TurboConfig:
+    """A configuration but for its budget: what prices depend on."""
+    return replace(config, budget=None, schemes=None, memory=None, floor=FLOOR, prices=None)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,9 @@ anew from their tokens, in two halves, each of which is a batch of its own from 
 halved again; a row that fails alone is the one at fault, and is reported. So rows that fail only beside others are
 answered alone, and a fault that does not come back costs no request.
 
+Where a memory budget (cache/memory_budget.py) holds no more, the newest row is at fault: it is reported, and the others
+are computed anew.
+
 A row that is computed anew repeats its history: the chunks of its prompt, then one step for each token it had already
 answered, which is put in place of what is sampled. So a compressed cache packs the same tokens at the same moments, and
 the answer goes on as it would have without the fault.
@@ -21,6 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..cache.memory_budget import MemoryBudgetError
 from .mixed_batch import kind_of
 from .prompt_cache import flatten_caches
 
@@ -246,6 +250,10 @@ class IsolatedBatchGenerator:
         rows = list(batch.rows.values())
         batch.rows.clear()
         self._close(batch)
+        if isinstance(error, MemoryBudgetError) and len(rows) > 1:
+            newest = max(rows, key=lambda row: row.uid)
+            rows.remove(newest)
+            self._report(newest.uid, error)
         if len(rows) == 1 and not rows[0].from_cache:
             self._report(rows[0].uid, error)
             rows = []

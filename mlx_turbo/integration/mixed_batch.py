@@ -9,16 +9,26 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
 from ..cache.single import TurboKVCache
+from ..quant.scheme import Scheme
 
 
 def kind_of(cache: Any) -> tuple[Any, ...]:
-    """What the caches of two rows, or two batches, must have in common to be one batch."""
-    return type(cache), getattr(cache, "config", None), getattr(cache, "max_size", None)
+    """What the caches of two rows, or two batches, must have in common to be one batch. Under one budget of memory,
+    rows of any widths are: they are brought to the same ones."""
+    return type(cache), config_of(cache), getattr(cache, "max_size", None)
+
+
+def config_of(cache: Any) -> Any:
+    """The configuration of a cache of ours; with its budget of memory, if it is under one, in place of a scheme."""
+    config: Any = getattr(cache, "config", None)
+    share = getattr(cache, "share", None)
+    return config if share is None else (share.budget, replace(config, scheme=Scheme(0, 0)))
 
 
 class MixedBatchCache:

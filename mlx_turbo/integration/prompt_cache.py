@@ -9,6 +9,7 @@ from typing import Any
 from ..cache.batch import BatchTurboKVCache
 from ..cache.batch_rotating import BatchRotatingTurboKVCache
 from ..cache.last_step import NOT_YET, NOTHING_PACKED
+from ..cache.memory_budget import MemoryBudget
 from ..cache.rotating import RotatingTurboKVCache, Window
 from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig, bits_per_value
@@ -16,6 +17,7 @@ from . import attention
 from .conversion import compress_window
 from .kv_size import KEEP, limit_kv_size, pass_on_max_kv_size
 from .libraries import cache_module, is_cache, language_model, library_of
+from .memory import budget_of, flatten_caches, put_under_budget, shapes_of
 from .mixed_batch import let_batches_mix
 from .vlm_caches import VlmRotatingTurboKVCache, VlmTurboKVCache
 
@@ -84,11 +86,6 @@ def configs_of(prompt_cache: list[Any], config: TurboConfig) -> Callable[[int, A
     return of
 
 
-def flatten_caches(prompt_cache: Any) -> list[Any]:
-    """All caches of a prompt cache, in order; those inside a CacheList one by one."""
-    return [m for c in prompt_cache for m in (flatten_caches(c.caches) if hasattr(c, "caches") else [c])]
-
-
 def compress(prompt_cache: list[Any], config: TurboConfig, indexers: set[tuple[int, int]] | None = None) -> list[Any]:
     """A prompt cache with the tokens of another, whose plain KV caches and long windows are compressed, also inside a
     CacheList of mlx-lm.
@@ -141,7 +138,10 @@ def _reads_state(model: Any, kv_cache: Any) -> bool:
 
 
 def make_prompt_cache(
-    model: Any, config: str | Scheme | TurboConfig = "turbo4", max_kv_size: int | None = None
+    model: Any,
+    config: str | Scheme | TurboConfig = "turbo4",
+    max_kv_size: int | None = None,
+    budget: MemoryBudget | None = None,
 ) -> list[Any]:
     """A prompt cache for `model` with TurboKVCache where its library's make_prompt_cache has a KVCache, and
     RotatingTurboKVCache where it has a RotatingKVCache (sliding windows).
@@ -154,11 +154,16 @@ def make_prompt_cache(
     hold something else (states, ...) and those inside a CacheList of mlx-vlm stay as the library makes them. `describe`
     says which and why; there is a warning if nothing is left to compress.
 
-    Raises ValueError for an unknown scheme, a budget that `choose_bits` has not spent yet, and schemes for another
-    number of layers.
+    With "memory:6GB" the compressed caches share a budget of memory; prompt caches that are to share one are made by a
+    model with that `enable`d, or with `budget`, which memory_budget.budget_of makes.
+
+    Raises ValueError for an unknown scheme, a budget that `choose_bits` has not spent yet, schemes for another number
+    of layers, and a memory of "auto" on a machine that the model fills.
     """
     turbo, module, model = TurboConfig.of(config), patch_library_of(model), language_model(model)
     turbo.check_chosen()
+    if turbo.memory is not None and budget is None:
+        budget = budget_of(model, turbo)
     original = getattr(model, "make_cache", None)
     if isinstance(original, _EnabledMakeCache):
         original = original.original
@@ -184,6 +189,8 @@ def make_prompt_cache(
         warnings.warn(f"nothing is compressed: {model.model_type} {why}", stacklevel=2)
         return plain
     cache = compress(plain, turbo, indexers)
+    if budget is not None:
+        put_under_budget(cache, budget, shapes_of(model, cache, budget))
     kept = sorted({type(c).__name__ for c in flatten_caches(cache) if not isinstance(c, TurboKVCache)})
     if kept and not any(isinstance(c, TurboKVCache) for c in flatten_caches(cache)):
         warnings.warn(
@@ -196,14 +203,21 @@ def make_prompt_cache(
     return cache
 
 
+def memory_budget_of(prompt_cache: Any) -> MemoryBudget | None:
+    """The budget that caches are under."""
+    shares = [c.share for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)]
+    return next((share.budget for share in shares if share is not None), None)
+
+
 class _EnabledMakeCache:
     """The `make_cache` that `enable` sets on a model. original: the one it replaces (None: mlx-lm's default)."""
 
     def __init__(self, model: Any, config: TurboConfig, original: Any) -> None:
         self.model, self.config, self.original = model, config, original
+        self.budget = None if config.memory is None else budget_of(model, config)  # of all caches it makes
 
     def __call__(self, max_kv_size: int | None = None) -> list[Any]:
-        return make_prompt_cache(self.model, self.config, max_kv_size)
+        return make_prompt_cache(self.model, self.config, max_kv_size, self.budget)
 
 
 def enable(model: Any, config: str | Scheme | TurboConfig = "turbo4") -> Any:
@@ -288,7 +302,7 @@ def describe(prompt_cache: list[Any]) -> str:
         + _describe_kept(found)
         + _describe_exact(found)
         + _describe_auto(found)
-        + _describe_widths(found)
+        + (_describe_widths(found) if (budget := memory_budget_of(prompt_cache)) is None else f"; {budget.describe()}")
         + _describe_not_finite(found)
         + _describe_attention(found)
     )

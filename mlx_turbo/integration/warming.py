@@ -19,10 +19,12 @@ import mlx.core as mx
 from ..backends.attend_launch import MAX_QUERY_TOKENS
 from ..backends.select import GPUS, get_backend
 from ..cache import attention_error, auto_bits, centering
+from ..cache.repacking import LADDER
 from ..cache.rotating import Window
 from ..cache.single import TurboKVCache
 from ..quant.scheme import Scheme, TurboConfig
 from . import attention
+from .bit_budget import without_budget
 from .libraries import language_model
 from .prompt_cache import flatten_caches, make_prompt_cache
 
@@ -50,15 +52,21 @@ def warm(
     restoring, and attention of a decode step and of up to n_draft_tokens + 1 tokens, over few tokens and over many.
 
     tokenizer: of a model of mlx-vlm, its processor too. config, max_kv_size: as for `make_prompt_cache`. Costs a prompt
-    of about 70 tokens (with auto, 330) and the compiler's time; does nothing on a backend without kernels. Call it in
+    of about 70 tokens (with auto, 330) and the compiler's time, with a
+    budget of memory once for each number of bits; does nothing on a backend without kernels. Call it in
     the thread that will generate.
 
     Returns the number of kernels built. Raises BackendError if a kernel does not build or computes something wrong, and
     ValueError for an unknown scheme.
     """
-    backend = get_backend()
+    backend, turbo = get_backend(), TurboConfig.of(config)
     if backend.name not in GPUS:
         return 0
+    if turbo.memory is not None:
+        return sum(
+            warm(model, tokenizer, own, n_draft_tokens=n_draft_tokens, max_kv_size=max_kv_size)
+            for own in _widths_of(turbo)
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are given when the real cache is made
         cache = make_prompt_cache(model, config, max_kv_size)
@@ -94,6 +102,15 @@ def warm(
         for centered in (False, True) if layer.config.centre else (False,):
             _try_layer(layer, centered, steps)
     return backend.n_tested - before
+
+
+def _widths_of(config: TurboConfig) -> list[TurboConfig]:
+    """The widths that caches under a budget of memory come to, one after the other; keys and values that differ by more
+    than the floor does are built when they are first needed."""
+    floors = config.floor.key_bits, config.floor.value_bits
+    least = min([bits for bits in floors if bits], default=0)
+    schemes = [Scheme(*(floor and max(floor, bits) for floor in floors)) for bits in LADDER if bits >= least > 0]
+    return [replace(without_budget(config), scheme=scheme) for scheme in schemes]
 
 
 def _packs_at_once(config: TurboConfig, sink: int) -> TurboConfig:

@@ -2,9 +2,11 @@
 
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Mapping, Optional, Sequence, Union
 
 import numpy as np
+
+from .sizes import parse_size, size_name
 
 BITS = (0, 2, 3, 4, 5, 6, 8)  # per number; 0 = left in the model's dtype
 PACKED_BITS = BITS[1:]
@@ -39,8 +41,9 @@ class Scheme:
             raise ValueError(
                 f"scheme: got {name!r}, allowed are turboN and turboKvV with N, K, V in {BITS}, for example "
                 "'turbo4', 'turbo3', 'turbo8v4' (keys 8 bits, values 4), 'turbo0v4' (keys exact), 'auto': turbo4 "
-                "with more bits for the keys of layers that need them, and 'auto:BITS': an average, for example "
-                "'auto:4.5'"
+                "with more bits for the keys of layers that need them, 'auto:BITS': an average, for example "
+                "'auto:4.5', and 'memory:SIZE': exact as long as the caches fit in that many bytes, for example "
+                "'memory:6GB'"
             )
         return cls(*(int(b) for b in match.groups(default=match[1])))
 
@@ -52,6 +55,12 @@ class Scheme:
 
     def __str__(self) -> str:
         return self.name
+
+
+FLOOR = Scheme(3, 3)  # of `memory`, unless another is named: below it, what is saved costs the most
+MEMORY = "memory:"  # of a scheme's name
+OfWidths = tuple[tuple[int, float], ...]  # {width: nats}, as a tuple, which can be hashed
+Prices = Sequence[Sequence[Union[Mapping[int, float], OfWidths]]]
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,16 @@ class TurboConfig:
     budget: bits per number of packed tokens, scales included, on average over the keys and values of all layers.
         `choose_bits` finds the `schemes` that spend them best on a model; until then no cache can be made.
     schemes: a scheme for each layer of the model, in place of `scheme`: `Scheme`s or their names.
+    memory: bytes, or a size as "6GB", for the caches of all layers together, which are exact as long as they fit and
+        then packed to ever fewer bits (cache/memory_budget.py). "auto": what this machine has beside the model. The
+        scheme "memory:6GB" says the same.
+    floor: of `memory`, the scheme below which nothing is packed: what does not fit then is an error.
+    prices: of `memory`, what packing costs: for each layer, of its keys and of its values, {width: nats}, as
+        `choose_bits` measures it. None: every number counts alike.
 
     Raises ValueError for an unknown scheme, a negative size, a block below 1, an unknown scale, a budget that is not
-    from 2 to 8.5, and for budget or schemes beside scheme, auto or boundary.
+    from 2 to 8.5, for budget, schemes or memory beside scheme, auto, boundary or each other (schemes may be what a
+    budget was spent on), and for floor or prices without memory.
     """
 
     scheme: Scheme = field(default_factory=lambda: Scheme(4, 4))
@@ -91,6 +107,9 @@ class TurboConfig:
     auto: bool = False
     budget: Optional[float] = None
     schemes: Optional[Sequence[Scheme]] = None
+    memory: Union[int, str, None] = None
+    floor: Scheme = FLOOR
+    prices: Optional[Prices] = None
 
     def __post_init__(self) -> None:
         if self.scheme == "auto":
@@ -99,13 +118,17 @@ class TurboConfig:
         if isinstance(self.scheme, str) and self.scheme.startswith("auto:"):
             object.__setattr__(self, "budget", _budget("scheme", self.scheme, self.scheme.removeprefix("auto:")))
             object.__setattr__(self, "scheme", "turbo4")
+        if isinstance(self.scheme, str) and self.scheme.startswith(MEMORY):
+            object.__setattr__(self, "memory", _memory("scheme", self.scheme.removeprefix(MEMORY)))
+            object.__setattr__(self, "scheme", "turbo4")
         object.__setattr__(self, "scheme", Scheme.parse(self.scheme))
         if self.budget is not None:
             object.__setattr__(self, "budget", _budget("budget", self.budget, self.budget))
         if self.schemes is not None:
             object.__setattr__(self, "schemes", tuple(map(Scheme.parse, self.schemes)))
+        self._check_memory()
         if self.of_all_layers and (self.scheme != Scheme(4, 4) or self.auto or self.boundary):
-            name = "budget" if self.schemes is None else "schemes"
+            name = "memory" if self.memory is not None else "budget" if self.schemes is None else "schemes"
             raise ValueError(f"{name}: says how many bits every layer gets; leave scheme, auto and boundary out")
         for name, least in (("sink", 0), ("recent", 0), ("block", 1), ("seed", 0), ("boundary", 0)):
             value = getattr(self, name)
@@ -120,9 +143,28 @@ class TurboConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, allowed are {allowed}")
 
+    def _check_memory(self):
+        try:
+            object.__setattr__(self, "floor", Scheme.parse(self.floor))
+        except ValueError as e:
+            raise ValueError(f"floor: {str(e).partition(': ')[2].partition(' with N, K, V')[0]}") from e
+        if self.memory is None:
+            for name, given in (("floor", self.floor != FLOOR), ("prices", self.prices is not None)):
+                if given:
+                    raise ValueError(f"{name}: goes with memory")
+            return
+        object.__setattr__(self, "memory", _memory("memory", self.memory))
+        for name in ("budget", "schemes"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"memory: says how many bits every layer gets; leave {name} out")
+        if self.prices is not None:
+            object.__setattr__(self, "prices", _as_tuples(self.prices))
+
     @property
     def name(self) -> str:
-        """For people: "auto", "turbo8v4", "auto from turbo3", "auto:4.5", "a scheme for each layer"."""
+        """For people: "auto", "turbo8v4", "auto from turbo3", "auto:4.5", "a scheme for each layer", "memory:6GB"."""
+        if self.memory is not None:
+            return MEMORY + (self.memory if isinstance(self.memory, str) else size_name(self.memory))
         if self.budget is not None:
             return f"auto:{self.budget:g}"
         if self.schemes is not None:
@@ -133,8 +175,9 @@ class TurboConfig:
 
     @property
     def of_all_layers(self) -> bool:
-        """Whether it is of a whole model, with a budget or a scheme for each layer, and not of a single cache."""
-        return self.budget is not None or self.schemes is not None
+        """Whether it is of a whole model, with a budget of bits or of memory or a scheme for each layer, and not of a
+        single cache."""
+        return self.budget is not None or self.schemes is not None or self.memory is not None
 
     def check_chosen(self) -> None:
         """Raise ValueError if there is a budget, and `choose_bits` has not spent it yet."""
@@ -145,9 +188,12 @@ class TurboConfig:
             )
 
     def for_layer(self, layer: int, n_layers: int) -> "TurboConfig":
-        """The configuration of layer 0 .. n_layers - 1 of a model: its own scheme, or more bits for keys at the
-        boundary. Raises ValueError for a budget that is not spent yet, and `schemes` of another number of layers."""
+        """The configuration of layer 0 .. n_layers - 1 of a model: its own scheme, more bits for keys at the boundary,
+        or with `memory` exact, which make_prompt_cache puts under the budget. Raises ValueError for a budget that is
+        not spent yet, and `schemes` of another number of layers."""
         self.check_chosen()
+        if self.memory is not None:
+            return replace(self, scheme=Scheme(0, 0), memory=None, floor=FLOOR, prices=None)
         if self.schemes is not None:
             if len(self.schemes) != n_layers:
                 raise ValueError(f"schemes: got {len(self.schemes)}, and the model has {n_layers} layers")
@@ -198,6 +244,35 @@ def _budget(name: str, got: Any, bits: Any) -> float:
             "scales included"
         )
     return number
+
+
+def _memory(name: str, got: Any) -> Union[int, str]:
+    """Bytes, or "auto"."""
+    if got == "auto":
+        return "auto"
+    try:
+        size = parse_size(got) if isinstance(got, str) else got
+    except ValueError:
+        size = 0
+    if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 2**63:
+        what = "memory:SIZE with a size" if name == "scheme" else "bytes or a size"
+        got = MEMORY * (name == "scheme") + got if isinstance(got, str) else got
+        raise ValueError(f"{name}: got {got!r}, allowed are {what} such as 6GB or 512MiB, and 'auto'")
+    return size
+
+
+def _as_tuples(prices):
+    try:
+        layers = tuple(
+            tuple(tuple(sorted((int(width), float(nats)) for width, nats in dict(side).items())) for side in layer)
+            for layer in prices
+        )
+    except (TypeError, ValueError):
+        layers = ((),)
+    widths = [(width, nats) for layer in layers for side in layer for width, nats in side]
+    if any(len(layer) != 2 for layer in layers) or any(w not in PACKED_BITS or not nats >= 0 for w, nats in widths):
+        raise ValueError(f"prices: expected of each layer ({{width: nats}} of keys, of values), widths {PACKED_BITS}")
+    return layers
 
 
 # ---- the packed row ------------------------------------------------------------------------------------------

@@ -435,3 +435,63 @@ def test_a_prompt_cache_file_beside_a_budget(run, priced, prompt_cache_file, mad
 
 class _Layers:
     layers = range(4)
+
+
+# ---- memory:SIZE ---------------------------------------------------------------------------------------------
+def test_a_budget_of_memory_is_kept_and_reported(run, priced):
+    code, out, err = run("generate", "-p", LONG_STORY, "-m", 300, "--kv-memory", "1600KB", *SHORT_WINDOW)
+    assert code == 0, err
+    assert "memory:1600KB: measuring the price of each layer's keys and values" in err and len(priced) == 1
+    assert "KV cache: memory:1600KB, " in out and "priced by KL divergence: " in out and "; next: " in out
+    held = int(re.search(r"budget of 1600KB, ([\d,]+) bytes used, floor turbo3", out)[1].replace(",", ""))
+    assert 1_000_000 < held <= 1_600_000 and "the answer ends" not in err
+
+
+def test_an_answer_ends_where_its_budget_does(run, priced):
+    code, out, err = run("generate", "-p", STORY, "-m", 3000, "--kv", "memory:900KB", "--kv-floor", "turbo6")
+    assert code == 0, err
+    n, n_prompt = (int(re.search(rf"{what}: (\d+) tokens", out)[1]) for what in ("Generation", "Prompt"))
+    assert f"the answer ends after {n} tokens: a cache of 900KB holds no more at turbo6, the floor" in err
+    assert n + n_prompt == 4 + 64 + 64  # the buffers of packed tokens do not fit
+
+
+def test_a_prompt_that_its_budget_cannot_hold_is_refused_before_it_is_read(run, priced):
+    code, out, err = run("generate", "-p", LONG_STORY * 8, "-m", 10, "--kv-memory", "700KB", *SHORT_WINDOW)
+    assert code == 2 and "==" not in out
+    assert re.search(
+        r"error: --kv: the prompt has [\d,]+ tokens, but a cache of 700KB holds [\d,]+ more at turbo3", err
+    )
+
+
+@pytest.mark.parametrize("scheme", [None, "turbo4"])
+def test_a_prompt_cache_file_goes_on_under_a_budget(run, priced, prompt_cache_file, scheme):
+    """Exact, or from the bits that it was packed to."""
+    file = prompt_cache_file(scheme)
+    code, out, err = run("generate", "-p", " Then", "-m", 5, "--prompt-cache-file", file, "--kv-memory", "900KB")
+    assert code == 0, err
+    assert "budget of 900KB" in out and ("turbo4 in layers 0-3" if scheme else "priced by KL divergence") in out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("--kv", "turbo4", "--kv-memory", "1GB"), "--kv-memory: the same as --kv memory:SIZE"),
+        (("--kv-memory", "many"), "--kv: got 'memory:many', allowed are memory:SIZE with a size such as 6GB"),
+        (("--kv-floor", "turbo4"), "--kv-floor: goes with memory"),
+        (("--kv-memory", "1GB", "--kv-floor", "turbo9"), "--kv-floor: got 'turbo9', allowed are turboN and turboKvV"),
+        (("--kv-memory", "1GB", "--draft-model", str(DEMO_MODEL)), "--draft-model: goes without a budget of memory"),
+    ],
+)
+def test_what_does_not_go_with_a_budget_of_memory_is_refused(run, argv, message):
+    code, out, err = run("generate", *argv)
+    assert code == 2 and out == "" and f"error: {message}" in err
+
+
+def test_eval_has_a_row_for_a_budget_of_memory(run, priced):
+    code, out, err = run("eval", "--kv", "memory:2MB", "turbo4", "--kv-floor", "turbo4", "--tokens", "300", "--json")
+    assert code == 0, err
+    none, budget, turbo4 = json.loads(out)["results"]
+    assert (
+        budget["kv"] == "memory:2MB" and budget["nbytes"] <= 2_000_000 and budget["resident_bits_per_value_32k"] is None
+    )
+    assert 0 <= budget["kld"] <= turbo4["kld"] and "budget of 2MB" in budget["layers"] and turbo4["kv"] == "turbo4"

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -166,13 +167,13 @@ def test_the_tokens_that_fit_do_and_one_more_does_not():
     ],
 )
 def test_sizes(text, nbytes):
-    assert plan.parse_size(text) == nbytes
+    assert plan.memory_size(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "24 pounds", "1e400GB", "nanGB"])
 def test_no_sizes(text):
     with pytest.raises(CliError, match="--memory: got"):
-        plan.parse_size(text)
+        plan.memory_size(text)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------
@@ -406,3 +407,18 @@ def test_models_the_hub_does_not_have(hub):
     )
     done = hub("tiny/unknown", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "the Hub cannot be reached" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_budget_of_memory_is_planned_from_exact_to_its_floor(run):
+    code, out, err = run("--kv-memory", "20MB", "--kv-floor", "turbo4", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    budget = found["budgets"]["memory:20MB"]
+    assert found["results"] == [] and budget["limit"] == 20_000_000 and budget["floor"] == "turbo4"
+    assert [stage["bits"] for stage in budget["stages"]] == [0, 8, 6, 4]
+    tokens = [stage["tokens"] for stage in budget["stages"]]
+    exact = 20_000_000 / (4 * 2 * 2 * 128 * 2)  # 4 layers, 2 kv heads, keys and values of 128 numbers of 2 bytes
+    assert tokens == sorted(tokens) and 0.85 * exact < tokens[0] < exact and 3 * exact < tokens[-1] < 4 * exact
+    code, out, _ = run("--kv-memory", "20MB", "--kv", "turbo4")
+    assert code == 0 and f"exact                up to {tokens[0]:,} tokens" in out and "turbo3 is the floor" in out
+    assert re.search(r"^turbo4 +4 ", out, re.MULTILINE)

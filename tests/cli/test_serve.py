@@ -772,3 +772,32 @@ def test_two_hundred_requests_of_eight_conversations(start, reference, argv, n_f
             }
         )
     )
+
+
+# ---- a budget of memory ------------------------------------------------------------------------------------------
+def test_all_requests_share_a_budget_of_memory_and_one_that_does_not_fit_fails_alone(start):
+    server = start("--kv-memory", "3MB", *SHORT_WINDOW)
+    assert "prompts are not stored: caches under a budget of memory are packed to other bits each time" in server.log
+
+    def ask(n):
+        said = [{"role": "user", "content": " ".join(STORIES[:n])}]
+        return server.post("/v1/chat/completions", {"messages": said, "max_tokens": 6})
+
+    limit = server.get("/kv-cache")[1]["context_length"]
+    assert 500 < limit < 4096
+    status, refused = ask(2 * limit // 15)
+    assert status == 400 and f"must have fewer than {limit}, what the memory budget holds" in refused["error"]
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(ask, [3, 30, 40]))
+    statuses = [status for status, _ in answers]
+    assert set(statuses) <= {200, 500} and statuses.count(200) >= 1
+    for status, answer in answers:
+        if status == 200:
+            assert answer["usage"]["completion_tokens"] == 6 or answer["choices"][0]["finish_reason"] == "stop"
+        else:
+            assert "MemoryBudgetError: memory: " in answer["error"] and "budget is 3,000,000 (3MB)" in answer["error"]
+    held = server.get("/kv-cache")[1]["memory"]
+    assert 0 < held["nbytes"] <= held["limit"] == 3_000_000 and held["priced_by"] == "KL divergence"
+    assert set(held["layers"]) == set("0123") and "budget of 3MB" in held["text"]
+    assert ask(20)[0] == 200  # what earlier requests left is dropped for it
+    assert server.stop() == 0 and "prompt caches: budget of 3MB" in server.log

@@ -67,6 +67,7 @@ SAYS = {  # what a program must have said besides running to its end
         "turbo4 +4 ",
         r"the story about\? (.{20,}?)\nWhat happened in the end\? .{20,}\1\n$",
     ],  # as saved
+    "docs/memory.md": ["4 of 4 layers compressed; budget of 6GB, .* bytes used, floor turbo3, priced by KL divergence"],
     "docs/script.md": [
         "4 of 4 layers compressed; auto",
         r"\d+ of them packed",

@@ -192,3 +192,19 @@ def test_store_cost_measures_bytes_and_speed():
     assert large["weights_of_layers"] == 36 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128)
     assert large["operations"] == 5000 * large["weights_of_layers"] + 4 * 36 * 32 * 128 * 2500 * 2501 / 2
     assert large["fetch_s"] == large["bytes"] / 1e9 / bare["GB_per_s"]["fetch_warm"]
+
+
+def test_a_budget_of_memory_is_measured_beside_fixed_schemes_at_equal_bytes(tmp_path):
+    picture = tmp_path / "budget.png"
+    out = json.loads(
+        run("memory_budget.py", "--tokens", "500", "--chunk", "100", "--fractions", "2", "--bins", "2", "--json",
+            "--png", str(picture)).stdout
+    )  # fmt: skip
+    rows = {row["kv"]: row for row in out["rows"]}
+    budget, fixed = rows["memory 1/2"], rows["fixed 1/2"]
+    assert (
+        budget["most_nbytes"] <= budget["limit"] == out["uncompressed_nbytes"] // 2
+        and fixed["nbytes"] <= fixed["limit"]
+    )
+    assert budget["kld_by_length"][0] <= fixed["kld_by_length"][0] < rows["turbo2"]["kld_by_length"][0]
+    assert len(budget["nbytes_by_chunk"]) == 5 and picture.stat().st_size > 10_000

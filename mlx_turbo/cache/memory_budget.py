@@ -1,0 +1,570 @@
+"""A budget of memory over the caches of a model: exact while there is room, packed as far as memory asks.
+
+All caches that a budget is over share one `MemoryBudget`. Before an update in which buffers grow, it computes from
+counts and shapes, without waiting for anything, what all of them will hold afterwards. If that is too much it takes
+steps: the keys, or the values, of one layer to fewer bits, always the step that costs least per byte saved, and never
+below the floor. If the floor does not hold the tokens either, the update is refused before anything is changed.
+
+What a step costs is the KL divergence that integration/bit_budget.py measured for each part of the model, or, if
+nothing was measured, in proportion to the numbers and to the mean squared error of rounding them.
+
+The buffers never take more than `limit`. Beside them there is, while a part is repacked or grows, its other copy: one
+part at a time, of which a model of 32 layers has 64. So that a decode step repacks one part at most, the steps that the
+next growth of the buffers (by 256 tokens) needs are taken one per token before it, as late as possible. A prompt chunk
+takes all it needs at once, one part after the other.
+
+Not counted is, as in mlx-lm, what an update computes with: restored tokens, the working memory of a prompt chunk, and
+the rows that a batch is made of, until they are dropped.
+"""
+
+import gc
+import heapq
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Optional
+
+import mlx.core as mx
+
+from ..backends import select
+from ..backends.sides import are_latents
+from ..quant.budget import LEAST_SHARE, WIDTHS, expected_errors
+from ..quant.rotation import can_rotate
+from ..quant.scheme import FLOOR, Prices, Scheme, words_per_row
+from ..quant.sizes import size_name
+from .attention_error import N_QUERIES
+from .repacking import LADDER
+
+PARTS_PER_TOKEN = 1  # repacked in a decode step, at most
+BALANCED = 5  # arrays of as many numbers as a balance has that are made of it, at most, itself included
+SIDES = "keys", "values"
+
+
+class MemoryBudgetError(ValueError):
+    """Tokens that do not fit in a memory budget, even with every part packed to the floor. n_fit: how many of them
+    would."""
+
+    def __init__(self, message: str, n_fit: int = 0) -> None:
+        super().__init__(message)
+        self.n_fit = n_fit
+
+
+class Room(NamedTuple):
+    """Tokens that the buffers of a cache have room for after an update: of sink and recent tokens, and n_packed packed
+    ones, and whether all rows have packed. kept: packed tokens that the buffers have room for once they are replaced;
+    None: they are not."""
+
+    sink: int
+    recent: int
+    n_packed: int
+    kept: Optional[int] = None
+    all_packed: bool = True
+
+
+class Shape(NamedTuple):
+    """Of the tokens of a cache: rows, kv heads, head dims of keys and values, bytes of a number, whether they are of a
+    kind that can be packed; n_heads: query heads whose queries are kept until the keys are packed, to balance them."""
+
+    rows: int
+    heads: int
+    dims: tuple[int, int]
+    itemsize: int
+    can_pack: bool
+    n_heads: int = 0
+
+    @classmethod
+    def of(cls, keys: mx.array, values: mx.array, n_heads: int = 0) -> "Shape":
+        """Of keys and values [rows, heads, *, dim]."""
+        (rows, heads), dims = keys.shape[:2], (keys.shape[3], values.shape[3])
+        return cls(rows, heads, dims, keys.dtype.size, keys.dtype in select.DTYPES, n_heads)
+
+    @property
+    def queries_nbytes(self) -> int:
+        """Bytes of the queries that are kept, at most."""
+        return self.rows * self.n_heads * (2 * N_QUERIES - 1) * self.dims[0] * self.itemsize
+
+
+class Group:
+    """The caches of one prompt cache, which take each step together. pending: [(cache, side, bits)] that the next
+    growth of their buffers needs, left: tokens until then."""
+
+    def __init__(self) -> None:
+        self.caches: list[weakref.ref[Any]] = []
+        self.leader: Optional[weakref.ref[Any]] = None  # the cache whose update planned last
+        self.planned: Any = None  # for which step
+        self.seen: set[int] = set()  # layers that have taken it
+        self.pending: list[tuple[weakref.ref[Any], int, int]] = []
+        self.left = 0
+
+    def alive(self) -> list[Any]:
+        return [c for c in (r() for r in self.caches) if c is not None and c.share is not None]
+
+
+class Share:
+    """A cache's share in a memory budget: which one, the number of its layer, and the caches that take each step with
+    it. shape: of one row's tokens, if it is known before they come. A copy of the cache has a share of its own; the
+    caches that are copied together take their steps together."""
+
+    def __init__(self, budget: "MemoryBudget", layer: int, group: Group, shape: Optional[Shape] = None) -> None:
+        self.budget, self.layer, self.group, self.shape = budget, layer, group, shape
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> "Share":
+        group = memo.setdefault((Group, id(self.group)), Group())
+        return Share(self.budget, self.layer, group, self.shape)
+
+    def join(self, cache: Any) -> None:
+        """Count `cache`, whose share this is, as long as it lives."""
+        for caches in self.group.caches, self.budget.caches:
+            if not any(ref() is cache for ref in caches):
+                caches.append(weakref.ref(cache))
+
+    def pass_on(self, cache: Any, *rows: Any) -> None:
+        """Put `cache` under the same budget: it is made of rows whose groups are given, as the caches of the other
+        layers will be."""
+        group = self.budget.group_of(self.layer, rows or (self.group,))
+        cache.share = Share(self.budget, self.layer, group, self.shape)
+        cache.share.join(cache)
+
+    def before_update(self, cache: Any, keys: mx.array, values: mx.array) -> None:
+        """Make room for an update of `cache`. Raises MemoryBudgetError, with nothing changed, if there is none."""
+        group, n_new = self.group, keys.shape[2]
+        if cache.will_grow(n_new):
+            n_heads = 0 if self.shape is None else self.shape.n_heads
+            self.budget.plan(cache, n_new, Shape.of(keys, values, n_heads))
+        elif group.pending and group.leader is not None and group.leader() is cache:
+            group.left -= n_new
+            if group.left <= len(group.pending):
+                self.budget.take_pending(group, PARTS_PER_TOKEN * n_new)
+
+
+class _Held:
+    """What a cache holds once an update is done, by the bits of its keys and values. Arithmetic only."""
+
+    def __init__(self, cache: Any, room: Optional[Room], shape: Optional[Shape]) -> None:
+        self.cache, self.share = cache, cache.share
+        self.bits = [side.bits for side in cache._sides]
+        self.room = room  # None: it stays as it is
+        self.n_packed = cache.packed_columns if room is None else room.n_packed
+        self.shape = shape or self._own_shape()
+        self.queries = sum(q.nbytes for q in cache._observed_queries())
+        self.fixed = 0
+        if self.shape is not None:
+            if cache.repackable:
+                self.queries = max(self.queries, self.shape.queries_nbytes)
+            self.fixed = sum(map(self._exact, (0, 1)))
+            self.bits = [b if can_rotate(d) else 0 for b, d in zip(self.bits, self.shape.dims)]
+        self._packed: Any = {}
+
+    def _own_shape(self):
+        keys, values = (side.recent for side in self.cache._sides)
+        known = self.share.shape
+        return None if keys is None else Shape.of(keys, values, 0 if known is None else known.n_heads)
+
+    def _exact(self, i):
+        side, room = self.cache._sides[i], self.room
+        if room is None:
+            return sum(a.nbytes for a in (side.sink, side.recent) if a is not None)
+        return self._vectors(i, room.sink + room.recent) * self.shape.itemsize
+
+    def _vectors(self, i, n):
+        return self.shape.rows * self.shape.heads * n * self.shape.dims[i]
+
+    def packed(self, i: int, bits: int) -> int:
+        """Bytes of the packed tokens of keys (i = 0) or values (1) at `bits`: codes, scales, means, balance."""
+        key = i, bits
+        if key not in self._packed:
+            self._packed[key] = self._compute_packed(i, bits)
+        return self._packed[key]
+
+    def _compute_packed(self, i, bits):
+        cache, shape = self.cache, self.shape
+        side = cache._sides[i]
+        same = bits == side.bits
+        if self.room is None and same:
+            packed = (a for a in (side.codes, side.scale, side.means) if a is not None)
+            return sum(a.nbytes for a in packed) + self._balance(i, bits) + self._queries(i, bits)
+        if shape is None or not self.n_packed and side.codes is None:
+            return self._queries(i, bits)
+        now = cache.packed_columns
+        held = self.room.kept if self.room is not None else None
+        if held is None:
+            held = 0 if side.codes is None else side.codes.shape[2]
+        if not same and not now:
+            held = 0  # what has room for other tokens is given up
+        capacity = held if self.n_packed <= held else -(-self.n_packed // cache.step) * cache.step
+        lines = shape.rows * shape.heads * capacity
+        if not bits:
+            return lines * shape.dims[i] * shape.itemsize + self._queries(i, bits)
+        n = lines * (4 * words_per_row(bits, shape.dims[i]) + 2)
+        return n + self._means(i, same and now > 0) + self._balance(i, bits) + self._queries(i, bits)
+
+    def _queries(self, i, bits):
+        """Bytes of the queries that are kept until keys are packed."""
+        all_packed = self.cache.all_packed if self.room is None else self.room.all_packed
+        return self.queries if i == 0 and not (bits and self.n_packed and all_packed) else 0
+
+    def _means(self, i, known):
+        """Bytes of the means; as long as nobody knows whether there are any, of those that there may be."""
+        side, cache = self.cache._sides[i], self.cache
+        may = cache.config.centre and not are_latents(self.shape.heads, *self.shape.dims)
+        if side.means is None if known or (side.bits and cache.packed_columns) else not may:
+            return 0
+        step = max(cache.step // side.segment, 1)
+        needed = -(-(-(-self.n_packed // side.segment)) // step) * step
+        held = 0 if side.means is None else side.means.shape[2]
+        return 2 * self._vectors(i, max(needed, held))
+
+    def _balance(self, i, bits):
+        balance = self.cache._sides[i].balance
+        if balance is not None:
+            return sum(a.nbytes for a in balance.arrays())
+        if i or not bits or not self.cache.config.balance or self.cache._sides[i].bits and self.cache.packed_columns:
+            return 0
+        return 0 if self.shape is None else 4 * BALANCED * self._vectors(0, 1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.fixed + sum(self.packed(i, bits) for i, bits in enumerate(self.bits))
+
+    def can_step(self, i: int) -> bool:
+        """Whether keys or values have packed tokens that may take fewer bits."""
+        shape = self.shape
+        return shape is not None and shape.can_pack and self.n_packed > 0 and can_rotate(shape.dims[i])
+
+
+class MemoryBudget:
+    """A budget over all caches that share it. limit: bytes. floor: the fewest bits of keys and values. prices: as of
+    TurboConfig. ladder: the bits that are tried."""
+
+    def __init__(
+        self, limit: int, floor: Scheme = FLOOR, prices: Optional[Prices] = None, ladder: Sequence[int] = LADDER
+    ) -> None:
+        self.limit, self.floor, self.prices, self.ladder = limit, floor, prices, tuple(ladder)
+        self.caches: list[weakref.ref[Any]] = []  # in the order in which they came: what is done depends on it
+        self.others: list[Callable[[], int]] = []  # bytes that are held elsewhere, and count
+        self.evict: list[Callable[[], bool]] = []  # each frees something that can be had again, or returns False
+        self.shapes: Optional[dict[int, Shape]] = None  # of the model's caches, if they are known
+        self.n_plans = 0
+        self._groups: weakref.WeakValueDictionary[Any, Group] = weakref.WeakValueDictionary()
+        self._errors: dict[tuple[int, int, int], list[float]] = {}
+        measured = [
+            expected_errors(dict(side))[WIDTHS.index(4)] for of_layer in prices or () for side in of_layer if side
+        ]
+        self._least = LEAST_SHARE * sum(measured) / len(measured) if measured else 0.0
+
+    def __deepcopy__(self, memo: Any) -> "MemoryBudget":
+        return self
+
+    def add(self, caches: Iterable[tuple[int, Any]], shapes: Mapping[int, Shape] = MappingProxyType({})) -> None:
+        """Put caches that take each step together under this budget: (layer, cache) of each. shapes: by the number of a
+        cache among these, the `Shape` that its tokens will have, as far as it is known."""
+        group = Group()
+        for number, (layer, cache) in enumerate(caches):
+            cache.share = Share(self, layer, group, shapes.get(number))
+            cache.repackable = number in shapes  # what it keeps to balance keys by is in the arithmetic then
+            cache.share.join(cache)
+
+    def group_of(self, layer: int, rows: Sequence[Any]) -> Group:
+        """The group of caches that are made of the same rows, layer by layer."""
+        key = tuple((id(row[0]), *row[1:]) if isinstance(row, tuple) else id(row) for row in rows)
+        group = self._groups.get(key)
+        if group is None or any(cache.share.layer == layer for cache in group.alive()):
+            group = self._groups[key] = Group()
+        return group
+
+    # ---- arithmetic ----------------------------------------------------------------------------------------------
+    def alive(self) -> list[Any]:
+        """The caches that there are."""
+        found = [(r, c) for r, c in ((r, r()) for r in self.caches) if c is not None and c.share is not None]
+        self.caches = [r for r, _ in found]
+        return [c for _, c in found]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers under the budget."""
+        return sum(c.nbytes for c in self.alive()) + sum(other() for other in self.others)
+
+    def _lowest(self, i):
+        return (self.floor.key_bits, self.floor.value_bits)[i]
+
+    def _rungs(self, i, bits):
+        """The widths that a side at `bits` may take next, most bits first."""
+        lowest = self._lowest(i)
+        if not lowest:
+            return []
+        rungs = [b for b in self.ladder if b > lowest] + [lowest]
+        return [b for b in rungs if not bits or b < bits]
+
+    def _error(self, held, i, bits):
+        """What keys or values of a cache cost at `bits`: nats, or numbers if nothing was measured."""
+        if not bits:
+            return 0.0
+        layer, numbers = held.share.layer, held.shape.heads * held.shape.dims[i]
+        key = layer, i, numbers
+        if key not in self._errors:
+            self._errors[key] = expected_errors(self._measured(layer, i) or {4: float(numbers)}, self._least)
+        return self._errors[key][WIDTHS.index(bits)]
+
+    def _measured(self, layer, i):
+        """{width: nats} of a part; of one that was not measured, as of the dearest."""
+        if self.prices is None:
+            return None
+        own = dict(self.prices[layer][i]) if layer < len(self.prices) else {}
+        every = (dict(side) for prices in self.prices for side in prices if side)
+        return own or max(every, key=lambda side: expected_errors(side)[WIDTHS.index(4)], default=None)
+
+    def _total(self, table):
+        return sum(held.nbytes for held in table) + sum(other() for other in self.others)
+
+    def _fits(self, table):
+        return self._total(table) <= self.limit
+
+    def _next_steps(self, table):
+        """A heap of each part's best step: (price per byte saved, number, cache, side, bits)."""
+        heap: list[tuple[float, int, int, int]] = []
+        for number, (held, i) in enumerate(itertools.product(table, (0, 1))):
+            self._push(heap, number, held, i)
+        return heap
+
+    def _push(self, heap, number, held, i):
+        if not held.can_step(i):
+            return
+        now, cost = held.packed(i, held.bits[i]), self._error(held, i, held.bits[i])
+        best = None
+        for bits in self._rungs(i, held.bits[i]):
+            saved = now - held.packed(i, bits)
+            if saved > 0:
+                price = (self._error(held, i, bits) - cost) / saved
+                best = (price, number, bits) if best is None or price < best[0] else best
+        if best is not None:
+            heapq.heappush(heap, best)
+
+    def _take_steps(self, table):
+        """Lower the bits in `table` until it fits, or nothing is left; then take back what the last, large steps made
+        unnecessary. Returns the parts that changed, in the order of their first step."""
+        heap, taken = self._next_steps(table), []
+        while heap and not self._fits(table):
+            _, number, bits = heapq.heappop(heap)
+            held, i = table[number // 2], number % 2
+            taken.append((held, i, held.bits[i], bits))
+            held.bits[i] = bits
+            self._push(heap, number, held, i)
+        if self._fits(table):
+            for held, i, before, bits in reversed(taken):
+                if held.bits[i] == bits:
+                    held.bits[i] = before
+                    if not self._fits(table):
+                        held.bits[i] = bits
+        changed = {(id(held), i): (held, i) for held, i, _, _ in taken if held.bits[i] != held.cache._sides[i].bits}
+        return list(changed.values())
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
+    def plan(self, cache: Any, n_new: int, shape: Shape) -> None:
+        """Make room for n_new tokens in `cache` and in those that take the step with it. Raises MemoryBudgetError, with
+        nothing changed, if there is none."""
+        group, layer = cache.share.group, cache.share.layer
+        step = cache.step_key(), n_new, self.n_plans
+        if group.planned == step and layer not in group.seen:  # the first one of the step planned for all
+            group.seen.add(layer)
+            return
+        growing = self._growing(cache, shape)
+        table = self._table(growing, n_new)
+        while not self._fits(table) and any(evict() for evict in self.evict):
+            del table  # it holds the caches
+            gc.collect()
+            table = self._table(growing, n_new)
+        changed = self._take_steps(table)
+        if self._total(table) > self.limit:
+            self._refuse(growing, n_new)
+        self.n_plans += 1
+        group.planned, group.seen = (*step[:2], self.n_plans), {layer}
+        group.leader, group.pending = weakref.ref(cache), []
+        for held, i in changed:
+            self._repack(held.cache, i, held.bits[i])
+        self._look_ahead(group, growing, n_new)
+
+    def _growing(self, cache, shape):
+        """{id: (cache, shape)} of a cache that is to be updated, and of those that will be with it. The shape of one
+        without tokens is taken to be that of a cache of its kind, if it is not known."""
+        found = {id(cache): (cache, shape)}
+        kind = type(cache), getattr(cache, "max_size", None)
+        for peer in cache.share.group.alive():
+            if peer is cache or peer.step_key() != cache.step_key():
+                continue
+            if peer._sides[0].recent is not None:
+                found[id(peer)] = peer, None
+            elif peer.share.shape is not None:
+                found[id(peer)] = peer, peer.share.shape._replace(rows=shape.rows)
+            elif (type(peer), getattr(peer, "max_size", None)) == kind:
+                found[id(peer)] = peer, shape
+        return found
+
+    def _table(self, growing, n_new):
+        table = []
+        for cache in self.alive():
+            _, shape = growing.get(id(cache), (None, None))
+            table.append(_Held(cache, cache.room_after(n_new) if id(cache) in growing else None, shape))
+        return table
+
+    def _lowered(self, growing, n_new):
+        """Bytes of everything with every part at the floor, after n_new more tokens."""
+        table = self._table(growing, n_new)
+        for held in table:
+            for i in (0, 1):
+                rungs = self._rungs(i, held.bits[i])
+                if held.can_step(i) and rungs and held.packed(i, rungs[-1]) < held.packed(i, held.bits[i]):
+                    held.bits[i] = rungs[-1]
+        return self._total(table)
+
+    def _refuse(self, growing, n_new):
+        needed, low = self._lowered(growing, n_new), self._most(growing, n_new)
+        (cache, _), *_ = growing.values()
+        raise MemoryBudgetError(
+            f"memory: {n_new} more tokens after {cache.size()} take {needed:,} bytes with every layer at "
+            f"{self.floor.name}, the floor, and the budget is {self.limit:,} ({size_name(self.limit)}); "
+            f"{low} of them fit. Allow more memory, a lower floor or fewer tokens",
+            low,
+        )
+
+    def _most(self, growing, high):
+        """The most tokens, fewer than `high`, that fit at the floor."""
+        return _largest(lambda n: self._lowered(growing, n) <= self.limit, high)
+
+    def tokens_that_fit(self, caches: Sequence[Any], most: int = 2**40) -> Optional[int]:
+        """How many more tokens the caches of one prompt cache can take, with everything else as it is, before the floor
+        holds no more; None: `most`, or as many as one likes. Caches whose shapes are not known yet count nothing."""
+        fits = self._most(self._known(caches), most + 1)
+        return None if fits == most else fits
+
+    def _known(self, caches):
+        """As `_growing`, of the caches whose shapes are known."""
+        growing = {}
+        for cache in caches:
+            if cache._sides[0].recent is not None or cache.share.shape is not None:
+                growing[id(cache)] = cache, None if cache._sides[0].recent is not None else cache.share.shape
+        return growing
+
+    def nbytes_after(self, caches: Sequence[Any], n: int) -> int:
+        """Bytes of everything after n more tokens in the caches of one prompt cache, if nothing is packed further."""
+        return self._total(self._table(self._known(caches), n))
+
+    def stages(self, caches: Sequence[Any]) -> list[tuple[int, Optional[int]]]:
+        """(bits, tokens) of each rung of the ladder, most bits first: how many tokens the caches of one prompt cache
+        can take with no part at fewer bits; None: as many as one likes. What counts is as for `tokens_that_fit`."""
+        lowest = min(self._lowest(0), self._lowest(1)) or max(self._lowest(0), self._lowest(1))
+        found = []
+        for bits in [b for b in self.ladder if not b or b > lowest] + [lowest] * (lowest > 0):
+
+            def fits(n: int, bits: int = bits) -> bool:
+                table = self._table(self._known(caches), n)
+                for held in table:
+                    for i in (0, 1):
+                        rungs = [b for b in self._rungs(i, 0) if bits and b >= bits]
+                        if held.can_step(i) and rungs:
+                            held.bits[i] = rungs[-1]
+                return self._fits(table)
+
+            most = _largest(fits, 2**40)
+            found.append((bits, None if most == 2**40 - 1 else most))
+        return found
+
+    def _look_ahead(self, group, growing, n_new):
+        """Note which steps the next growth of the buffers by single tokens will need."""
+        ahead = {key: (c, c.next_growth(n_new)) for key, (c, _) in growing.items()}
+        left = min((found[0] for _, found in ahead.values() if found is not None), default=None)
+        if left is None:
+            return
+        table = []
+        for cache in self.alive():
+            room, shape = None, None
+            if id(cache) in growing:
+                _, found = ahead[id(cache)]
+                room, shape = cache.room_after(n_new), growing[id(cache)][1]
+                if found is not None and found[0] == left:
+                    room = room._replace(n_packed=found[1])
+            table.append(_Held(cache, room, shape))
+        changed = self._take_steps(table)
+        group.left = left
+        group.pending = [(weakref.ref(held.cache), i, held.bits[i]) for held, i in changed]
+
+    def take_pending(self, group: Group, n: int) -> None:
+        """Take the next n of the steps that were noted."""
+        for _ in range(min(n, len(group.pending))):
+            ref, i, bits = group.pending.pop(0)
+            cache = ref()
+            if cache is not None and cache.share is not None and bits in self._rungs(i, cache._sides[i].bits):
+                self._repack(cache, i, bits)
+
+    def _repack(self, cache, i, bits):
+        """Waits for the result, so that no more than one part exists twice."""
+        cache.repack(**{("key_bits", "value_bits")[i]: bits})
+
+    # ---- looking at it -------------------------------------------------------------------------------------------
+    def report(self) -> dict[str, Any]:
+        """What it holds and what was done, as a dict of plain values: limit and nbytes; caches: how many are counted;
+        floor; priced_by; layers: {layer: [schemes that its caches have]}; next: the step that comes next, with
+        layer, side, bits before and after, bytes that it saves now; None if none is left."""
+        table = [_Held(cache, None, None) for cache in self.alive() if not cache.empty()]
+        layers: dict[int, list[str]] = {}
+        for held in table:
+            name = Scheme(*held.bits).name
+            if name not in layers.setdefault(held.share.layer, []):
+                layers[held.share.layer].append(name)
+        heap = self._next_steps(table)
+        return {
+            "limit": self.limit,
+            "nbytes": self.nbytes,
+            "caches": len(table),
+            "floor": self.floor.name,
+            "priced_by": "numbers" if self.prices is None else "KL divergence",
+            "layers": dict(sorted(layers.items())),
+            "next": self._describe_step(table, heap[0]) if heap else None,
+        }
+
+    def _describe_step(self, table, step):
+        _, number, bits = step
+        held, i = table[number // 2], number % 2
+        saved = held.packed(i, held.bits[i]) - held.packed(i, bits)
+        return {"layer": held.share.layer, "side": SIDES[i], "from": held.bits[i], "to": bits, "saves": saved}
+
+    def describe(self) -> str:
+        """`report` in one line."""
+        r = self.report()
+        text = f"budget of {size_name(r['limit'])}, {r['nbytes']:,} bytes used, floor {r['floor']}"
+        text += ", priced by KL divergence" if r["priced_by"] != "numbers" else ", every number priced alike"
+        by_schemes: dict[str, list[int]] = {}
+        for layer, schemes in r["layers"].items():
+            by_schemes.setdefault(" and ".join(schemes), []).append(layer)
+        named = [f"{_scheme_text(s)} in layers {_ranges(which)}" for s, which in by_schemes.items()]
+        text += f": {', '.join(named)}" * bool(named)
+        if (step := r["next"]) is not None:
+            before = f"{step['from']} bits" if step["from"] else "exact"
+            text += f"; next: {step['side']} of layer {step['layer']} from {before} to {step['to']} bits"
+        elif named:
+            text += "; nothing is left to pack"
+        return text
+
+
+def _largest(fits, high):
+    """The largest number below `high` that fits; 0 if none does."""
+    low = 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _scheme_text(schemes):
+    return " and ".join("exact" if s == "turbo0" else s for s in schemes.split(" and "))
+
+
+def _ranges(numbers):
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

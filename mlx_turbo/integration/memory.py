@@ -1,0 +1,91 @@
+"""Budgets of memory for a model's caches: how much this machine has for them, and which caches come under one."""
+
+import copy
+import os
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..cache.memory_budget import MemoryBudget, Shape
+from ..cache.single import TurboKVCache
+from ..quant.scheme import TurboConfig
+from .libraries import language_model
+
+RESERVE = 0.1  # of what a model may use: for what a step computes with
+WITHOUT_GPU = 0.5  # of a machine's memory that "auto" counts as a model's; the rest is the system's
+
+
+def flatten_caches(prompt_cache: Any) -> list[Any]:
+    """All caches of a prompt cache, in order; those inside a CacheList one by one."""
+    return [m for c in prompt_cache for m in (flatten_caches(c.caches) if hasattr(c, "caches") else [c])]
+
+
+def machine_memory() -> tuple[int, str]:
+    """(bytes that a model may use on this machine, what they are)."""
+    info = mx.device_info() if hasattr(mx, "device_info") else {}
+    if limit := info.get("max_recommended_working_set_size"):
+        return int(limit), "the working set that Metal recommends on this Mac"
+    if limit := info.get("total_memory"):
+        return int(limit), f"all memory of the {info.get('device_name')}"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "all memory of this machine, which has no GPU"
+
+
+def memory_beside(weights: int) -> int:
+    """Bytes that this machine has for the caches of a model with `weights` bytes: what a model may use (without a GPU:
+    half of all memory), without a tenth of it for what a step computes with, and without the weights. Raises ValueError
+    if nothing is left."""
+    memory, what = machine_memory()
+    if "no GPU" in what:
+        memory, what = int(WITHOUT_GPU * memory), f"half of {what}"
+    left = memory - int(RESERVE * memory) - weights
+    if left <= 0:
+        raise ValueError(
+            f"memory: got 'auto', but of {memory:,} bytes ({what}) the model takes {weights:,}, and a tenth is kept "
+            "for what it computes with; name a size, such as 'memory:2GB'"
+        )
+    return left
+
+
+def budget_of(model: Any, config: TurboConfig) -> MemoryBudget:
+    """A budget for the caches of `model`, by a configuration with `memory`. Raises ValueError as `memory_beside`."""
+    limit = config.memory
+    if isinstance(limit, str):
+        limit = memory_beside(sum(a.nbytes for a in dict(tree_flatten(language_model(model).parameters())).values()))
+    if limit is None:
+        raise ValueError(f"config: got {config.name!r}, expected one with memory, for example 'memory:6GB'")
+    return MemoryBudget(limit, config.floor, config.prices)
+
+
+def _ours(prompt_cache):
+    """(layer, cache) of the compressed caches."""
+    return [
+        (i, cache)
+        for i, layer in enumerate(prompt_cache)
+        for cache in flatten_caches([layer])
+        if isinstance(cache, TurboKVCache)
+    ]
+
+
+def put_under_budget(prompt_cache: list[Any], budget: MemoryBudget, shapes: dict[int, Shape] | None = None) -> None:
+    """Put the compressed caches of a prompt cache under a budget. What is not compressed does not count. shapes: as
+    `shapes_of`."""
+    budget.add(_ours(prompt_cache), shapes or {})
+
+
+def shapes_of(model: Any, prompt_cache: list[Any], budget: MemoryBudget) -> dict[int, Shape]:
+    """By their number among the compressed ones, the shapes that the tokens of a new prompt cache will have. The model
+    reads one token, once per budget."""
+    if budget.shapes is None:
+        called = copy.deepcopy(prompt_cache)
+        caches = [cache for _, cache in _ours(called)]
+        for cache in caches:
+            cache.repackable = True
+        model(mx.zeros((1, 1), mx.int32), cache=called)
+        budget.shapes = {}
+        for i, cache in enumerate(caches):
+            keys, values = (side.recent for side in cache._sides)
+            seen = cache.observed
+            if keys is not None:
+                budget.shapes[i] = Shape.of(keys, values, seen[0][0][0].shape[1] if seen else 0)
+    return budget.shapes

@@ -1,0 +1,442 @@
+"""A budget of memory: never more than it, exact while it fits, the same each time, refused before anything changes."""
+
+import copy
+import gc
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, run_state_machine_as_test
+from support.arrays import to_numpy
+from support.caches import FAST_BACKENDS, WAYS, copied, queries_of, random_tokens, rule, same
+from support.rows import LARGEST_ERROR, state_of
+from support.strategies import CHUNKS, quick
+
+from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache
+from mlx_turbo.backends import mlx_ops
+from mlx_turbo.cache import memory_budget
+from mlx_turbo.cache.memory_budget import MemoryBudget, MemoryBudgetError, Shape, _Held
+from mlx_turbo.cache.repacking import LADDER, SLICE
+from mlx_turbo.quant.scheme import PACKED_BITS
+
+fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+SHAPE = dict(heads=2, key_dim=32, value_dim=64)
+SMALL = dict(sink=2, recent=4, block=4)
+FLOORS = st.builds(Scheme, st.sampled_from([0, *PACKED_BITS]), st.sampled_from(PACKED_BITS))
+MAKERS = st.builds(
+    lambda window, keep, **config: (window and window + keep, TurboConfig("turbo0", sink=keep, **config)),
+    st.sampled_from([0, 0, 20, 300]),
+    st.integers(0, 3),
+    recent=st.integers(0, 6),
+    block=st.integers(1, 6),
+    centre=st.booleans(),
+    balance=st.booleans(),
+)
+
+
+def make(window, config):
+    return RotatingTurboKVCache(window, config.sink, config) if window else TurboKVCache(config)
+
+
+def layers(limit, n=3, config=None, floor="turbo2", prices=None, shape=SHAPE, n_heads=4):
+    """(budget, caches) of a model of n layers with turbo0 and SMALL exact ends."""
+    budget = MemoryBudget(limit, Scheme.parse(floor), prices)
+    caches = [TurboKVCache(config or TurboConfig("turbo0", **SMALL)) for _ in range(n)]
+    dims = shape["key_dim"], shape["value_dim"]
+    known = Shape(1, shape["heads"], dims, 4, True, n_heads)
+    budget.add(enumerate(caches), dict.fromkeys(range(n), known))
+    return budget, caches
+
+
+def step(caches, tokens, observe=True):
+    for cache, (keys, values) in zip(caches, tokens):
+        cache.update_and_fetch(keys, values)
+        if observe:
+            cache.observe(queries_of(keys), 0.1)
+
+
+def drawn(rng, n_layers, n, **options):
+    return [random_tokens(rng, n, **SHAPE | options) for _ in range(n_layers)]
+
+
+def errors_allowed(cache, held):
+    """Whether what a cache restores is as near to the tokens given to it as what it was packed at can be: twice the
+    largest error of packing once, as it may have been packed several times."""
+    for got, want, side in zip(cache.keys_and_values(), held, cache._sides):
+        got = to_numpy(got)
+        want = want if got.shape[2] == want.shape[2] else want[:, :, want.shape[2] - got.shape[2] :]
+        if not side.bits:
+            np.testing.assert_array_equal(got, want)
+        factors = 1 if side.balance is None else to_numpy(side.balance.factors)
+        error = np.linalg.norm((got - want) * factors, axis=-1)
+        norms = np.linalg.norm(want * factors, axis=-1)
+        spread = 2 * norms.max() if side.means is not None else norms
+        assert (error <= 2 * LARGEST_ERROR[side.bits] * spread + 1e-6 * norms.max()).all()
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+@quick
+@given(made=MAKERS, chunks=CHUNKS, data=st.data(), batch=st.integers(1, 2))
+def test_what_is_computed_beforehand_is_what_the_buffers_take(made, chunks, data, batch):
+    """Exactly, but for means, balance and queries as long as nobody knows whether there will be any."""
+    cache, rng = make(*made), np.random.default_rng(0)
+    budget = MemoryBudget(2**60, Scheme(2, 2))
+    known = Shape(batch, SHAPE["heads"], (SHAPE["key_dim"], SHAPE["value_dim"]), 4, True, 2 * SHAPE["heads"])
+    budget.add([(0, cache)], {0: known})
+    certain = not (made[1].centre or made[1].balance)
+    for n in chunks:
+        if data.draw(st.booleans()):
+            bits = [
+                data.draw(st.sampled_from([b for b in LADDER if not s.bits or 0 < b <= s.bits])) for s in cache._sides
+            ]
+            cache.repack(*bits)
+        keys, values = random_tokens(rng, n, **SHAPE | dict(batch=batch))
+        held = (
+            _Held(cache, cache.room_after(n), Shape.of(keys, values, known.n_heads)) if n else _Held(cache, None, None)
+        )
+        grows = n and cache.will_grow(n)
+        before = sum(side.nbytes for side in cache._sides)
+        cache.update_and_fetch(keys, values)
+        buffers = sum(side.nbytes for side in cache._sides)
+        if n:
+            assert buffers <= held.nbytes
+            if certain and not made[0]:
+                assert buffers == held.nbytes - held._queries(0, held.bits[0])
+            assert grows or buffers <= before
+            cache.observe(queries_of(keys), 0.1)
+            assert cache.nbytes <= held.nbytes
+
+
+@quick
+@given(
+    chunks=st.lists(st.tuples(st.lists(st.integers(0, 40), min_size=3, max_size=3), st.booleans()), max_size=6),
+    bits=st.sampled_from([0, 8, 3]),
+    window=st.sampled_from([0, 0, 30]),
+)
+def test_what_is_computed_beforehand_for_a_batch_is_never_less_than_its_buffers_take(chunks, bits, window):
+    budget, rng = MemoryBudget(2**60, Scheme(2, 2)), np.random.default_rng(0)
+    row = make(window, TurboConfig("turbo0", **SMALL))
+    budget.add([(0, row)], {0: Shape(1, SHAPE["heads"], (SHAPE["key_dim"], SHAPE["value_dim"]), 4, True, 4)})
+    batch = row.merge([row] * 3)
+    for lengths, decode in [([30, 9, 0], False), *chunks]:
+        width = 1 if decode else max(lengths)
+        if not width:
+            continue
+        if not decode:
+            batch.prepare(lengths=lengths, right_padding=[width - n for n in lengths])
+        keys, values = random_tokens(rng, width, **SHAPE | dict(batch=3))
+        if batch.packed_columns and bits and not batch._sides[0].bits:
+            batch.repack(bits, bits)
+        held, grows = _Held(batch, batch.room_after(width), Shape.of(keys, values, 4)), batch.will_grow(width)
+        before = sum(side.nbytes for side in batch._sides)
+        batch.update_and_fetch(keys, values)
+        after = sum(side.nbytes for side in batch._sides)
+        assert after <= held.nbytes and (grows or after <= before)
+        batch.observe(queries_of(keys), 0.1)
+        assert batch.nbytes <= held.nbytes
+        batch.finalize()
+
+
+@fast
+def test_the_next_growth_is_at_the_token_that_was_named(backend):
+    _, (cache, *_) = layers(2**60)
+    rng = np.random.default_rng(0)
+    for n in (7, 30, 200, 1, 290):
+        left, n_packed = cache.next_growth(n)
+        cache.update_and_fetch(*random_tokens(rng, n, **SHAPE))
+        for _ in range(left - 1):
+            assert cache._sides[0].codes is None or not cache.will_grow(1)
+            cache.update_and_fetch(*random_tokens(rng, 1, **SHAPE))
+        held = cache.nbytes
+        cache.update_and_fetch(*random_tokens(rng, 1, **SHAPE))
+        assert cache.nbytes > held and cache.n_packed == n_packed
+
+
+# ---- what is promised ------------------------------------------------------------------------------------------------
+@quick
+@given(
+    limit=st.integers(30_000, 900_000),
+    chunks=st.lists(st.sampled_from([1, 3, 60, 300]), min_size=1, max_size=12),
+    floor=FLOORS,
+    seed=st.integers(0, 3),
+)
+def test_the_same_tokens_and_budget_give_the_same_caches_and_never_more_bytes(limit, chunks, floor, seed):
+    states = []
+    for _ in range(2):
+        budget, caches = layers(limit, floor=floor.name)
+        rng, n = np.random.default_rng(seed), 0
+        for chunk in chunks:
+            tokens = drawn(rng, len(caches), chunk)
+            before = [state_of(c) for c in caches]
+            try:
+                step(caches, tokens)
+            except MemoryBudgetError as e:
+                assert all(map(same, before, map(state_of, caches)))  # nothing has changed
+                assert e.n_fit < chunk
+                break
+            n += chunk
+            assert budget.nbytes == sum(c.nbytes for c in caches) <= limit
+        assert [c.offset for c in caches] == [n] * len(caches)
+        states.append([state_of(c) for c in caches])
+    assert same(*states)
+
+
+@fast
+@pytest.mark.parametrize("chunk", [1, 50])
+def test_nothing_is_packed_as_long_as_it_fits(backend, chunk):
+    """Limits around what exact caches take at the end: from there on they stay exact, below they do not."""
+    budget, caches = layers(2**60, n=1)
+    needed = budget.nbytes_after(caches, 300)
+    for limit, exact in ((needed, True), (needed - 1, False)):
+        budget, caches = layers(limit, n=1)
+        rng = np.random.default_rng(0)
+        for _ in range(0, 300, chunk):
+            step(caches, drawn(rng, 1, chunk))
+        assert all(c.config.scheme == Scheme(0, 0) for c in caches) == exact
+        assert budget.nbytes <= limit
+
+
+@fast
+def test_what_costs_least_is_packed_first(backend):
+    cheap, dear = {4: 1e-6}, {4: 1e-1}
+    for part in (0, 1), (2, 0):
+        prices = [[cheap if (i, side) == part else dear for side in (0, 1)] for i in range(3)]
+        budget, caches = layers(620_000, prices=prices)
+        assert budget.report()["next"] is None  # nothing is there to be packed
+        rng = np.random.default_rng(0)
+        bits = {(i, side): 0 for i in range(3) for side in (0, 1)}
+        while list(bits.values()).count(0) > 2:
+            step(caches, drawn(rng, 3, 50))
+            bits = {(i, side): c._sides[side].bits for i, c in enumerate(caches) for side in (0, 1)}
+        assert 0 < bits[part] <= min(b for other, b in bits.items() if b and other != part)
+        assert "priced by KL divergence" in budget.describe()
+
+
+@fast
+def test_a_decode_step_repacks_one_part_at_most(backend, monkeypatch):
+    calls, original = [], TurboKVCache.repack
+    monkeypatch.setattr(TurboKVCache, "repack", lambda self, *a, **k: (calls.append(self), original(self, *a, **k))[1])
+    budget, caches = layers(700_000, n=3, floor="turbo4")
+    rng, most, total = np.random.default_rng(0), 0, 0
+    step(caches, drawn(rng, 3, 100))
+    with pytest.raises(MemoryBudgetError, match="1 more tokens after .* take .* every layer at turbo4"):
+        while True:
+            calls.clear()
+            step(caches, drawn(rng, 3, 1), observe=False)
+            most, total = max(most, len(calls)), total + len(calls)
+            assert budget.nbytes <= budget.limit
+    assert most == 1 and total > 10
+    assert all(c.config.scheme == Scheme(4, 4) for c in caches)
+
+
+@fast
+def test_a_prompt_that_cannot_fit_is_refused_and_what_is_said_to_fit_does(backend):
+    budget, caches = layers(100_000)
+    rng = np.random.default_rng(0)
+    with pytest.raises(MemoryBudgetError, match="100,000 .100KB.; .* of them fit") as refused:
+        step(caches, drawn(rng, 3, 2000))
+    assert all(c.empty() for c in caches) and budget.nbytes == 0
+    fit = refused.value.n_fit
+    assert 100 < fit < 2000 and budget.tokens_that_fit(caches) == fit
+    step(caches, drawn(rng, 3, fit))
+    assert budget.nbytes <= budget.limit
+
+
+@fast
+def test_stages_say_at_how_many_tokens_the_bits_change(backend):
+    budget, caches = layers(400_000, floor="turbo3")
+    found = budget.stages(caches)
+    assert [bits for bits, _ in found] == [b for b in LADDER if not b or b >= 3]
+    tokens = [n for _, n in found]
+    assert tokens == sorted(tokens) and tokens[-1] == budget.tokens_that_fit(caches)
+    for bits, n in found:
+        budget, caches = layers(400_000, floor="turbo3")
+        step(caches, drawn(np.random.default_rng(0), 3, n))
+        fewest = min(s.bits or 16 for c in caches for s in c._sides)
+        assert fewest >= (bits or 16)
+
+
+@fast
+def test_mlx_itself_holds_no_more_than_the_budget_one_part_twice_and_what_a_slice_is_computed_with(
+    backend, monkeypatch
+):
+    """However many tokens there are: packing goes by slices, with 13 arrays of the size of one in MLX operations
+    (measured: 12.3)."""
+    monkeypatch.setattr(mlx_ops, "SLICE_VALUES", SLICE * 32)
+    shape = dict(heads=1, key_dim=32, value_dim=32)
+    budget, caches = layers(4_000_000, n=8, shape=shape, config=TurboConfig("turbo0", 4, 16, 16))
+    tokens = drawn(np.random.default_rng(0), 8, 128, **shape)  # the same ones again and again
+    mx.eval(tokens)
+    gc.collect()
+    mx.synchronize()
+    base, part = mx.get_active_memory(), 0
+    mx.reset_peak_memory()
+    while caches[0].offset < 8000:
+        step(caches, tokens)
+        mx.eval([side.buffers() for c in caches for side in c._sides])
+        part = max([part, *(s.codes.nbytes for c in caches for s in c._sides if s.codes is not None)])
+    assert min(s.bits for c in caches for s in c._sides) > 0  # all of them have been packed
+    one_slice, chunk = SLICE * 32 * 4, 8 * 4 * tokens[0][0].nbytes  # with what it is joined to
+    assert mx.get_peak_memory() - base <= budget.limit + 2 * part + 13 * one_slice + chunk < 2.2 * budget.limit
+
+
+@fast
+def test_caches_count_as_long_as_they_live(backend):
+    budget, caches = layers(2**60)
+    step(caches, drawn(np.random.default_rng(0), 3, 300))
+    once = budget.nbytes
+    twins = copy.deepcopy(caches)
+    assert budget.nbytes == 2 * once and len(budget.alive()) == 6
+    step(twins, drawn(np.random.default_rng(1), 3, 300))
+    assert [c.offset for c in caches] == [300] * 3 and budget.nbytes == once + sum(c.nbytes for c in twins)
+    del twins
+    gc.collect()
+    assert budget.nbytes == once
+    caches[0].trim(300)
+    assert caches[0].config.scheme == Scheme(0, 0)
+
+
+@fast
+def test_what_can_be_had_again_goes_before_anything_is_packed(backend):
+    budget, caches = layers(1_500_000)
+    kept = [copy.deepcopy(caches)]
+    step(kept[0], drawn(np.random.default_rng(0), 3, 300))
+    budget.evict.append(lambda: bool(kept) and kept.pop() is not None)
+    step(caches, drawn(np.random.default_rng(1), 3, 400))
+    assert not kept and all(c.config.scheme == Scheme(0, 0) for c in caches)
+    budget.others.append(lambda: 900_000)
+    step(caches, drawn(np.random.default_rng(1), 3, 300))
+    assert all(c.config.scheme != Scheme(0, 0) for c in caches)
+    assert budget.nbytes == sum(c.nbytes for c in caches) + 900_000 <= 1_500_000
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+@fast
+def test_rows_of_different_widths_are_brought_to_the_fewest_bits(backend):
+    budget, caches = layers(2**60, n=1)
+    rows = [caches[0], *(copy.copy(caches[0]) for _ in range(2))]
+    rng = np.random.default_rng(0)
+    for row, n in zip(rows, (40, 90, 3)):
+        step([row], drawn(rng, 1, n))
+    rows[1].repack(8, 4)
+    batch = rows[0].merge(rows)
+    assert batch.config.scheme == Scheme(8, 4) and batch.share.budget is budget
+    assert rows[0].config.scheme == Scheme(0, 0) == rows[2].config.scheme  # which stay as they are
+    assert budget.nbytes == sum(c.nbytes for c in (*rows, batch))
+    del rows, row
+    caches.clear()
+    gc.collect()
+    assert budget.nbytes == batch.nbytes
+    row = batch.extract(1)
+    assert row.share.budget is budget and row.config.scheme == Scheme(8, 4) and row.offset == 90
+    with pytest.raises(ValueError, match="different memory budgets"):
+        row.merge([row, TurboKVCache(row.config)])
+
+
+# ---- state machines --------------------------------------------------------------------------------------------------
+class BudgetMachine(RuleBasedStateMachine):
+    """Everything that is done to the caches of a model, in any order, under a budget."""
+
+    @initialize(limit=st.integers(60_000, 700_000), floor=FLOORS, centre=st.booleans(), priced=st.booleans())
+    def start(self, limit, floor, centre, priced):
+        self.rng = np.random.default_rng(0)
+        prices = [[{4: float(e)} for e in self.rng.exponential(size=2)] for _ in range(2)] if priced else None
+        self.config = TurboConfig("turbo0", centre=centre, **SMALL)
+        self.budget, caches = layers(limit, 2, self.config, floor.name, prices)
+        self.sequences = [(caches, None)]
+
+    def tokens(self, batch, n):
+        return [random_tokens(self.rng, n, **SHAPE | dict(batch=batch)) for _ in range(2)]
+
+    @rule(n=st.one_of(st.just(1), st.integers(2, 40), st.integers(100, 300)), data=st.data())
+    def append(self, n, data):
+        at = data.draw(st.integers(0, len(self.sequences) - 1))
+        (caches, held), new = self.sequences[at], self.tokens(1, n)
+        before = [state_of(c) for c in caches]
+        try:
+            step(caches, new)
+        except MemoryBudgetError:
+            assert all(map(same, before, map(state_of, caches)))
+            return
+        new = [[to_numpy(x) for x in layer] for layer in new]
+        if held is not None:
+            new = [[np.concatenate(p, axis=2) for p in zip(old, layer)] for old, layer in zip(held, new)]
+        self.sequences[at] = caches, new
+
+    @rule(n=st.one_of(st.integers(0, 4), st.integers(0, 300)), data=st.data())
+    def trim(self, n, data):
+        at = data.draw(st.integers(0, len(self.sequences) - 1))
+        caches, held = self.sequences[at]
+        for c in caches:
+            c.trim(n)
+        left = caches[0].offset
+        self.sequences[at] = caches, [[x[:, :, :left] for x in layer] for layer in held] if left else None
+
+    @precondition(lambda self: len(self.sequences) < 3)
+    @rule(data=st.data())
+    def go_on_from_a_copy(self, data):
+        caches, held = data.draw(st.sampled_from(self.sequences))
+        if self.budget.nbytes + sum(c.nbytes for c in caches) <= self.budget.limit:  # else the next step makes room
+            self.sequences.append((copy.deepcopy(caches), held))
+
+    @precondition(lambda self: len(self.sequences) > 1)
+    @rule()
+    def drop(self):
+        self.sequences.pop(0)
+        gc.collect()
+
+    @rule(way=st.sampled_from([w for w in WAYS if "copy" not in w]))
+    def save_and_load(self, way):
+        """What comes from a file, a pickle or a state comes under the budget again if it is put there."""
+        caches, held = self.sequences.pop()
+        loaded = [copied(c, way) for c in caches]
+        assert all(c.share is None for c in loaded)
+        assert [c.config.scheme for c in loaded] == [c.config.scheme for c in caches]
+        del caches
+        gc.collect()
+        self.budget.add(enumerate(loaded))
+        self.sequences.append((loaded, held))
+
+    @precondition(lambda self: len(self.sequences) > 1)
+    @rule()
+    def merge_and_extract(self):
+        budget = self.budget
+        batches = [layer[0].merge(layer) for layer in zip(*(caches for caches, _ in self.sequences))]
+        held = [g for _, g in self.sequences]
+        self.sequences = []
+        gc.collect()
+        assert all(b.share.budget is budget for b in batches)
+        self.sequences = [([b.extract(i) for b in batches], g) for i, g in enumerate(held)]
+        del batches
+        gc.collect()
+        self.merged = True
+
+    @invariant()
+    def never_more_than_the_budget(self):
+        alive = [c for caches, _ in self.sequences for c in caches]
+        assert {id(c) for c in self.budget.alive()} == {id(c) for c in alive}
+        total = sum(c.nbytes for c in alive)
+        assert total == self.budget.nbytes <= self.budget.limit
+
+    @invariant()
+    def as_many_tokens_as_came(self):
+        for caches, held in self.sequences:
+            assert [c.offset for c in caches] == [0 if held is None else held[0][0].shape[2]] * 2
+
+    def teardown(self):
+        for caches, held in getattr(self, "sequences", ()):
+            for cache, of_layer in zip(caches, held or ()):
+                assert cache.config.scheme == Scheme(*(s.bits for s in cache._sides))
+                errors_allowed(cache, of_layer)
+
+
+@fast
+def test_anything_may_happen_under_a_budget(backend):
+    run_state_machine_as_test(BudgetMachine, settings=settings(quick, max_examples=6, stateful_step_count=12))
+
+
+def test_the_ladder_begins_exact_and_only_goes_down():
+    assert LADDER[0] == 0 and list(LADDER[1:]) == sorted(set(LADDER[1:]) & set(PACKED_BITS), reverse=True)
+    assert memory_budget._ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"

@@ -1,0 +1,147 @@
+"""Budgets of memory of whole models: made with a prompt cache, shared by what an enabled model makes, priced."""
+
+import gc
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import cache as lm_cache
+from support.caches import FAST_BACKENDS
+from support.models import gemma3, llama, tokens_of
+
+import mlx_turbo
+from mlx_turbo import Scheme, TurboConfig, TurboKVCache, choose_bits, describe, disable, enable, make_prompt_cache
+from mlx_turbo.cache.memory_budget import MemoryBudgetError
+from mlx_turbo.integration import memory
+from mlx_turbo.integration.bit_budget import FEWEST
+from mlx_turbo.integration.prompt_cache import flatten_caches, memory_budget_of
+
+fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
+TOKENS = tokens_of(FEWEST)[0]
+SMALL = dict(sink=2, recent=8, block=8)
+
+
+def read(model, cache, n, chunk=64):
+    for start in range(0, n, chunk):
+        model(mx.full((1, min(chunk, n - start)), 3), cache=cache)
+        mx.eval([c.state for c in cache])
+
+
+@fast
+def test_a_prompt_cache_under_a_budget_is_exact_and_then_packed(backend):
+    model = llama()
+    budget = memory_budget_of(make_prompt_cache(model, TurboConfig(memory="1GB", **SMALL)))
+    whole = budget.nbytes_after(
+        caches := make_prompt_cache(model, TurboConfig(memory="1GB", **SMALL), budget=budget), 700
+    )
+    assert [c.share.budget for c in caches] == [budget] * len(caches)
+    cache = make_prompt_cache(model, TurboConfig(memory=whole // 2, floor="turbo2", **SMALL))
+    logits, plain = (
+        [],
+        model.make_cache() if hasattr(model, "make_cache") else [lm_cache.KVCache() for _ in model.layers],
+    )
+    for each in cache, plain:
+        out = model(TOKENS[None, :100], cache=each)
+        logits.append(out)
+    assert mx.array_equal(*logits) and "exact in layers" in describe(cache)  # to the bit
+    budget = memory_budget_of(cache)
+    read(model, cache, 600)
+    assert all(c.config.scheme != Scheme(0, 0) for c in cache) and budget.nbytes <= whole // 2
+    text = describe(cache)
+    assert f"{budget.nbytes:,} bytes used, floor turbo2, every number priced alike: turbo" in text and "next: " in text
+    with pytest.raises(MemoryBudgetError, match="of them fit"):
+        read(model, cache, 10**6, chunk=10**6)
+
+
+@fast
+def test_all_caches_of_an_enabled_model_share_one_budget(backend):
+    model = llama()
+    enable(model, TurboConfig(memory="1GB", **SMALL))
+    try:
+        one, other = lm_cache.make_prompt_cache(model), lm_cache.make_prompt_cache(model)
+        budget = memory_budget_of(one)
+        assert memory_budget_of(other) is budget
+        read(model, one, 300)
+        read(model, other, 300)
+        assert budget.nbytes == sum(c.nbytes for c in (*one, *other))
+        del other
+        gc.collect()
+        assert budget.nbytes == sum(c.nbytes for c in one)
+    finally:
+        disable(model)
+    assert memory_budget_of(make_prompt_cache(model, "memory:1GB")) is not budget
+
+
+@fast
+def test_windows_and_exact_layers_beside_a_budget(backend):
+    """Short windows stay mlx-lm's, and do not count; the shapes of all others are known before the first token."""
+    model = gemma3()
+    cache = make_prompt_cache(model, TurboConfig(memory="1GB", **SMALL))
+    budget, ours = memory_budget_of(cache), [c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)]
+    assert ours and all(c.share.shape is not None and c.share.shape.n_heads > 0 for c in ours)
+    assert 1000 < budget.tokens_that_fit(ours) < 10**9
+    read(model, cache, 200)
+    assert budget.nbytes == sum(c.nbytes for c in ours)
+
+
+@fast
+def test_prices_come_from_the_model_and_the_dearest_part_is_packed_last(backend):
+    model = llama(num_hidden_layers=3)
+    for i, layer in enumerate(model.layers):
+        layer.self_attn.o_proj.weight *= 8.0 if i == 1 else 1 / 8
+    mx.eval(model.parameters())
+    asked = TurboConfig(memory="1GB", **SMALL)
+    config = choose_bits(model, TOKENS, asked)
+    assert config.memory == 10**9 and len(config.prices) == 3
+    nats = [dict(side)[3] for layer in config.prices for side in layer]
+    assert min(nats[2:4]) > max(nats[:2] + nats[4:])
+    whole = memory_budget_of(make_prompt_cache(model, config)).nbytes_after(make_prompt_cache(model, config), 600)
+    whole = memory_budget_of(cache := make_prompt_cache(model, config)).nbytes_after(cache, 600)
+    cache = make_prompt_cache(
+        model, TurboConfig(memory=int(whole / 2.5), prices=config.prices, floor="turbo2", **SMALL)
+    )
+    read(model, cache, 590)
+    bits = [sum(b or 16 for b in (c.config.scheme.key_bits, c.config.scheme.value_bits)) for c in cache]
+    assert bits[1] > max(bits[0], bits[2]) and "priced by KL divergence" in describe(cache)
+
+
+def test_auto_is_what_the_machine_has_beside_the_model(monkeypatch):
+    model = llama()
+    weights = sum(p.nbytes for _, p in mlx_turbo.integration.memory.tree_flatten(model.parameters()))
+    for what, share in (("the working set that Metal recommends on this Mac", 0.9), ("all of it, no GPU", 0.45)):
+        monkeypatch.setattr(memory, "machine_memory", lambda what=what: (10**9, what))
+        assert abs(memory.budget_of(model, TurboConfig("memory:auto")).limit - (share * 10**9 - weights)) <= 2
+    monkeypatch.setattr(memory, "machine_memory", lambda: (weights, "all memory of this test"))
+    with pytest.raises(ValueError, match="memory: got 'auto', but of .* the model takes"):
+        make_prompt_cache(model, "memory:auto")
+
+
+def test_a_budget_of_memory_is_a_configuration_of_a_model():
+    config = TurboConfig("memory:6GB", sink=2)
+    assert (config.name, config.memory, config.floor, config.of_all_layers) == (
+        "memory:6GB",
+        6 * 10**9,
+        Scheme(3, 3),
+        True,
+    )
+    assert TurboConfig(memory="6 GB", sink=2) == config == TurboConfig(memory=6 * 10**9, sink=2)
+    assert config.for_layer(1, 2) == TurboConfig("turbo0", sink=2)
+    assert TurboConfig(memory="512MiB").name == "memory:536870912B"
+    priced = TurboConfig(memory=1, prices=[[{3: 0.5, 4: 1}, {}]])
+    assert priced.prices == ((((3, 0.5), (4, 1.0)), ()),) and hash(priced) == hash(
+        TurboConfig(memory=1, prices=priced.prices)
+    )
+    for options, message in (
+        (dict(scheme="memory:x"), "scheme: got 'memory:x', allowed are memory:SIZE with a size such as 6GB"),
+        (dict(memory=0), "memory: got 0, allowed are bytes or a size such as 6GB"),
+        (dict(memory=True), "memory: got True"),
+        (dict(memory=1, scheme="turbo3"), "memory: says how many bits every layer gets"),
+        (dict(memory=1, budget=4), "memory: .* leave budget out"),
+        (dict(floor="turbo4"), "floor: goes with memory"),
+        (dict(memory=1, floor="turbo7"), "floor: got 'turbo7', allowed are turboN and turboKvV"),
+        (dict(memory=1, prices=[[{7: 1}, {}]]), "prices: expected of each layer"),
+        (dict(memory=1, prices=[[{4: 1}]]), "prices: expected of each layer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TurboConfig(**options)
+    with pytest.raises(ValueError, match="whole model"):
+        TurboKVCache("memory:6GB")
