@@ -542,7 +542,7 @@ class MemoryBudget:
             before = f"{step['from']} bits" if step["from"] else "exact"
             text += f"; next: {step['side']} of layer {step['layer']} from {before} to {step['to']} bits"
         elif named:
-            text += "; nothing is left to pack"
+            text += "; no step would save anything now"
         return text
 
 

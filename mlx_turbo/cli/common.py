@@ -118,6 +118,8 @@ def kv_config(scheme: str, args: argparse.Namespace) -> TurboConfig | None:
         )
     except ValueError as e:
         name, _, rest = str(e).partition(":")
+        if name == "scheme" and scheme == MEMORY + (getattr(args, "kv_memory", None) or ""):
+            raise CliError(f"--kv-memory:{rest}") from e
         none = "; or 'none' for mlx-lm's own cache" if name == "scheme" else ""
         raise CliError(f"{FLAGS[name]}:{rest}{none}") from e
     return None if scheme == "none" else config

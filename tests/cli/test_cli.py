@@ -476,7 +476,7 @@ def test_a_prompt_cache_file_goes_on_under_a_budget(run, priced, prompt_cache_fi
     "argv, message",
     [
         (("--kv", "turbo4", "--kv-memory", "1GB"), "--kv-memory: the same as --kv memory:SIZE"),
-        (("--kv-memory", "many"), "--kv: got 'memory:many', allowed are memory:SIZE with a size such as 6GB"),
+        (("--kv-memory", "many"), "--kv-memory: got 'memory:many', allowed are memory:SIZE with a size such as 6GB"),
         (("--kv-floor", "turbo4"), "--kv-floor: goes with memory"),
         (("--kv-memory", "1GB", "--kv-floor", "turbo9"), "--kv-floor: got 'turbo9', allowed are turboN and turboKvV"),
         (("--kv-memory", "1GB", "--draft-model", str(DEMO_MODEL)), "--draft-model: goes without a budget of memory"),
