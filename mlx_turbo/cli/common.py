@@ -118,7 +118,7 @@ def kv_config(scheme: str, args: argparse.Namespace) -> TurboConfig | None:
         )
     except ValueError as e:
         name, _, rest = str(e).partition(":")
-        if name == "scheme" and scheme == MEMORY + (getattr(args, "kv_memory", None) or ""):
+        if name == "scheme" and getattr(args, "kv_memory", None) and scheme == MEMORY + args.kv_memory:
             raise CliError(f"--kv-memory:{rest}") from e
         none = "; or 'none' for mlx-lm's own cache" if name == "scheme" else ""
         raise CliError(f"{FLAGS[name]}:{rest}{none}") from e

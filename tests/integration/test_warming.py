@@ -346,6 +346,7 @@ def test_the_server_builds_what_its_answers_need(recorder, tokenizer, monkeypatc
     for draft in None, str(DEMO_MODEL) + "/.":
         args = argparse.Namespace(
             kv="auto",
+            kv_memory=None,
             kv_sink=None,
             kv_recent=None,
             model=str(DEMO_MODEL),
