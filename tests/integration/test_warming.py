@@ -347,6 +347,7 @@ def test_the_server_builds_what_its_answers_need(recorder, tokenizer, monkeypatc
         args = argparse.Namespace(
             kv="auto",
             kv_memory=None,
+            budgets={},
             kv_sink=None,
             kv_recent=None,
             model=str(DEMO_MODEL),
