@@ -796,8 +796,13 @@ def test_all_requests_share_a_budget_of_memory_and_one_that_does_not_fit_fails_a
             assert answer["usage"]["completion_tokens"] == 6 or answer["choices"][0]["finish_reason"] == "stop"
         else:
             assert "MemoryBudgetError: memory: " in answer["error"] and "budget is 3,000,000 (3MB)" in answer["error"]
-    held = server.get("/kv-cache")[1]["memory"]
-    assert 0 < held["nbytes"] <= held["limit"] == 3_000_000 and held["priced_by"] == "KL divergence"
+    for _ in range(50):  # a cache that leaves its batch is counted twice, or not yet, for a moment
+        held = server.get("/kv-cache")[1]["memory"]
+        if 0 < held["nbytes"] <= held["limit"]:
+            break
+        time.sleep(0.1)
+    assert 0 < held["nbytes"] <= held["limit"] == 3_000_000, (held, statuses)
+    assert held["priced_by"] == "KL divergence"
     assert set(held["layers"]) == set("0123") and "budget of 3MB" in held["text"]
     assert ask(20)[0] == 200  # what earlier requests left is dropped for it
     assert server.stop() == 0 and "prompt caches: budget of 3MB" in server.log
