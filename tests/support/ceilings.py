@@ -69,7 +69,7 @@ def registers_allowed(kernel):
     """Of a collector.Kernel."""
     t = kernel.template
     if kernel.variant in ("quantize", "requantize") and max(t.get("D", 0), t.get("D0", 0), t.get("D1", 0)) > 512:
-        return 104  # a lane has 32 dims
+        return 120  # a lane has 32 dims: measured 116, without spills
     return 128 if few_sums(kernel) else REGISTERS[kernel.variant]
 
 

@@ -45,8 +45,9 @@ def drawn_bits(data, scheme):
 class CacheMachine(RuleBasedStateMachine):
     """Everything mlx-lm does to a cache, in any order."""
 
-    @initialize(config=CONFIGS, shape=SHAPES)
-    def start(self, config, shape):
+    @initialize(config=CONFIGS, shape=SHAPES, one=st.sampled_from([True, True, False]))
+    def start(self, config, shape, one):
+        shape = {**shape, "batch": 1} if one else shape  # which caches that are merged have
         self.model, self.shape, self.rng = ListModel(TurboKVCache(config)), shape, np.random.default_rng(0)
         self.model.cache.repackable = True
         self.others = []  # (cache, its snapshot): copies must never notice what happens to the original
