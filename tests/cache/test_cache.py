@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 from mlx_lm.models.cache import KVCache
-from support.arrays import to_numpy
+from support.arrays import peak, to_numpy
 from support.caches import (
     DTYPES,
     FAST_BACKENDS,
@@ -450,16 +450,6 @@ def test_report_says_what_the_cache_holds(backend):
 
 
 # ---- memory --------------------------------------------------------------------------------------------------
-def peak(step):
-    """Bytes allocated at most during step(), beyond what was there before."""
-    mx.synchronize()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    step()
-    mx.synchronize()
-    return max(mx.get_peak_memory() - before, 0)  # the peak restarts from 0
-
-
 @fast
 @pytest.mark.parametrize("scheme, want", [("turbo4", 4.125), ("turbo3", 3.125), ("turbo2", 2.125), ("turbo6v5", 5.625)])
 def test_bits_per_value_of_32k_tokens(backend, scheme, want):

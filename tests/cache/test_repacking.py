@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models import cache as lm_cache
-from support.arrays import to_numpy
+from support.arrays import peak, to_numpy
 from support.caches import FAST_BACKENDS, WAYS, copied, queries_of, random_tokens, same, snapshot, stored
 from support.rows import state_of
 from support.strategies import quick
@@ -425,16 +425,6 @@ def test_only_the_old_and_the_new_tokens_of_one_side_are_held_at_a_time(backend,
             used = peak(functools.partial(cache.repack, **{name: now}))
             new = sum(lengths) * per_token // 2 * (now / 8 + 2 / 64) * 1.04  # room to grow by steps
             assert used < new + slack, (kind, had, now, used, new)
-
-
-def peak(step):
-    """Bytes allocated at most during step(), beyond what was there before."""
-    mx.synchronize()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    step()
-    mx.synchronize()
-    return max(mx.get_peak_memory() - before, 0)
 
 
 # ---- what it costs -----------------------------------------------------------------------------------------------
