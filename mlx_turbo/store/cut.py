@@ -15,9 +15,7 @@ import hashlib
 import importlib
 import inspect
 import json
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -31,10 +29,9 @@ from ..cache.single import TurboKVCache
 from ..integration.libraries import is_cache
 from ..integration.prompt_cache import flatten_caches
 from ..quant.scheme import words_per_row
-from .raw import DTYPES, NAMES, from_raw, from_tree, join, row_hashes, split, to_raw, to_tree, unsigned
+from .raw import DTYPES, NAMES, from_tree, join, row_hashes, split, to_raw, to_tree, unwritten
 
 BLOCK = SEGMENT  # tokens
-AHEAD = 2  # layers whose rows are copied together before MLX takes them
 ALL = 1 << 60  # packed tokens of a layer, as far as a block is concerned
 _PARTS = "sink", "codes", "scale", "means", "recent"
 _COUNTS = "n_sink", "n_packed", "n_recent"
@@ -280,92 +277,110 @@ def root_payload(contents: Contents) -> bytes:
 
 
 # ---- a prompt cache of pieces ----------------------------------------------------------------------------------------
-class Reader:
-    """Takes the rows of one piece, in the order in which they were written."""
+class Assembly:
+    """A prompt cache that is made of pieces: of a root, of n_blocks blocks from the first one on, and of an end after
+    the last of them, or None: then the cache has no recent tokens.
 
-    def __init__(self, data: np.ndarray, at: int = 0) -> None:
-        self.data, self.at = data, at
+    What the caches will hold is allocated first. `put` copies the rows of a block to their places in it: the only copy
+    on their way from where they were read to MLX. All pieces are uint8.
 
-    def take(self, n_heads: int, count: int, width: int, dtype: mx.Dtype) -> np.ndarray:
-        """[n_heads, count, width] unsigned numbers. Raises ValueError if there are not as many."""
-        n = n_heads * count * width * dtype.size
-        if self.at + n > len(self.data):
-            raise ValueError(f"a piece of {len(self.data)} bytes, expected more")
-        piece = self.data[self.at : self.at + n].view(unsigned(dtype)).reshape(n_heads, count, width)
-        self.at += n
-        return piece
-
-
-def assemble(root: np.ndarray, blocks: Sequence[np.ndarray], end: np.ndarray | None) -> list[Any]:
-    """A prompt cache of uint8 pieces: a root, the blocks from the first one on, and an end after the last of them, or
-    None: then the cache has no recent tokens.
-
-    Raises ValueError if they do not fit together, and LookupError for a class that is not found.
+    Raises ValueError if root and end do not fit together.
     """
-    spec, fixed, _ = split(root)
-    pieces = [(*edges_of(spec, k), Reader(data)) for k, data in enumerate(blocks)]
-    n = pieces[-1][1] if pieces else 0
-    meta, own, at = ({}, [], 0) if end is None else split(end)
-    if end is None and not (spec["cut"] and blocks):
-        raise ValueError("an end is missing")
-    if end is not None:
-        pieces.append((n, meta["n"], Reader(end, at)))
-    n, in_blocks = meta.get("n", n), n
-    packed = [in_blocks - slot.get("sink", 0) if end is None else meta["n_packed"][i] for i, slot in _slots(spec)]
-    gathered, caches = _gather(spec, pieces, end is not None, packed), []
-    for i, slot in enumerate(spec["slots"]):
-        kind = _class_of(slot["class"])
-        if slot["kind"] == "empty":
-            at, count = slot["at"]
-            caches.append(_of_state(kind, *from_tree(slot["state"], fixed[at : at + count])))
-        elif slot["kind"] == "whole":
-            tree, at, count = meta["whole"][str(i)]
-            caches.append(_of_state(kind, *from_tree(tree, own[at : at + count])))
-        else:
-            arrays, n_packed = next(gathered)
-            if slot["kind"] == "plain":
-                cache = kind()
-                cache.update_and_fetch(arrays["keys"], arrays["values"])
-                caches.append(cache)
-            else:
-                at, count = slot["at"]
-                caches.append(_turbo(kind, slot, arrays, fixed[at : at + count], n, n_packed))
-    for number, (tree, at, count) in meta.get("observed", {}).items():
-        caches[int(number)].observed = from_tree(tree, own[at : at + count])
-    if any(reader.at != len(reader.data) for _, _, reader in pieces):
-        raise ValueError("a piece has more bytes than expected")
-    return _build(spec["tree"], caches)
 
-
-def _gather(spec, pieces, has_end, packed) -> Iterator[tuple[dict[str, mx.array], int]]:
-    """({name: array [1, H, n, D]}, packed tokens) of each layer that was cut; arrays of no rows are left out (of a
-    KVCache: not). packed: the packed tokens of these layers.
-
-    Threads copy the rows of the next layers together while MLX takes those of this one.
-    """
-    with ThreadPoolExecutor(AHEAD) as pool:
-        ahead: deque[tuple[dict[str, tuple[Future[np.ndarray], mx.Dtype]], int]] = deque()
-        for (_, slot), n_packed in zip(_slots(spec), packed):
-            rows = {}
+    def __init__(self, root: np.ndarray, n_blocks: int, end: np.ndarray | None) -> None:
+        self._spec, self._fixed, _ = split(root)
+        self._meta, self._own, at = ({}, [], 0) if end is None else split(end)
+        if end is None and not (self._spec["cut"] and n_blocks):
+            raise ValueError("an end is missing")
+        edges = [edges_of(self._spec, k) for k in range(n_blocks)]
+        n = edges[-1][1] if edges else 0
+        self._n, self._missing = self._meta.get("n", n), set(range(n_blocks))
+        self._layers: list[tuple[int, dict[str, _Rows]]] = []
+        found: dict[Any, list[tuple[int, int]]] = {}  # the layers of a model have the same rows
+        for i, slot in _slots(self._spec):
+            n_packed = n - slot.get("sink", 0) if end is None else self._meta["n_packed"][i]
+            layer = {}
             for name, (n_heads, width, dtype_name) in slot["arrays"].items():
-                dtype, spans = DTYPES[dtype_name], []
-                for k, (first, last, reader) in enumerate(pieces):
-                    is_end = has_end and k == len(pieces) - 1
-                    count = _rows(name, slot, first, last, n_packed if is_end else ALL)[1]
-                    if count:
-                        spans.append(reader.take(n_heads, count, width, dtype))
-                if spans or slot["kind"] == "plain":
-                    spans = spans or [np.empty((n_heads, 0, width), unsigned(dtype))]
-                    rows[name] = pool.submit(np.concatenate, spans, 1), dtype
-            ahead.append((rows, n_packed))
-            if len(ahead) > AHEAD:
-                yield _to_mlx(*ahead.popleft())
-        while ahead:
-            yield _to_mlx(*ahead.popleft())
+                same = name.partition(".")[2], slot.get("sink"), n_packed
+                if same not in found:
+                    found[same] = [_rows(name, slot, *e, ALL) for e in edges]
+                    found[same] += [] if end is None else [_rows(name, slot, n, self._n, n_packed)]
+                layer[name] = _Rows(n_heads, width, DTYPES[dtype_name], found[same])
+            self._layers.append((n_packed, layer))
+        self._rows = [rows for _, layer in self._layers for rows in layer.values() if rows.n]
+        if end is not None:
+            self._copy(n_blocks, end, at)
+
+    def put(self, block: int, data: np.ndarray) -> None:
+        """Take the rows of a block, each of which is put once. May be called from several threads. Raises ValueError
+        for another number of bytes than it has."""
+        self._copy(block, data, 0)
+        self._missing.remove(block)
+
+    def _copy(self, piece, data, at):
+        for rows in self._rows:
+            at = rows.copy(piece, data, at)
+        if at != len(data):
+            raise ValueError(f"a piece of {len(data)} bytes, expected {at}")
+
+    def caches(self) -> list[Any]:
+        """The prompt cache; all blocks have been put. Raises ValueError if the pieces do not fit together, and
+        LookupError for a class that is not found."""
+        if self._missing:
+            raise ValueError(f"blocks {sorted(self._missing)} are missing")
+        caches, layers = [], iter(self._layers)
+        for i, slot in enumerate(self._spec["slots"]):
+            kind = _class_of(slot["class"])
+            if slot["kind"] == "empty":
+                at, count = slot["at"]
+                caches.append(_of_state(kind, *from_tree(slot["state"], self._fixed[at : at + count])))
+            elif slot["kind"] == "whole":
+                tree, at, count = self._meta["whole"][str(i)]
+                caches.append(_of_state(kind, *from_tree(tree, self._own[at : at + count])))
+            else:
+                n_packed, layer = next(layers)
+                arrays = {name: rows.array() for name, rows in layer.items() if rows.n or slot["kind"] == "plain"}
+                if slot["kind"] == "plain":
+                    cache = kind()
+                    cache.update_and_fetch(arrays["keys"], arrays["values"])
+                    caches.append(cache)
+                else:
+                    at, count = slot["at"]
+                    caches.append(_turbo(kind, slot, arrays, self._fixed[at : at + count], self._n, n_packed))
+        for number, (tree, at, count) in self._meta.get("observed", {}).items():
+            caches[int(number)].observed = from_tree(tree, self._own[at : at + count])
+        return _build(self._spec["tree"], caches)
 
 
-def _to_mlx(rows, n_packed):
-    return {name: from_raw(future.result()[None], dtype) for name, (future, dtype) in rows.items()}, n_packed
+class _Rows:
+    """The rows of an array [1, n_heads, n, width], which lie in pieces. spans: of each piece the first row and their
+    number. Raises ValueError unless they follow each other."""
+
+    def __init__(self, n_heads: int, width: int, dtype: mx.Dtype, spans: Sequence[tuple[int, int]]) -> None:
+        self.n = 0
+        for at, count in spans:
+            if count and at != self.n:
+                raise ValueError(f"rows from {at} on follow {self.n} others")
+            self.n += count
+        self.shape, self.dtype, self.spans = (1, n_heads, self.n, width), dtype, spans
+        if self.n:
+            self.row, self.nbytes = width * dtype.size, n_heads * width * dtype.size  # of a head, of all
+            self.memory, view = unwritten(self.n * self.nbytes)
+            self.view = view.reshape(n_heads, -1)
+
+    def copy(self, piece: int, data: np.ndarray, at: int) -> int:
+        """Take the rows of a piece, which begin at byte `at` of its data; the byte after them."""
+        first, count = self.spans[piece]
+        end = at + count * self.nbytes
+        if end > len(data):
+            raise ValueError(f"a piece of {len(data)} bytes, expected more")
+        if count:
+            self.view[:, first * self.row : (first + count) * self.row] = data[at:end].reshape(len(self.view), -1)
+        return end
+
+    def array(self) -> mx.array:
+        """The array, all of whose rows were copied."""
+        return self.memory.view(self.dtype).reshape(self.shape) if self.n else mx.zeros(self.shape, self.dtype)
 
 
 def _turbo(kind, slot, arrays, fixed, n, n_packed):

@@ -5,12 +5,12 @@
 A piece has a CRC-32 of its id and its bytes: bytes of another piece do not pass for it.
 """
 
+import contextlib
 import json
-import mmap
 import os
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,19 +134,30 @@ def read_records(path: Path) -> list[Record]:
     return [Record(*fields)._replace(file=path.name) for fields in json.loads(text)]
 
 
-def map_file(path: Path) -> np.ndarray:
-    """The bytes of a file, read as they are needed. Raises OSError."""
-    with open(path, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return np.zeros(0, np.uint8)
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    mapped.madvise(mmap.MADV_WILLNEED)
-    return np.frombuffer(mapped, np.uint8)
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A file that is read. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
-def piece_of(data: np.ndarray, record: Record) -> np.ndarray:
-    """A piece in the bytes of its file. Raises DamagedError unless its checksum is right."""
-    piece = data[record.offset : record.offset + record.length] if record.offset >= 0 else data[:0]
-    if len(piece) != record.length or checksum(record.id, piece) != record.crc:
-        raise DamagedError(f"{record.file}: a {record.kind} of {record.n} tokens is damaged")
+def read_piece(fd: int, record: Record, room: np.ndarray | None = None) -> np.ndarray:
+    """The bytes of a piece, uint8 [record.length], from its open file. They take the place of what is at the beginning
+    of uint8 `room`, if it is long enough, so that no new memory is needed for each piece.
+
+    Raises DamagedError unless they are there and their checksum is right, and OSError.
+    """
+    damaged = DamagedError(f"{record.file}: a {record.kind} of {record.n} tokens is damaged")
+    if not 0 <= record.offset <= record.offset + record.length <= os.fstat(fd).st_size:
+        raise damaged
+    if room is None or len(room) < record.length:
+        room = np.empty(record.length, np.uint8)
+    piece, n = room[: record.length], 0
+    while n < record.length and (got := os.preadv(fd, [piece.data[n:]], record.offset + n)):
+        n += got
+    if n < record.length or checksum(record.id, piece) != record.crc:
+        raise damaged
     return piece

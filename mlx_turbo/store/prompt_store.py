@@ -4,6 +4,7 @@ import collections
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -303,8 +304,7 @@ class PromptStore:
             return
         if data is None or len(data) > self.max_memory_bytes:
             return
-        own = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.array(data)  # not a piece of a file
-        self._memory[record.id] = record, own
+        self._memory[record.id] = record, np.frombuffer(data, np.uint8)
         self._memory_bytes += len(data)
         self._ids_of_hash.setdefault(record.hash, set()).add(record.id)
         self._ids_of_parent.setdefault(record.parent, set()).add(record.id)
@@ -372,8 +372,8 @@ class PromptStore:
             else:
                 return None, 0
 
-    def _candidates(self, of: str, tokens: np.ndarray, layout: str | None) -> list[tuple[int, list[Record]]]:
-        """[(n, records from the root on)] of what can be made of the pieces that are known, the longest first."""
+    def _candidates(self, of: str, tokens: np.ndarray, layout: str | None) -> Iterator[tuple[int, list[Record]]]:
+        """(n, records from the root on) of what can be made of the pieces that are known, the longest first."""
         n_max = len(tokens) - 1
         hashes: dict[str, tuple[int, int]] = {}  # {hash: (tokens up to there, first)}
         roots = {r.id: r for r in self._from_index(self._index.roots, of)}
@@ -395,13 +395,11 @@ class PromptStore:
                 if record.hash == identity.end_hash(self._key, before.hash, rest) and self._genuine(record):
                     found.append((record.n, record))
         found += [(hashes[r.hash][0], r) for r in nodes.values() if r.kind == "block"]
-        out = []
         for n, record in sorted(found, key=lambda f: (min(f[0], n_max), f[1].kind == "end", f[0]), reverse=True):
             if layout in (None, record.layout):
                 chain = self._walk(record, nodes)
                 if chain is not None:
-                    out.append((n, chain))
-        return out
+                    yield n, chain
 
     def _walk(self, record: Record, nodes: dict[str, Record]) -> list[Record] | None:
         """The records from the root on to this one; None if one is missing, or if they go in a circle, as damaged ones
@@ -415,7 +413,7 @@ class PromptStore:
 
     def _spec(self, root: Record) -> dict[str, Any]:
         try:
-            return cut.split(self._payload(root, {}))[0]
+            return cut.split(self._payload(root))[0]
         except ValueError as e:
             raise _Lost(root, str(e)) from e
 
@@ -428,36 +426,64 @@ class PromptStore:
 
     def _load(self, chain: Sequence[Record]) -> list[Any]:
         """The prompt cache that records make, root first."""
-        maps: dict[str, np.ndarray] = {}
-        with ThreadPoolExecutor(READERS) as pool:  # files are read, and checksums computed, without Python's lock
-            data = dict(zip((r.id for r in chain), pool.map(lambda record: self._payload(record, maps), chain)))
-        blocks = [data[record.id] for record in chain if record.kind == "block"]
-        end = data[chain[-1].id] if chain[-1].kind == "end" else None
+        blocks = [record for record in chain if record.kind == "block"]
+        data = {record.id: self._payload(record) for record in (chain[0], chain[-1]) if record.kind != "block"}
+        ends = itertools.accumulate(record.length for record in chain)
+        kept = {record.id for record, end in zip(chain, ends) if end <= self.max_memory_bytes}
         try:
-            caches = cut.assemble(data[chain[0].id], blocks, end)
+            assembly = cut.Assembly(data[chain[0].id], len(blocks), data.get(chain[-1].id))
+            data |= self._put_blocks(blocks, assembly, kept)
+            caches = assembly.caches()
         except (ValueError, KeyError, IndexError, TypeError) as e:
             raise _Lost(chain[-1], f"its pieces do not fit together: {e}") from e
         for record in reversed(chain):
-            self._remember(record, data[record.id])
+            self._remember(record, data.get(record.id) if record.id in kept else None)
         with contextlib.suppress(sqlite3.Error):
             self._touch([record.id for record in chain])
         return caches
 
-    def _payload(self, record: Record, maps: dict[str, np.ndarray]) -> np.ndarray:
-        """The bytes of a piece. maps: the files that are open already, by name."""
-        if record.id in self._memory:
-            return self._memory[record.id][1]
-        if not record.file:
-            raise _Lost(record, "it was only in memory, and is not any more")
-        try:
-            if record.file not in maps:
-                maps[record.file] = files.map_file(self.folder / record.file)
-            return files.piece_of(maps[record.file], record)
-        except (OSError, ValueError) as e:
-            gone = isinstance(e, FileNotFoundError) and all(
-                r.file != record.file for r in self._from_index(self._index.of_ids, [record.id])
-            )
-            raise (_Evicted if gone else _Lost)(record, str(e)) from e
+    def _put_blocks(self, blocks: Sequence[Record], assembly: cut.Assembly, kept: set[str]) -> dict[str, np.ndarray]:
+        """Put blocks into an assembly. Returns {id: bytes} of those in `kept`."""
+
+        def put(run: list[tuple[int, Record]]) -> dict[str, np.ndarray]:
+            found = {}
+            for data, (k, record) in zip(self._read([record for _, record in run], kept), run):
+                assembly.put(k, data)
+                if record.id in kept:
+                    found[record.id] = data
+            return found
+
+        runs = [list(run) for _, run in itertools.groupby(enumerate(blocks), key=lambda block: block[1].file)]
+        with ThreadPoolExecutor(READERS) as pool:  # reading, checksums and copies do not need Python's lock
+            return {id: data for found in pool.map(put, runs) for id, data in found.items()}
+
+    def _payload(self, record: Record) -> np.ndarray:
+        """The bytes of a piece."""
+        (data,) = self._read([record], {record.id})
+        return data
+
+    def _read(self, records: Sequence[Record], kept: Collection[str]) -> Iterator[np.ndarray]:
+        """The bytes of pieces that lie in one file, or are in memory. Those of a piece that is not in `kept` are gone
+        when the next one is asked for."""
+        file = room = None
+        with contextlib.ExitStack() as opened:
+            for record in records:
+                if record.id in self._memory:
+                    yield self._memory[record.id][1]
+                    continue
+                if not record.file:
+                    raise _Lost(record, "it was only in memory, and is not any more")
+                try:
+                    if file is None:
+                        file = opened.enter_context(files.opened(self.folder / record.file))
+                    data = files.read_piece(file, record, room)
+                except (OSError, ValueError) as e:
+                    gone = isinstance(e, FileNotFoundError) and all(
+                        r.file != record.file for r in self._from_index(self._index.of_ids, [record.id])
+                    )
+                    raise (_Evicted if gone else _Lost)(record, str(e)) from e
+                yield data
+                room = None if record.id in kept else data
 
     def _known(self, of_index: Any, of_memory: dict[str, set[str]], keys: Iterable[str]) -> list[Record]:
         keys = list(keys)
@@ -564,12 +590,13 @@ class PromptStore:
         what was, one message each."""
         with self._lock:
             self._check_open()
-            wrong = self._index.reconcile()
+            wrong, room = self._index.reconcile(), None
             self._damaged.extend(wrong)
             for record in sorted(self._index.all(), key=_depth):
                 why = None if self._id_of(record) == record.id else f"{record.file}: its record is damaged"
                 try:
-                    files.piece_of(files.map_file(self.folder / record.file), record)
+                    with files.opened(self.folder / record.file) as file:
+                        room = files.read_piece(file, record, room)
                 except (OSError, ValueError) as e:
                     why = str(e)
                 if record.kind != "root" and not self._index.of_ids([record.parent]):

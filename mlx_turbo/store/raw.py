@@ -1,6 +1,7 @@
 """MLX arrays as bytes and back: NumPy has no bfloat16, so the bits travel as unsigned numbers."""
 
 import functools
+import io
 import json
 import math
 from typing import Any
@@ -35,9 +36,29 @@ def from_raw(raw: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return mx.array(raw.reshape(-1)).view(dtype).reshape(raw.shape)
 
 
-def unsigned(dtype: mx.Dtype) -> Any:
-    """NumPy's type for the bits of a number."""
-    return _NUMPY[dtype.size]
+def unwritten(nbytes: int) -> tuple[mx.array, np.ndarray]:
+    """(an array of uint8 [nbytes], nbytes > 0, that says whatever was in its memory; that memory, to be written into as
+    long as nothing else holds the array).
+
+    MLX allocates memory for its arrays itself, and to make one it writes all of it, but for one that it reads from a
+    file: this one's file writes nothing.
+    """
+    array: Any = mx.load(_Untouched(nbytes), format="npy")
+    return array, np.array(array, copy=False)
+
+
+class _Untouched(io.BytesIO):
+    """A .npy file of which only the header is there."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        header = {"descr": "|u1", "fortran_order": False, "shape": (nbytes,)}
+        np.lib.format.write_array_header_1_0(self, header)
+        self.seek(0)
+
+    def readinto(self, into: Any) -> int:
+        super().readinto(into)
+        return len(into)
 
 
 def row_hashes(array: mx.array) -> np.ndarray:
@@ -84,7 +105,7 @@ def split(data: np.ndarray) -> tuple[dict[str, Any], list[mx.array], int]:
         arrays = []
         for shape, name in described["arrays"]:
             dtype, n = DTYPES[name], math.prod(shape)
-            raw = np.frombuffer(data[at : at + n * dtype.size].tobytes(), unsigned(dtype), n)
+            raw = np.frombuffer(data[at : at + n * dtype.size].tobytes(), _NUMPY[dtype.size], n)
             arrays.append(from_raw(raw.reshape(shape), dtype))
             at += n * dtype.size
         return described["meta"], arrays, at

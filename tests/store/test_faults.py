@@ -155,6 +155,51 @@ def exchange(whole, tmp_path_factory, fields, a, b):
     check(folder, whole[1])
 
 
+@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("place", ["-64, length", "offset, -1", "offset, 1 << 60", "1 << 60, length", "0, 0"])
+def test_a_place_that_is_not_in_the_file_is_damage(backend, whole, tmp_path, which, place):
+    folder = tmp_path / "store"
+    shutil.copytree(whole[0], folder)
+    db = sqlite3.connect(folder / "index.db")
+    ids = [id for (id,) in db.execute("SELECT id FROM records ORDER BY n")]
+    db.execute(f"UPDATE records SET (offset, length) = ({place}) WHERE id = ?", [ids[which]])
+    db.commit()
+    db.close()
+    assert check(folder, whole[1]) < N
+
+
+@pytest.mark.parametrize("until", [0.0, 0.3, 0.9])
+def test_a_file_that_is_cut_while_it_is_read_is_damage(backend, whole, tmp_path, monkeypatch, until):
+    """Memory-mapped, it would end the process."""
+    folder, preadv, cut = tmp_path / "store", os.preadv, []
+    shutil.copytree(whole[0], folder)
+    path = max(folder.glob("*" + files.SUFFIX), key=lambda p: p.stat().st_size)
+
+    def cut_first(fd, rooms, offset):
+        if len(rooms[0]) > 10_000 and not cut:
+            cut.append(path.name)
+            os.truncate(path, int(until * path.stat().st_size))
+        return preadv(fd, rooms, offset)
+
+    monkeypatch.setattr(os, "preadv", cut_first)
+    with PromptStore(folder) as store:
+        got, n = store.fetch(tiny_model(), [*tokens_of(N), 1])
+        assert n < N and (not n or bits(got) == whole[1][n])
+        assert cut and path.name in store.report()["damaged"][0]
+        store.verify()  # finds a root that was read before
+    assert check(folder, whole[1]) == n
+
+
+def test_bytes_of_an_earlier_reading_do_not_pass_for_what_is_not_there_any_more(backend, whole, monkeypatch):
+    (path, *_) = whole[0].glob("*" + files.SUFFIX)
+    (record, *_) = files.read_records(path)
+    with files.opened(path) as file:
+        piece = files.read_piece(file, record)
+        monkeypatch.setattr(os, "preadv", lambda *args: 0)
+        with pytest.raises(files.DamagedError):
+            files.read_piece(file, record, piece)
+
+
 def test_a_store_is_right_at_every_moment_of_writing(backend, whole, tmp_path, monkeypatch):
     """Copies of the folder in the middle of each write are what a kill at that moment would leave."""
     folder, write, n = tmp_path / "store", files.write_all, itertools.count()

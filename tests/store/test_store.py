@@ -1,12 +1,13 @@
 """PromptStore: what is fetched is what was put, bit for bit, or what `trim` makes of it; blocks are shared."""
 
 import copy
+import os
 import stat
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.caches import FAST_BACKENDS
 from support.stored import KINDS, WHOLE, bits, feed, made, tiny_model, tokens_of, trimmed
@@ -18,6 +19,7 @@ from mlx_turbo.integration.prompt_cache import flatten_caches
 from mlx_turbo.quant.scheme import BITS, Scheme
 from mlx_turbo.store import cut, files
 from mlx_turbo.store.files import SUFFIX
+from mlx_turbo.store.raw import unwritten
 
 pytestmark = [pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True), pytest.mark.usefixtures("door")]
 
@@ -124,14 +126,14 @@ def test_what_another_store_removes_while_it_is_fetched_is_not_found_and_not_dam
 ):
     """With the only exception that a file is gone of which the index still has records."""
     cache, tokens = feed(made(["turbo", "plain"], "turbo4"), tokens_of(300), []), tokens_of(301)
-    map_file, removals = files.map_file, []
+    opened, removals = files.opened, []
 
     def removed_first(path):
         if removals:
             removals.pop()()
-        return map_file(path)
+        return opened(path)
 
-    monkeypatch.setattr(files, "map_file", removed_first)
+    monkeypatch.setattr(files, "opened", removed_first)
     with PromptStore(folder, max_memory_bytes=0) as store, PromptStore(folder) as other:
         for removals_of, damaged in (other.delete, False), (lambda: [p.unlink() for p in paths], True):
             store.put(model, tokens[:300], cache)
@@ -144,6 +146,72 @@ def test_what_another_store_removes_while_it_is_fetched_is_not_found_and_not_dam
             removals.clear()
             with pytest.raises(KeyError):
                 store.load_entry(entry["id"])
+
+
+@settings(quick, max_examples=15)
+@given(kinds=LAYERS, dtype=st.sampled_from([mx.float16, mx.bfloat16]), n=st.integers(150, 700), data=st.data())
+def test_a_cache_is_made_of_its_own_pieces_in_any_order_and_of_no_others(backend, kinds, dtype, n, data):
+    """Of others: nothing that was in memory before is ever taken for rows."""
+    cache = feed(made(kinds, TurboConfig("turbo4", recent=8, block=8)), tokens_of(n), [], dtype)
+    contents = cut.read(cache, n)
+    n_blocks, root, end = cut.n_blocks(contents), cut.root_payload(contents), cut.end_payload(contents)
+    blocks = cut.block_payloads(contents, range(n_blocks))
+    root, end, *blocks = (np.frombuffer(piece, np.uint8) for piece in (root, end, *blocks))
+    order = data.draw(st.permutations(range(n_blocks)))
+    assembly = cut.Assembly(root, n_blocks, end)
+    for k in order[:-1]:
+        assembly.put(k, blocks[k])
+    with pytest.raises(ValueError, match=rf"blocks \[{order[-1]}\] are missing"):
+        assembly.caches()
+    for wrong in blocks[order[-1]][:-1], np.append(blocks[order[-1]], np.uint8(0)):
+        with pytest.raises(ValueError, match="a piece of"):
+            assembly.put(order[-1], wrong)
+    with pytest.raises(ValueError, match="are missing"):
+        assembly.caches()
+    assembly.put(order[-1], blocks[order[-1]])
+    assert bits(assembly.caches()) == bits(cache)
+    for others in n_blocks - 1, n_blocks + 1:
+        with pytest.raises(ValueError):
+            cut.Assembly(root, others, end)
+    fewer = [max(n_packed - BLOCK, 0) for n_packed in contents.n_packed]
+    if fewer != contents.n_packed:
+        end = np.frombuffer(cut.end_payload(contents._replace(n_packed=fewer)), np.uint8)
+        with pytest.raises(ValueError, match="rows from .* on follow"):
+            cut.Assembly(root, n_blocks, end)
+
+
+@quick
+@given(st.lists(st.integers(1, 100_000), min_size=1, max_size=5))
+def test_what_is_written_into_the_memory_of_an_array_is_what_the_array_says(backend, sizes):
+    arrays = [unwritten(n) for n in sizes]
+    for i, (_, memory) in enumerate(arrays):
+        memory[:] = np.arange(len(memory)) % 251 + i
+    for i, (array, memory) in enumerate(arrays):
+        assert array.dtype == mx.uint8 and array.shape == memory.shape == (sizes[i],)
+        assert np.array_equal(np.array(array), (np.arange(sizes[i]) % 251 + i).astype(np.uint8))
+
+
+@settings(quick, max_examples=10)
+@given(share=st.floats(0, 1), n=st.integers(1000, 50_000))
+def test_what_a_fetch_leaves_in_memory_is_what_it_read(backend, tmp_path_factory, share, n):
+    """As many pieces as there is room for, the first ones; however few bytes the system gives at a time."""
+    folder, cache, tokens = tmp_path_factory.mktemp("s") / "s", made(["turbo", "plain"], "turbo4"), tokens_of(600)
+    feed(cache, tokens, [])
+    with PromptStore(folder) as store:
+        store.put(tiny_model(), tokens, cache)
+    records = [record for path in folder.glob("*" + SUFFIX) for record in files.read_records(path)]
+    lengths = [r.length for r in sorted(records, key=lambda r: (r.kind != "root", r.n))]
+    most = int(share * sum(lengths))
+    held = max(sum(lengths[:k]) for k in range(len(lengths) + 1) if sum(lengths[:k]) <= most)
+    preadv, n_open = os.preadv, len(os.listdir("/dev/fd"))
+    with PromptStore(folder, max_memory_bytes=most) as store, pytest.MonkeyPatch.context() as patch:
+        n_own = len(os.listdir("/dev/fd"))
+        patch.setattr(os, "preadv", lambda fd, rooms, at: preadv(fd, [rooms[0][:n]], at))
+        for _ in range(2):
+            got, n_got = store.fetch(tiny_model(), [*tokens, 1])
+            assert n_got == 600 and bits(got) == bits(cache)
+            assert store.report()["memory_nbytes"] == held and store.report()["damaged"] == []
+        assert len(os.listdir("/dev/fd")) == n_own > n_open
 
 
 @pytest.mark.parametrize("every, n_held, wanted", [(1, 0, [200, 400, 600]), (2, 0, [400]), (3, 7, [407]), (9, 0, [])])
