@@ -6,7 +6,8 @@
   next token from a store that was opened anew, its files dropped from the system's memory first where it allows that.
 - Bare caches with the layout of an 8B-class model (8 kv heads of head_dim 128, float16; --layers of its 32) hold 30,000
   random tokens: bytes per token in the store, beside mlx-lm's save_prompt_cache of a KVCache with the same tokens; GB/s
-  and seconds of a fetch, beside reading the same files with read(), and mlx-lm's load_prompt_cache.
+  and seconds of a fetch (and of one that keeps what it read in the store's memory), beside reading the same files with
+  read(), and mlx-lm's load_prompt_cache. The best of five each; cold: the system's memory holds nothing of the files.
 - By arithmetic, nothing is run: what the same prompt is of a whole 8B-class model (Qwen3-8B's layout): bytes, by
   `mlx-turbo plan`; the seconds that a fetch of them takes at the speed just measured; the operations of computing them.
 """
@@ -55,6 +56,7 @@ def drop(folder: Path) -> bool:
         return False
     for path in [*folder.glob("*" + SUFFIX), *folder.glob("*.safetensors")]:
         fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)  # what is not written yet stays
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
     return True
@@ -65,6 +67,19 @@ def timed(call):
     start = time.perf_counter()
     result = call()
     return result, time.perf_counter() - start
+
+
+def read_all(path: Path) -> int:
+    """Read a file with read(); how many bytes it has."""
+    n_bytes = 0
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(1 << 24):
+            n_bytes += len(piece)
+    return n_bytes
+
+
+def evaluate(cache: list) -> None:
+    mx.eval([c.state for c in cache])
 
 
 def next_token(model, tokens, cache, step=512):
@@ -127,39 +142,34 @@ def bare(n: int, n_layers: int, scheme: str, folder: Path) -> dict:
         _, put = timed(lambda: store.put(model, tokens, ours))
         _, written = timed(store.flush)
         held = store.report()["nbytes"]
-    lm_cache.save_prompt_cache(str(folder / "theirs.safetensors"), theirs)
-    saved = (folder / "theirs.safetensors").stat().st_size
+    theirs_file = folder / "theirs.safetensors"
+    lm_cache.save_prompt_cache(str(theirs_file), theirs)
+    saved = theirs_file.stat().st_size
     ours = theirs = None
     speed: dict[str, float] = {}
     took: dict[str, float] = {}
 
     def note(what, n_bytes, seconds):  # the best of several
-        mx.clear_cache()  # as in a process that has just begun, MLX has no memory at hand
         speed[what] = max(speed.get(what, 0), n_bytes / seconds / 1e9)
         took[what] = min(took.get(what, seconds), seconds)
 
     with PromptStore(folder, max_memory_bytes=0) as store:
         store.fetch(model, [*tokens[:200], 1])  # what is imported late
-    for what in ("cold", "warm", "warm", "warm"):
+    for what in ["cold"] * 5 + ["warm"] * 5:  # all ways each time, for other work may slow down any of them
         if what == "cold" and not drop(folder):
             continue
-        start = time.perf_counter()
-        n_bytes = 0
-        for path in folder.glob("*" + SUFFIX):
-            with open(path, "rb", buffering=0) as file:
-                while piece := file.read(1 << 24):
-                    n_bytes += len(piece)
-        note(f"read_{what}", n_bytes, time.perf_counter() - start)
-        if what == "cold":
-            drop(folder)
-        with PromptStore(folder, max_memory_bytes=0) as store:
-            (cache, _), seconds = timed(lambda: store.fetch(model, [*tokens, 1]))
-            mx.eval([c.state for c in cache])
-        note(f"fetch_{what}", n_bytes, seconds)
-        cache, start = None, time.perf_counter()
-        cache = lm_cache.load_prompt_cache(str(folder / "theirs.safetensors"))
-        mx.eval([c.state for c in cache])
-        cache = note(f"mlx_lm_{what}", saved, time.perf_counter() - start)
+        n_bytes, seconds = timed(lambda: sum(map(read_all, folder.glob("*" + SUFFIX))))
+        note(f"read_{what}", n_bytes, seconds)
+        for name, kept in ("fetch", 0), ("fetch_and_keep", 2 * n_bytes), ("mlx_lm", 0):
+            if what == "cold":
+                drop(folder)
+            mx.clear_cache()  # as in a process that has just begun, MLX has no memory at hand
+            with PromptStore(folder, max_memory_bytes=kept) as store:
+                if name == "mlx_lm":
+                    _, seconds = timed(lambda: evaluate(lm_cache.load_prompt_cache(str(theirs_file))))
+                else:
+                    _, seconds = timed(lambda: evaluate(store.fetch(model, [*tokens, 1])[0]))
+            note(f"{name}_{what}", saved if name == "mlx_lm" else n_bytes, seconds)
     return {
         "tokens": n,
         "layers": n_layers,
@@ -168,6 +178,7 @@ def bare(n: int, n_layers: int, scheme: str, folder: Path) -> dict:
         "ratio": held / saved,
         "put_s": put,
         "written_s": written,
+        "load": os.getloadavg()[0],
         "GB_per_s": speed,
         "seconds": took,
     }
@@ -209,7 +220,8 @@ def main() -> None:
             "first_token": first_token(args.prompt, args.kv, Path(folder) / "a") if args.prompt else None,
             "bare": bare(args.tokens, args.layers, args.kv, Path(folder) / "b"),
         }
-    speed = found["bare"]["GB_per_s"]["fetch_warm"]
+    speeds = found["bare"]["GB_per_s"]
+    speed = speeds.get("fetch_cold", speeds["fetch_warm"])
     found["arithmetic_8b"] = arithmetic(args.tokens, args.kv, speed)
     json.dump(found, sys.stdout, indent=2)
     print()

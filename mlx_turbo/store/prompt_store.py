@@ -36,7 +36,7 @@ GROUP = 16_000_000  # bytes of blocks in a file, about
 MOST_QUEUED = 2_000_000_000  # bytes that wait to be written
 KEPT = 100  # messages about damage and errors
 CHECKPOINT = 32  # blocks
-READERS = 4  # threads
+READERS = 8  # threads
 
 
 class Stored(NamedTuple):
