@@ -16,7 +16,7 @@
 //
 // INPUTS
 //   x         T [B, H, L, D], any strides
-//   numbers   int32 [2]: begun, unit
+//   numbers   never read; [1, 1], whose second stride is two numbers of 32 bits, the first in the low half: begun, unit
 // OUTPUTS
 //   sums      float [B, H, UNITS, D], UNITS = ceil((begun + L) / unit)
 //   energy    float [B, H, UNITS, 1]
@@ -34,7 +34,7 @@ threadgroup float row_sums[ROWS * D];
 threadgroup float row_energy[ROWS];
 int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
 int t = uint(lane) % LANES, row = simdgroup * PER_SIMDGROUP + uint(lane) / LANES;  // unsigned: no division
-int begun = numbers[0], unit = numbers[1], n_heads = x_shape[1], L = x_shape[2];
+int begun = tq_number(numbers_strides, 0), unit = tq_number(numbers_strides, 1), n_heads = x_shape[1], L = x_shape[2];
 int n_units = (begun + L + unit - 1) / unit, out = threadgroup_position_in_grid.y;
 int head = out / n_units, first = (out - head * n_units) * unit - begun, b = head / n_heads, h = head - b * n_heads;
 const device auto *from = x + b * x_strides[0] + h * x_strides[1];

@@ -313,7 +313,7 @@ class KernelBackend:
         unit = min(segment, UNIT)
         n_units = -(-(first % unit + L) // unit)
         sums, energy = self.kernel("statistics", *STATISTICS_ARGUMENTS)(
-            inputs=[x, _begun_and_unit(first % unit, unit)],
+            inputs=[x, _cached_in_this_thread(_begun_and_unit)(first % unit, unit)],
             template=[("D", D), ("LARGEST", LARGEST), ("SIMDGROUPS", SIMDGROUPS_PER_THREADGROUP)],
             output_shapes=[(B, H, n_units, D), (B, H, n_units, 1)],
             output_dtypes=[mx.float32] * 2,
@@ -481,10 +481,10 @@ def _span(first: int, length: int, n_sink: int, n_recent: int, *of_sides: int) -
     return mx.array([first, length, n_sink, n_recent, *of_sides], mx.int32)
 
 
-@functools.lru_cache(maxsize=64)
 def _begun_and_unit(begun: int, unit: int) -> mx.array:
-    """statistics.metal's `numbers`."""
-    return mx.array([begun, unit], mx.int32)
+    """statistics.metal's `numbers`: as the strides of two dims, as those of attend.metal."""
+    pair = np.array([begun, unit], np.int32).view(np.int64).tolist()
+    return mx.as_strided(_nothing(mx.uint32), [1, 1], [1, *pair])
 
 
 def _vectors_template(i: int, kernel: VectorsKernel) -> Template:
@@ -630,12 +630,20 @@ def _diagonals_with_numbers(rotations: tuple[int, ...], balance: Optional[Balanc
         _, value_dim, seed = rotations
         array = balance.made(_diagonals_and_balanced, value_dim, seed)
         return _with_numbers(array, _both_diagonals(*rotations).size, *numbers)
-    if not hasattr(_of_this_thread, "diagonals"):  # MLX evaluates a lazy array in no other thread
-        _of_this_thread.diagonals = functools.lru_cache(maxsize=64)(_diagonals_as_they_are)
-    return _of_this_thread.diagonals(rotations, *numbers)
+    return _cached_in_this_thread(_diagonals_as_they_are)(rotations, *numbers)
 
 
 _of_this_thread = threading.local()
+
+
+def _cached_in_this_thread(make: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """`make` with a cache of its own in each thread: MLX evaluates a lazy array in no other one. The layers of a step
+    ask for the same."""
+    name = make.__name__
+    if not hasattr(_of_this_thread, name):
+        setattr(_of_this_thread, name, functools.lru_cache(maxsize=64)(make))
+    cached: Callable[..., mx.array] = getattr(_of_this_thread, name)
+    return cached
 
 
 def _diagonals_as_they_are(rotations: tuple[int, ...], *numbers: Any) -> mx.array:
