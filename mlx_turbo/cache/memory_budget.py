@@ -163,6 +163,9 @@ class _Held:
 
     def _exact(self, i):
         side, room = self.cache._sides[i], self.room
+        if side.in_one:
+            n = side.recent.shape[2] - side.codes_capacity if room is None else room.sink + room.recent
+            return self._vectors(i, n) * self.shape.itemsize
         if room is None:
             return sum(a.nbytes for a in (side.sink, side.recent) if a is not None)
         return self._vectors(i, room.sink + room.recent) * self.shape.itemsize
@@ -181,15 +184,15 @@ class _Held:
         cache, shape = self.cache, self.shape
         side = cache._sides[i]
         same = bits == side.bits
-        if self.room is None and same:
+        if self.room is None and same and not side.in_one:
             packed = (a for a in (side.codes, side.scale, side.means) if a is not None)
             return sum(a.nbytes for a in packed) + self._balance(i, bits) + self._queries(i, bits)
-        if shape is None or not self.n_packed and side.codes is None:
+        if shape is None or not self.n_packed and not side.codes_capacity:
             return self._queries(i, bits)
         now = cache.packed_columns
         held = self.room.kept if self.room is not None else None
         if held is None:
-            held = 0 if side.codes is None else side.codes.shape[2]
+            held = side.codes_capacity
         if not same and not now:
             held = 0  # what has room for other tokens is given up
         capacity = held if self.n_packed <= held else -(-self.n_packed // cache.step) * cache.step
