@@ -26,7 +26,7 @@ from .attention_error import join, newest, sample_queries, still_held
 from .batch_plan import Plan
 from .history import NAMES
 from .joined import Joined
-from .memory_budget import Room
+from .memory_budget import Room, Shape
 from .packing import (
     PackJob,
     grow,
@@ -814,7 +814,26 @@ class BatchTurboKVCache(TurboKVCache):
 
         Raises ValueError for different configurations, shapes or dtypes, and for a cache that holds a batch.
         """
+        cls._make_room([cls._of_row(cache) for cache in caches], caches)
         return cls._join([cls._of_row(cache) for cache in caches])
+
+    @classmethod
+    def _make_room(cls, parts, caches, leaving=()):
+        """Make room in a memory budget for the batch that `_join` will make of parts, which are those of `caches`."""
+        budgets = {id(cache.share and cache.share.budget) for cache in caches}
+        filled = [part for part in parts if part._sides[0].recent is not None]
+        if caches[0].share is None or len(budgets) > 1 or not filled:
+            return
+        joined = cls._empty(parts[0], [pad for part in parts for pad in part._pad])
+        joined.share, joined.repackable = caches[0].share, any(part.repackable for part in parts)
+        n_packed = [n for part in parts for n in part._n_packed]
+        columns, step = max(n for part in parts for n in part._n_recent), joined._room()
+        keys, values = (side.recent for side in filled[0]._sides)
+        known = caches[0].share.shape
+        shape = Shape.of(keys, values, 0 if known is None else known.n_heads)._replace(rows=len(n_packed))
+        n_recent, most = max(-(-columns // step), 1) * step, max(n_packed)
+        room = Room(joined._sinks(most), n_recent, most, None, all(n_packed))
+        caches[0].share.budget.before_join(joined, room, shape, caches, leaving)
 
     @classmethod
     def _of_row(cls, cache):
@@ -971,13 +990,24 @@ class BatchTurboKVCache(TurboKVCache):
         """Append the rows of another batch cache, which stays as it is. Raises as `merge`, with this one unchanged."""
         if type(other) is not type(self):
             raise ValueError(f"other: got a {type(other).__name__}, allowed is a {type(self).__name__}")
-        joined = self._join([copy.copy(self), copy.copy(other)])
+        self._make_room([self, other], [self, other], [self])
+        joined = self._join([self._uncounted(), other._uncounted()])
         version = self.version + 1
         self.__dict__.update(joined.__dict__)
         self.version = version
         if self.share is not None:
             self.share.join(self)
             joined.share = None
+
+    def _uncounted(self):
+        """A copy that a memory budget does not count."""
+        share, self.share = self.share, None
+        try:
+            twin = copy.copy(self)
+        finally:
+            self.share = share
+        twin.share = share
+        return twin
 
     def filter(self, batch_indices: Union[Iterable[int], mx.array]) -> None:
         """Keep the rows batch_indices (a list or array of row numbers), in that order.
