@@ -814,7 +814,8 @@ class BatchTurboKVCache(TurboKVCache):
 
         Raises ValueError for different configurations, shapes or dtypes, and for a cache that holds a batch.
         """
-        cls._make_room([cls._of_row(cache) for cache in caches], caches)
+        if caches[0].share is not None:
+            cls._make_room([cls._of_row(cache) for cache in caches], caches)
         return cls._join([cls._of_row(cache) for cache in caches])
 
     @classmethod
@@ -822,7 +823,7 @@ class BatchTurboKVCache(TurboKVCache):
         """Make room in a memory budget for the batch that `_join` will make of parts, which are those of `caches`."""
         budgets = {id(cache.share and cache.share.budget) for cache in caches}
         filled = [part for part in parts if part._sides[0].recent is not None]
-        if caches[0].share is None or len(budgets) > 1 or not filled:
+        if len(budgets) > 1 or not filled:
             return
         joined = cls._empty(parts[0], [pad for part in parts for pad in part._pad])
         joined.share, joined.repackable = caches[0].share, any(part.repackable for part in parts)
@@ -990,7 +991,8 @@ class BatchTurboKVCache(TurboKVCache):
         """Append the rows of another batch cache, which stays as it is. Raises as `merge`, with this one unchanged."""
         if type(other) is not type(self):
             raise ValueError(f"other: got a {type(other).__name__}, allowed is a {type(self).__name__}")
-        self._make_room([self, other], [self, other], [self])
+        if self.share is not None:
+            self._make_room([self, other], [self, other], [self])
         joined = self._join([self._uncounted(), other._uncounted()])
         version = self.version + 1
         self.__dict__.update(joined.__dict__)
