@@ -814,9 +814,11 @@ class BatchTurboKVCache(TurboKVCache):
 
         Raises ValueError for different configurations, shapes or dtypes, and for a cache that holds a batch.
         """
+        parts = [cls._of_row(cache) for cache in caches]
         if caches[0].share is not None:
-            cls._make_room([cls._of_row(cache) for cache in caches], caches)
-        return cls._join([cls._of_row(cache) for cache in caches])
+            cls._make_room(parts, caches)
+            parts = [cls._of_row(cache) for cache in caches]  # which may have fewer bits now
+        return cls._join(parts)
 
     @classmethod
     def _make_room(cls, parts, caches, leaving=()):
