@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A budget of memory on a growing text: bytes and KL divergence by context length, beside fixed schemes at equal bytes.
 
-    python scripts/memory_budget.py [--tokens 2048] [--chunk 32] [--fractions 2 4 6] [--json] [--png FILE]
+    python scripts/memory_budget.py [--tokens 2048] [--skip 0] [--chunk 32] [--fractions 2 4 6] [--json] [--png FILE]
     python scripts/memory_budget.py --model MODEL --text FILE --dtype model --fractions 2 4 6 [the options above]
 
 One window of held-out stories (the embedded model) or of the text is read in chunks through each cache and through an
@@ -55,7 +55,7 @@ COLORS = (BLUE, TEAL, PURPLE, ORANGE)
 
 
 def load(args):
-    """(model in args.dtype, tokenizer, the first tokens of the text)"""
+    """(model in args.dtype, tokenizer, tokens of the text)"""
     model, tokenizer = common.load_model(mlx_lm.load, args.model, "--model")
     if args.dtype != "model":
         model.set_dtype(getattr(mx, args.dtype))
@@ -63,12 +63,12 @@ def load(args):
         model.set_dtype(mx.float32)
         model = use_numpy_products(model)
     text = Path(args.text or common.DEMO_MODEL / "stories.txt").read_text()
-    tokens = []
+    tokens, end = [], args.skip + args.tokens
     for part in text.split("<|endoftext|>"):
-        if len(tokens) >= args.tokens:
+        if len(tokens) >= end:
             break
-        tokens += tokenizer.encode(part[: 12 * args.tokens])
-    return model, tokenizer, tokens[: args.tokens]
+        tokens += tokenizer.encode(part[: 12 * end])
+    return model, tokenizer, tokens[args.skip : end]
 
 
 def ours(cache):
@@ -180,6 +180,7 @@ def plot(file, rows, edges, args, subtitle, footer):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--skip", type=int, default=0, help="tokens of the text before the window")
     parser.add_argument("--chunk", type=int, default=32)
     parser.add_argument("--fractions", type=float, nargs="+", default=[2, 4, 6], metavar="D")
     parser.add_argument("--floor", default="turbo2")

@@ -85,8 +85,9 @@ def decode_steps(
 
 
 def attention_problem(prompt_cache: list[Any]) -> Optional[str]:
-    """What is wrong with attention over the first, middle and last compressed layer, or None."""
-    ours = [(i, cache) for i, cache, report, _ in reports(prompt_cache) if report]
+    """What is wrong with attention over the first, middle and last compressed layer, or None. To exact ones MLX's own
+    attends."""
+    ours = [(i, cache) for i, cache, report, _ in reports(prompt_cache) if report and report["scheme"] != "turbo0"]
     for i, cache in dict([ours[0], ours[len(ours) // 2], ours[-1]]).items() if ours else ():
         problem = contenders.check_cache(cache)[2]
         if problem:

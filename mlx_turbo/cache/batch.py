@@ -10,6 +10,7 @@ in which a row with fewer tokens has empty ones: after its packed tokens and bef
 them, and padding on either side, which is dropped once the chunk it came with has been attended to.
 
 A row has sink tokens and packed tokens, or neither: until it packs for the first time, all its tokens are recent ones.
+Where nothing is packed (single.py), all columns lie in one buffer: tokens move there only where rows differ in length.
 """
 
 import copy
@@ -25,7 +26,7 @@ from .attention_error import join, newest, sample_queries, still_held
 from .batch_plan import Plan
 from .history import NAMES
 from .joined import Joined
-from .memory_budget import Room
+from .memory_budget import Room, Shape
 from .packing import (
     PackJob,
     grow,
@@ -159,7 +160,7 @@ class BatchTurboKVCache(TurboKVCache):
         return rows
 
     def _columns_of_rows(self):
-        columns = *self._columns(self._n_packed), self._n_columns
+        columns = self._buffer_counts()
         ends = [
             (self._sinks(n_packed) + n_packed, sum(columns) - n_recent)
             for n_packed, n_recent in zip(self._n_packed, self._n_recent)
@@ -237,8 +238,7 @@ class BatchTurboKVCache(TurboKVCache):
             self._decide()
         if any(plan.n_evict):
             self._evict_rows(plan.n_evict)
-        self._pack_recent(plan.pack_before)
-        self._cut_recent(plan.columns[2])
+        self._pack_recent(plan.pack_before, plan.columns[2])
         R, first = plan.columns[2], not any(plan.columns)
         if (
             not first
@@ -249,10 +249,15 @@ class BatchTurboKVCache(TurboKVCache):
             fetched = self._append(new, n_new)
             self._n_free = 0 if self.undecided else self._free()
             return fetched
-        tails = [
-            mx.concatenate([first_tokens(side.recent, R), x], axis=2) if R else x for side, x in zip(self._sides, new)
-        ]
-        self._take_over(tails, plan, R)
+        n = sum(plan.columns) if self._sides[0].in_one else R
+        if self._sides[0].in_one and self._in_step(plan):
+            tails = self._append_columns(new, plan)
+        else:
+            tails = [
+                mx.concatenate([first_tokens(side.recent, n), x], axis=2) if n else x
+                for side, x in zip(self._sides, new)
+            ]
+            self._take_over(tails, plan, R)
         self._pad = [pad - min(pad, n_new) for pad in self._pad]
         if self._n_before_right_padding is not None:
             self._n_before_right_padding = [max(n - n_new, 0) for n in self._n_before_right_padding]
@@ -273,17 +278,27 @@ class BatchTurboKVCache(TurboKVCache):
 
     def _append(self, new, n_new):
         """Append new tokens that are recent ones in all rows, without padding."""
-        for side, x in zip(self._sides, new):
-            side.recent = write(side.recent, self._n_columns, x, self._room())
+        at, end = self._n_columns, sum(self._buffer_counts())
         self._n_recent = [n + n_new for n in self._n_recent]
         self._n_columns += n_new
+        for side, x in zip(self._sides, new):
+            if side.in_one:
+                self.write_in_one(side, end, x)
+            else:
+                side.recent = write(side.recent, at, x, self._room())
         self._n_free -= n_new
         self._last = [(0, n_new)] * self.n_rows
         self.version += 1
         self._updated()
         self.shown = None
         self._set_offset()
-        return self._fetch((*self._columns(self._n_packed), self._n_columns))
+        return self._fetch(self._buffer_counts())
+
+    def _buffer_counts(self):
+        return *self._columns(self._n_packed), self._n_columns
+
+    def _ends(self):
+        return self._sinks(self.packed_columns) + max(-(-self._n_columns // self._room()), 1) * self._room()
 
     def _room(self):
         config = self.config
@@ -293,6 +308,10 @@ class BatchTurboKVCache(TurboKVCache):
         """Pack what `plan` says of `tails` (recent columns and the new chunk, per side), and keep the rest."""
         ends = [n_before + first + n for first, n in plan.spans]
         n_exact = [had + n for had, (_, n) in zip(self._n_recent, plan.spans)]
+        if self._sides[0].in_one:
+            self._count_packed(plan.pack_after, n_exact)
+            self._gather(tails, list(map(plan.token_columns, range(self.n_rows))))
+            return
         self._pack_rows(plan.pack_after, tails, ends, n_exact, wait=True)
         self._n_columns = max(self._n_recent)
         for side, tail in zip(self._sides, tails):
@@ -304,10 +323,79 @@ class BatchTurboKVCache(TurboKVCache):
                 side.recent = write(None, 0, side.recent[:, :, self._n_columns - n : self._n_columns], self._room())
             self._n_columns = n
 
-    def _pack_recent(self, n_pack):
+    # ---- exact tokens in one buffer --------------------------------------------------------------------------
+    def _in_step(self, plan):
+        """Whether the tokens of the rows lie in the same columns, before an update and after it."""
+        rows = zip(plan.n_packed, plan.n_recent, plan.spans, plan.pack_after)
+        return len(set(rows)) == 1 and plan.spans[0] == (0, plan.n_new) and plan.n_recent[0] == plan.columns[2]
+
+    def _append_columns(self, new, plan):
+        """Append a chunk of rows that are in step. Returns the columns of all tokens."""
+        at = sum(plan.columns)
+        self._count_packed(plan.pack_after, [n + plan.n_new for n in self._n_recent])
+        self._n_columns = self._n_recent[0]
+        for side, x in zip(self._sides, new):
+            self.write_in_one(side, at, x)
+        return [first_tokens(side.recent, at + plan.n_new) for side in self._sides]
+
+    def _count_packed(self, n_pack, n_exact):
+        """Say that n_pack[b] tokens of each row b are packed, of the n_exact[b] that are not: the oldest, sink tokens
+        apart."""
+        sinks = [self._n_new_sinks(had) if n else 0 for n, had in zip(n_pack, self._n_packed)]
+        self._n_recent = [n - more - sink for n, more, sink in zip(n_exact, n_pack, sinks)]
+        self._n_packed = [had + more for had, more in zip(self._n_packed, n_pack)]
+
+    def _gather(self, tokens, columns):
+        """Make the buffers anew of `tokens`, keys and values [B, H, n, D]. columns: of each row, where its tokens lie
+        there, in order; the counts say where they belong."""
+        self._n_columns = max(self._n_recent)
+        front, n = sum(self._columns(self._n_packed)), sum(self._buffer_counts())
+        index = np.zeros((self.n_rows, max(n, 1)), np.int32)
+        for b, (row, n_recent) in enumerate(zip(columns, self._n_recent)):
+            n_before = len(row) - n_recent
+            assert n_before <= front
+            index[b, :n_before], index[b, n - n_recent : n] = row[:n_before], row[n_before:]
+        at = mx.array(index)[:, None, :, None]
+        for side, x in zip(self._sides, tokens):
+            side.recent = None
+            self.write_in_one(side, 0, mx.take_along_axis(x, at, axis=2)[:, :, :n])
+
+    def _move(self, n_pack, n_columns):
+        """Let n_pack[b] recent tokens of each row b follow its packed ones, and leave n_columns columns of recent ones:
+        the tokens move that do not lie there already."""
+        before, end = self._n_packed, sum(self._buffer_counts())
+        sources = [end - n for n in self._n_recent]
+        self._count_packed(n_pack, self._n_recent)
+        self._n_columns = n_columns
+        now = sum(self._buffer_counts())
+        moves = []  # (row, from, to, number of tokens)
+        for b, (n, had, source) in enumerate(zip(n_pack, before, sources)):
+            at, n = (self.config.sink + had if had else 0), n and n + self._n_new_sinks(had)
+            if n and at != source:
+                moves.append((b, source, at, n))
+        copies = []
+        for side in self._sides:
+            pieces = [mx.contiguous(side.recent[b : b + 1, :, at : at + n]) for b, at, _, n in moves]
+            stays = now == end and side.ends == self._ends() and side.codes_capacity >= self.packed_columns
+            copies.append((pieces, [] if stays else [mx.contiguous(side.recent[:, :, end - n_columns : end])]))
+        mx.eval(copies)  # as long as something is still to be read, MLX does not write into the same buffer
+        for side, (pieces, recent) in zip(self._sides, copies):
+            for (b, _, at, n), piece in zip(moves, pieces):
+                side.recent[b : b + 1, :, at : at + n] = piece
+            for piece in recent:
+                self.write_in_one(side, now - n_columns, piece)
+
+    # ---- packing ---------------------------------------------------------------------------------------------
+    def _pack_recent(self, n_pack, n_columns):
+        """Pack n_pack[b] recent tokens of each row b, and leave n_columns columns of recent ones."""
+        if self._sides[0].in_one:
+            if any(n_pack) or n_columns < self._n_columns:
+                self._move(n_pack, n_columns)
+            return
         if any(n_pack):
             tails = [first_tokens(side.recent, self._n_columns) for side in self._sides]
             self._pack_rows(n_pack, tails, [self._n_columns] * self.n_rows, self._n_recent)
+        self._cut_recent(n_columns)
 
     def _pack_rows(self, n_pack, tails, ends, n_exact, wait=False):
         """Quantize n_pack[b] tokens of each row b: the oldest, sink tokens apart, of the n_exact[b] that end before
@@ -464,7 +552,7 @@ class BatchTurboKVCache(TurboKVCache):
             balance, balanced = (None, []) if i else self._choose_balance(rows, map(self._exact_row, rows), bits)
             groups.append(ExactRows(rows, tail, self._n_packed[rows[0]], balance))
             changes.append((rows, balance, balanced))
-        decided = pack_exact(side, bits, groups, config, self.step)
+        decided = pack_exact(side, bits, groups, config, self.step, self._codes_capacity(side))
         for (rows, balance, balanced), group, (means, begun) in zip(changes, groups, decided):
             if i == 0:
                 self._set_balance(rows, balance, balanced)
@@ -474,13 +562,14 @@ class BatchTurboKVCache(TurboKVCache):
     def _exact_tail(self, side, rows):
         """The tokens after the sink of rows that hold as many, of a side that is exact."""
         n_packed, n_recent, end = self._n_packed[rows[0]], self._n_recent[rows[0]], self._n_columns
+        side = side.apart(*self._buffer_counts())
         packed, recent = (take_rows(a, rows) for a in (side.codes, side.recent))
         return Joined([packed[:, :, :n_packed], recent[:, :, end - n_recent : end]])
 
     def _exact_row(self, b):
         """The keys of a row from its first token on."""
-        side = self._sides[0]
-        sink = [side.sink[b : b + 1, :, : self.config.sink]] if self.config.sink else []
+        side, parts = self._sides[0], self._sides[0].apart(*self._buffer_counts())
+        sink = [parts.sink[b : b + 1, :, : self.config.sink]] if self.config.sink else []
         return Joined([*sink, *self._exact_tail(side, [b]).parts])
 
     # ---- auto ------------------------------------------------------------------------------------------------
@@ -536,6 +625,7 @@ class BatchTurboKVCache(TurboKVCache):
     def _decided(self, bits, errors, by):
         self._sides[0].bits, self._errors, self._by = bits, errors, by
         self.undecided = False
+        self._settle()
         if not self._may_balance and not self._keeps_queries:
             self._observed = [[] for _ in range(self.n_rows)]
 
@@ -579,8 +669,11 @@ class BatchTurboKVCache(TurboKVCache):
         if recent is None:
             return True
         if n_new <= self._n_free:
-            return self._n_columns + n_new > recent.shape[2]
+            held = sum(self._buffer_counts()) if self._sides[0].in_one else self._n_columns
+            return held + n_new > recent.shape[2]
         room = self.room_after(n_new)
+        if self._sides[0].in_one:
+            return room.sink + room.recent > self._sides[0].ends or room.n_packed > self._sides[0].codes_capacity
         if room.recent > recent.shape[2] or room.sink and self._sides[0].sink is None and self.config.sink:
             return True
         return any(side.codes is None or room.n_packed > side.codes.shape[2] for side in self._sides if room.n_packed)
@@ -608,7 +701,7 @@ class BatchTurboKVCache(TurboKVCache):
         After an update in its columns, so that layers without a cache of their own can attend with the same mask."""
         if self._sides[0].recent is None:
             raise ValueError("the cache is empty: it does not know the shape of its keys and values yet")
-        fetched = self._fetch((*self._columns(self._n_packed), self._n_columns))
+        fetched = self._fetch(self._buffer_counts())
         if self.shown is None:
             return fetched
         now = self.plan(0)
@@ -721,7 +814,29 @@ class BatchTurboKVCache(TurboKVCache):
 
         Raises ValueError for different configurations, shapes or dtypes, and for a cache that holds a batch.
         """
-        return cls._join([cls._of_row(cache) for cache in caches])
+        parts = [cls._of_row(cache) for cache in caches]
+        if caches[0].share is not None:
+            cls._make_room(parts, caches)
+            parts = [cls._of_row(cache) for cache in caches]  # which may have fewer bits now
+        return cls._join(parts)
+
+    @classmethod
+    def _make_room(cls, parts, caches, leaving=()):
+        """Make room in a memory budget for the batch that `_join` will make of parts, which are those of `caches`."""
+        budgets = {id(cache.share and cache.share.budget) for cache in caches}
+        filled = [part for part in parts if part._sides[0].recent is not None]
+        if len(budgets) > 1 or not filled:
+            return
+        joined = cls._empty(parts[0], [pad for part in parts for pad in part._pad])
+        joined.share, joined.repackable = caches[0].share, any(part.repackable for part in parts)
+        n_packed = [n for part in parts for n in part._n_packed]
+        columns, step = max(n for part in parts for n in part._n_recent), joined._room()
+        keys, values = (side.recent for side in filled[0]._sides)
+        known = caches[0].share.shape
+        shape = Shape.of(keys, values, 0 if known is None else known.n_heads)._replace(rows=len(n_packed))
+        n_recent, most = max(-(-columns // step), 1) * step, max(n_packed)
+        room = Room(joined._sinks(most), n_recent, most, None, all(n_packed))
+        caches[0].share.budget.before_join(joined, room, shape, caches, leaving)
 
     @classmethod
     def _of_row(cls, cache):
@@ -734,9 +849,10 @@ class BatchTurboKVCache(TurboKVCache):
         batch.undecided, batch._errors, batch._by = cache.undecided, dict(cache._errors), cache._by
         unpacked = not cache.n_packed
         for i, (mine, side) in enumerate(zip(batch._sides, cache._sides)):
-            mine.bits = side.bits
+            mine.bits, mine.in_one = side.bits, side.in_one and not cache.offset
             if not cache.offset:
                 continue
+            side = side.apart(*cache._buffer_counts())
             if side.recent.shape[0] != 1:
                 raise ValueError(f"caches: got one of batch size {side.recent.shape[0]}, allowed are caches of one row")
             mine.recent = side.recent[:, :, : cache.n_recent]
@@ -793,13 +909,16 @@ class BatchTurboKVCache(TurboKVCache):
         filled = [p for p in parts if p._sides[0].recent is not None]
         if filled:
             for part in filled:
+                part._sides = [side.apart(*part._buffer_counts()) for side in part._sides]
                 part._raise_keys(joined._sides[0].bits)
             joined._sides[1].bits = filled[0]._sides[1].bits
             joined._centered = tuple([yes for p in parts for yes in p._centered[i]] for i in (0, 1))
             for i, side in enumerate(joined._sides):
+                side.in_one = False
                 joined._join_side(side, [p._sides[i] for p in parts], parts)
             joined._join_balance(parts)
             joined._cover_means()
+            joined._settle()
             joined._evaluate()
         joined._set_offset()
         if share is not None:
@@ -874,13 +993,25 @@ class BatchTurboKVCache(TurboKVCache):
         """Append the rows of another batch cache, which stays as it is. Raises as `merge`, with this one unchanged."""
         if type(other) is not type(self):
             raise ValueError(f"other: got a {type(other).__name__}, allowed is a {type(self).__name__}")
-        joined = self._join([copy.copy(self), copy.copy(other)])
+        if self.share is not None:
+            self._make_room([self, other], [self, other], [self])
+        joined = self._join([self._uncounted(), other._uncounted()])
         version = self.version + 1
         self.__dict__.update(joined.__dict__)
         self.version = version
         if self.share is not None:
             self.share.join(self)
             joined.share = None
+
+    def _uncounted(self):
+        """A copy that a memory budget does not count."""
+        share, self.share = self.share, None
+        try:
+            twin = copy.copy(self)
+        finally:
+            self.share = share
+        twin.share = share
+        return twin
 
     def filter(self, batch_indices: Union[Iterable[int], mx.array]) -> None:
         """Keep the rows batch_indices (a list or array of row numbers), in that order.
@@ -893,6 +1024,7 @@ class BatchTurboKVCache(TurboKVCache):
         if not rows:
             raise ValueError(f"batch_indices: got none, allowed is at least one of the rows 0 to {self.n_rows - 1}")
         self._unread.clear()
+        front, end = sum(self._columns(self._n_packed)), sum(self._buffer_counts())
         pick = lambda values: [values[b] for b in rows]  # noqa: E731
         for name in "_pad", "_n_packed", "_n_recent", "_n_evicted":
             setattr(self, name, pick(getattr(self, name)))
@@ -908,6 +1040,13 @@ class BatchTurboKVCache(TurboKVCache):
             self._sides[0].balance = Balance(balance.factors[index]) if any(self._balanced) else None
         for side in self._sides:
             if side.recent is None:
+                continue
+            if side.in_one:
+                kept = sum(self._columns(self._n_packed))
+                parts = [side.recent[:, :, :kept], side.recent[:, :, front + start : end]]
+                together = [side.recent[:, :, :end]] if kept == front and not start else parts
+                side.recent = None
+                self.write_in_one(side, 0, mx.concatenate([p[index] for p in together], axis=2))
                 continue
             side.recent = write(None, 0, side.recent[:, :, start : start + self._n_columns][index], self._room())
             sizes = dict(
@@ -942,6 +1081,13 @@ class BatchTurboKVCache(TurboKVCache):
         if self._balanced[b]:
             cache._sides[0].balance = self._balance_of([b])
         for side, mine, centered in zip(self._sides, cache._sides, self._centered):
+            mine.in_one = side.in_one
+            if side.in_one:
+                front, last = cache.n_sink + cache.n_packed if cache.n_packed else 0, sum(self._buffer_counts())
+                edges = (0, front), (last - self._n_recent[b], last)
+                row = [side.recent[b : b + 1, :, at:until] for at, until in edges if until > at]
+                cache.write_in_one(mine, 0, mx.concatenate(row, axis=2))
+                continue
             exact = side.recent[b : b + 1, :, end - self._n_recent[b] : end]
             if cache.n_sink:
                 sinks = side.sink[b : b + 1] if cache.n_packed else exact[:, :, : cache.n_sink]
@@ -974,9 +1120,11 @@ class BatchTurboKVCache(TurboKVCache):
             else:
                 packed = min(self._n_packed[b], keep - sinks) if self._n_packed[b] else 0
                 left.append((packed, keep - packed - (sinks if packed else 0)))
+        in_one, rows = self._sides[0].in_one, self._columns_of_rows()[1]
         end = max(self._n_columns - n, 0)
         columns = max([end, *to_recent.values()])
-        if columns and to_recent:
+        stay = [packed for packed, _ in left] == self._n_packed
+        if columns and to_recent and not in_one:
             for side in self._sides:
                 recent = mx.pad(side.recent[:, :, :end], [(0, 0), (0, 0), (columns - end, 0), (0, 0)])
                 for b, keep in to_recent.items():
@@ -985,6 +1133,9 @@ class BatchTurboKVCache(TurboKVCache):
                 side.recent = write(None, 0, recent, self._room())
         self._n_columns = columns
         self._n_packed, self._n_recent = map(list, zip(*left))
+        if in_one and not stay and not self.empty() and self._sides[0].recent is not None:
+            columns = [row[: self.n_tokens(b)] for b, row in enumerate(rows)]
+            self._gather([side.recent for side in self._sides], columns)
         for b, packed in enumerate(self._n_packed):
             self._observed[b] = still_held(self._observed[b], self.n_tokens(b))
             for centered in self._centered:
@@ -1025,7 +1176,7 @@ class BatchTurboKVCache(TurboKVCache):
         then per side sink, codes, scale, means and recent, cut to the columns they have, then the balance of the keys;
         what is not there is left out. Setting it raises ValueError for arrays that are not the state of such a
         cache."""
-        columns = (*self._columns(self._n_packed), self._n_columns)
+        columns = self._buffer_counts()
         rows = mx.array([*zip(*self._row_counts())], mx.int32)
         return [mx.array(self._header(columns), mx.int32), rows, *self._arrays(columns)]
 
@@ -1042,6 +1193,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_before_right_padding = None if -1 in rows["n_until"] else rows["n_until"]
         self._centered = [bool(x) for x in rows["key_means"]], [bool(x) for x in rows["value_means"]]
         self._balanced = [bool(x) for x in rows["balanced"]]
+        self._settle()
         self._set_offset()
         self._evaluate()
 

@@ -69,7 +69,11 @@ def assign(cache: Any, i: int, tokens: Optional[mx.array]) -> None:
             f"{(*like.shape[:2], held, like.shape[3])} or fewer tokens; update_and_fetch(keys, values) appends"
         )
     set_offset(cache, n)
-    if n:
+    if n and cache._sides[i].in_one:
+        cache._sides[i].recent = None
+        cache.write_in_one(cache._sides[i], 0, tokens)
+        cache.version += 1
+    elif n:
         _replace(cache, i, tokens)
 
 

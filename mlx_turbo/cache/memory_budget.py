@@ -163,6 +163,9 @@ class _Held:
 
     def _exact(self, i):
         side, room = self.cache._sides[i], self.room
+        if side.in_one:
+            n = side.recent.shape[2] - side.codes_capacity if room is None else room.sink + room.recent
+            return self._vectors(i, n) * self.shape.itemsize
         if room is None:
             return sum(a.nbytes for a in (side.sink, side.recent) if a is not None)
         return self._vectors(i, room.sink + room.recent) * self.shape.itemsize
@@ -181,15 +184,15 @@ class _Held:
         cache, shape = self.cache, self.shape
         side = cache._sides[i]
         same = bits == side.bits
-        if self.room is None and same:
+        if self.room is None and same and not side.in_one:
             packed = (a for a in (side.codes, side.scale, side.means) if a is not None)
             return sum(a.nbytes for a in packed) + self._balance(i, bits) + self._queries(i, bits)
-        if shape is None or not self.n_packed and side.codes is None:
+        if shape is None or not self.n_packed and not side.codes_capacity:
             return self._queries(i, bits)
         now = cache.packed_columns
         held = self.room.kept if self.room is not None else None
         if held is None:
-            held = 0 if side.codes is None else side.codes.shape[2]
+            held = side.codes_capacity
         if not same and not now:
             held = 0  # what has room for other tokens is given up
         capacity = held if self.n_packed <= held else -(-self.n_packed // cache.step) * cache.step
@@ -340,21 +343,21 @@ class MemoryBudget:
         if best is not None:
             heapq.heappush(heap, best)
 
-    def _take_steps(self, table):
+    def _take_steps(self, table, fits=None):
         """Lower the bits in `table` until it fits, or nothing is left; then take back what the last, large steps made
         unnecessary. Returns the parts that changed, in the order of their first step."""
-        heap, taken = self._next_steps(table), []
-        while heap and not self._fits(table):
+        heap, taken, fits = self._next_steps(table), [], fits or (lambda: self._fits(table))
+        while heap and not fits():
             _, number, bits = heapq.heappop(heap)
             held, i = table[number // 2], number % 2
             taken.append((held, i, held.bits[i], bits))
             held.bits[i] = bits
             self._push(heap, number, held, i)
-        if self._fits(table):
+        if fits():
             for held, i, before, bits in reversed(taken):
                 if held.bits[i] == bits:
                     held.bits[i] = before
-                    if not self._fits(table):
+                    if not fits():
                         held.bits[i] = bits
         changed = {(id(held), i): (held, i) for held, i, _, _ in taken if held.bits[i] != held.cache._sides[i].bits}
         return list(changed.values())
@@ -383,6 +386,50 @@ class MemoryBudget:
         for held, i in changed:
             self._repack(held.cache, i, held.bits[i])
         self._look_ahead(group, growing, n_new)
+
+    def make_fit(self) -> bool:
+        """Evict and pack as far as what there is asks. False, with nothing packed, if the floor does not hold it."""
+        table = [_Held(cache, None, None) for cache in self.alive()]
+        while not self._fits(table) and any(evict() for evict in self.evict):
+            del table
+            gc.collect()
+            table = [_Held(cache, None, None) for cache in self.alive()]
+        changed = self._take_steps(table)
+        if not self._fits(table):
+            return False
+        for held, i in changed:
+            self._repack(held.cache, i, held.bits[i])
+        return True
+
+    def before_join(
+        self, joined: Any, room: Room, shape: Shape, parts: Sequence[Any], leaving: Sequence[Any] = ()
+    ) -> None:
+        """Make room for a batch that is to be made of `parts`, caches under this budget, beside everything there is.
+        joined: such a batch without tokens. room, shape: of its buffers. leaving: the parts that it takes the place of.
+        Raises MemoryBudgetError, with no cache changed, if there is none."""
+        new = _Held(joined, room, shape)
+        while True:
+            table = [_Held(cache, None, None) for cache in self.alive()]
+            of_parts = [held for held in table if any(held.cache is part for part in parts)]
+            gone = [held for held in of_parts if any(held.cache is part for part in leaving)]
+
+            def taken(table=table, of_parts=of_parts, gone=gone) -> int:
+                new.bits = [min((held.bits[i] for held in of_parts), key=lambda bits: bits or 16) for i in (0, 1)]
+                return self._total(table) - sum(held.nbytes for held in gone) + new.nbytes
+
+            if taken() <= self.limit or not any(evict() for evict in self.evict):
+                break
+            del table, of_parts, gone, taken
+            gc.collect()
+        changed = self._take_steps(table, lambda: taken() <= self.limit)
+        if taken() > self.limit:
+            raise MemoryBudgetError(
+                f"memory: a batch of {shape.rows} rows, made of others, takes {taken():,} bytes with what there is "
+                f"beside it and every layer at {self.floor.name}, the floor, and the budget is {self.limit:,} "
+                f"({size_name(self.limit)}). Allow more memory, a lower floor or fewer requests at a time"
+            )
+        for held, i in changed:
+            self._repack(held.cache, i, held.bits[i])
 
     def _growing(self, cache, shape):
         """{id: (cache, shape)} of a cache that is to be updated, and of those that will be with it. The shape of one

@@ -1,6 +1,7 @@
 """What single caches and batches share, as functions on plain data: the buffers of a side, writing into them, and
 packing tokens, which is deciding where to center, computing the means, and quantizing."""
 
+import copy
 from typing import Any, NamedTuple, Optional, Sequence
 
 import mlx.core as mx
@@ -24,6 +25,9 @@ class Side:
     sink, recent: model dtype [B, H, capacity, D]. codes: uint32 [B, H, capacity, words], or with 0 bits the exact
     vectors [B, H, capacity, D]. scale: float16 [B, H, capacity, 1], or None with 0 bits. means: float16 [B, H,
     segments, D], rotated (centering.py), or None. balance: of the channels (balancing.py), or None.
+
+    in_one: all tokens are exact and lie in `recent`, in their columns, as in mlx-lm's cache; sink and codes are None.
+    ends: tokens of its capacity that are for sink and recent ones then.
     """
 
     def __init__(self, bits: int, segment: int) -> None:
@@ -34,6 +38,7 @@ class Side:
         self.recent: Buffer = None
         self.means: Buffer = None
         self.balance: Optional[Balance] = None
+        self.in_one, self.ends = False, 0
 
     @property
     def head_dim(self) -> int:
@@ -47,6 +52,34 @@ class Side:
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self.buffers())
+
+    @property
+    def codes_capacity(self) -> int:
+        """Number of packed tokens, or what would be packed, that there is room for."""
+        if self.in_one:
+            return 0 if self.recent is None else self.recent.shape[2] - self.ends
+        return 0 if self.codes is None else self.codes.shape[2]
+
+    def write_in_one(self, at: int, new: mx.array, ends: int, n_packed: int, step: int) -> None:
+        """Write tokens into the one buffer, from column `at` on. It has room for as many as the buffers of sink, packed
+        and recent ones would have: `ends` and a multiple of step."""
+        held = self.codes_capacity if self.ends == ends else 0
+        capacity = ends + max(held, -(-n_packed // step) * step)
+        buffer = self.recent
+        if buffer is not None and buffer.shape[2] != capacity:
+            buffer = buffer[:, :, :at]
+        self.recent, self.ends = write(buffer, at, new, capacity), ends
+
+    def apart(self, n_sink: int, n_packed: int, n_recent: int) -> "Side":
+        """This side, or of one whose tokens lie in one buffer another with slices of it, for these counts."""
+        if not self.in_one or self.recent is None:
+            return self
+        side, (front, end) = copy.copy(self), (n_sink + n_packed, n_sink + n_packed + n_recent)
+        side.in_one = False
+        side.sink = self.recent[:, :, :n_sink] if n_sink else None
+        side.codes = self.recent[:, :, n_sink:front] if n_packed else None
+        side.recent = self.recent[:, :, front:end]
+        return side
 
     def to_pack(self, means: Optional[mx.array]) -> "SideToPack":
         """How rows with these means are packed."""

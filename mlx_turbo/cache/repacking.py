@@ -55,16 +55,16 @@ class ExactRows(NamedTuple):
 
 
 def pack_exact(
-    side: Side, bits: int, groups: Sequence[ExactRows], config: TurboConfig, step: int
+    side: Side, bits: int, groups: Sequence[ExactRows], config: TurboConfig, step: int, capacity: int
 ) -> list[tuple[Optional[mx.array], Any]]:
-    """Pack the exact tokens of a side. Returns for each group the means, and whether its rows are centered
-    (`Begun.rows`, or None)."""
+    """Pack the exact tokens of a side, into buffers with room for `capacity` tokens. Returns for each group the means,
+    and whether its rows are centered (`Begun.rows`, or None)."""
     jobs = [
         PackJob([SideToPack(bits, side.segment, None, group.balance)], [group.tail], 0, group.n_packed)
         for group in groups
     ]
     decided = decide_means(jobs, config, step)
-    n_rows, heads, capacity, head_dim = side.codes.shape
+    n_rows, heads, _, head_dim = side.recent.shape
     codes = mx.zeros((n_rows, heads, capacity, words_per_row(bits, head_dim)), mx.uint32)
     scale = mx.zeros((n_rows, heads, capacity, 1), mx.float16)
     for group, job, (means, _) in zip(groups, jobs, decided):

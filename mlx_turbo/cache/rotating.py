@@ -35,6 +35,7 @@ class Window(TurboKVCache):
     """
 
     never_quantized = "window"
+    one_buffer = False  # a token that is evicted leaves room between the kept ones and the others
     header_names = (*TurboKVCache.header_names, "max_size")
     max_size: int
 

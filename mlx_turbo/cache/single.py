@@ -2,6 +2,9 @@
 
     [ sink: exact ] [ packed ] [ recent: exact ]
 
+Where neither keys nor values are packed (turbo0, and under a memory budget until it is short), all tokens lie in one
+buffer, as in mlx-lm's KVCache, and an update returns a slice of it; the counts say what would be packed.
+
 The first `sink` tokens and at least the newest `recent` ones stay exact, in the model's dtype. Older ones are quantized
 from those exact values, once, so the stored codes do not depend on how the prompt was cut into chunks. Every array is
 [B, n_kv_heads, tokens, *]: the bits of a token never leave its row.
@@ -27,7 +30,7 @@ from .joined import Joined
 from .last_step import NOT_YET, after_update
 from .masks import attention_mask
 from .memory_budget import Room, Share
-from .packing import PackJob, allowed_dtypes, bits_at, make_sides, may_choose_bits, n_segments, pack, write
+from .packing import PackJob, Side, allowed_dtypes, bits_at, make_sides, may_choose_bits, n_segments, pack, write
 from .repacking import ExactRows, fewer_bits, pack_exact, requantize
 from .state import FORMAT_VERSION, HEADER_NAMES, MAGIC, read_state
 from .view import KVView, LazyKV, Unread
@@ -52,6 +55,7 @@ class TurboKVCache:
     never_quantized: Optional[str] = None  # what this is, if mlx-lm has no quantized cache of that kind
     batch_class: Any = None  # what `merge` makes; batch.py sets it
     share: Optional[Share] = None  # in a memory budget
+    one_buffer: bool = True  # whether exact tokens lie in one
     repackable: bool = False
     """Whether the newest queries are held as long as keys are exact (0 bits), so that `repack` can balance them: set
     by whoever will call it, before the first token. A state does not hold it."""
@@ -68,6 +72,7 @@ class TurboKVCache:
         if self.share is not None:  # there is room again
             self.config = replace(self.config, scheme=Scheme(0, 0))
         self._sides = make_sides(self.config)
+        self._settle()
         self.undecided = may_choose_bits(self.config)  # auto has not chosen the bits of the keys; nothing is packed
         self._errors, self._by = {}, None  # of auto's choice: error by bits, what it was based on
         self._clear_counts()
@@ -115,7 +120,9 @@ class TurboKVCache:
             or (self.n_recent + n_to_recent > self._capacity() and n_to_recent <= self.config.block)
         ):
             self._decide()  # nothing showed us the queries of the chunk, or a decode step has to pack
-        capacity = self.config.recent + self.config.block
+        if self._sides[0].in_one:
+            return self._append_exact(new)
+        capacity = self._room()
         if self.n_recent + n_to_recent <= capacity or self.undecided:
             view = None
         elif n_to_recent <= self.config.block:  # make room: what is appended stays exact until a later update
@@ -156,6 +163,76 @@ class TurboKVCache:
         if begins and not n_packed:
             self._wait_for_queries(fetched[0], tails[0], begun)
         return fetched
+
+    def _append_exact(self, new):
+        """What update_and_fetch does where all tokens lie in one buffer."""
+        held, counts = self.offset, self._counts_after(new[0].shape[2])
+        self.n_sink, self.n_packed, self.n_recent = counts
+        for side, x in zip(self._sides, new):
+            self.write_in_one(side, held, x)
+        self.version += 1
+        self._updated()
+        if held:
+            return self._fetch(counts)
+        self._evaluate()
+        return self._fetch(counts, new=new) if self._keeps_queries else new
+
+    def _counts_after(self, n_new):
+        """(n_sink, n_packed, n_recent) after n_new more tokens."""
+        config = self.config
+        n_sink = min(config.sink, self.n_sink + n_new)
+        n_to_recent, n_pack = n_new - (n_sink - self.n_sink), 0
+        n = self.n_recent + n_to_recent
+        if n > config.recent + config.block:
+            n_pack = (self.n_recent if n_to_recent <= config.block else n) - config.recent
+        return n_sink, self.n_packed + n_pack, n - n_pack
+
+    def _room(self):
+        """Number of tokens that the buffers of recent ones have room for."""
+        return self.config.recent + self.config.block
+
+    def _buffer_counts(self):
+        """The sink, packed and recent tokens that the buffers hold."""
+        return self.n_sink, self.n_packed, self.n_recent
+
+    def _ends(self):
+        """Number of sink and recent tokens that there is room for."""
+        return self.config.sink + self._room()
+
+    def write_in_one(self, side: Side, at: int, new: mx.array) -> None:
+        """Write tokens [B, H, n, D] into the one buffer of a side, from column `at` on, with the counts as they are
+        then."""
+        side.write_in_one(at, new, self._ends(), self.packed_columns, self.step)
+
+    def _settle(self):
+        """Put exact tokens into one buffer, or what lies in one apart, as the bits of both sides ask."""
+        in_one = self.one_buffer and not any(side.bits for side in self._sides)
+        for side in self._sides:
+            if side.recent is None:
+                side.in_one = in_one
+            elif in_one and not side.in_one:
+                self._put_in_one(side)
+            elif side.in_one and not in_one:
+                self._put_apart(side)
+
+    def _put_in_one(self, side):
+        names = "sink", "codes", "recent"
+        held = [(getattr(side, name), n) for name, n in zip(names, self._buffer_counts())]
+        parts = [a[:, :, :n] for a, n in held if n]
+        tokens = mx.concatenate(parts, axis=2) if parts else side.recent[:, :, :0]
+        side.sink, side.codes, side.recent, side.in_one = None, None, None, True
+        self.write_in_one(side, 0, tokens)
+
+    def _put_apart(self, side):
+        """Its packed tokens are elsewhere already if it has bits."""
+        n_sink, n_packed, n_recent = self._buffer_counts()
+        apart = side.apart(n_sink, n_packed, n_recent)
+        if n_sink:
+            side.sink = write(None, 0, apart.sink, self.config.sink)
+        if n_packed and not side.bits:
+            side.codes = write(None, 0, apart.codes, self.step)
+        side.recent, side.in_one = write(None, 0, apart.recent, self._room()), False
+        mx.eval(side.buffers())
 
     def _pack(self, tails):
         """Quantize all but the newest `recent` tokens of `tails` (exact tokens after the packed ones, per side) and
@@ -214,6 +291,7 @@ class TurboKVCache:
             for side, x in zip(self._sides, (keys, values)):
                 side.bits = bits_at(side.bits, x.shape[3])
             self.undecided = self.undecided and self._sides[0].bits > 0
+            self._settle()
 
     # ---- auto ------------------------------------------------------------------------------------------------
     def observe(self, queries: mx.array, scale: float, sinks: Optional[mx.array] = None) -> None:
@@ -281,7 +359,7 @@ class TurboKVCache:
         bits: at which they will be packed, if that is not what they have."""
         if not self._observed:
             return None
-        sink = [self._sides[0].sink[:, :, : self.n_sink]] if self.n_sink else []
+        sink = [self._sides[0].apart(*self._buffer_counts()).sink[:, :, : self.n_sink]] if self.n_sink else []
         keys = Joined([*sink, *(tail if isinstance(tail, list) else [tail])])
         factors = balancing.choose(keys, self.config, bits or self._sides[0].bits, join(*self._observed))
         return None if factors is None else Balance(factors)
@@ -331,6 +409,7 @@ class TurboKVCache:
         self._sides[0].balance = balance if bits else None
         if self.n_recent > self._capacity():
             self._pack([recent for _, recent in parts])
+        self._settle()
 
     # ---- memory budget ---------------------------------------------------------------------------------------
     @property
@@ -351,21 +430,15 @@ class TurboKVCache:
         """Whether buffers may grow in an update with n_new tokens."""
         if self.n_sink < self.config.sink or self._sides[0].recent is None:
             return True
-        if self.n_recent + n_new <= self.config.recent + self.config.block:
+        if self.n_recent + n_new <= self._room():
             return False
         n_packed = self.room_after(n_new).n_packed
-        return any(side.codes is None or n_packed > side.codes.shape[2] for side in self._sides)
+        return any(n_packed > side.codes_capacity for side in self._sides)
 
     def room_after(self, n_new: int) -> Room:
         """The `Room` after an update with n_new tokens."""
-        config = self.config
-        n_sink = min(config.sink, self.n_sink + n_new)
-        n_to_recent = n_new - (n_sink - self.n_sink)
-        n = self.n_recent + n_to_recent
-        n_packed, kept = self._left_packed()
-        if n > config.recent + config.block:
-            n_packed += (self.n_recent if n_to_recent <= config.block else n) - config.recent
-        return Room(config.sink if n_sink else 0, config.recent + config.block, n_packed, kept)
+        (n_sink, n_packed, _), (left, kept) = self._counts_after(n_new), self._left_packed()
+        return Room(self.config.sink if n_sink else 0, self._room(), n_packed - (self.n_packed - left), kept)
 
     def next_growth(self, n_new: int) -> Optional[tuple[int, int]]:
         """(tokens, n_packed): after an update with n_new tokens, the number of single tokens with which the packed
@@ -374,7 +447,7 @@ class TurboKVCache:
         n_recent = self.offset + n_new - room.n_packed - min(config.sink, self.n_sink + n_new)
         capacity = -(-room.n_packed // self.step) * self.step
         n_times = (capacity - room.n_packed) // config.block + 1
-        first = config.recent + config.block - n_recent + 1
+        first = self._room() - n_recent + 1
         return first + (n_times - 1) * config.block, room.n_packed + n_times * config.block
 
     def _left_packed(self) -> tuple[int, Optional[int]]:
@@ -407,13 +480,16 @@ class TurboKVCache:
         self.version += 1
         self._errors, self._by = {}, None
         done = now
-        for i, bits in enumerate((scheme.key_bits, scheme.value_bits)):
-            side = self._sides[i]
-            packed_at = bits if side.recent is None else bits_at(bits, side.head_dim)
-            if packed_at != side.bits:
-                self._repack_side(i, packed_at)
-            done = Scheme(scheme.key_bits, scheme.value_bits if i else done.value_bits)
-            self.config = replace(self.config, scheme=done, auto=False)
+        try:
+            for i, bits in enumerate((scheme.key_bits, scheme.value_bits)):
+                side = self._sides[i]
+                packed_at = bits if side.recent is None else bits_at(bits, side.head_dim)
+                if packed_at != side.bits:
+                    self._repack_side(i, packed_at)
+                done = Scheme(scheme.key_bits, scheme.value_bits if i else done.value_bits)
+                self.config = replace(self.config, scheme=done, auto=False)
+        finally:
+            self._settle()  # the other side may be exact still
 
     def _asked_bits(self):
         """The scheme as it is: config.scheme, and of keys what auto chose."""
@@ -432,6 +508,8 @@ class TurboKVCache:
             requantize(side, bits, self.config)
         else:
             self._pack_exact(i, bits)
+            if side.in_one:
+                self._put_apart(side)
 
     @property
     def _has_packed(self):
@@ -439,25 +517,42 @@ class TurboKVCache:
 
     def _pack_exact(self, i, bits):
         """Pack the tokens of keys (i = 0) or values (1) that are exact at 0 bits."""
-        side, config = self._sides[i], self._config_of_keys()
-        tail = [side.codes[:, :, : self.n_packed], side.recent[:, :, : self.n_recent]]
+        side, config, apart = self._sides[i], self._config_of_keys(), self._sides[i].apart(*self._buffer_counts())
+        tail = [apart.codes[:, :, : self.n_packed], apart.recent[:, :, : self.n_recent]]
         balance = None if i else self._choose_balance(tail, bits)
         rows = ExactRows(list(range(side.recent.shape[0])), Joined(tail), self.n_packed, balance)
-        ((side.means, _),) = pack_exact(side, bits, [rows], config, self.step)
+        ((side.means, _),) = pack_exact(side, bits, [rows], config, self.step, self._codes_capacity(side))
         if i == 0:
             side.balance, self._observed = balance, None
+
+    def _codes_capacity(self, side):
+        """Number of tokens that its packed buffers have room for, or will once its tokens are not in one."""
+        n = -(-self.packed_columns // self.step) * self.step
+        return n if side.codes is None else side.codes.shape[2]
 
     # ---- fetch -----------------------------------------------------------------------------------------------
     def _fetch(self, counts, tails=None, new=None):
         """All tokens of both sides as `LazyKV`: (n_sink, n_packed, n_recent) of sink, packed and exact `tails` (the
         recent tokens, if not given). new: the same tokens as arrays, if they are at hand."""
+        if self._sides[0].in_one:
+            return self._fetch_exact(counts, new or tails)
         view = self._view(counts, tails)
         if not any(side.bits for side in self._sides) and not self._keeps_queries:
             return tuple(view.restore())  # nothing is packed: exactly what mlx-lm's own attention gets
         packed = self._unread.get(view) if view.counts[1] else None
         return tuple(LazyKV(x, view, i) for i, x in enumerate(new or view.restore(packed)))
 
+    def _fetch_exact(self, counts, arrays):
+        n = sum(counts)
+        arrays = arrays or [side.recent[:, :, :n] for side in self._sides]
+        if not self._keeps_queries:
+            return tuple(arrays)  # exactly what mlx-lm's own attention gets
+        view = self._view(counts)
+        return tuple(LazyKV(x, view, i) for i, x in enumerate(arrays))
+
     def _view(self, counts, tails=None):
+        if self._sides[0].in_one:
+            counts = 0, 0, sum(counts)
         sides = []
         for i, side in enumerate(self._sides):
             tail = side.recent if tails is None else mx.contiguous(tails[i])
@@ -597,6 +692,7 @@ class TurboKVCache:
         seen = self._seen_counts()
         found: dict[str, list[int]] = {}
         for name, side in zip(("keys", "values"), self._sides):
+            side = side.apart(*columns)
             buffers = side.sink, side.codes if side.scale is None else side.scale, side.recent
             parts = [(~mx.isfinite(a[:, :, :n])).any((1, 3)) for a, n in zip(buffers, columns) if n]
             bad = np.array(mx.concatenate(parts, axis=1)) if parts else np.zeros((len(rows), 0), bool)
@@ -623,6 +719,7 @@ class TurboKVCache:
             per_token = side.recent.shape[0] * side.recent.shape[1] * side.head_dim
             values += per_token
             uncompressed += self._uncompressed_capacity(max(n_tokens)) * per_token * side.recent.dtype.size
+            side = side.apart(*self._buffer_counts())
             if side.codes is not None:
                 arrays = [a for a in (side.codes, side.scale, side.means) if a is not None]
                 packed_bits += 8 * sum(a.nbytes for a in arrays) / side.codes.shape[2]
@@ -738,6 +835,7 @@ class TurboKVCache:
     def _arrays(self, counts):
         arrays, (n_sink, n_packed, n_recent) = [], counts
         for side in self._sides:
+            side = side.apart(*counts)
             parts = (
                 (side.sink, n_sink),
                 (side.codes, n_packed),
@@ -766,6 +864,7 @@ class TurboKVCache:
         self.last_attention = NOT_YET
         self._observed, self._errors, self._by, self._to_balance = None, {}, None, None
         vars(self).update(state.own)
+        self._settle()
         self._evaluate()
 
     def own_state(self, header: dict[str, int], config: TurboConfig) -> dict[str, Any]:

@@ -53,6 +53,10 @@ class KVView(NamedTuple):
 class MarkedArray(mx.array):
     """An array that knows where it comes from. Pickled, it is a plain one: its cache does not come with it."""
 
+    def __init__(self, array: mx.array) -> None:
+        super().__init__(array)  # a copy, if it were read
+        self[:] = array  # the array itself
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return plain, (self[:],)
 

@@ -48,8 +48,10 @@ class ChatProgram(TurboProgram):
         self.caches.clear()
         cache = super()._make_prompt_cache(original, model, max_kv_size)
         if self.conversation is not None:
-            take = self.conversation.begin if is_first else lambda model, cache: self.conversation.clear(cache)
-            cache = self.caches[0] = take(model, cache)
+            if is_first:
+                cache = self.caches[0] = self.conversation.begin(model, cache)
+            else:
+                self.conversation.clear()
         return cache
 
     def input(self, original: Callable[..., str], *prompt: Any) -> str:
@@ -116,8 +118,6 @@ def main(argv: Sequence[str]) -> int:
     program = ChatProgram(module, args)
     if args.model is None:
         use_demo_model(args)
-    if args.resume is not None and program.config is not None and program.config.memory is not None:
-        raise CliError("--resume: goes without a budget of memory, whose caches are packed to other bits each time")
     program.conversation = _open_conversation(args)
     setattr(parser, "parse_args", lambda: args)
     with (

@@ -15,6 +15,8 @@ from typing import Any
 
 from mlx_lm.models.cache import can_trim_prompt_cache
 
+from ..integration.memory import take_under_budget
+from ..integration.prompt_cache import memory_budget_of
 from ..store import files
 from ..store.identity import identity_of, label_of
 from ..store.prompt_store import PromptStore
@@ -70,6 +72,9 @@ class Conversation:
         if identity_of(model) != self.model:
             raise CliError(f"--resume: {self.name!r} was held with another model ({self.label}); give that as --model")
         found, n = self.store.fetch(model, [*self.tokens, 0], like=cache)  # 0: the token that it would go on with
+        budget = memory_budget_of(cache)
+        if found is not None and budget is not None and not take_under_budget(found, budget):
+            found, n = None, 0
         self._pending = self.tokens[n:]
         again = f", {len(self._pending)} of which are computed again" if self._pending else ""
         print_message(f"{self.name}: {len(self.messages)} messages, {len(self.tokens)} tokens{again}")
@@ -77,10 +82,9 @@ class Conversation:
             print(f"{message['role']}: {message['content']}")
         return cache if found is None else found
 
-    def clear(self, cache: list[Any]) -> list[Any]:
-        """Begin anew; the next answer replaces what is kept. Returns the empty cache that is given."""
+    def clear(self) -> None:
+        """Begin anew; the next answer replaces what is kept."""
         self.tokens, self.messages, self._pending, self._turn = [], [], [], None
-        return cache
 
     def answer(
         self,

@@ -88,7 +88,9 @@ class ServerProgram(TurboProgram):
             cache = make_prompt_cache(model)
         self.args.budgets[path] = budget = memory_budget_of(cache)
         if budget is not None:
-            budget.evict.append(self.args.prompts.evict)
+            prompts = self.args.prompts
+            budget.evict.append(prompts.evict)
+            budget.others.append(lambda: prompts.memory_nbytes)
             ours = [c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)]
             self.args.most_tokens[path] = budget.tokens_that_fit(ours)
         together = self.args.draft_model is None and all(hasattr(c, "merge") for c in flatten_caches(cache))
@@ -528,7 +530,6 @@ def main(argv: Sequence[str]) -> int:
                 raise CliError(f"--{name.replace('_', '-')}: got {value}, expected a whole number of at least 0")
         check_store_arguments(args)
         args.prompts, args.rooms, args.budgets, args.most_tokens = prompts, {}, {}, {}
-        prompts.has_budget = program.config is not None and program.config.memory is not None
         check_port(args.host, args.port)
         if args.model is None:
             use_demo_model(args)

@@ -18,6 +18,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..integration.isolation import GenerationError, IsolatedBatchGenerator
+from ..integration.memory import take_under_budget
+from ..integration.prompt_cache import memory_budget_of
 from ..store.cut import BLOCK
 from ..store.prompt_store import CHECKPOINT, PromptStore, default_folder
 from .common import CliError, describe_error, print_message, trim_to_common
@@ -94,7 +96,6 @@ class ServedPrompts:
         self.off, self.every = "it is not open", CHECKPOINT
         self.provider: Any = None
         self.clock = PromptClock()
-        self.has_budget = False  # whether the caches are under a budget of memory
         self.evict: Callable[[], bool] = lambda: False  # drops one of mlx-lm's prompt caches
         self.asked: list[int] | None = None  # tokens of the prompt that a cache was looked up for last
         self.hits, self.errors, self.fetch_seconds = 0, 0, 0.0
@@ -106,8 +107,6 @@ class ServedPrompts:
         self.every, self.off = args.store_checkpoint, ""
         if args.no_store:
             self.off = "--no-store"
-        elif self.has_budget:
-            self.off = "caches under a budget of memory are packed to other bits each time"
         elif args.draft_model is not None:
             self.off = "the caches of a draft model depend on more than the tokens"
         elif args.kv_bits is not None:
@@ -130,6 +129,11 @@ class ServedPrompts:
                 f"{self.store.max_bytes / 1e6:,.0f} MB"
             )
 
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes of memory that stored prompts may take, besides what waits to be written."""
+        return 0 if self.store is None else self.store.max_memory_bytes
+
     def close(self) -> None:
         """Write what waits."""
         if self.store is not None:
@@ -147,7 +151,11 @@ class ServedPrompts:
         self.counts["tokens_from_memory"] += n_memory
         try:
             model = self.provider.model
-            found, n = self.store.fetch(model, tokens, like=new_cache(model), more_than=n_memory)
+            like = new_cache(model)
+            found, n = self.store.fetch(model, tokens, like=like, more_than=n_memory)
+            budget = memory_budget_of(like)
+            if found is not None and budget is not None and not take_under_budget(found, budget):
+                found = None
         except Exception:
             self._failed("a stored prompt cannot be used: it is computed")
             return cache, rest
@@ -235,7 +243,7 @@ class StoringBatchGenerator(IsolatedBatchGenerator):
     def next(self) -> tuple[list[Any], list[Any]]:
         """As IsolatedBatchGenerator's."""
         prompts, answers = super().next()
-        due = [r.uid for r in prompts if self._is_due(r)]
+        due = [r.uid for r in prompts if self._is_due(r) and self._has_room()]
         for cache, tokens in super().extract_cache(due).values():
             self._prompts.put(tokens, cache)
         return prompts, answers
@@ -250,6 +258,11 @@ class StoringBatchGenerator(IsolatedBatchGenerator):
         self._put_at[response.uid] = done
         return True
 
+    def _has_room(self) -> bool:
+        """Whether a row can be copied, to be stored, within a budget of memory."""
+        budget = memory_budget_of(new_cache(self._prompts.provider.model)) if self._prompts.provider else None
+        return budget is None or 2 * budget.nbytes <= budget.limit
+
     def extract_cache(self, uids: Iterable[int]) -> dict[int, Any]:
         """As IsolatedBatchGenerator's."""
         return {uid: (Unfinished(cache), tokens) for uid, (cache, tokens) in super().extract_cache(uids).items()}
@@ -257,7 +270,7 @@ class StoringBatchGenerator(IsolatedBatchGenerator):
     def remove(self, uids: Iterable[int]) -> None:
         """As IsolatedBatchGenerator's."""
         uids = set(uids)
-        if self._prompts.store is not None:
+        if self._prompts.store is not None and self._has_room():
             for cache, tokens in super().extract_cache(uids).values():
                 if tokens and (n := trim_to_common(cache, len(tokens))):
                     self._prompts.put(tokens[:n], cache)

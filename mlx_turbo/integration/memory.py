@@ -73,6 +73,17 @@ def put_under_budget(prompt_cache: list[Any], budget: MemoryBudget, shapes: dict
     budget.add(_ours(prompt_cache), shapes or {})
 
 
+def take_under_budget(prompt_cache: list[Any], budget: MemoryBudget) -> bool:
+    """Put a prompt cache with tokens, which comes from a file or a store, under a budget: caches are packed until all
+    fit. False, with no cache changed and this one under no budget, if the floor does not hold them."""
+    put_under_budget(prompt_cache, budget, budget.shapes)
+    if budget.make_fit():
+        return True
+    for _, cache in _ours(prompt_cache):
+        cache.share = None
+    return False
+
+
 def shapes_of(model: Any, prompt_cache: list[Any], budget: MemoryBudget) -> dict[int, Shape]:
     """By their number among the compressed ones, the shapes that the tokens of a new prompt cache will have. The model
     reads one token, once per budget."""

@@ -185,11 +185,18 @@ def _merge(original: Callable[..., list[Any]], caches: list[list[Any]]) -> list[
 def _extend(original: Callable[..., list[Any]], cache_a: list[Any], cache_b: list[Any]) -> list[Any]:
     """mlx-lm's and mlx-vlm's _extend_cache: the layers of one batch, each with the rows of the other's appended.
     mlx-vlm also gives it a row that is no batch yet."""
-    cache_a[:], cache_b = map(_as_batch, cache_a), [*map(_as_batch, cache_b)]
+    given, cache_b = cache_b, [*map(_as_batch, cache_b)]
+    cache_a[:] = map(_as_batch, cache_a)
     for i, (a, b) in enumerate(zip(cache_a, cache_b)):
         if _is_mix([a, b]) and not isinstance(a, MixedBatchCache):
             cache_a[i] = MixedBatchCache([a], [range(_n_rows(a))])
-    return original(cache_a, cache_b)
+    if not cache_a or not any(getattr(b, "share", None) is not None for b in cache_b):
+        return original(cache_a, cache_b)
+    given.clear()  # the generators drop it: under a budget each layer goes as soon as it is in the other batch
+    cache_b.reverse()
+    for i, a in enumerate(cache_a):
+        (cache_a[i],) = original([a], [cache_b.pop()])
+    return cache_a
 
 
 def _as_batch(cache: Any) -> Any:

@@ -9,6 +9,7 @@ libraries and pipelines while it compiles, so the first thread would stop at its
 """
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,13 +17,16 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..backends import select
 from ..backends.attend_launch import MAX_QUERY_TOKENS
 from ..backends.select import GPUS, get_backend
+from ..backends.sides import PackedSide
 from ..cache import attention_error, auto_bits, centering
 from ..cache.repacking import LADDER
 from ..cache.rotating import Window
 from ..cache.single import TurboKVCache
-from ..quant.scheme import Scheme, TurboConfig
+from ..quant.rotation import can_rotate
+from ..quant.scheme import Scheme, TurboConfig, words_per_row
 from . import attention
 from .bit_budget import without_budget
 from .libraries import language_model
@@ -52,9 +56,9 @@ def warm(
     restoring, and attention of a decode step and of up to n_draft_tokens + 1 tokens, over few tokens and over many.
 
     tokenizer: of a model of mlx-vlm, its processor too. config, max_kv_size: as for `make_prompt_cache`. Costs a prompt
-    of about 70 tokens (with auto, 330) and the compiler's time, with a
-    budget of memory once for each number of bits; does nothing on a backend without kernels. Call it in
-    the thread that will generate.
+    of about 70 tokens (with auto, 330) and the compiler's time; with a budget of memory once for each number of bits,
+    and kernels for each two of keys and values. Does nothing on a backend without kernels. Call it in the thread that
+    will generate.
 
     Returns the number of kernels built. Raises BackendError if a kernel does not build or computes something wrong, and
     ValueError for an unknown scheme.
@@ -62,18 +66,25 @@ def warm(
     backend, turbo = get_backend(), TurboConfig.of(config)
     if backend.name not in GPUS:
         return 0
-    if turbo.memory is not None:
-        return sum(
-            warm(model, tokenizer, own, n_draft_tokens=n_draft_tokens, max_kv_size=max_kv_size)
-            for own in _widths_of(turbo)
-        )
+    before, steps = backend.n_tested, range(1, min(n_draft_tokens + 1, MAX_QUERY_TOKENS) + 1)
+    widths = [turbo] if turbo.memory is None else _widths_of(turbo)
+    for own in widths:
+        layers = _talk(model, tokenizer, own, max_kv_size, steps)
+    if turbo.memory is not None and widths:
+        for layer in layers:
+            _try_widths(layer, turbo, steps)
+    return backend.n_tested - before
+
+
+def _talk(model: Any, tokenizer: Any, config: TurboConfig, max_kv_size: int | None, steps: range) -> list["_Layer"]:
+    """A short conversation under a configuration, and all kinds of layers by themselves. Returns these."""
+    backend = get_backend()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are given when the real cache is made
         cache = make_prompt_cache(model, config, max_kv_size)
     ours = [c for c in flatten_caches(cache) if isinstance(c, TurboKVCache) and c.config.scheme != Scheme(0, 0)]
     if not ours:
-        return 0
-    before = backend.n_tested
+        return []
     seen: dict[int, Any] = {}
     for c in ours:
         sink = c.config.sink if isinstance(c, Window) else min(c.config.sink, FEW_SINKS)
@@ -82,8 +93,6 @@ def warm(
     n_prompt = max(c.packs_beyond for c in ours) + centering.FEWEST
     ids = list(getattr(tokenizer, "tokenizer", tokenizer).encode(TEXT))
     ids *= -(-n_prompt // len(ids))
-    steps = range(1, min(n_draft_tokens + 1, MAX_QUERY_TOKENS) + 1)
-
     part = language_model(model)
 
     def say(n: int) -> mx.array:
@@ -98,15 +107,31 @@ def warm(
         with launches():
             for n in steps:
                 mx.eval(say(n))
-    for layer in _kinds(ours, seen).values():
+    layers = list(_kinds(ours, seen).values())
+    for layer in layers:
         for centered in (False, True) if layer.config.centre else (False,):
             _try_layer(layer, centered, steps)
-    return backend.n_tested - before
+    return layers
+
+
+def _try_widths(layer: "_Layer", config: TurboConfig, steps: range) -> None:
+    """What a layer under a budget of memory may need besides: other widths of keys and values, and fewer bits."""
+    floors, dims = (config.floor.key_bits, config.floor.value_bits), (layer.key_dim, layer.value_dim)
+    rungs = [[b for b in LADDER if not b or b > floor > 0] + [floor] * (floor > 0) for floor in floors]
+    for key_bits, value_bits in itertools.product(*rungs):
+        if key_bits == value_bits:  # `_widths_of` has these
+            continue
+        own = layer._replace(config=replace(layer.config, scheme=Scheme(key_bits, value_bits)))
+        for centered in (False, True) if layer.config.centre and key_bits else (False,):
+            _try_layer(own, centered, steps)
+    for of_side, dim in zip(rungs, dims):
+        for had, bits in itertools.combinations([b for b in of_side if b and can_rotate(dim)], 2):
+            codes, scale = mx.zeros((1, 1, 16, words_per_row(had, dim)), mx.uint32), mx.zeros((1, 1, 16, 1), mx.float16)
+            mx.eval(select.requantize_side(PackedSide(codes, scale, had, dim), bits, scale=layer.config.scale))
 
 
 def _widths_of(config: TurboConfig) -> list[TurboConfig]:
-    """The widths that caches under a budget of memory come to, one after the other; keys and values that differ by more
-    than the floor does are built when they are first needed."""
+    """The widths at which keys and values under a budget of memory are alike, as far as the floors allow it."""
     floors = config.floor.key_bits, config.floor.value_bits
     least = min([bits for bits in floors if bits], default=0)
     schemes = [Scheme(*(floor and max(floor, bits) for floor in floors)) for bits in LADDER if bits >= least > 0]

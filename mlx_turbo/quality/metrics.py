@@ -157,6 +157,12 @@ def exact_tokens(
 _Side = tuple[list[tuple[Any, int]], int, int]
 
 
+def _arrays_of(side: Any) -> list[tuple[Any, int]]:
+    if side.in_one:
+        return [(side.recent, 1)]
+    return [(side.codes, 1), (side.scale, 1), (side.means, side.segment)]
+
+
 def _sides_of(cache: Any) -> list[_Side] | None:
     """Keys and values of one layer's cache as ([(array that grows with the tokens, tokens per row)], head_dim, batch *
     kv heads), or None for a cache that holds no plain keys and values."""
@@ -169,7 +175,7 @@ def _sides_of(cache: Any) -> list[_Side] | None:
     if isinstance(cache, TurboKVCache):
         return [
             (
-                [(a, n) for a, n in ((side.codes, 1), (side.scale, 1), (side.means, side.segment)) if a is not None],
+                [(a, n) for a, n in _arrays_of(side) if a is not None],
                 side.head_dim,
                 side.recent.shape[0] * side.recent.shape[1],
             )

@@ -16,6 +16,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -28,7 +29,7 @@ from ..cache.rotating import Window
 from ..cache.single import TurboKVCache
 from ..integration.libraries import is_cache
 from ..integration.prompt_cache import flatten_caches
-from ..quant.scheme import words_per_row
+from ..quant.scheme import Scheme, words_per_row
 from .raw import DTYPES, NAMES, from_tree, join, row_hashes, split, to_raw, to_tree, unwritten
 
 BLOCK = SEGMENT  # tokens
@@ -60,9 +61,18 @@ def layout_of(prompt_cache: Sequence[Any]) -> str:
     found = []
     for cache in flatten_caches(prompt_cache):
         own = {name: getattr(cache, name, None) for name in ("max_size", "keep", "chunk_size", "group_size", "bits")}
-        found.append([_class_name(cache), repr(cache.config) if isinstance(cache, TurboKVCache) else None, own])
+        found.append([_class_name(cache), _config_of(cache) if isinstance(cache, TurboKVCache) else None, own])
     text = json.dumps([_tree_of(prompt_cache, iter(range(len(found)))), found])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _config_of(cache: TurboKVCache) -> str:
+    """Caches under a budget of memory go on from whatever another one under the same budget has packed."""
+    if cache.share is None:
+        return repr(cache.config)
+    budget = cache.share.budget
+    exact = replace(cache.config, scheme=Scheme(0, 0))
+    return f"{exact!r} in {budget.limit} bytes down to {budget.floor.name}"
 
 
 def read(prompt_cache: Sequence[Any], n: int) -> Contents:

@@ -293,3 +293,32 @@ def test_ops_is_what_measures(monkeypatch):
             cache = TurboKVCache("auto")
             prompt(cache, keys, values, 512, queries_for(keys), scale=3.0 if bits == "turbo0v4" else 0.125)
             assert cache.report()["scheme"] == bits
+
+
+@fast
+@pytest.mark.parametrize("chosen", [0, 8])
+def test_keys_that_auto_leaves_exact_beside_exact_values_lie_in_one_buffer_with_all_tokens(
+    backend, monkeypatch, chosen
+):
+    """In a cache, in its copies and states, and in batches with rows that chose otherwise or not yet."""
+    monkeypatch.setattr(auto_bits, "choose_key_bits", lambda *a: (chosen, {}, "keys"))
+    config, rng = TurboConfig("turbo4v0", auto=True, sink=2, recent=4, block=4), np.random.default_rng(0)
+    tokens = random_tokens(rng, 400)
+    cache = TurboKVCache(config)
+    for at, n in ((0, 300), (300, 1), (301, 99)):
+        cache.update_and_fetch(*(x[:, :, at : at + n] for x in tokens))
+        assert cache.n_packed + cache.n_recent + cache.n_sink == at + n
+    assert not cache.undecided and [side.in_one for side in cache._sides] == [chosen == 0] * 2
+    monkeypatch.setattr(auto_bits, "choose_key_bits", lambda *a: (4, {}, "keys"))
+    other, young = TurboKVCache(config), TurboKVCache(config)
+    for row, n in ((other, 350), (other, 1), (young, 9)):
+        row.update_and_fetch(*(x[:, :, :n] for x in tokens))
+    batch = cache.merge([cache, other, young])
+    assert batch._sides[0].bits == chosen and batch._sides[0].in_one == (chosen == 0)
+    for row in cache, TurboKVCache.from_state(cache.state), batch.extract(0):
+        for got, want, side in zip(row.keys_and_values(), tokens, row._sides):
+            assert side.bits or mx.array_equal(got, want)
+    for b, n in ((1, 351), (2, 9)):
+        values = batch.extract(b).keys_and_values()[1]
+        want = tokens[1][:, :, :9] if b == 2 else mx.concatenate([tokens[1][:, :, :350], tokens[1][:, :, :1]], axis=2)
+        assert values.shape[2] == n and mx.array_equal(values, want)

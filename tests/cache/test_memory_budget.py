@@ -335,6 +335,63 @@ def test_rows_of_different_widths_are_brought_to_the_fewest_bits(backend):
         row.merge([row, TurboKVCache(row.config)])
 
 
+def rows_of(budget, lengths, n_layers=2, seed=0):
+    """A prompt cache of some tokens for each row, under one budget."""
+    rng, known = (
+        np.random.default_rng(seed),
+        Shape(1, SHAPE["heads"], (SHAPE["key_dim"], SHAPE["value_dim"]), 4, True, 4),
+    )
+    rows = []
+    for n in lengths:
+        rows.append([TurboKVCache(TurboConfig("turbo0", **SMALL)) for _ in range(n_layers)])
+        budget.add(enumerate(rows[-1]), dict.fromkeys(range(n_layers), known))
+        step(rows[-1], drawn(rng, n_layers, n))
+    return rows
+
+
+@fast
+@pytest.mark.parametrize("way", ["merge", "extend"])
+def test_a_batch_is_made_within_the_budget_and_packs_first_if_it_must(backend, way):
+    lengths = (300, 420)
+    need = {}
+    for limit in (2**60, None):
+        budget = MemoryBudget(limit or int(0.6 * need["bytes"]), Scheme(2, 2))
+        rows, most = rows_of(budget, lengths), 0
+        if way == "extend":
+            rows = [[layer.merge([layer]) for layer in row] for row in rows]
+            gc.collect()
+        batch = []
+        for a, b in zip(*rows):
+            batch.append(a.merge([a, b]) if way == "merge" else a)
+            if way == "extend":
+                a.extend(b)
+            most = max(most, budget.nbytes)
+        need["bytes"] = most
+        assert most == budget.nbytes <= budget.limit
+        assert all((c.config.scheme == Scheme(0, 0)) == (limit is not None) for c in batch)
+        del rows, a, b
+        gc.collect()
+        assert budget.nbytes == sum(c.nbytes for c in batch)
+        assert len({id(c.share.group) for c in batch}) == 1  # they take their steps together
+
+
+@fast
+def test_a_batch_that_cannot_be_made_within_the_budget_is_refused_before_anything_changes(backend):
+    budget = MemoryBudget(2**60, Scheme(8, 8))
+    rows = rows_of(budget, (300, 420), 1)
+    budget.limit = int(0.5 * budget.nbytes)
+    before = [state_of(layer) for row in rows for layer in row]
+    with pytest.raises(
+        MemoryBudgetError, match="memory: a batch of 2 rows, made of others, takes .* at turbo8, the floor"
+    ):
+        rows[0][0].merge([row[0] for row in rows])
+    assert all(map(same, before, [state_of(layer) for row in rows for layer in row]))
+    kept = [copy.deepcopy(rows[0])]
+    budget.evict.append(lambda: bool(kept) and kept.pop() is not None)
+    budget.limit = int(2.1 * sum(c.nbytes for row in rows for c in row))
+    assert rows[0][0].merge([row[0] for row in rows]).n_rows == 2 and not kept
+
+
 # ---- state machines --------------------------------------------------------------------------------------------------
 class BudgetMachine(RuleBasedStateMachine):
     """Everything that is done to the caches of a model, in any order, under a budget."""
@@ -435,6 +492,113 @@ class BudgetMachine(RuleBasedStateMachine):
 @fast
 def test_anything_may_happen_under_a_budget(backend):
     run_state_machine_as_test(BudgetMachine, settings=settings(quick, max_examples=6, stateful_step_count=12))
+
+
+class BatchBudgetMachine(RuleBasedStateMachine):
+    """What a server does to the rows of a model of two layers under a budget: each is read alone, joins the batch,
+    answers there and leaves it. held: of each row of the batch, per layer, keys and values as NumPy."""
+
+    @initialize(limit=st.integers(100_000, 1_000_000), floor=FLOORS, centre=st.booleans())
+    def start(self, limit, floor, centre):
+        self.budget, self.rng = MemoryBudget(limit, floor), np.random.default_rng(0)
+        self.config = TurboConfig("turbo0", centre=centre, **SMALL)
+        self.batch, self.held = None, []
+
+    def tokens(self, n, batch=1):
+        return [random_tokens(self.rng, n, **SHAPE | dict(batch=batch)) for _ in range(2)]
+
+    def drop(self):
+        self.batch, self.held = None, []
+        gc.collect()
+
+    @precondition(lambda self: len(self.held) < 4)
+    @rule(n=st.one_of(st.integers(1, 20), st.integers(150, 400)))
+    def join(self, n):
+        row = [TurboKVCache(self.config) for _ in range(2)]
+        known = Shape(1, SHAPE["heads"], (SHAPE["key_dim"], SHAPE["value_dim"]), 4, True, 4)
+        self.budget.add(enumerate(row), {0: known, 1: known})
+        new = self.tokens(n)
+        try:
+            step(row, new)
+            row = [layer.merge([layer]) for layer in row]
+        except MemoryBudgetError:
+            return
+        gc.collect()
+        try:
+            if self.batch is None:
+                self.batch = row
+            for layer, other in zip(self.batch, row) if row is not self.batch else ():
+                layer.extend(other)
+                assert self.budget.nbytes <= self.budget.limit
+        except MemoryBudgetError:
+            return self.drop()  # as a generator does, whose layers have different rows now
+        self.held.append([[to_numpy(x) for x in layer] for layer in new])
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), n=st.sampled_from([1, 1, 7, 90]))
+    def answer(self, data, n):
+        lengths = [data.draw(st.integers(0 if n > 1 else 1, n)) for _ in self.held]
+        width = max(lengths)
+        if not width:
+            return
+        new, before = self.tokens(width, len(self.held)), [state_of(c) for c in self.batch]
+        for layer in self.batch:
+            layer.prepare(lengths=lengths, right_padding=[width - n for n in lengths])
+        try:
+            step(self.batch, new)
+        except MemoryBudgetError:
+            for layer in self.batch:
+                layer.finalize()
+            assert all(map(same, before, map(state_of, self.batch)))
+            return
+        for layer in self.batch:
+            layer.finalize()
+        for b, row in enumerate(self.held):
+            for layer, got in zip(row, new):
+                layer[:] = [np.concatenate([x, to_numpy(y)[b : b + 1, :, : lengths[b]]], 2) for x, y in zip(layer, got)]
+
+    @precondition(lambda self: self.held)
+    @rule(n=st.integers(1, 30))
+    def trim(self, n):
+        for layer in self.batch:
+            layer.trim(n)
+        for row in self.held:
+            row[:] = [[x[:, :, : max(x.shape[2] - n, 0)] for x in layer] for layer in row]
+        if all(row[0][0].shape[2] == 0 for row in self.held):
+            self.drop()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def leave(self, data):
+        b = data.draw(st.integers(0, len(self.held) - 1))
+        row, held = [layer.extract(b) for layer in self.batch], self.held.pop(b)
+        for cache, of_layer in zip(row, held):
+            assert cache.offset == of_layer[0].shape[2]
+            if cache.offset:
+                errors_allowed(cache, of_layer)
+        del row, cache
+        gc.collect()
+        if not self.held:
+            return self.drop()
+        for layer in self.batch:
+            layer.filter([i for i in range(len(self.held) + 1) if i != b])
+
+    @invariant()
+    def never_more_than_the_budget(self):
+        alive = self.batch or []
+        assert {id(c) for c in self.budget.alive()} == {id(c) for c in alive}
+        assert sum(c.nbytes for c in alive) == self.budget.nbytes <= self.budget.limit
+
+    @invariant()
+    def one_mask_serves_all_layers(self):
+        if self.batch:
+            masks = [np.array(layer.array_mask(1)) for layer in self.batch]
+            assert np.array_equal(*masks)
+
+
+@fast
+def test_a_batch_may_do_anything_under_a_budget(backend):
+    run_state_machine_as_test(BatchBudgetMachine, settings=settings(quick, max_examples=8, stateful_step_count=12))
 
 
 def test_the_ladder_begins_exact_and_only_goes_down():

@@ -129,7 +129,10 @@ def all_at_once(tokens, n):
 LONG_TURN = " ".join(["One day, she saw a big red ball in the park, and she wanted to play with it."] * 8)
 
 
-@pytest.mark.parametrize("kv", ["turbo4", "none", "auto"])
+@pytest.mark.parametrize(
+    "kv",
+    ["turbo4", "none", "auto", pytest.param("memory:1400KB", marks=pytest.mark.slow)],  # four times priced
+)
 def test_a_conversation_goes_on_with_the_tokens_of_one_that_did_not_end(run, answers, at_home, kv):
     turns, argv = [TURNS[0], LONG_TURN, TURNS[2]], ["-m", 12, "--kv", kv, *(SHORT_WINDOW if kv != "none" else [])]
     assert run([*turns, "q"], *argv)[0] == 0

@@ -777,7 +777,6 @@ def test_two_hundred_requests_of_eight_conversations(start, reference, argv, n_f
 # ---- a budget of memory ------------------------------------------------------------------------------------------
 def test_all_requests_share_a_budget_of_memory_and_one_that_does_not_fit_fails_alone(start):
     server = start("--kv-memory", "3MB", *SHORT_WINDOW)
-    assert "prompts are not stored: caches under a budget of memory are packed to other bits each time" in server.log
 
     def ask(n):
         said = [{"role": "user", "content": " ".join(STORIES[:n])}]

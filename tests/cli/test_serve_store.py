@@ -90,6 +90,7 @@ class Talk:
     [
         ("turbo4", {}),
         ("none", {"seed": 1}),
+        pytest.param("memory:5MB", {}, marks=pytest.mark.slow),
         pytest.param("turbo0", {}, marks=pytest.mark.slow),
         pytest.param("turbo4", {"seed": 1}, marks=pytest.mark.slow),
     ],

@@ -60,6 +60,10 @@ class Recorder(MetalBackend):
         super().quantize(*args, **options)
         return CPU.quantize(*args, **options)
 
+    def requantize(self, *args, **options):
+        super().requantize(*args, **options)
+        return CPU.requantize(*args, **options)
+
     def statistics(self, *args):
         super().statistics(*args)
         return CPU.statistics(*args)
@@ -80,7 +84,7 @@ class Recorder(MetalBackend):
         """How many texts of each file."""
         return {
             name: sum(f"custom_kernel_turbo_{name}_" in text for text in self.texts)
-            for name in ("statistics", "quantize", "dequantize", "attend", "merge")
+            for name in ("statistics", "quantize", "requantize", "dequantize", "attend", "merge")
         }
 
 
@@ -185,7 +189,7 @@ def test_a_conversation_builds_no_kernel_after_warm_up(recorder, tokenizer, name
     recorder.tuning = AttendTuning(one_launch_tokens=many)
     n = mlx_turbo.warm(model, tokenizer, scheme)
     built, kinds = set(recorder.texts), recorder.kinds()
-    needed = set(kinds) - ({"statistics"} if name == "latents" else set())  # latents are not centered
+    needed = set(kinds) - {"requantize"} - ({"statistics"} if name == "latents" else set())  # latents are not centered
     assert n > 0 and all(kinds[kind] for kind in needed)
     cache = converse(model, tokenizer, scheme, 20, many)  # decides, packs, goes beyond one launch
     assert any(c.report()["packed"] for c in cache if isinstance(c, mlx_turbo.TurboKVCache))
@@ -234,6 +238,26 @@ def test_drafts_are_verified_by_kernels_that_are_there(recorder, tokenizer):
     mlx_turbo.warm(draft, tokenizer, "turbo4", n_draft_tokens=1)
     built = set(recorder.texts)
     converse(model, tokenizer, "turbo4", 20, MANY, draft_model=draft, num_draft_tokens=3)
+    assert recorder.texts == built
+
+
+def test_under_a_budget_of_memory_all_widths_and_the_steps_between_them_are_there(recorder, tokenizer):
+    """Of keys and values apart, down to the floor."""
+    model, config = build(llama), mlx_turbo.TurboConfig(memory="1GB", floor="turbo6v4", sink=2, recent=8, block=8)
+    assert mlx_turbo.warm(model, tokenizer, config) > 0
+    built = set(recorder.texts)
+    assert recorder.kinds()["requantize"] == 3  # 8 > 6 of both, 8 > 4, 6 > 4
+    for path in (
+        [(8, 0), (8, 8), (6, 8), (6, 6), (6, 4)],
+        [(None, 8), (None, 4), (8, 4)],
+        [(8, None), (6, None), (6, 4)],
+    ):
+        cache = mlx_turbo.make_prompt_cache(model, config)
+        for bits in [(None, None), *path]:
+            for layer in cache:
+                layer.repack(*bits)
+            for n in (100 if cache[0].empty() else 20), 1:
+                mx.eval(model(mx.random.randint(3, 2000, (1, n)), cache=cache))
     assert recorder.texts == built
 
 

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.caches import FAST_BACKENDS
-from support.stored import KINDS, WHOLE, bits, feed, made, tiny_model, tokens_of, trimmed
+from support.stored import DIM, KINDS, N_HEADS, WHOLE, bits, feed, made, tiny_model, tokens_of, trimmed
 from support.strategies import quick
 
 import mlx_turbo
 from mlx_turbo import PromptStore, TurboConfig
+from mlx_turbo.cache.memory_budget import MemoryBudget, Shape
+from mlx_turbo.integration.memory import put_under_budget, take_under_budget
 from mlx_turbo.integration.prompt_cache import flatten_caches
 from mlx_turbo.quant.scheme import BITS, Scheme
 from mlx_turbo.store import cut, files
@@ -383,3 +385,56 @@ def test_delete_by_model_age_and_id(backend, folder, model):
         assert store.fetch(other, [*tokens, 1]) == (None, 0) and store.fetch(model, [*tokens, 1])[1] == 600
         assert store.delete(older_than=0) > 0 and store.report()["nbytes"] == 0
         assert store.fetch(model, [*tokens, 1]) == (None, 0)
+
+
+# ---- a budget of memory ------------------------------------------------------------------------------------------
+def under(budget, shapes=None):
+    """An empty prompt cache of two layers under a budget."""
+    caches = made(["turbo", "turbo"], TurboConfig("turbo0", 2, 8, 8))
+    known = Shape(1, N_HEADS, (DIM, DIM), 2, True, 2 * N_HEADS)
+    budget.shapes = {0: known, 1: known}
+    put_under_budget(caches, budget, budget.shapes)
+    return caches
+
+
+@pytest.mark.parametrize("share", [2.0, 0.6, 0.3], ids=["exact", "some packed", "all packed"])
+def test_a_prompt_of_a_budget_is_found_by_caches_under_the_same_one_and_counts_there(backend, folder, model, share):
+    """Whatever was packed when it was stored; not under another limit, nor by caches under none."""
+    free = MemoryBudget(2**60)
+    whole = free.nbytes_after(under(free), 700)
+    tokens, (one, other) = tokens_of(700), [MemoryBudget(int(share * whole), Scheme(2, 2)) for _ in range(2)]
+    with PromptStore(folder) as store:
+        cache = feed(under(one), tokens, [300])
+        assert one.nbytes <= one.limit and store.put(model, tokens, cache).n_blocks == 5
+        want, schemes = bits(cache), [c.config.scheme for c in cache]
+        assert (set(schemes) == {Scheme(0, 0)}) == (share == 2)
+        assert store.fetch(model, [*tokens, 1], like=under(MemoryBudget(one.limit + 1, Scheme(2, 2)))) == (None, 0)
+        assert store.fetch(model, [*tokens, 1], like=made(["turbo", "turbo"], cache[0].config)) == (None, 0)
+        found, n = store.fetch(model, [*tokens, 1], like=under(other))
+        assert n == 700 and bits(found) == want and take_under_budget(found, other)
+        assert other.nbytes == sum(c.nbytes for c in found) <= other.limit
+        assert [c.config.scheme for c in found] == schemes and all(c.repackable for c in found)
+        for budget, going_on in (one, cache), (other, found):
+            feed(going_on, tokens_of(60, 1), [])
+            assert budget.nbytes <= budget.limit
+        assert bits(found) == bits(cache)
+
+
+def test_a_prompt_that_a_budget_does_not_hold_beside_the_others_packs_them_or_is_not_taken(backend):
+    budget = MemoryBudget(2**60, Scheme(4, 4))
+    kept = feed(under(budget), tokens_of(700), [])
+    for share, fits in (1.2, True), (0.2, False):
+        found = feed(made(["turbo", "turbo"], kept[0].config), tokens_of(700, 1), [])
+        budget.limit = int(share * sum(c.nbytes for c in [*kept, *found]))
+        before = bits(kept)
+        assert take_under_budget(found, budget) == fits
+        assert [c.share is not None for c in found] == [fits] * 2
+        assert budget.nbytes == sum(c.nbytes for c in kept) + fits * sum(c.nbytes for c in found)
+        assert budget.nbytes <= budget.limit or bits(kept) == before
+        del found
+        budget.limit = 2**60
+    budget.limit = int(0.8 * sum(c.nbytes for c in kept))
+    evicted = [kept]
+    del kept
+    budget.evict.append(lambda: bool(evicted) and evicted.pop() is not None)
+    assert budget.make_fit() and not evicted and budget.nbytes == 0
