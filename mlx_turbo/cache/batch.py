@@ -73,7 +73,8 @@ class BatchTurboKVCache(TurboKVCache):
     def _clear_counts(self):
         B = len(self._pad)
         self._n_packed, self._n_recent, self._n_evicted = [0] * B, [0] * B, [0] * B
-        self._centered = [False] * B, [False] * B  # of keys, of values: whether the row has means
+        for side in self._sides:
+            side.centered = [False] * B
         self._balanced = [False] * B  # whether the channels of its keys are
         self._n_before_right_padding = None  # per row, if the prompt is padded on the right
         self._n_columns = 0  # of the recent tokens
@@ -183,7 +184,11 @@ class BatchTurboKVCache(TurboKVCache):
         for b, (n, new) in enumerate(exact):
             if self.undecided and not decide or not spans[b][1]:
                 continue
-            if n + new > capacity and (new <= config.block or decide and n > capacity):
+            waited = decide and n > capacity  # for auto
+            if n + new > capacity and new <= config.block and not self._n_packed[b] and not waited:
+                after[b] = n - config.recent  # the first ones: attended exactly once more
+                continue
+            if n + new > capacity and (new <= config.block or waited):
                 before[b] = n - config.recent
                 n = config.recent
             if n + new > capacity:
@@ -228,6 +233,7 @@ class BatchTurboKVCache(TurboKVCache):
         new, n_new = (keys, values), keys.shape[2]
         if n_new == 0:
             return self.keys_and_values() if self._n_columns or any(self._n_packed) else new
+        self.settle()
         if self.share is not None:
             self.share.before_update(self, keys, values)
         if n_new <= self._n_free:
@@ -308,6 +314,7 @@ class BatchTurboKVCache(TurboKVCache):
         if any(n_pack):
             tails = [first_tokens(side.recent, self._n_columns) for side in self._sides]
             self._pack_rows(n_pack, tails, [self._n_columns] * self.n_rows, self._n_recent)
+            self.settle()  # rows that waited for auto: attention finds them packed in this update
 
     def _pack_rows(self, n_pack, tails, ends, n_exact, wait=False):
         """Quantize n_pack[b] tokens of each row b: the oldest, sink tokens apart, of the n_exact[b] that end before
@@ -317,11 +324,11 @@ class BatchTurboKVCache(TurboKVCache):
         groups = {}
         for b, n in enumerate(n_pack):
             if n:
-                situation = n, n_exact[b], ends[b], self._n_packed[b], *(c[b] for c in self._centered)
+                situation = n, n_exact[b], ends[b], self._n_packed[b], *(s.may_have_means(b) for s in self._sides)
                 groups.setdefault(situation, []).append(b)
         jobs, exact_of, balanced = [], [], {}
         for (n, n_tail, end, n_packed, *centered), rows in groups.items():
-            means = [take_rows(s.means, rows) if c and n_packed else None for s, c in zip(self._sides, centered)]
+            means = [take_rows(s.stored_means, rows) if c and n_packed else None for s, c in zip(self._sides, centered)]
             exact = [take_rows(tail, rows)[:, :, end - n_tail : end] for tail in tails]
             after_sink = [x[:, :, self._n_new_sinks(n_packed) :] for x in exact]
             sides = [side.to_pack(mean) for side, mean in zip(self._sides, means)]
@@ -430,29 +437,27 @@ class BatchTurboKVCache(TurboKVCache):
         side.codes = write_rows(side.codes, self.n_rows, rows, at, new.codes, self.step)
         if new.scale is not None:
             side.scale = write_rows(side.scale, self.n_rows, rows, at, new.scale, self.step)
-        self._write_means(i, rows, at, n, new.means, new.begun and new.begun.rows)
+        self._write_means(i, rows, at, n, new.means, new.begun)
 
     def _write_means(self, i, rows, at, n, means, begun):
-        """The same of the means, or None. begun: which rows are centered, if they begin to pack."""
-        side, centered = self._sides[i], self._centered[i]
-        has_means = [False] * len(rows)
+        """The same of the means, or None. begun: what was decided of the rows, if they begin to pack."""
+        side = self._sides[i]
+        if not at:
+            side.begin(rows, begun)
+            for b in rows if side.stored_means is not None else ():
+                side.stored_means[b] = 0  # of what the row held before a trim
         if means is not None:
-            means = means[:, :, : n_segments(at + n, side.segment)]
-            side.means = write_rows(side.means, self.n_rows, rows, 0, means, max(self.step // side.segment, 1))
-            has_means = begun if begun else [centered[rows[0]]] * len(rows)
-        for b, has in zip(rows, has_means):
-            centered[b] = has
-            if not at and not has and side.means is not None:
-                side.means[b] = 0  # of what the row held before a trim
+            means, step = means[:, :, : n_segments(at + n, side.segment)], max(self.step // side.segment, 1)
+            side.stored_means = write_rows(side.stored_means, self.n_rows, rows, 0, means, step)
 
     def _cover_means(self):
         """Make the means cover all segments: those of rows that are not centered are read too."""
-        for side, centered in zip(self._sides, self._centered):
-            n = n_segments(max(self._n_packed), side.segment)
-            if not any(centered):
-                side.means = None
-            elif side.means.shape[2] < n:
-                side.means = grow(side.means, (*side.means.shape[:2], n, side.means.shape[3]), side.means.dtype)
+        for side in self._sides:
+            n, means = n_segments(max(self._n_packed), side.segment), side.stored_means
+            if not any(map(side.may_have_means, range(self.n_rows))):
+                side.stored_means = None
+            elif means.shape[2] < n:
+                side.stored_means = grow(means, (*means.shape[:2], n, means.shape[3]), means.dtype)
 
     # ---- fewer bits ------------------------------------------------------------------------------------------
     def _pack_exact(self, i, bits):
@@ -470,6 +475,7 @@ class BatchTurboKVCache(TurboKVCache):
                 self._set_balance(rows, balance, balanced)
             self._write_means(i, rows, 0, group.n_packed, means, begun)
         self._cover_means()
+        side.settle()
 
     def _exact_tail(self, side, rows):
         """The tokens after the sink of rows that hold as many, of a side that is exact."""
@@ -546,7 +552,7 @@ class BatchTurboKVCache(TurboKVCache):
             return
         n = max(self._n_packed)
         if n:
-            keys, means = self._view((0, n, 0)).restore()[0], side.means
+            means, keys = side.means, self._view((0, n, 0)).restore()[0]
             side.bits = bits
             if bits:
                 ((codes, scale),) = quantize_tokens([keys], [side.to_pack(means)], [means], 0, self.config)
@@ -554,7 +560,7 @@ class BatchTurboKVCache(TurboKVCache):
             else:
                 codes, side.scale, side.means, side.balance = keys, None, None, None
                 self._balanced = [False] * self.n_rows
-                self._centered = [False] * self.n_rows, self._centered[1]
+                side.centered = [False] * self.n_rows
             side.codes = write(None, 0, codes, self.step)
         side.bits = bits
 
@@ -606,6 +612,7 @@ class BatchTurboKVCache(TurboKVCache):
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """The tokens of all rows, [B, n_kv_heads, columns, D] of keys and of values, packed ones dequantized lazily.
         After an update in its columns, so that layers without a cache of their own can attend with the same mask."""
+        self.settle()
         if self._sides[0].recent is None:
             raise ValueError("the cache is empty: it does not know the shape of its keys and values yet")
         fetched = self._fetch((*self._columns(self._n_packed), self._n_columns))
@@ -657,6 +664,7 @@ class BatchTurboKVCache(TurboKVCache):
             raise ValueError(f"{NAMES[i]}: padding of the prompt is still to come")
         if self.empty():
             return None
+        self.settle()
         columns, rows = self._seen_columns()
         longest = max(map(len, rows))
         index = mx.array([[0] * (longest - len(row)) + row for row in rows])[:, None, :, None]
@@ -750,7 +758,7 @@ class BatchTurboKVCache(TurboKVCache):
                 mine.sink, mine.codes, mine.scale, mine.means = side.sink, side.codes, side.scale, side.means
                 mine.balance = side.balance
                 batch._balanced[0] = batch._balanced[0] or side.balance is not None
-                batch._centered[i][0] = side.means is not None
+                mine.centered = [side.means is not None]
         batch._n_packed, batch._n_recent = [cache.n_packed], [cache.n_recent + (cache.n_sink if unpacked else 0)]
         batch._n_columns = batch._n_recent[0]
         if cache._observed is not None:
@@ -795,8 +803,8 @@ class BatchTurboKVCache(TurboKVCache):
             for part in filled:
                 part._raise_keys(joined._sides[0].bits)
             joined._sides[1].bits = filled[0]._sides[1].bits
-            joined._centered = tuple([yes for p in parts for yes in p._centered[i]] for i in (0, 1))
             for i, side in enumerate(joined._sides):
+                side.centered = [yes for p in parts for yes in p._sides[i].centered]
                 joined._join_side(side, [p._sides[i] for p in parts], parts)
             joined._join_balance(parts)
             joined._cover_means()
@@ -900,7 +908,8 @@ class BatchTurboKVCache(TurboKVCache):
             None if self._n_before_right_padding is None else pick(self._n_before_right_padding)
         )
         self._observed, self._last = pick(self._observed), pick(self._last) if self._last else []
-        self._centered = tuple(map(pick, self._centered))
+        for side in self._sides:
+            side.centered = pick(side.centered)
         start, n_packed = self._n_columns - max(self._n_recent, default=0), max(self._n_packed, default=0)
         index, self._n_columns, self._to_balance = mx.array(rows), self._n_columns - start, None
         self._balanced = pick(self._balanced)
@@ -941,7 +950,7 @@ class BatchTurboKVCache(TurboKVCache):
         cache._observed, end = self._observed_of(b), self._n_columns
         if self._balanced[b]:
             cache._sides[0].balance = self._balance_of([b])
-        for side, mine, centered in zip(self._sides, cache._sides, self._centered):
+        for side, mine in zip(self._sides, cache._sides):
             exact = side.recent[b : b + 1, :, end - self._n_recent[b] : end]
             if cache.n_sink:
                 sinks = side.sink[b : b + 1] if cache.n_packed else exact[:, :, : cache.n_sink]
@@ -953,7 +962,7 @@ class BatchTurboKVCache(TurboKVCache):
                 mine.codes = write(None, 0, side.codes[b : b + 1, :, : cache.n_packed], self.step)
                 if side.scale is not None:
                     mine.scale = write(None, 0, side.scale[b : b + 1, :, : cache.n_packed], self.step)
-                if centered[b]:
+                if side.centered[b]:
                     n = n_segments(cache.n_packed, side.segment)
                     mine.means = write(None, 0, side.means[b : b + 1, :, :n], max(self.step // side.segment, 1))
         cache._evaluate()
@@ -987,8 +996,8 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_packed, self._n_recent = map(list, zip(*left))
         for b, packed in enumerate(self._n_packed):
             self._observed[b] = still_held(self._observed[b], self.n_tokens(b))
-            for centered in self._centered:
-                centered[b] = centered[b] and packed > 0
+            for side in self._sides:
+                side.centered[b] = side.centered[b] and packed > 0
             if not packed:
                 self._set_balance([b], None)
         self._to_balance = None
@@ -1015,7 +1024,7 @@ class BatchTurboKVCache(TurboKVCache):
             self._n_recent,
             self._pad,
             self._n_before_right_padding or [-1] * self.n_rows,
-            *self._centered,
+            *(side.centered for side in self._sides),
             self._balanced,
         )
 
@@ -1040,7 +1049,8 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_evicted = rows.get("n_forgotten", [0] * self.n_rows)
         self._n_columns = state.counts[2]
         self._n_before_right_padding = None if -1 in rows["n_until"] else rows["n_until"]
-        self._centered = [bool(x) for x in rows["key_means"]], [bool(x) for x in rows["value_means"]]
+        for side, name in zip(self._sides, ("key_means", "value_means")):
+            side.centered = [bool(x) for x in rows[name]]
         self._balanced = [bool(x) for x in rows["balanced"]]
         self._set_offset()
         self._evaluate()

@@ -105,6 +105,7 @@ class TurboKVCache:
         new, n_new = (keys, values), keys.shape[2]
         if n_new == 0:
             return self.keys_and_values() if self.offset else new
+        self.settle()
         if self.share is not None:
             self.share.before_update(self, keys, values)
         first, begins, self._to_balance = self.offset == 0, self._begins_to_pack, None
@@ -118,14 +119,10 @@ class TurboKVCache:
         capacity = self.config.recent + self.config.block
         if self.n_recent + n_to_recent <= capacity or self.undecided:
             view = None
-        elif n_to_recent <= self.config.block:  # make room: what is appended stays exact until a later update
-            tails = [side.recent[:, :, : self.n_recent] for side in self._sides]
-            if self._begins_to_pack:
-                self._sides[0].balance = self._sides[0].balance or self._choose_balance(tails[0])
-                self._observed = None
-            self._pack(tails)
+        elif n_to_recent <= self.config.block and self.n_packed:  # make room: what is appended stays exact until later
+            self._pack([side.recent[:, :, : self.n_recent] for side in self._sides])
             view = None
-        else:  # a prompt chunk: attended exactly now, packed at once
+        else:  # a prompt chunk, or the first tokens to be packed: attended exactly now, packed at once
             tails = [x[:, :, n_to_sink:] for x in new]
             if self.n_recent:
                 tails = [
@@ -133,7 +130,7 @@ class TurboKVCache:
                     for side, t in zip(self._sides, tails)
                 ]
             view = self.n_packed, tails
-            begun = self._pack(tails)
+            begun = self._pack(tails, n_to_recent if n_to_recent <= self.config.block else 0)
         for side, x in zip(self._sides, new):
             if n_to_sink:
                 side.sink = write(side.sink, self.n_sink, x[:, :, :n_to_sink], self.config.sink)
@@ -157,22 +154,29 @@ class TurboKVCache:
             self._wait_for_queries(fetched[0], tails[0], begun)
         return fetched
 
-    def _pack(self, tails):
-        """Quantize all but the newest `recent` tokens of `tails` (exact tokens after the packed ones, per side) and
-        keep those in new recent buffers. Returns what was decided of keys. Raises before anything is changed."""
+    def _pack(self, tails, n_beside=0):
+        """Quantize all but the newest recent + n_beside tokens of `tails` (exact tokens after the packed ones, per
+        side) and keep those in new recent buffers. Returns what was decided of keys. Raises before anything is
+        changed."""
         self._unread.clear()
-        n_pack = tails[0].shape[2] - self.config.recent
+        n_pack = tails[0].shape[2] - self.config.recent - n_beside
         sides = [side.to_pack(side.means if self.n_packed else None) for side in self._sides]
         (packed,) = pack([PackJob(sides, tails, self.n_packed, n_pack)], self.config, self.step)
         for side, tail, new in zip(self._sides, tails, packed):
-            side.means = new.means
+            side.set_means(new.means, new.begun)
             side.codes = write(side.codes, self.n_packed, new.codes, self.step)
             if new.scale is not None:
                 side.scale = write(side.scale, self.n_packed, new.scale, self.step)
             side.recent = write(None, 0, tail[:, :, n_pack:], self.config.recent + self.config.block)
         self.n_packed += n_pack
-        self.n_recent = self.config.recent
+        self.n_recent = self.config.recent + n_beside
         return packed[0].begun
+
+    def settle(self) -> None:
+        """Read what was left to be computed when the last update returned: which rows are centered. The next update
+        does it, and so does whatever looks at the buffers before."""
+        for side in self._sides:
+            side.settle()
 
     def _updated(self):
         keys, values = self._sides
@@ -182,7 +186,7 @@ class TurboKVCache:
     def _evaluate(self):
         """Start computing new buffers that the returned arrays do not read: another thread cannot evaluate them, and
         until they are evaluated they keep their inputs alive."""
-        mx.async_eval([side.buffers() for side in self._sides], self._observed_queries())
+        mx.async_eval([side.started() for side in self._sides], self._observed_queries())
 
     def _check(self, keys, values):
         for x, name, side in ((keys, "keys", self._sides[0]), (values, "values", self._sides[1])):
@@ -301,7 +305,7 @@ class TurboKVCache:
             job = PackJob([side.to_pack(None)], [tail], 0, self.n_packed, returned.begun)
             ((new,),) = pack([job], self.config, self.step)
             side.codes, side.scale = (write(None, 0, a, self.step) for a in (new.codes, new.scale))
-            side.means = new.means
+            side.set_means(new.means, new.begun)
             self._unread.clear()
         self._evaluate()
 
@@ -443,7 +447,9 @@ class TurboKVCache:
         tail = [side.codes[:, :, : self.n_packed], side.recent[:, :, : self.n_recent]]
         balance = None if i else self._choose_balance(tail, bits)
         rows = ExactRows(list(range(side.recent.shape[0])), Joined(tail), self.n_packed, balance)
-        ((side.means, _),) = pack_exact(side, bits, [rows], config, self.step)
+        ((means, begun),) = pack_exact(side, bits, [rows], config, self.step)
+        side.set_means(means, begun)
+        side.settle()
         if i == 0:
             side.balance, self._observed = balance, None
 
@@ -469,7 +475,7 @@ class TurboKVCache:
                     tail,
                     side.bits,
                     side.head_dim,
-                    side.means,
+                    side.known_means,
                     side.segment,
                     side.balance,
                 )
@@ -481,6 +487,7 @@ class TurboKVCache:
 
         Raises ValueError while the cache is empty.
         """
+        self.settle()
         if self._sides[0].recent is None:
             raise ValueError("the cache is empty: it does not know the shape of its keys and values yet")
         return self._fetch((self.n_sink, self.n_packed, self.n_recent))
@@ -524,6 +531,7 @@ class TurboKVCache:
         history.assign(self, i, tokens)
 
     def _history(self, i):
+        self.settle()
         return None if self.empty() else self._view((self.n_sink, self.n_packed, self.n_recent)).restore()[i]
 
     def is_trimmable(self) -> bool:

@@ -79,7 +79,7 @@ def test_rows_that_pack_together_keep_their_own_factors(backend, short_segments)
 
 @fast
 def test_a_row_that_is_no_longer_centred_has_no_means(backend, short_segments):
-    rows = Rows(SMALL, 3)
+    rows = Rows(SMALL, 3, seed=1)
     rows.bias = [20, 20, 0]
     rows.update([30, 60, 20])
     rows.bias = [0, 0, 0]
