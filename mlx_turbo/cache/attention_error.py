@@ -6,7 +6,7 @@ it (auto_bits.py), and every cache the balance of the keys' channels (balancing.
 """
 
 import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Sequence
 
 import mlx.core as mx
 
@@ -70,7 +70,7 @@ class Attention:
     """The attention of sampled queries over a sample of exact keys, for measuring what packing the keys changes.
 
     keys: [B, n_kv_heads, N, D], exact, of tokens 0 .. N - 1. Keys that cannot be packed count as zeros. Queries that
-    are not finite do not count; a kv head that has no others is judged as by `key_error`.
+    are not finite do not count; a kv head that has no others is judged as by `key_errors`.
     """
 
     def __init__(self, observed: Observed, keys: Tokens, config: TurboConfig) -> None:
@@ -100,14 +100,21 @@ class Attention:
 
         balance: of their channels; of n * B rows, n ways to balance them, and the result is [n * B, n_kv_heads].
         """
-        B, H, n, D = self.sample.keys.shape
-        error = _error(self.sample, bits, self.config, balance).reshape(-1, B, H, n, D)
+        return mx.flatten(self._divergence(_error(self.sample, bits, self.config, balance)), 0, 1)
+
+    def errors(self, ladder: Sequence[int], balance: Optional[Balance] = None) -> mx.array:
+        """`error` at each of several bits, as [len(ladder), B, n_kv_heads]. balance: one."""
+        return self._divergence(mx.concatenate([_error(self.sample, bits, self.config, balance) for bits in ladder]))
+
+    def _divergence(self, error):
+        """[n, B, H] of errors [n * B, H, *, D] of the sample's keys."""
+        error = mx.unflatten(error, 0, (-1, self.sample.keys.shape[0]))
         shift = self.queries @ error.swapaxes(-1, -2)
         shift = mx.pad(shift, [(0, 0)] * 4 + [(self.sample.first, int(self.has_sinks))])
         kl = mx.logsumexp(self.logits + shift, axis=-1) - self.total - (self.weights * shift).sum(-1)
         n_good = self.good.sum(-1)
         kl = (kl * self.good).sum(-1) / n_good
-        return mx.where(n_good > 0, kl, _key_error(error).reshape(kl.shape)).reshape(-1, H)
+        return mx.where(n_good > 0, kl, _key_error(error))
 
 
 def without_infinite(queries: mx.array) -> tuple[mx.array, mx.array]:
@@ -117,10 +124,11 @@ def without_infinite(queries: mx.array) -> tuple[mx.array, mx.array]:
     return mx.where(good[..., None], queries, 0), good
 
 
-def key_error(keys: mx.array, bits: int, config: TurboConfig) -> mx.array:
-    """A stand-in for `Attention.error` without queries, [B, n_kv_heads]: ||error||^2 / (2 D), the KL divergence for
-    queries of norm sqrt(D) in a random direction; averaged over tokens. keys: [B, n_kv_heads, N, D]."""
-    return _key_error(_error(sample(keys, config), bits, config, None))
+def key_errors(keys: mx.array, ladder: Sequence[int], config: TurboConfig) -> mx.array:
+    """A stand-in for `Attention.errors` without queries, [len(ladder), B, n_kv_heads]: ||error||^2 / (2 D), the KL
+    divergence for queries of norm sqrt(D) in a random direction; averaged over tokens. keys: [B, n_kv_heads, N, D]."""
+    few = sample(keys, config)
+    return mx.stack([_key_error(_error(few, bits, config, None)) for bits in ladder])
 
 
 def _key_error(error):

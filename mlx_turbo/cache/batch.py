@@ -27,7 +27,9 @@ from .history import NAMES
 from .joined import Joined
 from .memory_budget import Room
 from .packing import (
+    Begun,
     PackJob,
+    begin,
     grow,
     may_choose_bits,
     n_segments,
@@ -75,6 +77,9 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_packed, self._n_recent, self._n_evicted = [0] * B, [0] * B, [0] * B
         for side in self._sides:
             side.centered = [False] * B
+        self._choice = None  # as of TurboKVCache; but auto chooses at the next update, when the rows pack too, by
+        self._measured = None  # (version, what was measured then of each row that counts, `Begun` of rows by side)
+        self._begun = {}  # of rows that pack because auto has chosen: `Begun` by side
         self._balanced = [False] * B  # whether the channels of its keys are
         self._n_before_right_padding = None  # per row, if the prompt is padded on the right
         self._n_columns = 0  # of the recent tokens
@@ -176,13 +181,13 @@ class BatchTurboKVCache(TurboKVCache):
         exact = []  # per row: recent tokens, and the new ones that come beside them
         for (n_sink, _, n_recent), (_, n) in zip(self._counts(), spans):
             exact.append((n_recent, max(n - (config.sink - n_sink), 0)))
-        decide = self.undecided and any(
+        decide = self._undecided and any(
             n > self._capacity() or (n + new > self._capacity() and new <= config.block) for n, new in exact
         )
         n_evict = [self._n_to_evict(b) if n else 0 for b, (_, n) in enumerate(spans)]
         before, after = [0] * self.n_rows, [0] * self.n_rows
         for b, (n, new) in enumerate(exact):
-            if self.undecided and not decide or not spans[b][1]:
+            if self._undecided and not decide or not spans[b][1]:
                 continue
             waited = decide and n > capacity  # for auto
             if n + new > capacity and new <= config.block and not self._n_packed[b] and not waited:
@@ -253,7 +258,7 @@ class BatchTurboKVCache(TurboKVCache):
             and all(s == (0, n_new) for s in plan.spans)
         ):
             fetched = self._append(new, n_new)
-            self._n_free = 0 if self.undecided else self._free()
+            self._n_free = 0 if self._undecided else self._free()
             return fetched
         tails = [
             mx.concatenate([first_tokens(side.recent, R), x], axis=2) if R else x for side, x in zip(self._sides, new)
@@ -267,7 +272,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._changed()
         self.shown = plan
         self._evaluate()
-        if first and not self._may_balance and not self.undecided and not self._keeps_queries:
+        if first and not self._may_balance and not self._undecided and not self._keeps_queries:
             return new
         fetched = self._fetch((*plan.columns[:2], R + n_new), tails, new if first else None)
         if self._waiting:
@@ -315,6 +320,7 @@ class BatchTurboKVCache(TurboKVCache):
             tails = [first_tokens(side.recent, self._n_columns) for side in self._sides]
             self._pack_rows(n_pack, tails, [self._n_columns] * self.n_rows, self._n_recent)
             self.settle()  # rows that waited for auto: attention finds them packed in this update
+        self._begun = {}
 
     def _pack_rows(self, n_pack, tails, ends, n_exact, wait=False):
         """Quantize n_pack[b] tokens of each row b: the oldest, sink tokens apart, of the n_exact[b] that end before
@@ -338,7 +344,8 @@ class BatchTurboKVCache(TurboKVCache):
                 keys = [exact[0][j : j + 1] for j in range(len(rows))]
                 balance, balanced[rows[0]] = (None, []) if wait else self._choose_balance(rows, keys)
             sides[0] = sides[0]._replace(balance=balance)
-            jobs.append(PackJob(sides, after_sink, n_packed, n))
+            begun = None if n_packed or any(b not in self._begun for b in rows) else self._begun_of(rows)
+            jobs.append(PackJob(sides, after_sink, n_packed, n, begun))
             exact_of.append(exact)
         packed = pack(jobs, self.config, self.step)
         self._n_recent = list(n_exact)
@@ -356,6 +363,11 @@ class BatchTurboKVCache(TurboKVCache):
                 self._n_packed[b] += job.n_pack
                 self._n_recent[b] -= job.n_pack + sinks
         self._cover_means()
+
+    def _begun_of(self, rows):
+        """What was decided beforehand of rows that pack together: of each side that has means."""
+        of_sides = {i: Begun.of_rows([self._begun[b][i] for b in rows]) for i in self._begun[rows[0]]}
+        return {i: begun for i, begun in of_sides.items() if begun.centers()}
 
     # ---- balance ---------------------------------------------------------------------------------------------
     @property
@@ -415,6 +427,7 @@ class BatchTurboKVCache(TurboKVCache):
             if balance is None:
                 continue
             to_pack = side.to_pack(None)._replace(balance=balance)
+            begun = {0: begun} if begun else None
             job = PackJob([to_pack], [keys[:, :, self._n_new_sinks(0) :]], 0, n_pack, begun)
             ((new,),) = pack([job], self.config, self.step)
             if rows == list(range(self.n_rows)):
@@ -508,6 +521,8 @@ class BatchTurboKVCache(TurboKVCache):
             self._observed[b] = newest([*self._observed[b], seen])
         if waiting:
             self._balance()
+        elif self._undecided and any(n_recent > self._capacity() for *_, n_recent in self._counts()):
+            self._measure()
 
     def _observed_of(self, b):
         """What a TurboKVCache of row b would have observed: ([(queries, positions)], scale, sinks) or None."""
@@ -523,25 +538,40 @@ class BatchTurboKVCache(TurboKVCache):
         by_id = {id(q): q for seen in self._observed for q, *_ in seen}  # rows share those of a decode step
         return list(by_id.values())
 
-    def _decide(self):
-        """Choose the bits of the keys that the most demanding row needs; rows with too few tokens to tell do not
-        count."""
+    def _measure(self):
+        """Start to compute what the bits of the keys are chosen by at the next update, if the cache is as it is until
+        then; rows with too few tokens to tell do not count."""
         tokens = [self.n_tokens(b) for b in range(self.n_rows)]
         asked = [b for b, n in enumerate(tokens) if n >= min(auto_bits.FEWEST, max(tokens))]
-        choices = []
+        measured, begun = [], {}
         for b in asked:
             keys = self._sides[0].recent[b : b + 1, :, self._n_columns - tokens[b] : self._n_columns]
             observed = self._observed_of(b)
             joined = join(*observed) if observed else None
             factors = balancing.choose(keys, self.config, self._sides[0].bits, joined)
             balance = None if factors is None else Balance(factors)
-            choices.append(auto_bits.choose_key_bits(keys, self._config_of_keys(), joined, balance))
+            measured.append(auto_bits.measure(keys, self._config_of_keys(), joined, balance))
+        for b, (n_sink, _, n) in enumerate(self._counts()):
+            n_pack = n - self.config.recent
+            if n_pack > self.config.block:
+                tails = [side.recent[b : b + 1, :, self._n_columns - n : self._n_columns] for side in self._sides]
+                sides = [side.to_pack(None) for side in self._sides]
+                begun[b] = begin(PackJob(sides, tails, 0, n_pack), self.config)
+        mx.async_eval([of_row.errors for of_row in measured], [list(new.values()) for new in begun.values()])
+        self._measured = self.version, measured, begun
+
+    def _decide(self):
+        """Choose the bits of the keys that the most demanding row needs."""
+        if self._measured is None or self._measured[0] != self.version:
+            self._measure()
+        _, measured, self._begun = self._measured
+        choices = [auto_bits.choose_key_bits(of_row) for of_row in measured]
         bits, errors, by = max(choices, key=lambda choice: _precision(choice[0]))
         self._decided(bits, errors, by)
 
     def _decided(self, bits, errors, by):
         self._sides[0].bits, self._errors, self._by = bits, errors, by
-        self.undecided = False
+        self._undecided, self._measured = False, None
         if not self._may_balance and not self._keeps_queries:
             self._observed = [[] for _ in range(self.n_rows)]
 
@@ -734,12 +764,13 @@ class BatchTurboKVCache(TurboKVCache):
     @classmethod
     def _of_row(cls, cache):
         """The cache of a row as a batch; buffers are shared as long as nothing is appended."""
+        cache.settle()
         if type(cache) is not cls.row_class:
             raise ValueError(f"caches: got a {type(cache).__name__}, allowed are {cls.row_class.__name__}s")
         batch = cls._empty(cache)
         batch.share = cache.share  # for `_join`, which puts what it makes under the budget
         batch.repackable = cache.repackable
-        batch.undecided, batch._errors, batch._by = cache.undecided, dict(cache._errors), cache._by
+        batch._undecided, batch._errors, batch._by = cache.undecided, dict(cache._errors), cache._by
         unpacked = not cache.n_packed
         for i, (mine, side) in enumerate(zip(batch._sides, cache._sides)):
             mine.bits = side.bits
@@ -941,7 +972,7 @@ class BatchTurboKVCache(TurboKVCache):
         cache.repackable = self.repackable
         n = self.n_tokens(b)
         if n or may_choose_bits(self.config) and not self._exact_because():
-            cache.undecided, cache._errors, cache._by = self.undecided, dict(self._errors), self._by
+            cache._undecided, cache._errors, cache._by = self._undecided, dict(self._errors), self._by
             for mine, side in zip(cache._sides, self._sides):
                 mine.bits = side.bits
         if not n:
@@ -1044,7 +1075,7 @@ class BatchTurboKVCache(TurboKVCache):
         rows = state.rows
         vars(self).update(state.own)
         BatchTurboKVCache.__init__(self, state.config, rows["n_pad"])
-        self._sides, self.undecided = state.sides, state.undecided
+        self._sides, self._undecided = state.sides, state.undecided
         self._n_packed, self._n_recent = rows["n_packed"], rows["n_recent"]
         self._n_evicted = rows.get("n_forgotten", [0] * self.n_rows)
         self._n_columns = state.counts[2]

@@ -4,6 +4,7 @@ packing tokens, which is deciding where to center, computing the means, and quan
 from typing import Any, NamedTuple, Optional, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from ..backends import select
 from ..backends.select import QuantizeSide
@@ -38,7 +39,7 @@ class Side:
         self.stored_means: Buffer = None
         self.balance: Optional[Balance] = None
         self._centered: list[bool] = []
-        self._unread: list[tuple[list[int], mx.array]] = []  # rows, and which of them are centered: bool [len(rows)]
+        self._unread: list[tuple[list[int], list[mx.array]]] = []  # rows, and `Begun.rows` of them
 
     # ---- means ---------------------------------------------------------------------------------------------------
     def settle(self) -> None:
@@ -47,8 +48,7 @@ class Side:
         if not self._unread:
             return
         for rows, centered in self._unread:
-            found: Any = centered.tolist()
-            for b, yes in zip(rows, found):
+            for b, yes in zip(rows, flags_of(centered)):
                 self._centered[b] = yes
         self._unread = []
         if not any(self._centered):
@@ -101,7 +101,7 @@ class Side:
     # ---- all buffers ---------------------------------------------------------------------------------------------
     def started(self) -> list[mx.array]:
         """Everything that was begun, to be computed: the buffers, and which rows are centered."""
-        return [*self._buffers(self.stored_means), *(centered for _, centered in self._unread)]
+        return [*self._buffers(self.stored_means), *(part for _, centered in self._unread for part in centered)]
 
     @property
     def head_dim(self) -> int:
@@ -221,27 +221,42 @@ class SideToPack(NamedTuple):
     balance: Optional[Balance] = None
 
 
+def flags_of(parts: Sequence[mx.array]) -> list[bool]:
+    """The elements of arrays of bool, one array behind the other. Waits for them."""
+    return [yes for flags in map(np.array, parts) for yes in flags.tolist()]
+
+
 class Begun(NamedTuple):
     """What the first tokens that rows pack decide of one side, lazily. means: float32 [B, H, segments, D]. heads: which
-    are centered, bool [B, H, 1, 1]. rows: whether any head of a row is, bool [B]."""
+    are centered, bool [B, H, 1, 1]. rows: whether any head of a row is, bool [B], in one array or several."""
 
     means: mx.array
     heads: mx.array
-    rows: mx.array
+    rows: list[mx.array]
+
+    def centers(self) -> bool:
+        """Whether any row is centered. Waits for that."""
+        return any(flags_of(self.rows))
+
+    @classmethod
+    def of_rows(cls, rows: "Sequence[Begun]") -> "Begun":
+        """Of several rows, each decided alone. What was computed of `rows` is not computed again."""
+        means, heads = [of_row.means for of_row in rows], [of_row.heads for of_row in rows]
+        return cls(mx.concatenate(means), mx.concatenate(heads), [part for of_row in rows for part in of_row.rows])
 
 
 class PackJob(NamedTuple):
     """Tokens of rows that pack as many at the same moment.
 
     tails: keys and values [B, H, n, D], exact, that follow the packed ones; the first n_pack become packed tokens
-    n_packed, n_packed + 1, ... begun: of keys alone that are packed again, what was decided then.
+    n_packed, n_packed + 1, ... begun: what `begin` decided of the first of these tokens, if that was asked before.
     """
 
     sides: list[SideToPack]
     tails: Sequence[Tokens]
     n_packed: int
     n_pack: int
-    begun: Optional[Begun] = None
+    begun: Optional[dict[int, Begun]] = None
 
 
 class PackedTokens(NamedTuple):
@@ -272,12 +287,13 @@ def decide_means(
     lazily. step: as of `pack`."""
     done = []
     for job in jobs:
-        new = {0: job.begun} if job.begun is not None else _begun_segments(job, config)
+        new = begin(job, config) if job.begun is None else job.begun
+        new = {i: decided for i, decided in new.items() if job.sides[i].bits}
         done.append((_extend_means(job, new, config, step), {} if job.n_packed else new))
     return done
 
 
-def _begun_segments(job, config):
+def begin(job: PackJob, config: TurboConfig) -> dict[int, Begun]:
     """{side: `Begun` of the segments that a job begins}, lazily; of a side without means, nothing.
 
     Whether a row and head is centered is decided when its first tokens are packed, from all that are at hand; a
@@ -298,11 +314,11 @@ def _begun_segments(job, config):
             continue
         summary = centering.summarize(tail, job.n_packed, side.segment)
         in_begun_segment = 1 if job.n_packed % side.segment else 0
-        if job.n_packed:
+        if side.means is not None:
             heads = (side.means[:, :, :1] != 0).any(-1, keepdims=True)
         else:
             heads = centering.should_center(*summary)
-        new[i] = Begun(summary[0][:, :, in_begun_segment:][:, :, : n - n_before], heads, heads.any((1, 2, 3)))
+        new[i] = Begun(summary[0][:, :, in_begun_segment:][:, :, : n - n_before], heads, [heads.any((1, 2, 3))])
     return new
 
 

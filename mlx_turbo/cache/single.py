@@ -27,13 +27,16 @@ from .joined import Joined
 from .last_step import NOT_YET, after_update
 from .masks import attention_mask
 from .memory_budget import Room, Share
-from .packing import PackJob, allowed_dtypes, bits_at, make_sides, may_choose_bits, n_segments, pack, write
+from .packing import PackJob, allowed_dtypes, begin, bits_at, make_sides, may_choose_bits, n_segments, pack, write
 from .repacking import ExactRows, fewer_bits, pack_exact, requantize
 from .state import FORMAT_VERSION, HEADER_NAMES, MAGIC, read_state
 from .view import KVView, LazyKV, Unread
 
 # what a pickle leaves out: it is in the state, or belongs to this process
-_NOT_PICKLED = "_sides", "_offsets", "_unread", "_to_balance", "version", "attended_version", "last_attention", "share"
+_NOT_PICKLED = (
+    *("_sides", "_offsets", "_unread", "_to_balance", "_choice", "_measured"),
+    *("version", "attended_version", "last_attention", "share"),
+)
 
 
 class TurboKVCache:
@@ -68,13 +71,14 @@ class TurboKVCache:
         if self.share is not None:  # there is room again
             self.config = replace(self.config, scheme=Scheme(0, 0))
         self._sides = make_sides(self.config)
-        self.undecided = may_choose_bits(self.config)  # auto has not chosen the bits of the keys; nothing is packed
+        self._undecided = may_choose_bits(self.config)  # auto has not chosen the bits of the keys; nothing is packed
         self._errors, self._by = {}, None  # of auto's choice: error by bits, what it was based on
         self._clear_counts()
 
     def _clear_counts(self):
         self.n_sink = self.n_packed = self.n_recent = 0
         self._observed = None
+        self._choice = None  # what auto will choose by, which is computed meanwhile
         self._to_balance = None  # what the last update returned, if the first keys were packed: their queries come
 
     @property
@@ -111,13 +115,14 @@ class TurboKVCache:
         first, begins, self._to_balance = self.offset == 0, self._begins_to_pack, None
         n_to_sink = min(self.config.sink - self.n_sink, n_new)
         n_to_recent = n_new - n_to_sink
-        if self.undecided and (
+        if self._undecided and (
             self.n_recent > self._capacity()
             or (self.n_recent + n_to_recent > self._capacity() and n_to_recent <= self.config.block)
         ):
             self._decide()  # nothing showed us the queries of the chunk, or a decode step has to pack
+            self.settle()
         capacity = self.config.recent + self.config.block
-        if self.n_recent + n_to_recent <= capacity or self.undecided:
+        if self.n_recent + n_to_recent <= capacity or self._undecided:
             view = None
         elif n_to_recent <= self.config.block and self.n_packed:  # make room: what is appended stays exact until later
             self._pack([side.recent[:, :, : self.n_recent] for side in self._sides])
@@ -144,7 +149,7 @@ class TurboKVCache:
         self._updated()
         if first or view:
             self._evaluate()
-        if first and not begins and not self.undecided and not self._keeps_queries:
+        if first and not begins and not self._undecided and not self._keeps_queries:
             return new
         if view is None:
             return self._fetch((self.n_sink, self.n_packed, self.n_recent), new=new if first else None)
@@ -154,14 +159,14 @@ class TurboKVCache:
             self._wait_for_queries(fetched[0], tails[0], begun)
         return fetched
 
-    def _pack(self, tails, n_beside=0):
+    def _pack(self, tails, n_beside=0, begun=None):
         """Quantize all but the newest recent + n_beside tokens of `tails` (exact tokens after the packed ones, per
-        side) and keep those in new recent buffers. Returns what was decided of keys. Raises before anything is
-        changed."""
+        side) and keep those in new recent buffers. begun: as of PackJob. Returns what was decided of keys. Raises
+        before anything is changed."""
         self._unread.clear()
         n_pack = tails[0].shape[2] - self.config.recent - n_beside
         sides = [side.to_pack(side.means if self.n_packed else None) for side in self._sides]
-        (packed,) = pack([PackJob(sides, tails, self.n_packed, n_pack)], self.config, self.step)
+        (packed,) = pack([PackJob(sides, tails, self.n_packed, n_pack, begun)], self.config, self.step)
         for side, tail, new in zip(self._sides, tails, packed):
             side.set_means(new.means, new.begun)
             side.codes = write(side.codes, self.n_packed, new.codes, self.step)
@@ -173,8 +178,10 @@ class TurboKVCache:
         return packed[0].begun
 
     def settle(self) -> None:
-        """Read what was left to be computed when the last update returned: which rows are centered. The next update
-        does it, and so does whatever looks at the buffers before."""
+        """Do what was put off until it was computed: read which rows are centered, and with `auto` choose and pack. The
+        next update does it, and so does whatever looks at the buffers before."""
+        if self._choice is not None:
+            self._decide()
         for side in self._sides:
             side.settle()
 
@@ -217,9 +224,16 @@ class TurboKVCache:
         if self._sides[0].recent is None:
             for side, x in zip(self._sides, (keys, values)):
                 side.bits = bits_at(side.bits, x.shape[3])
-            self.undecided = self.undecided and self._sides[0].bits > 0
+            self._undecided = self._undecided and self._sides[0].bits > 0
 
     # ---- auto ------------------------------------------------------------------------------------------------
+    @property
+    def undecided(self) -> bool:
+        """Whether auto has still to choose the bits of the keys; nothing is packed before."""
+        if self._choice is not None:
+            self._decide()
+        return self._undecided
+
     def observe(self, queries: mx.array, scale: float, sinks: Optional[mx.array] = None) -> None:
         """Take note of the queries [B, n_heads, L, Dk] of the newest L tokens, by which keys are balanced and `auto`
         chooses bits. Attention calls it. scale: the softmax scale. sinks: [n_heads] sink logits."""
@@ -237,8 +251,10 @@ class TurboKVCache:
         self._observed = newest([*seen, (queries, positions)]), scale, sinks
         if self._to_balance is not None:
             self._balance()
-        elif self.undecided and self.n_recent > self._capacity():
-            self._decide()
+        elif self._undecided and self.n_recent > self._capacity():
+            self._measure()
+            if self._sides[0].recent.shape[0] * self.n_recent > auto_bits.MOST_HELD:
+                self._decide()
 
     @property
     def observed(self) -> Optional[tuple[Any, float, Optional[mx.array]]]:
@@ -255,7 +271,9 @@ class TurboKVCache:
     def wants_queries(self) -> bool:
         """Whether `observe` has use for queries: until the first keys are packed, and once after that, if their own
         queries came behind them."""
-        return self.undecided or self._to_balance is not None or self._begins_to_pack or self._keeps_queries
+        if self._choice is not None:
+            return False
+        return self._undecided or self._to_balance is not None or self._begins_to_pack or self._keeps_queries
 
     @property
     def _keeps_queries(self):
@@ -302,7 +320,8 @@ class TurboKVCache:
         balance, self._observed = None if tail is None else self._choose_balance(tail), None
         if balance is not None:
             side.balance = balance
-            job = PackJob([side.to_pack(None)], [tail], 0, self.n_packed, returned.begun)
+            begun = {0: returned.begun} if returned.begun else None
+            job = PackJob([side.to_pack(None)], [tail], 0, self.n_packed, begun)
             ((new,),) = pack([job], self.config, self.step)
             side.codes, side.scale = (write(None, 0, a, self.step) for a in (new.codes, new.scale))
             side.set_means(new.means, new.begun)
@@ -316,25 +335,41 @@ class TurboKVCache:
     def _capacity(self):
         """Number of tokens after the sink that can all be exact; one more, and the oldest are packed."""
         capacity = self.config.recent + self.config.block
-        return max(capacity, auto_bits.FEWEST) if self.undecided else capacity
+        return max(capacity, auto_bits.FEWEST) if self._undecided else capacity
 
     @property
     def packs_beyond(self) -> int:
         """As long as the cache holds no more tokens than this, all of them are exact."""
         return self.config.sink + self._capacity()
 
-    def _decide(self):
-        """Choose the bits of the keys, and pack the tokens that waited for it. Without queries (nothing called
-        `observe`) the keys alone decide."""
-        parts = [(side.sink, side.recent[:, :, : self.n_recent]) for side in self._sides]
-        keys = mx.concatenate([parts[0][0][:, :, : self.n_sink], parts[0][1]], axis=2) if self.n_sink else parts[0][1]
-        balance = self._choose_balance(parts[0][1])
+    def _measure(self):
+        """Start to compute what the bits of the keys are chosen by, and how they are packed then. Without queries
+        (nothing called `observe`) the keys alone decide."""
+        tails, keys = self._recent_tokens(), self._sides[0]
+        every = mx.concatenate([keys.sink[:, :, : self.n_sink], tails[0]], axis=2) if self.n_sink else tails[0]
+        balance = self._choose_balance(tails[0])
         observed = join(*self._observed) if self._observed else None
-        bits, self._errors, self._by = auto_bits.choose_key_bits(keys, self._config_of_keys(), observed, balance)
-        self._sides[0].bits, self.undecided, self._observed = bits, False, None
+        measured = auto_bits.measure(every, self._config_of_keys(), observed, balance)
+        sides, n_pack = [side.to_pack(None) for side in self._sides], self.n_recent - self.config.recent
+        begun = begin(PackJob(sides, tails, 0, n_pack), self.config) if n_pack > self.config.block else {}
+        self._choice, self._observed = (measured, balance, begun), None
+        factors = [] if balance is None else [balance.factors]
+        mx.async_eval(measured.errors, factors, list(begun.values()))
+
+    def _recent_tokens(self):
+        return [side.recent[:, :, : self.n_recent] for side in self._sides]
+
+    def _decide(self):
+        """Choose the bits of the keys, and pack the tokens that waited for it."""
+        if self._choice is None:
+            self._measure()
+        (measured, balance, begun), self._choice = self._choice, None
+        bits, self._errors, self._by = auto_bits.choose_key_bits(measured)
+        self._sides[0].bits, self._undecided = bits, False
         self._sides[0].balance = balance if bits else None
         if self.n_recent > self._capacity():
-            self._pack([recent for _, recent in parts])
+            self._pack(self._recent_tokens(), begun={i: new for i, new in begun.items() if new.centers()})
+            self._evaluate()
 
     # ---- memory budget ---------------------------------------------------------------------------------------
     @property
@@ -398,8 +433,9 @@ class TurboKVCache:
         Raises ValueError, with the cache unchanged, for more bits than there are or other ones than 0, 2, 3, 4, 5, 6
         and 8, for integers, and as long as `auto` has not chosen.
         """
+        self.settle()
         now = self._asked_bits()
-        if self.undecided:
+        if self._undecided:
             raise ValueError("key_bits: auto has not chosen those of this cache yet, which it does before it packs")
         scheme = fewer_bits(now, key_bits, value_bits)
         if scheme == now:
@@ -528,6 +564,7 @@ class TurboKVCache:
         return None if tokens is None else history.History(tokens, self, i)
 
     def _assign(self, i, tokens):
+        self.settle()
         history.assign(self, i, tokens)
 
     def _history(self, i):
@@ -539,6 +576,7 @@ class TurboKVCache:
 
     def trim(self, n: int) -> int:
         """Remove the newest n tokens, or all if there are fewer. Returns how many were removed."""
+        self.settle()
         trimmed = n = min(max(int(n), 0), self.offset)
         self.version += 1
         self._unread.clear()
@@ -581,6 +619,7 @@ class TurboKVCache:
     def nbytes(self) -> int:
         """Bytes of all buffers, unused room included, and of the queries that are held until the keys are balanced and
         auto has chosen."""
+        self.settle()
         return sum(side.nbytes for side in self._sides) + sum(queries.nbytes for queries in self._observed_queries())
 
     def _counts(self):
@@ -601,6 +640,7 @@ class TurboKVCache:
         """{"keys": [tokens of row 0, ...], "values": [...]}: how many tokens that a query sees are not finite in some
         head, or were too large for a float16 scale when they were packed. Found in the stored arrays: it costs nothing
         until it is called, and then waits for the tokens to be computed."""
+        self.settle()
         columns, rows = self._columns_of_rows()
         seen = self._seen_counts()
         found: dict[str, list[int]] = {}
@@ -622,6 +662,7 @@ class TurboKVCache:
         (see that method: this waits for the tokens to be computed); exact ({"keys": why, "values": why}, of sides that
         the scheme packs and that stay exact); auto (None, or how the bits were chosen); backend; attention (what
         it did with the tokens of the last update: "fused"; "tiles", "restored" or "exact" and why; "nothing yet")."""
+        self.settle()
         values = packed_bits = uncompressed = 0
         n_tokens = [sum(counts) for counts in self._seen_counts()]
         n_sink, n_packed, n_recent = map(sum, zip(*self._seen_counts()))
@@ -670,7 +711,7 @@ class TurboKVCache:
     def _auto_report(self):
         if not may_choose_bits(self.config) or "keys" in self._exact_because():
             return None
-        return {"undecided": self.undecided, "target": auto_bits.TARGET, "error": dict(self._errors), "by": self._by}
+        return {"undecided": self._undecided, "target": auto_bits.TARGET, "error": dict(self._errors), "by": self._by}
 
     def _exact_because(self):
         asked = self.config.scheme.key_bits, self.config.scheme.value_bits
@@ -712,6 +753,7 @@ class TurboKVCache:
 
     def __reduce__(self) -> Any:
         """For pickle: the `state`, and what that leaves out; packed tokens stay packed."""
+        self.settle()
         own = {name: value for name, value in vars(self).items() if name not in _NOT_PICKLED}
         return _unpickled, (type(self), self.state, own)
 
@@ -734,7 +776,7 @@ class TurboKVCache:
             SCALES.index(config.scale),
             config.centre,
             config.auto,
-            -1 if self.undecided else self._sides[0].bits if may_choose_bits(config) else scheme.key_bits,
+            -1 if self._undecided else self._sides[0].bits if may_choose_bits(config) else scheme.key_bits,
             *counts,
             *dims,
             *dtypes,
@@ -762,17 +804,18 @@ class TurboKVCache:
         """Everything as a list of arrays: an int32 header, then per side sink, codes, scale, means and recent, cut to
         the tokens they hold, then the balance of the keys; what is not there is left out. Setting it raises ValueError
         for arrays that are not the state of such a cache."""
+        self.settle()
         counts = self.n_sink, self.n_packed, self.n_recent
         return [mx.array(self._header(counts), mx.int32), *self._arrays(counts)]
 
     @state.setter
     def state(self, arrays: list[mx.array]) -> None:
         state = read_state(arrays, self)
-        self.config, self._sides, self.undecided = state.config, state.sides, state.undecided
+        self.config, self._sides, self._undecided = state.config, state.sides, state.undecided
         self.n_sink, self.n_packed, self.n_recent = state.counts
         self.version, self.attended_version, self._unread = 0, None, Unread()
         self.last_attention = NOT_YET
-        self._observed, self._errors, self._by, self._to_balance = None, {}, None, None
+        self._observed, self._errors, self._by, self._to_balance, self._choice = None, {}, None, None, None
         vars(self).update(state.own)
         self._evaluate()
 

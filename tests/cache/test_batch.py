@@ -294,6 +294,29 @@ def test_auto_chooses_for_the_most_demanding_row(backend):
 
 
 @fast
+@pytest.mark.parametrize("what", ["filter", "trim", "extend", "copy"])
+def test_what_was_measured_for_rows_that_are_gone_does_not_choose(backend, what):
+    """The errors are computed before the update that chooses by them."""
+    rows = [turning(300, norm=0), turning(300, seed=1)]
+    queries = [queries_for(keys, seed=b) for b, (keys, _) in enumerate(rows)]
+    alone, batch = TurboKVCache(AUTO), BatchTurboKVCache(AUTO, [0, 0])
+    fed(batch, [mx.concatenate(pair)[:, :, :290] for pair in zip(*rows)], mx.concatenate(queries)[:, :, :290])
+    fed(alone, [x[:, :, :290] for x in rows[0]], queries[0][:, :, :290])
+    if what == "copy":
+        batch = copy.deepcopy(batch)
+    if what == "trim":
+        batch.trim(1)
+        alone = batch.extract(0)
+    batch.filter([0])
+    if what == "extend":
+        batch.extend(BatchTurboKVCache(AUTO, [0]))
+        batch.filter([0])
+    for cache in alone, batch:
+        fed(cache, [x[:, :, 290:291] for x in rows[0]], queries[0][:, :, 290:291])
+    assert batch._sides[0].bits == 4 and same(state_of(batch.extract(0)), state_of(alone))
+
+
+@fast
 def test_undecided_rows_stay_undecided_and_decide_as_alone(backend):
     """Short prompts: what was observed before merging, filtering and extracting counts."""
     keys, values = turning(320)

@@ -1,8 +1,6 @@
 """Centring: it is exact, it engages only where a mean carries energy, and it takes a large bias out of 4-bit keys."""
 
 import copy
-import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import mlx_lm
@@ -12,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache
 from support.arrays import to_numpy
-from support.caches import FAST_BACKENDS, WAYS, ListModel, copied, header, held_nbytes, random_tokens, same, stored
+from support.caches import FAST_BACKENDS, ListModel, header, held_nbytes, random_tokens, same, stored
 from support.keys import biased_keys
+from support.looks import FIRST_LOOKS_AT_ONE, FIRST_LOOKS_AT_TWO
 from support.rows import state_of
 from support.strategies import CHUNKS, CONFIGS, SHAPES, quick
 
@@ -163,36 +162,8 @@ def batch_of_two(config):
     return BatchTurboKVCache(config, [0, 0])
 
 
-def after(look):
-    """`look`, and then go on with the cache itself."""
-    return lambda cache: (look(cache), cache)[1]
-
-
-def in_another_thread(look):
-    def run(cache):
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(look, cache).result()
-
-    return run
-
-
-FIRST_LOOKS = {
-    "nbytes": after(lambda cache: cache.nbytes),
-    "in another thread": after(in_another_thread(lambda cache: mx.eval(cache.state))),
-    "trim": after(lambda cache: cache.trim(0)),
-    "keys": after(lambda cache: mx.eval(cache.keys)),
-    "tokens": after(lambda cache: mx.eval(cache.keys_and_values())),
-    "nothing": after(lambda cache: None),
-    **{way: functools.partial(copied, way=way) for way in WAYS},
-}
-OF_ONE = FIRST_LOOKS | {"merge": lambda cache: TurboKVCache.merge([cache, cache]).extract(1)}
-OF_TWO = FIRST_LOOKS | {
-    "extract": lambda cache: TurboKVCache.merge([cache.extract(0), cache.extract(1)]),
-    "filter": after(lambda cache: cache.filter([0, 1])),
-    "extend": after(lambda cache: (cache.extend(batch_of_two(cache.config)), cache.filter([0, 1]))),
-}
-LOOKS = [(TurboKVCache, name, look) for name, look in OF_ONE.items()]
-LOOKS += [(batch_of_two, name, look) for name, look in OF_TWO.items()]
+LOOKS = [(TurboKVCache, name, look) for name, look in FIRST_LOOKS_AT_ONE.items()]
+LOOKS += [(batch_of_two, name, look) for name, look in FIRST_LOOKS_AT_TWO.items()]
 
 
 @fast
@@ -208,7 +179,8 @@ def test_whoever_looks_first_finds_what_was_decided(backend, make, look, chunk, 
         for cache in caches:
             mx.eval(cache.update_and_fetch(*(x[:, :, at : at + chunk] for x in tokens)))
     assert all(side.stored_means is not None for cache in caches for side in cache._sides)
-    twin, cache = after(centred)(caches[0]), look(caches[1])
+    caches[0].report()
+    twin, cache = caches[0], look(caches[1])
     for at in 75, 76, 77:
         for c in twin, cache:
             c.update_and_fetch(*(x[:, :, at : at + 1] for x in tokens))

@@ -186,20 +186,23 @@ def check_prompt_chunks(monkeypatch, layer, tiles):
     assert waits.places == [] and (len(waits._started) > 8 or not tiles)
 
 
-@pytest.mark.parametrize("make", [TurboKVCache, lambda: BatchTurboKVCache("turbo4", [0])])
+@pytest.mark.parametrize("scheme", ["turbo4", "auto"])
+@pytest.mark.parametrize("make", [TurboKVCache, lambda scheme: BatchTurboKVCache(scheme, [0])])
 @pytest.mark.parametrize("bias", [0, 30])
-def test_a_first_prompt_chunk_waits_for_nothing_also_if_its_keys_are_packed_again(monkeypatch, stub, make, bias):
-    Layer(make(), bias=bias).prompt(300)
-    layer, waits = Layer(make(), bias=bias), Waits(monkeypatch)
+def test_the_first_chunks_of_a_prompt_wait_for_nothing(monkeypatch, stub, scheme, make, bias):
+    """Nor does reading the state of a layer after each chunk, as mlx-lm does, while later layers are being computed."""
+    Layer(make(scheme), bias=bias).prompt(300, 300, 1)
+    layers, waits = [Layer(make(scheme), bias=bias) for _ in range(3)], Waits(monkeypatch)
     for n in 300, 300, 1, 1:
-        given = layer.inputs(n)
+        given = [layer.inputs(n) for layer in layers]
         with waits:
-            out = layer.attend(*given)
-        mx.eval(out)
-    assert waits.places == []
-    factors = layer.cache._sides[0].balance
-    assert factors is not None, "the keys were not packed again"
-    assert bool(layer.cache.report()["centred"]) == bool(bias)
+            out = [layer.attend(*x) for layer, x in zip(layers, given)]
+            states = [layer.cache.state for layer in layers[:-1]]
+        mx.eval(out, states, layers[-1].cache.state)
+        assert waits.places == [], n
+    for layer in layers:
+        assert layer.cache._sides[0].balance is not None and packed(layer.cache) == 532, "the keys were not packed"
+        assert bool(layer.cache.report()["centred"]) == bool(bias)
 
 
 def test_a_sequence_that_begins_with_single_tokens_waits_for_nothing(monkeypatch, stub):
