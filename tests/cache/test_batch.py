@@ -93,6 +93,19 @@ def test_a_row_that_is_no_longer_centred_has_no_means(backend, short_segments):
 
 
 @fast
+def test_a_row_that_begins_anew_without_means_keeps_none_of_those_it_had(backend, short_segments):
+    """It holds fewer segments at first, beside a row that has means, and then as many as before."""
+    rows = Rows(SMALL, 2)
+    rows.bias = [20, 20]
+    rows.update([60, 90])
+    rows.trim(58)
+    rows.bias = [0, 0]
+    for n in 24, 9, 30:
+        rows.update([n, 1])
+    assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"]]
+
+
+@fast
 def test_a_long_row_without_means_beside_a_short_one_with_them(backend, short_segments):
     rows = Rows(SMALL, 2)
     rows.update([700, 30])
