@@ -81,10 +81,11 @@ class Attention:
         self.config, self.sample = config, sample(keys, config)
         first, starts, x, _ = self.sample
         n_rows = queries.shape[1] // H
-        weight = _weight(N, first, tuple(starts), x.shape[2] // len(starts), tuple(positions), n_rows)
+        weight = _weight(N, first, tuple(starts), x.shape[2] // len(starts), tuple(positions))
         self.queries, self.good = without_infinite(queries.astype(mx.float32).reshape(B, H, -1, D) * scale)
         exact, _ = without_bad(mx.contiguous(keys[:, :, :first]).astype(mx.float32))
-        logits = self.queries @ mx.concatenate([exact, x], axis=2).swapaxes(-1, -2) + weight
+        logits = self.queries @ mx.concatenate([exact, x], axis=2).swapaxes(-1, -2)
+        logits = mx.flatten(mx.unflatten(logits, 2, (n_rows, -1)) + weight, 2, 3)
         if sinks is not None:
             extra = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, H, n_rows, 1), (B, H, n_rows, len(positions)))
             logits = mx.concatenate([logits, extra.reshape(B, H, -1, 1)], axis=-1)
@@ -141,14 +142,14 @@ def sample(keys: Tokens, config: TurboConfig) -> Sample:
     return Sample(first, starts, x, None if summary is None else (summary[0], should_center(*summary)))
 
 
-@functools.lru_cache(maxsize=64)  # the layers of a model have the same
-def _weight(N, first, starts, length, positions, n_rows):
-    """What is added to the logits of queries at `positions`, n_rows of each head: float32 [n_rows * queries, tokens].
-    The logarithm of how many of N tokens a sampled one stands for, and -1e30 where it is not visible."""
+@functools.lru_cache(maxsize=2)  # the layers of a model have the same, or windows others
+def _weight(N, first, starts, length, positions):
+    """What is added to the logits of queries at `positions`: float32 [queries, tokens]. The logarithm of how many of N
+    tokens a sampled one stands for, and -1e30 where it is not visible."""
     at = np.concatenate([np.arange(first), *(np.arange(first + run, first + run + length) for run in starts)])
     n_represented = np.where(np.arange(len(at)) < first, 1, (N - first) / (len(at) - first))
     weight = np.where(at <= np.array(positions)[:, None], np.log(n_represented), -1e30)
-    return mx.array(np.tile(weight, (n_rows, 1)).astype(np.float32))  # nothing lazy: threads share it
+    return mx.array(weight.astype(np.float32))  # nothing lazy: threads share it
 
 
 def _errors(sample, ladder, config, balance):
@@ -166,7 +167,7 @@ def _errors(sample, ladder, config, balance):
         ((codes, gamma),) = select.quantize_sides([side], config.seed, scale=config.scale)
         packed = PackedSide(codes, gamma, bits, D, mean, balance)
         restored += select.dequantize_sides([packed], 0, T, mx.float32, config.seed)
-    error = mx.concatenate(restored) - (mx.concatenate([runs] * len(ladder)) if len(ladder) > 1 else runs)
+    error = mx.concatenate(restored).reshape(len(ladder), *runs.shape) - runs
     return without_bad(error.reshape(-1, H, n, D))[0]
 
 
