@@ -5,10 +5,12 @@ cache: error = KL(p || p') in nats, averaged over the sampled queries of a kv he
 it (auto_bits.py), and every cache the balance of the keys' channels (balancing.py).
 """
 
+import functools
 import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from ..backends import select
 from ..backends.sides import Balance, PackedSide, QuantizeSide
@@ -70,7 +72,7 @@ class Attention:
     """The attention of sampled queries over a sample of exact keys, for measuring what packing the keys changes.
 
     keys: [B, n_kv_heads, N, D], exact, of tokens 0 .. N - 1. Keys that cannot be packed count as zeros. Queries that
-    are not finite do not count; a kv head that has no others is judged as by `key_error`.
+    are not finite do not count; a kv head that has no others is judged as by `key_errors`.
     """
 
     def __init__(self, observed: Observed, keys: Tokens, config: TurboConfig) -> None:
@@ -78,17 +80,12 @@ class Attention:
         queries, positions, scale, sinks = observed
         self.config, self.sample = config, sample(keys, config)
         first, starts, x, _ = self.sample
-        length = x.shape[2] // len(starts)
-        at = list(range(first)) + [first + at + i for at in starts for i in range(length)]
-        n_represented = [1.0] * first + [(N - first) / x.shape[2]] * x.shape[2]  # tokens that a sampled one stands for
-        weight = mx.log(mx.array(n_represented))
-        visible = mx.array(at) <= mx.array(positions)[:, None]
         n_rows = queries.shape[1] // H
-        visible = mx.concatenate([visible] * n_rows, axis=0)
+        weight = _weight(N, first, tuple(starts), x.shape[2] // len(starts), tuple(positions))
         self.queries, self.good = without_infinite(queries.astype(mx.float32).reshape(B, H, -1, D) * scale)
         exact, _ = without_bad(mx.contiguous(keys[:, :, :first]).astype(mx.float32))
-        logits = self.queries @ mx.concatenate([exact, x], axis=2).swapaxes(-1, -2) + weight
-        logits = mx.where(visible, logits, -1e30)
+        logits = self.queries @ mx.concatenate([exact, x], axis=2).swapaxes(-1, -2)
+        logits = mx.flatten(mx.unflatten(logits, 2, (n_rows, -1)) + weight, 2, 3)
         if sinks is not None:
             extra = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, H, n_rows, 1), (B, H, n_rows, len(positions)))
             logits = mx.concatenate([logits, extra.reshape(B, H, -1, 1)], axis=-1)
@@ -100,14 +97,21 @@ class Attention:
 
         balance: of their channels; of n * B rows, n ways to balance them, and the result is [n * B, n_kv_heads].
         """
-        B, H, n, D = self.sample.keys.shape
-        error = _error(self.sample, bits, self.config, balance).reshape(-1, B, H, n, D)
+        return mx.flatten(self._divergence(_errors(self.sample, [bits], self.config, balance)), 0, 1)
+
+    def errors(self, ladder: Sequence[int], balance: Optional[Balance] = None) -> mx.array:
+        """`error` at each of several bits, as [len(ladder), B, n_kv_heads]. balance: one."""
+        return self._divergence(_errors(self.sample, ladder, self.config, balance))
+
+    def _divergence(self, error):
+        """[n, B, H] of errors [n * B, H, *, D] of the sample's keys."""
+        error = mx.unflatten(error, 0, (-1, self.sample.keys.shape[0]))
         shift = self.queries @ error.swapaxes(-1, -2)
         shift = mx.pad(shift, [(0, 0)] * 4 + [(self.sample.first, int(self.has_sinks))])
         kl = mx.logsumexp(self.logits + shift, axis=-1) - self.total - (self.weights * shift).sum(-1)
         n_good = self.good.sum(-1)
         kl = (kl * self.good).sum(-1) / n_good
-        return mx.where(n_good > 0, kl, _key_error(error).reshape(kl.shape)).reshape(-1, H)
+        return mx.where(n_good > 0, kl, _key_error(error))
 
 
 def without_infinite(queries: mx.array) -> tuple[mx.array, mx.array]:
@@ -117,10 +121,10 @@ def without_infinite(queries: mx.array) -> tuple[mx.array, mx.array]:
     return mx.where(good[..., None], queries, 0), good
 
 
-def key_error(keys: mx.array, bits: int, config: TurboConfig) -> mx.array:
-    """A stand-in for `Attention.error` without queries, [B, n_kv_heads]: ||error||^2 / (2 D), the KL divergence for
-    queries of norm sqrt(D) in a random direction; averaged over tokens. keys: [B, n_kv_heads, N, D]."""
-    return _key_error(_error(sample(keys, config), bits, config, None))
+def key_errors(keys: mx.array, ladder: Sequence[int], config: TurboConfig) -> mx.array:
+    """A stand-in for `Attention.errors` without queries, [len(ladder), B, n_kv_heads]: ||error||^2 / (2 D), the KL
+    divergence for queries of norm sqrt(D) in a random direction; averaged over tokens. keys: [B, n_kv_heads, N, D]."""
+    return _key_error(mx.unflatten(_errors(sample(keys, config), ladder, config, None), 0, (len(ladder), -1)))
 
 
 def _key_error(error):
@@ -133,25 +137,38 @@ def sample(keys: Tokens, config: TurboConfig) -> Sample:
     starts, length = sample_keys(keys.shape[2] - first)
     # contiguous, so that a row of a batch gets the same to the bit
     x = mx.contiguous(mx.concatenate([keys[:, :, first + at : first + at + length] for at in starts], axis=2))
+    summary = summarize(x, 0, length) if config.centre else None  # of the model's dtype, as those of the cache
     x, _ = without_bad(x.astype(mx.float32))
-    summary = summarize(x, 0, length) if config.centre else None
     return Sample(first, starts, x, None if summary is None else (summary[0], should_center(*summary)))
 
 
-def _error(sample, bits, config, balance):
-    """Restored minus exact of a sample's keys, quantized by runs as if they were heads: [ways * B, H, n, D] of factors
-    that are n ways to balance each of B rows."""
+@functools.lru_cache(maxsize=2)  # the layers of a model have the same, or windows others
+def _weight(N, first, starts, length, positions):
+    """What is added to the logits of queries at `positions`: float32 [queries, tokens]. The logarithm of how many of N
+    tokens a sampled one stands for, and -1e30 where it is not visible."""
+    at = np.concatenate([np.arange(first), *(np.arange(first + run, first + run + length) for run in starts)])
+    n_represented = np.where(np.arange(len(at)) < first, 1, (N - first) / (len(at) - first))
+    weight = np.where(at <= np.array(positions)[:, None], np.log(n_represented), -1e30)
+    return mx.array(weight.astype(np.float32))  # nothing lazy: threads share it
+
+
+def _errors(sample, ladder, config, balance):
+    """Restored minus exact of a sample's keys, quantized at each of the bits, by runs as if they were heads:
+    [len(ladder) * ways * B, H, n, D] of factors that are so many ways to balance each of B rows."""
     x, n_runs, mean = sample.keys, len(sample.starts), sample.means(config.seed, balance)
     if balance is not None:
         x = mx.concatenate([x] * (balance.factors.shape[0] // x.shape[0]))
     B, H, n, D = x.shape
     mean = None if mean is None else mean.reshape(B, -1, 1, D)
     T = n // n_runs
-    side = QuantizeSide(x.reshape(B, H * n_runs, T, D), bits, mean, balance)
-    ((codes, gamma),) = select.quantize_sides([side], config.seed, scale=config.scale)
-    packed = PackedSide(codes, gamma, bits, D, mean, balance)
-    (restored,) = select.dequantize_sides([packed], 0, T, mx.float32, config.seed)
-    return without_bad(restored.reshape(x.shape) - x)[0]
+    runs, restored = x.reshape(B, H * n_runs, T, D), []
+    for bits in ladder:
+        side = QuantizeSide(runs, bits, mean, balance)
+        ((codes, gamma),) = select.quantize_sides([side], config.seed, scale=config.scale)
+        packed = PackedSide(codes, gamma, bits, D, mean, balance)
+        restored += select.dequantize_sides([packed], 0, T, mx.float32, config.seed)
+    error = mx.concatenate(restored).reshape(len(ladder), *runs.shape) - runs
+    return without_bad(error.reshape(-1, H, n, D))[0]
 
 
 def newest(seen: list[tuple]) -> list[tuple]:

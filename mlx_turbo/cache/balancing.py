@@ -23,7 +23,7 @@ from .joined import Tokens
 
 EXPONENTS = (0.0, 0.5, 1.0)  # of s
 FLOOR = 1e-3  # of a head's rms, the least that counts as that of a channel: some models have channels that are all 0
-MARGIN = 0.9  # factors must bring the error below this share of that without: so few queries do not tell less
+MARGINS = (0.9, 1, 1)  # factors must bring the error below this share of that without: so few queries tell no less
 MOST_BITS = 4  # at which the errors are compared: with more they are rounding
 FEWEST = centering.FEWEST  # keys
 
@@ -35,18 +35,20 @@ def choose(keys: Tokens, config: TurboConfig, bits: int, observed: Optional[Obse
         return None
     observed = observed._replace(queries=mx.contiguous(observed.queries))
     attention = Attention(observed, keys, config)
+    exponents, margins = (mx.array(x)[:, None, None, None, None] for x in (EXPONENTS, MARGINS))
     of_queries, of_keys = _rms(attention)
-    candidates = mx.stack([_normalized(of_queries, of_keys, exponent) for exponent in EXPONENTS])
+    candidates = _normalized(of_queries, of_keys, exponents)
     together = Balance(mx.flatten(candidates, 0, 1))  # measured at once: these are many small operations
     errors = attention.error(min(bits, MOST_BITS), together).reshape(candidates.shape[:3])
-    best = mx.argmin(errors * mx.array([MARGIN, *[1] * (len(EXPONENTS) - 1)])[:, None, None], axis=0)
-    return mx.take_along_axis(candidates, best[None, ..., None, None], axis=0)[0]
+    best = mx.argmin(errors[..., None, None] * margins, axis=0, keepdims=True)
+    return mx.take_along_axis(candidates, best, axis=0)[0]
 
 
 def _rms(attention):
     """Root mean squares [B, H, 1, D] of the channels of queries and of centered keys, each times a number."""
-    x, means = attention.sample.keys, attention.sample.means(attention.config.seed)
-    if means is not None:
+    x, centers = attention.sample.keys, attention.sample.centers
+    if centers is not None:
+        means = mx.where(centers[1], centers[0], 0)
         x = mx.flatten(mx.unflatten(x, 2, (means.shape[2], -1)) - means[..., None, :], 2, 3)
     return [_floored(mx.square(a).sum(2, keepdims=True)) for a in (attention.queries, x)]
 

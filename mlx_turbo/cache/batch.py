@@ -28,7 +28,9 @@ from .history import NAMES
 from .joined import Joined
 from .memory_budget import Room, Shape
 from .packing import (
+    Begun,
     PackJob,
+    begin,
     grow,
     may_choose_bits,
     n_segments,
@@ -74,7 +76,11 @@ class BatchTurboKVCache(TurboKVCache):
     def _clear_counts(self):
         B = len(self._pad)
         self._n_packed, self._n_recent, self._n_evicted = [0] * B, [0] * B, [0] * B
-        self._centered = [False] * B, [False] * B  # of keys, of values: whether the row has means
+        for side in self._sides:
+            side.centered = [False] * B
+        self._choice = None  # as of TurboKVCache; but auto chooses at the next update, when the rows pack too, by
+        self._measured = None  # (version, what was measured then of each row that counts, `Begun` of rows by side)
+        self._begun = {}  # of rows that pack because auto has chosen: `Begun` by side
         self._balanced = [False] * B  # whether the channels of its keys are
         self._n_before_right_padding = None  # per row, if the prompt is padded on the right
         self._n_columns = 0  # of the recent tokens
@@ -176,15 +182,19 @@ class BatchTurboKVCache(TurboKVCache):
         exact = []  # per row: recent tokens, and the new ones that come beside them
         for (n_sink, _, n_recent), (_, n) in zip(self._counts(), spans):
             exact.append((n_recent, max(n - (config.sink - n_sink), 0)))
-        decide = self.undecided and any(
+        decide = self._undecided and any(
             n > self._capacity() or (n + new > self._capacity() and new <= config.block) for n, new in exact
         )
         n_evict = [self._n_to_evict(b) if n else 0 for b, (_, n) in enumerate(spans)]
         before, after = [0] * self.n_rows, [0] * self.n_rows
         for b, (n, new) in enumerate(exact):
-            if self.undecided and not decide or not spans[b][1]:
+            if self._undecided and not decide or not spans[b][1]:
                 continue
-            if n + new > capacity and (new <= config.block or decide and n > capacity):
+            waited = decide and n > capacity  # for auto
+            if n + new > capacity and new <= config.block and not self._n_packed[b] and not waited:
+                after[b] = n - config.recent  # the first ones: attended exactly once more
+                continue
+            if n + new > capacity and (new <= config.block or waited):
                 before[b] = n - config.recent
                 n = config.recent
             if n + new > capacity:
@@ -229,6 +239,7 @@ class BatchTurboKVCache(TurboKVCache):
         new, n_new = (keys, values), keys.shape[2]
         if n_new == 0:
             return self.keys_and_values() if self._n_columns or any(self._n_packed) else new
+        self.settle()
         if self.share is not None:
             self.share.before_update(self, keys, values)
         if n_new <= self._n_free:
@@ -247,7 +258,7 @@ class BatchTurboKVCache(TurboKVCache):
             and all(s == (0, n_new) for s in plan.spans)
         ):
             fetched = self._append(new, n_new)
-            self._n_free = 0 if self.undecided else self._free()
+            self._n_free = 0 if self._undecided else self._free()
             return fetched
         n = sum(plan.columns) if self._sides[0].in_one else R
         if self._sides[0].in_one and self._in_step(plan):
@@ -266,7 +277,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._changed()
         self.shown = plan
         self._evaluate()
-        if first and not self._may_balance and not self.undecided and not self._keeps_queries:
+        if first and not self._may_balance and not self._undecided and not self._keeps_queries:
             return new
         fetched = self._fetch((*plan.columns[:2], R + n_new), tails, new if first else None)
         if self._waiting:
@@ -395,6 +406,8 @@ class BatchTurboKVCache(TurboKVCache):
         if any(n_pack):
             tails = [first_tokens(side.recent, self._n_columns) for side in self._sides]
             self._pack_rows(n_pack, tails, [self._n_columns] * self.n_rows, self._n_recent)
+            self.settle()  # rows that waited for auto: attention finds them packed in this update
+        self._begun = {}
         self._cut_recent(n_columns)
 
     def _pack_rows(self, n_pack, tails, ends, n_exact, wait=False):
@@ -405,11 +418,11 @@ class BatchTurboKVCache(TurboKVCache):
         groups = {}
         for b, n in enumerate(n_pack):
             if n:
-                situation = n, n_exact[b], ends[b], self._n_packed[b], *(c[b] for c in self._centered)
+                situation = n, n_exact[b], ends[b], self._n_packed[b], *(s.may_have_means(b) for s in self._sides)
                 groups.setdefault(situation, []).append(b)
         jobs, exact_of, balanced = [], [], {}
         for (n, n_tail, end, n_packed, *centered), rows in groups.items():
-            means = [take_rows(s.means, rows) if c and n_packed else None for s, c in zip(self._sides, centered)]
+            means = [take_rows(s.stored_means, rows) if c and n_packed else None for s, c in zip(self._sides, centered)]
             exact = [take_rows(tail, rows)[:, :, end - n_tail : end] for tail in tails]
             after_sink = [x[:, :, self._n_new_sinks(n_packed) :] for x in exact]
             sides = [side.to_pack(mean) for side, mean in zip(self._sides, means)]
@@ -419,7 +432,8 @@ class BatchTurboKVCache(TurboKVCache):
                 keys = [exact[0][j : j + 1] for j in range(len(rows))]
                 balance, balanced[rows[0]] = (None, []) if wait else self._choose_balance(rows, keys)
             sides[0] = sides[0]._replace(balance=balance)
-            jobs.append(PackJob(sides, after_sink, n_packed, n))
+            begun = None if n_packed or any(b not in self._begun for b in rows) else self._begun_of(rows)
+            jobs.append(PackJob(sides, after_sink, n_packed, n, begun))
             exact_of.append(exact)
         packed = pack(jobs, self.config, self.step)
         self._n_recent = list(n_exact)
@@ -437,6 +451,11 @@ class BatchTurboKVCache(TurboKVCache):
                 self._n_packed[b] += job.n_pack
                 self._n_recent[b] -= job.n_pack + sinks
         self._cover_means()
+
+    def _begun_of(self, rows):
+        """What was decided beforehand of rows that pack together: of each side that has means."""
+        of_sides = {i: Begun.of_rows([self._begun[b][i] for b in rows]) for i in self._begun[rows[0]]}
+        return {i: begun for i, begun in of_sides.items() if begun.centers()}
 
     # ---- balance ---------------------------------------------------------------------------------------------
     @property
@@ -496,6 +515,7 @@ class BatchTurboKVCache(TurboKVCache):
             if balance is None:
                 continue
             to_pack = side.to_pack(None)._replace(balance=balance)
+            begun = {0: begun} if begun else None
             job = PackJob([to_pack], [keys[:, :, self._n_new_sinks(0) :]], 0, n_pack, begun)
             ((new,),) = pack([job], self.config, self.step)
             if rows == list(range(self.n_rows)):
@@ -518,29 +538,27 @@ class BatchTurboKVCache(TurboKVCache):
         side.codes = write_rows(side.codes, self.n_rows, rows, at, new.codes, self.step)
         if new.scale is not None:
             side.scale = write_rows(side.scale, self.n_rows, rows, at, new.scale, self.step)
-        self._write_means(i, rows, at, n, new.means, new.begun and new.begun.rows)
+        self._write_means(i, rows, at, n, new.means, new.begun)
 
     def _write_means(self, i, rows, at, n, means, begun):
-        """The same of the means, or None. begun: which rows are centered, if they begin to pack."""
-        side, centered = self._sides[i], self._centered[i]
-        has_means = [False] * len(rows)
+        """The same of the means, or None. begun: what was decided of the rows, if they begin to pack."""
+        side = self._sides[i]
+        if not at:
+            side.begin(rows, begun)
+            for b in rows if side.stored_means is not None else ():
+                side.stored_means[b] = 0  # of what the row held before a trim
         if means is not None:
-            means = means[:, :, : n_segments(at + n, side.segment)]
-            side.means = write_rows(side.means, self.n_rows, rows, 0, means, max(self.step // side.segment, 1))
-            has_means = begun if begun else [centered[rows[0]]] * len(rows)
-        for b, has in zip(rows, has_means):
-            centered[b] = has
-            if not at and not has and side.means is not None:
-                side.means[b] = 0  # of what the row held before a trim
+            means, step = means[:, :, : n_segments(at + n, side.segment)], max(self.step // side.segment, 1)
+            side.stored_means = write_rows(side.stored_means, self.n_rows, rows, 0, means, step)
 
     def _cover_means(self):
         """Make the means cover all segments: those of rows that are not centered are read too."""
-        for side, centered in zip(self._sides, self._centered):
-            n = n_segments(max(self._n_packed), side.segment)
-            if not any(centered):
-                side.means = None
-            elif side.means.shape[2] < n:
-                side.means = grow(side.means, (*side.means.shape[:2], n, side.means.shape[3]), side.means.dtype)
+        for side in self._sides:
+            n, means = n_segments(max(self._n_packed), side.segment), side.stored_means
+            if not any(map(side.may_have_means, range(self.n_rows))):
+                side.stored_means = None
+            elif means.shape[2] < n:
+                side.stored_means = grow(means, (*means.shape[:2], n, means.shape[3]), means.dtype)
 
     # ---- fewer bits ------------------------------------------------------------------------------------------
     def _pack_exact(self, i, bits):
@@ -558,6 +576,7 @@ class BatchTurboKVCache(TurboKVCache):
                 self._set_balance(rows, balance, balanced)
             self._write_means(i, rows, 0, group.n_packed, means, begun)
         self._cover_means()
+        side.settle()
 
     def _exact_tail(self, side, rows):
         """The tokens after the sink of rows that hold as many, of a side that is exact."""
@@ -591,6 +610,8 @@ class BatchTurboKVCache(TurboKVCache):
             self._observed[b] = newest([*self._observed[b], seen])
         if waiting:
             self._balance()
+        elif self._undecided and any(n_recent > self._capacity() for *_, n_recent in self._counts()):
+            self._measure()
 
     def _observed_of(self, b):
         """What a TurboKVCache of row b would have observed: ([(queries, positions)], scale, sinks) or None."""
@@ -606,26 +627,41 @@ class BatchTurboKVCache(TurboKVCache):
         by_id = {id(q): q for seen in self._observed for q, *_ in seen}  # rows share those of a decode step
         return list(by_id.values())
 
-    def _decide(self):
-        """Choose the bits of the keys that the most demanding row needs; rows with too few tokens to tell do not
-        count."""
+    def _measure(self):
+        """Start to compute what the bits of the keys are chosen by at the next update, if the cache is as it is until
+        then; rows with too few tokens to tell do not count."""
         tokens = [self.n_tokens(b) for b in range(self.n_rows)]
         asked = [b for b, n in enumerate(tokens) if n >= min(auto_bits.FEWEST, max(tokens))]
-        choices = []
+        measured, begun = [], {}
         for b in asked:
             keys = self._sides[0].recent[b : b + 1, :, self._n_columns - tokens[b] : self._n_columns]
             observed = self._observed_of(b)
             joined = join(*observed) if observed else None
             factors = balancing.choose(keys, self.config, self._sides[0].bits, joined)
             balance = None if factors is None else Balance(factors)
-            choices.append(auto_bits.choose_key_bits(keys, self._config_of_keys(), joined, balance))
+            measured.append(auto_bits.measure(keys, self._config_of_keys(), joined, balance))
+        for b, (n_sink, _, n) in enumerate(self._counts()):
+            n_pack = n - self.config.recent
+            if n_pack > self.config.block:
+                tails = [side.recent[b : b + 1, :, self._n_columns - n : self._n_columns] for side in self._sides]
+                sides = [side.to_pack(None) for side in self._sides]
+                begun[b] = begin(PackJob(sides, tails, 0, n_pack), self.config)
+        mx.async_eval([of_row.errors for of_row in measured], [list(new.values()) for new in begun.values()])
+        self._measured = self.version, measured, begun
+
+    def _decide(self):
+        """Choose the bits of the keys that the most demanding row needs."""
+        if self._measured is None or self._measured[0] != self.version:
+            self._measure()
+        _, measured, self._begun = self._measured
+        choices = [auto_bits.choose_key_bits(of_row) for of_row in measured]
         bits, errors, by = max(choices, key=lambda choice: _precision(choice[0]))
         self._decided(bits, errors, by)
 
     def _decided(self, bits, errors, by):
         self._sides[0].bits, self._errors, self._by = bits, errors, by
-        self.undecided = False
-        self._settle()
+        self._undecided, self._measured = False, None
+        self._arrange()
         if not self._may_balance and not self._keeps_queries:
             self._observed = [[] for _ in range(self.n_rows)]
 
@@ -636,7 +672,7 @@ class BatchTurboKVCache(TurboKVCache):
             return
         n = max(self._n_packed)
         if n:
-            keys, means = self._view((0, n, 0)).restore()[0], side.means
+            means, keys = side.means, self._view((0, n, 0)).restore()[0]
             side.bits = bits
             if bits:
                 ((codes, scale),) = quantize_tokens([keys], [side.to_pack(means)], [means], 0, self.config)
@@ -644,7 +680,7 @@ class BatchTurboKVCache(TurboKVCache):
             else:
                 codes, side.scale, side.means, side.balance = keys, None, None, None
                 self._balanced = [False] * self.n_rows
-                self._centered = [False] * self.n_rows, self._centered[1]
+                side.centered = [False] * self.n_rows
             side.codes = write(None, 0, codes, self.step)
         side.bits = bits
 
@@ -699,6 +735,7 @@ class BatchTurboKVCache(TurboKVCache):
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """The tokens of all rows, [B, n_kv_heads, columns, D] of keys and of values, packed ones dequantized lazily.
         After an update in its columns, so that layers without a cache of their own can attend with the same mask."""
+        self.settle()
         if self._sides[0].recent is None:
             raise ValueError("the cache is empty: it does not know the shape of its keys and values yet")
         fetched = self._fetch(self._buffer_counts())
@@ -750,6 +787,7 @@ class BatchTurboKVCache(TurboKVCache):
             raise ValueError(f"{NAMES[i]}: padding of the prompt is still to come")
         if self.empty():
             return None
+        self.settle()
         columns, rows = self._seen_columns()
         longest = max(map(len, rows))
         index = mx.array([[0] * (longest - len(row)) + row for row in rows])[:, None, :, None]
@@ -841,12 +879,13 @@ class BatchTurboKVCache(TurboKVCache):
     @classmethod
     def _of_row(cls, cache):
         """The cache of a row as a batch; buffers are shared as long as nothing is appended."""
+        cache.settle()
         if type(cache) is not cls.row_class:
             raise ValueError(f"caches: got a {type(cache).__name__}, allowed are {cls.row_class.__name__}s")
         batch = cls._empty(cache)
         batch.share = cache.share  # for `_join`, which puts what it makes under the budget
         batch.repackable = cache.repackable
-        batch.undecided, batch._errors, batch._by = cache.undecided, dict(cache._errors), cache._by
+        batch._undecided, batch._errors, batch._by = cache.undecided, dict(cache._errors), cache._by
         unpacked = not cache.n_packed
         for i, (mine, side) in enumerate(zip(batch._sides, cache._sides)):
             mine.bits, mine.in_one = side.bits, side.in_one and not cache.offset
@@ -866,7 +905,7 @@ class BatchTurboKVCache(TurboKVCache):
                 mine.sink, mine.codes, mine.scale, mine.means = side.sink, side.codes, side.scale, side.means
                 mine.balance = side.balance
                 batch._balanced[0] = batch._balanced[0] or side.balance is not None
-                batch._centered[i][0] = side.means is not None
+                mine.centered = [side.means is not None]
         batch._n_packed, batch._n_recent = [cache.n_packed], [cache.n_recent + (cache.n_sink if unpacked else 0)]
         batch._n_columns = batch._n_recent[0]
         if cache._observed is not None:
@@ -912,13 +951,13 @@ class BatchTurboKVCache(TurboKVCache):
                 part._sides = [side.apart(*part._buffer_counts()) for side in part._sides]
                 part._raise_keys(joined._sides[0].bits)
             joined._sides[1].bits = filled[0]._sides[1].bits
-            joined._centered = tuple([yes for p in parts for yes in p._centered[i]] for i in (0, 1))
             for i, side in enumerate(joined._sides):
                 side.in_one = False
+                side.centered = [yes for p in parts for yes in p._sides[i].centered]
                 joined._join_side(side, [p._sides[i] for p in parts], parts)
             joined._join_balance(parts)
             joined._cover_means()
-            joined._settle()
+            joined._arrange()
             joined._evaluate()
         joined._set_offset()
         if share is not None:
@@ -1032,7 +1071,8 @@ class BatchTurboKVCache(TurboKVCache):
             None if self._n_before_right_padding is None else pick(self._n_before_right_padding)
         )
         self._observed, self._last = pick(self._observed), pick(self._last) if self._last else []
-        self._centered = tuple(map(pick, self._centered))
+        for side in self._sides:
+            side.centered = pick(side.centered)
         start, n_packed = self._n_columns - max(self._n_recent, default=0), max(self._n_packed, default=0)
         index, self._n_columns, self._to_balance = mx.array(rows), self._n_columns - start, None
         self._balanced = pick(self._balanced)
@@ -1071,7 +1111,7 @@ class BatchTurboKVCache(TurboKVCache):
         cache.repackable = self.repackable
         n = self.n_tokens(b)
         if n or may_choose_bits(self.config) and not self._exact_because():
-            cache.undecided, cache._errors, cache._by = self.undecided, dict(self._errors), self._by
+            cache._undecided, cache._errors, cache._by = self._undecided, dict(self._errors), self._by
             for mine, side in zip(cache._sides, self._sides):
                 mine.bits = side.bits
         if not n:
@@ -1080,7 +1120,7 @@ class BatchTurboKVCache(TurboKVCache):
         cache._observed, end = self._observed_of(b), self._n_columns
         if self._balanced[b]:
             cache._sides[0].balance = self._balance_of([b])
-        for side, mine, centered in zip(self._sides, cache._sides, self._centered):
+        for side, mine in zip(self._sides, cache._sides):
             mine.in_one = side.in_one
             if side.in_one:
                 front, last = cache.n_sink + cache.n_packed if cache.n_packed else 0, sum(self._buffer_counts())
@@ -1099,7 +1139,7 @@ class BatchTurboKVCache(TurboKVCache):
                 mine.codes = write(None, 0, side.codes[b : b + 1, :, : cache.n_packed], self.step)
                 if side.scale is not None:
                     mine.scale = write(None, 0, side.scale[b : b + 1, :, : cache.n_packed], self.step)
-                if centered[b]:
+                if side.centered[b]:
                     n = n_segments(cache.n_packed, side.segment)
                     mine.means = write(None, 0, side.means[b : b + 1, :, :n], max(self.step // side.segment, 1))
         cache._evaluate()
@@ -1138,8 +1178,8 @@ class BatchTurboKVCache(TurboKVCache):
             self._gather([side.recent for side in self._sides], columns)
         for b, packed in enumerate(self._n_packed):
             self._observed[b] = still_held(self._observed[b], self.n_tokens(b))
-            for centered in self._centered:
-                centered[b] = centered[b] and packed > 0
+            for side in self._sides:
+                side.centered[b] = side.centered[b] and packed > 0
             if not packed:
                 self._set_balance([b], None)
         self._to_balance = None
@@ -1166,7 +1206,7 @@ class BatchTurboKVCache(TurboKVCache):
             self._n_recent,
             self._pad,
             self._n_before_right_padding or [-1] * self.n_rows,
-            *self._centered,
+            *(side.centered for side in self._sides),
             self._balanced,
         )
 
@@ -1186,14 +1226,15 @@ class BatchTurboKVCache(TurboKVCache):
         rows = state.rows
         vars(self).update(state.own)
         BatchTurboKVCache.__init__(self, state.config, rows["n_pad"])
-        self._sides, self.undecided = state.sides, state.undecided
+        self._sides, self._undecided = state.sides, state.undecided
         self._n_packed, self._n_recent = rows["n_packed"], rows["n_recent"]
         self._n_evicted = rows.get("n_forgotten", [0] * self.n_rows)
         self._n_columns = state.counts[2]
         self._n_before_right_padding = None if -1 in rows["n_until"] else rows["n_until"]
-        self._centered = [bool(x) for x in rows["key_means"]], [bool(x) for x in rows["value_means"]]
+        for side, name in zip(self._sides, ("key_means", "value_means")):
+            side.centered = [bool(x) for x in rows[name]]
         self._balanced = [bool(x) for x in rows["balanced"]]
-        self._settle()
+        self._arrange()
         self._set_offset()
         self._evaluate()
 

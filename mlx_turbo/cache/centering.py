@@ -10,10 +10,8 @@ them, and the rounded means are what is subtracted.
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Optional
 
 import mlx.core as mx
 
@@ -60,14 +58,6 @@ def should_center(means: mx.array, n_tokens: tuple[int, ...], energy: mx.array) 
     by_chance = len(n_tokens) / sum(n_tokens)
     carried = (mx.square(means) * _column(n_tokens)).sum((2, 3), keepdims=True)
     return carried > (by_chance + SHARE * (1 - by_chance)) * energy
-
-
-def rows_to_center(decisions: Sequence[mx.array]) -> list[list[bool]]:
-    """For each result of `should_center`, whether any head of a batch row is to be centered, by row. Waits, once, for
-    everything that these depend on."""
-    flags: Any = mx.concatenate([heads.any((1, 2, 3)) for heads in decisions]).tolist() if decisions else []
-    edges = list(itertools.accumulate([heads.shape[0] for heads in decisions], initial=0))
-    return [flags[a:b] for a, b in zip(edges, edges[1:])]
 
 
 def stored(means: mx.array, centered: mx.array, seed: int, balance: Optional[Balance] = None) -> mx.array:

@@ -5,6 +5,7 @@ import copy
 from typing import Any, NamedTuple, Optional, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from ..backends import select
 from ..backends.select import QuantizeSide
@@ -16,18 +17,21 @@ from . import centering
 from .joined import Tokens
 
 Buffer = Any  # an mx.array, or None: which it is follows from the token counts
-Centered = dict[int, list[bool]]  # by side: whether any head of a row is centered, for each row
 
 
 class Side:
     """The keys or the values of a cache: buffers, each with room for more tokens than it holds.
 
     sink, recent: model dtype [B, H, capacity, D]. codes: uint32 [B, H, capacity, words], or with 0 bits the exact
-    vectors [B, H, capacity, D]. scale: float16 [B, H, capacity, 1], or None with 0 bits. means: float16 [B, H,
-    segments, D], rotated (centering.py), or None. balance: of the channels (balancing.py), or None.
+    vectors [B, H, capacity, D]. scale: float16 [B, H, capacity, 1], or None with 0 bits. stored_means: float16 [B, H,
+    segments, D], rotated (centering.py), or None; 0 for heads that are not centered. balance: of the channels
+    (balancing.py), or None.
 
     in_one: all tokens are exact and lie in `recent`, in their columns, as in mlx-lm's cache; sink and codes are None.
     ends: tokens of its capacity that are for sink and recent ones then.
+
+    Which rows are centered is computed when their first tokens are packed, and read later (`settle`): so that the GPU
+    is not waited for in between, their means, which may be 0, are stored until then.
     """
 
     def __init__(self, bits: int, segment: int) -> None:
@@ -36,17 +40,85 @@ class Side:
         self.codes: Buffer = None
         self.scale: Buffer = None
         self.recent: Buffer = None
-        self.means: Buffer = None
+        self.stored_means: Buffer = None
         self.balance: Optional[Balance] = None
         self.in_one, self.ends = False, 0
+        self._centered: list[bool] = []
+        self._unread: list[tuple[list[int], list[mx.array]]] = []  # rows, and `Begun.rows` of them
+
+    # ---- means ---------------------------------------------------------------------------------------------------
+    def settle(self) -> None:
+        """Read which rows are centered, where that was not done yet; without any, there are no means. Waits for it to
+        be computed."""
+        if not self._unread:
+            return
+        for rows, centered in self._unread:
+            for b, yes in zip(rows, flags_of(centered)):
+                self._centered[b] = yes
+        self._unread = []
+        if not any(self._centered):
+            self.stored_means = None
+
+    @property
+    def means(self) -> Buffer:
+        """`stored_means` once it is known who needs them: None if no row is centered."""
+        self.settle()
+        return self.stored_means
+
+    @means.setter
+    def means(self, means: Buffer) -> None:
+        self.stored_means, self._unread = means, []
+
+    @property
+    def known_means(self) -> Buffer:
+        """`stored_means` if a row is known to be centered: what attention needs in the update in which rows pack their
+        first tokens, which it still finds exact."""
+        return self.stored_means if not self._unread or any(self._centered) else None
+
+    @property
+    def centered(self) -> list[bool]:
+        """For each row of a batch, whether any of its heads is centered."""
+        self.settle()
+        return self._centered
+
+    @centered.setter
+    def centered(self, rows: list[bool]) -> None:
+        self._centered, self._unread = rows, []
+
+    def may_have_means(self, b: int) -> bool:
+        """Whether row b is centered, or nobody has looked yet."""
+        return self._centered[b] or any(b in rows for rows, _ in self._unread)
+
+    def begin(self, rows: list[int], begun: "Optional[Begun]") -> None:
+        """`rows` have packed their first tokens, which decided this: None, that they are not centered."""
+        for b in rows:
+            self._centered[b] = False
+        if begun is not None:
+            self._unread.append((rows, begun.rows))
+
+    def set_means(self, means: Buffer, begun: "Optional[Begun]") -> None:
+        """The means of all rows, and what their first tokens decided, if it is these that were packed."""
+        self.means = means
+        if begun is not None:
+            self._centered = [False] * means.shape[0]
+            self.begin(list(range(means.shape[0])), begun)
+
+    # ---- all buffers ---------------------------------------------------------------------------------------------
+    def started(self) -> list[mx.array]:
+        """Everything that was begun, to be computed: the buffers, and which rows are centered."""
+        return [*self._buffers(self.stored_means), *(part for _, centered in self._unread for part in centered)]
 
     @property
     def head_dim(self) -> int:
         return self.recent.shape[-1]
 
     def buffers(self) -> list[mx.array]:
+        """All that is held."""
+        return self._buffers(self.means)
+
+    def _buffers(self, means):
         balance = [] if self.balance is None else self.balance.arrays()
-        buffers = self.sink, self.codes, self.scale, self.recent, self.means, *balance
+        buffers = self.sink, self.codes, self.scale, self.recent, means, *balance
         return [a for a in buffers if a is not None]
 
     @property
@@ -182,27 +254,42 @@ class SideToPack(NamedTuple):
     balance: Optional[Balance] = None
 
 
+def flags_of(parts: Sequence[mx.array]) -> list[bool]:
+    """The elements of arrays of bool, one array behind the other. Waits for them."""
+    return [yes for flags in map(np.array, parts) for yes in flags.tolist()]
+
+
 class Begun(NamedTuple):
-    """What the first tokens that rows pack decide of one side. means: float32 [B, H, segments, D]. heads: which are
-    centered, bool [B, H, 1, 1]. rows: whether any head of a row is, for each row."""
+    """What the first tokens that rows pack decide of one side, lazily. means: float32 [B, H, segments, D]. heads: which
+    are centered, bool [B, H, 1, 1]. rows: whether any head of a row is, bool [B], in one array or several."""
 
     means: mx.array
     heads: mx.array
-    rows: list[bool]
+    rows: list[mx.array]
+
+    def centers(self) -> bool:
+        """Whether any row is centered. Waits for that."""
+        return any(flags_of(self.rows))
+
+    @classmethod
+    def of_rows(cls, rows: "Sequence[Begun]") -> "Begun":
+        """Of several rows, each decided alone. What was computed of `rows` is not computed again."""
+        means, heads = [of_row.means for of_row in rows], [of_row.heads for of_row in rows]
+        return cls(mx.concatenate(means), mx.concatenate(heads), [part for of_row in rows for part in of_row.rows])
 
 
 class PackJob(NamedTuple):
     """Tokens of rows that pack as many at the same moment.
 
     tails: keys and values [B, H, n, D], exact, that follow the packed ones; the first n_pack become packed tokens
-    n_packed, n_packed + 1, ... begun: of keys alone that are packed again, what was decided then.
+    n_packed, n_packed + 1, ... begun: what `begin` decided of the first of these tokens, if that was asked before.
     """
 
     sides: list[SideToPack]
     tails: Sequence[Tokens]
     n_packed: int
     n_pack: int
-    begun: Optional[Begun] = None
+    begun: Optional[dict[int, Begun]] = None
 
 
 class PackedTokens(NamedTuple):
@@ -217,10 +304,8 @@ class PackedTokens(NamedTuple):
 
 
 def pack(jobs: Sequence[PackJob], config: TurboConfig, step: int) -> list[list[PackedTokens]]:
-    """Quantizes the tokens of each job: for each, keys and values. step: packed tokens by which buffers grow.
-
-    Waits at most once, and only for rows that pack for the first time.
-    """
+    """Quantizes the tokens of each job: for each, keys and values. step: packed tokens by which buffers grow. Waits for
+    nothing."""
     done = []
     for job, (means, begun) in zip(jobs, decide_means(jobs, config, step)):
         quantized = quantize_tokens([x[:, :, : job.n_pack] for x in job.tails], job.sides, means, job.n_packed, config)
@@ -231,27 +316,23 @@ def pack(jobs: Sequence[PackJob], config: TurboConfig, step: int) -> list[list[P
 def decide_means(
     jobs: Sequence[PackJob], config: TurboConfig, step: int
 ) -> list[tuple[list[Optional[mx.array]], dict[int, Begun]]]:
-    """For each job the means of each side with those of the segments that it begins, and {side: what it decided}.
-    step, and when it waits: as of `pack`."""
-    begun = [_begun_segments(job, config) for job in jobs]
+    """For each job the means of each side with those of the segments that it begins, and {side: what it decided},
+    lazily. step: as of `pack`."""
     done = []
-    for job, new, centered in zip(jobs, begun, _decide_centering(jobs, begun)):
-        means = _extend_means(job, new, centered, config, step)
-        decided = {i: Begun(side[0], side[1], centered[i]) for i, side in new.items() if not job.n_packed}
-        done.append((means, decided))
+    for job in jobs:
+        new = begin(job, config) if job.begun is None else job.begun
+        new = {i: decided for i, decided in new.items() if job.sides[i].bits}
+        done.append((_extend_means(job, new, config, step), {} if job.n_packed else new))
     return done
 
 
-def _begun_segments(job, config):
-    """{side: (means [B, H, S, D] of the segments that a job begins, which rows and heads are centered [B, H, 1, 1])},
-    lazily.
+def begin(job: PackJob, config: TurboConfig) -> dict[int, Begun]:
+    """{side: `Begun` of the segments that a job begins}, lazily; of a side without means, nothing.
 
     Whether a row and head is centered is decided when its first tokens are packed, from all that are at hand; a
     segment's mean when its first token is packed. Latents never are: they serve as keys and values, and do not turn.
     """
-    new = {}
-    if job.begun is not None:
-        return {0: job.begun[:2]}
+    new: dict[int, Begun] = {}
     if (
         not job.n_packed
         and len(job.tails) == 2
@@ -260,37 +341,27 @@ def _begun_segments(job, config):
         return new
     for i, (side, tail) in enumerate(zip(job.sides, job.tails)):
         n_before, n = (n_segments(tokens, side.segment) for tokens in (job.n_packed, job.n_packed + job.n_pack))
-        if not config.centre or not side.bits or n == n_before or job.n_packed and side.means is None:
+        if not config.centre or not side.bits or n == n_before:
+            continue
+        if side.means is None if job.n_packed else tail.shape[2] < centering.FEWEST:
             continue
         summary = centering.summarize(tail, job.n_packed, side.segment)
         in_begun_segment = 1 if job.n_packed % side.segment else 0
-        if job.n_packed:
-            centered = (side.means[:, :, :1] != 0).any(-1, keepdims=True)
+        if side.means is not None:
+            heads = (side.means[:, :, :1] != 0).any(-1, keepdims=True)
         else:
-            centered = centering.should_center(*summary)
-        new[i] = summary[0][:, :, in_begun_segment:][:, :, : n - n_before], centered
+            heads = centering.should_center(*summary)
+        new[i] = Begun(summary[0][:, :, in_begun_segment:][:, :, : n - n_before], heads, [heads.any((1, 2, 3))])
     return new
 
 
-def _decide_centering(jobs, begun):
-    """For each job {side: whether any head of a row is centered, for each row}. Rows that have not packed before decide
-    it here, all at once: the only time, apart from auto's choice, that a sequence waits for its tokens."""
-    undecided = [new for job, new in zip(jobs, begun) if not job.n_packed and job.begun is None]
-    decided = iter(centering.rows_to_center([centered for new in undecided for _, centered in new.values()]))
-    return [
-        {0: job.begun.rows} if job.begun else {i: [True] if job.n_packed else next(decided) for i in new}
-        for job, new in zip(jobs, begun)
-    ]
-
-
-def _extend_means(job, new, centered, config, step):
+def _extend_means(job, new, config, step):
     """The means of each side (None: not centered) with those of the segments that a job begins."""
     means = [side.means for side in job.sides]
-    for i, (segments, heads) in new.items():
-        if any(centered[i]):
-            segment = job.sides[i].segment
-            rotated = centering.stored(segments, heads, config.seed, job.sides[i].balance)
-            means[i] = write(means[i], n_segments(job.n_packed, segment), rotated, max(step // segment, 1))
+    for i, (segments, heads, _) in new.items():
+        segment = job.sides[i].segment
+        rotated = centering.stored(segments, heads, config.seed, job.sides[i].balance)
+        means[i] = write(means[i], n_segments(job.n_packed, segment), rotated, max(step // segment, 1))
     return means
 
 

@@ -5,7 +5,7 @@ nor the balance change. Exact ones (a side of 0 bits) are packed as the first ch
 buffers of a side exist at the same time, and nothing else of their size: all is done in slices.
 """
 
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import mlx.core as mx
 
@@ -13,7 +13,7 @@ from ..backends import select
 from ..backends.sides import Balance, PackedSide
 from ..quant.scheme import BITS, Scheme, TurboConfig, words_per_row
 from .joined import Joined
-from .packing import PackJob, Side, SideToPack, decide_means, quantize_tokens, write_rows
+from .packing import Begun, PackJob, Side, SideToPack, decide_means, quantize_tokens, write_rows
 
 SLICE = 1024  # exact tokens that are packed at a time
 # The bits to go through, of which any may be skipped, and {bits: how much larger the mean squared error of random
@@ -56,9 +56,9 @@ class ExactRows(NamedTuple):
 
 def pack_exact(
     side: Side, bits: int, groups: Sequence[ExactRows], config: TurboConfig, step: int, capacity: int
-) -> list[tuple[Optional[mx.array], Any]]:
+) -> list[tuple[Optional[mx.array], Optional[Begun]]]:
     """Pack the exact tokens of a side, into buffers with room for `capacity` tokens. Returns for each group the means,
-    and whether its rows are centered (`Begun.rows`, or None)."""
+    and what was decided of its rows (`Begun`, or None)."""
     jobs = [
         PackJob([SideToPack(bits, side.segment, None, group.balance)], [group.tail], 0, group.n_packed)
         for group in groups
@@ -76,4 +76,4 @@ def pack_exact(
             scale = write_rows(scale, n_rows, group.rows, at, new_scale, step)
             mx.eval(codes, scale)
     side.codes, side.scale, side.bits = codes, scale, bits
-    return [(means[0], begun[0].rows if 0 in begun else None) for means, begun in decided]
+    return [(means[0], begun.get(0)) for means, begun in decided]

@@ -152,6 +152,7 @@ class RotatingTurboKVCache(Window):
         """As TurboKVCache.update_and_fetch; returns the tokens that mlx-lm's RotatingKVCache does, in their order: for
         one token [B, n_kv_heads, min(offset, max_size), D], for n min(offset before, max_size - 1) + n."""
         self._check(keys, values)
+        self.settle()
         self._evict()
         before, n_new = self._limit, keys.shape[2]
         if n_new:

@@ -30,13 +30,27 @@ from .joined import Joined
 from .last_step import NOT_YET, after_update
 from .masks import attention_mask
 from .memory_budget import Room, Share
-from .packing import PackJob, Side, allowed_dtypes, bits_at, make_sides, may_choose_bits, n_segments, pack, write
+from .packing import (
+    PackJob,
+    Side,
+    allowed_dtypes,
+    begin,
+    bits_at,
+    make_sides,
+    may_choose_bits,
+    n_segments,
+    pack,
+    write,
+)
 from .repacking import ExactRows, fewer_bits, pack_exact, requantize
 from .state import FORMAT_VERSION, HEADER_NAMES, MAGIC, read_state
 from .view import KVView, LazyKV, Unread
 
 # what a pickle leaves out: it is in the state, or belongs to this process
-_NOT_PICKLED = "_sides", "_offsets", "_unread", "_to_balance", "version", "attended_version", "last_attention", "share"
+_NOT_PICKLED = (
+    *("_sides", "_offsets", "_unread", "_to_balance", "_choice", "_measured"),
+    *("version", "attended_version", "last_attention", "share"),
+)
 
 
 class TurboKVCache:
@@ -72,14 +86,15 @@ class TurboKVCache:
         if self.share is not None:  # there is room again
             self.config = replace(self.config, scheme=Scheme(0, 0))
         self._sides = make_sides(self.config)
-        self._settle()
-        self.undecided = may_choose_bits(self.config)  # auto has not chosen the bits of the keys; nothing is packed
+        self._arrange()
+        self._undecided = may_choose_bits(self.config)  # auto has not chosen the bits of the keys; nothing is packed
         self._errors, self._by = {}, None  # of auto's choice: error by bits, what it was based on
         self._clear_counts()
 
     def _clear_counts(self):
         self.n_sink = self.n_packed = self.n_recent = 0
         self._observed = None
+        self._choice = None  # what auto will choose by, which is computed meanwhile
         self._to_balance = None  # what the last update returned, if the first keys were packed: their queries come
 
     @property
@@ -110,29 +125,27 @@ class TurboKVCache:
         new, n_new = (keys, values), keys.shape[2]
         if n_new == 0:
             return self.keys_and_values() if self.offset else new
+        self.settle()
         if self.share is not None:
             self.share.before_update(self, keys, values)
         first, begins, self._to_balance = self.offset == 0, self._begins_to_pack, None
         n_to_sink = min(self.config.sink - self.n_sink, n_new)
         n_to_recent = n_new - n_to_sink
-        if self.undecided and (
+        if self._undecided and (
             self.n_recent > self._capacity()
             or (self.n_recent + n_to_recent > self._capacity() and n_to_recent <= self.config.block)
         ):
             self._decide()  # nothing showed us the queries of the chunk, or a decode step has to pack
+            self.settle()
         if self._sides[0].in_one:
             return self._append_exact(new)
         capacity = self._room()
-        if self.n_recent + n_to_recent <= capacity or self.undecided:
+        if self.n_recent + n_to_recent <= capacity or self._undecided:
             view = None
-        elif n_to_recent <= self.config.block:  # make room: what is appended stays exact until a later update
-            tails = [side.recent[:, :, : self.n_recent] for side in self._sides]
-            if self._begins_to_pack:
-                self._sides[0].balance = self._sides[0].balance or self._choose_balance(tails[0])
-                self._observed = None
-            self._pack(tails)
+        elif n_to_recent <= self.config.block and self.n_packed:  # make room: what is appended stays exact until later
+            self._pack([side.recent[:, :, : self.n_recent] for side in self._sides])
             view = None
-        else:  # a prompt chunk: attended exactly now, packed at once
+        else:  # a prompt chunk, or the first tokens to be packed: attended exactly now, packed at once
             tails = [x[:, :, n_to_sink:] for x in new]
             if self.n_recent:
                 tails = [
@@ -140,7 +153,7 @@ class TurboKVCache:
                     for side, t in zip(self._sides, tails)
                 ]
             view = self.n_packed, tails
-            begun = self._pack(tails)
+            begun = self._pack(tails, n_to_recent if n_to_recent <= self.config.block else 0)
         for side, x in zip(self._sides, new):
             if n_to_sink:
                 side.sink = write(side.sink, self.n_sink, x[:, :, :n_to_sink], self.config.sink)
@@ -154,7 +167,7 @@ class TurboKVCache:
         self._updated()
         if first or view:
             self._evaluate()
-        if first and not begins and not self.undecided and not self._keeps_queries:
+        if first and not begins and not self._undecided and not self._keeps_queries:
             return new
         if view is None:
             return self._fetch((self.n_sink, self.n_packed, self.n_recent), new=new if first else None)
@@ -204,7 +217,7 @@ class TurboKVCache:
         then."""
         side.write_in_one(at, new, self._ends(), self.packed_columns, self.step)
 
-    def _settle(self):
+    def _arrange(self):
         """Put exact tokens into one buffer, or what lies in one apart, as the bits of both sides ask."""
         in_one = self.one_buffer and not any(side.bits for side in self._sides)
         for side in self._sides:
@@ -234,22 +247,31 @@ class TurboKVCache:
         side.recent, side.in_one = write(None, 0, apart.recent, self._room()), False
         mx.eval(side.buffers())
 
-    def _pack(self, tails):
-        """Quantize all but the newest `recent` tokens of `tails` (exact tokens after the packed ones, per side) and
-        keep those in new recent buffers. Returns what was decided of keys. Raises before anything is changed."""
+    def _pack(self, tails, n_beside=0, begun=None):
+        """Quantize all but the newest recent + n_beside tokens of `tails` (exact tokens after the packed ones, per
+        side) and keep those in new recent buffers. begun: as of PackJob. Returns what was decided of keys. Raises
+        before anything is changed."""
         self._unread.clear()
-        n_pack = tails[0].shape[2] - self.config.recent
+        n_pack = tails[0].shape[2] - self.config.recent - n_beside
         sides = [side.to_pack(side.means if self.n_packed else None) for side in self._sides]
-        (packed,) = pack([PackJob(sides, tails, self.n_packed, n_pack)], self.config, self.step)
+        (packed,) = pack([PackJob(sides, tails, self.n_packed, n_pack, begun)], self.config, self.step)
         for side, tail, new in zip(self._sides, tails, packed):
-            side.means = new.means
+            side.set_means(new.means, new.begun)
             side.codes = write(side.codes, self.n_packed, new.codes, self.step)
             if new.scale is not None:
                 side.scale = write(side.scale, self.n_packed, new.scale, self.step)
             side.recent = write(None, 0, tail[:, :, n_pack:], self.config.recent + self.config.block)
         self.n_packed += n_pack
-        self.n_recent = self.config.recent
+        self.n_recent = self.config.recent + n_beside
         return packed[0].begun
+
+    def settle(self) -> None:
+        """Do what was put off until it was computed: read which rows are centered, and with `auto` choose and pack. The
+        next update does it, and so does whatever looks at the buffers before."""
+        if self._choice is not None:
+            self._decide()
+        for side in self._sides:
+            side.settle()
 
     def _updated(self):
         keys, values = self._sides
@@ -259,7 +281,7 @@ class TurboKVCache:
     def _evaluate(self):
         """Start computing new buffers that the returned arrays do not read: another thread cannot evaluate them, and
         until they are evaluated they keep their inputs alive."""
-        mx.async_eval([side.buffers() for side in self._sides], self._observed_queries())
+        mx.async_eval([side.started() for side in self._sides], self._observed_queries())
 
     def _check(self, keys, values):
         for x, name, side in ((keys, "keys", self._sides[0]), (values, "values", self._sides[1])):
@@ -290,10 +312,17 @@ class TurboKVCache:
         if self._sides[0].recent is None:
             for side, x in zip(self._sides, (keys, values)):
                 side.bits = bits_at(side.bits, x.shape[3])
-            self.undecided = self.undecided and self._sides[0].bits > 0
-            self._settle()
+            self._undecided = self._undecided and self._sides[0].bits > 0
+            self._arrange()
 
     # ---- auto ------------------------------------------------------------------------------------------------
+    @property
+    def undecided(self) -> bool:
+        """Whether auto has still to choose the bits of the keys; nothing is packed before."""
+        if self._choice is not None:
+            self._decide()
+        return self._undecided
+
     def observe(self, queries: mx.array, scale: float, sinks: Optional[mx.array] = None) -> None:
         """Take note of the queries [B, n_heads, L, Dk] of the newest L tokens, by which keys are balanced and `auto`
         chooses bits. Attention calls it. scale: the softmax scale. sinks: [n_heads] sink logits."""
@@ -311,8 +340,10 @@ class TurboKVCache:
         self._observed = newest([*seen, (queries, positions)]), scale, sinks
         if self._to_balance is not None:
             self._balance()
-        elif self.undecided and self.n_recent > self._capacity():
-            self._decide()
+        elif self._undecided and self.n_recent > self._capacity():
+            self._measure()
+            if self._sides[0].recent.shape[0] * self.n_recent > auto_bits.MOST_HELD:
+                self._decide()
 
     @property
     def observed(self) -> Optional[tuple[Any, float, Optional[mx.array]]]:
@@ -329,7 +360,9 @@ class TurboKVCache:
     def wants_queries(self) -> bool:
         """Whether `observe` has use for queries: until the first keys are packed, and once after that, if their own
         queries came behind them."""
-        return self.undecided or self._to_balance is not None or self._begins_to_pack or self._keeps_queries
+        if self._choice is not None:
+            return False
+        return self._undecided or self._to_balance is not None or self._begins_to_pack or self._keeps_queries
 
     @property
     def _keeps_queries(self):
@@ -376,10 +409,11 @@ class TurboKVCache:
         balance, self._observed = None if tail is None else self._choose_balance(tail), None
         if balance is not None:
             side.balance = balance
-            job = PackJob([side.to_pack(None)], [tail], 0, self.n_packed, returned.begun)
+            begun = {0: returned.begun} if returned.begun else None
+            job = PackJob([side.to_pack(None)], [tail], 0, self.n_packed, begun)
             ((new,),) = pack([job], self.config, self.step)
             side.codes, side.scale = (write(None, 0, a, self.step) for a in (new.codes, new.scale))
-            side.means = new.means
+            side.set_means(new.means, new.begun)
             self._unread.clear()
         self._evaluate()
 
@@ -390,26 +424,42 @@ class TurboKVCache:
     def _capacity(self):
         """Number of tokens after the sink that can all be exact; one more, and the oldest are packed."""
         capacity = self.config.recent + self.config.block
-        return max(capacity, auto_bits.FEWEST) if self.undecided else capacity
+        return max(capacity, auto_bits.FEWEST) if self._undecided else capacity
 
     @property
     def packs_beyond(self) -> int:
         """As long as the cache holds no more tokens than this, all of them are exact."""
         return self.config.sink + self._capacity()
 
-    def _decide(self):
-        """Choose the bits of the keys, and pack the tokens that waited for it. Without queries (nothing called
-        `observe`) the keys alone decide."""
-        parts = [(side.sink, side.recent[:, :, : self.n_recent]) for side in self._sides]
-        keys = mx.concatenate([parts[0][0][:, :, : self.n_sink], parts[0][1]], axis=2) if self.n_sink else parts[0][1]
-        balance = self._choose_balance(parts[0][1])
+    def _measure(self):
+        """Start to compute what the bits of the keys are chosen by, and how they are packed then. Without queries
+        (nothing called `observe`) the keys alone decide."""
+        tails, keys = self._recent_tokens(), self._sides[0]
+        every = mx.concatenate([keys.sink[:, :, : self.n_sink], tails[0]], axis=2) if self.n_sink else tails[0]
+        balance = self._choose_balance(tails[0])
         observed = join(*self._observed) if self._observed else None
-        bits, self._errors, self._by = auto_bits.choose_key_bits(keys, self._config_of_keys(), observed, balance)
-        self._sides[0].bits, self.undecided, self._observed = bits, False, None
+        measured = auto_bits.measure(every, self._config_of_keys(), observed, balance)
+        sides, n_pack = [side.to_pack(None) for side in self._sides], self.n_recent - self.config.recent
+        begun = begin(PackJob(sides, tails, 0, n_pack), self.config) if n_pack > self.config.block else {}
+        self._choice, self._observed = (measured, balance, begun), None
+        factors = [] if balance is None else [balance.factors]
+        mx.async_eval(measured.errors, factors, list(begun.values()))
+
+    def _recent_tokens(self):
+        return [side.recent[:, :, : self.n_recent] for side in self._sides]
+
+    def _decide(self):
+        """Choose the bits of the keys, and pack the tokens that waited for it."""
+        if self._choice is None:
+            self._measure()
+        (measured, balance, begun), self._choice = self._choice, None
+        bits, self._errors, self._by = auto_bits.choose_key_bits(measured)
+        self._sides[0].bits, self._undecided = bits, False
         self._sides[0].balance = balance if bits else None
         if self.n_recent > self._capacity():
-            self._pack([recent for _, recent in parts])
-        self._settle()
+            self._pack(self._recent_tokens(), begun={i: new for i, new in begun.items() if new.centers()})
+            self._evaluate()
+        self._arrange()
 
     # ---- memory budget ---------------------------------------------------------------------------------------
     @property
@@ -467,8 +517,9 @@ class TurboKVCache:
         Raises ValueError, with the cache unchanged, for more bits than there are or other ones than 0, 2, 3, 4, 5, 6
         and 8, for integers, and as long as `auto` has not chosen.
         """
+        self.settle()
         now = self._asked_bits()
-        if self.undecided:
+        if self._undecided:
             raise ValueError("key_bits: auto has not chosen those of this cache yet, which it does before it packs")
         scheme = fewer_bits(now, key_bits, value_bits)
         if scheme == now:
@@ -489,7 +540,7 @@ class TurboKVCache:
                 done = Scheme(scheme.key_bits, scheme.value_bits if i else done.value_bits)
                 self.config = replace(self.config, scheme=done, auto=False)
         finally:
-            self._settle()  # the other side may be exact still
+            self._arrange()  # the other side may be exact still
 
     def _asked_bits(self):
         """The scheme as it is: config.scheme, and of keys what auto chose."""
@@ -521,7 +572,9 @@ class TurboKVCache:
         tail = [apart.codes[:, :, : self.n_packed], apart.recent[:, :, : self.n_recent]]
         balance = None if i else self._choose_balance(tail, bits)
         rows = ExactRows(list(range(side.recent.shape[0])), Joined(tail), self.n_packed, balance)
-        ((side.means, _),) = pack_exact(side, bits, [rows], config, self.step, self._codes_capacity(side))
+        ((means, begun),) = pack_exact(side, bits, [rows], config, self.step, self._codes_capacity(side))
+        side.set_means(means, begun)
+        side.settle()
         if i == 0:
             side.balance, self._observed = balance, None
 
@@ -564,7 +617,7 @@ class TurboKVCache:
                     tail,
                     side.bits,
                     side.head_dim,
-                    side.means,
+                    side.known_means,
                     side.segment,
                     side.balance,
                 )
@@ -576,6 +629,7 @@ class TurboKVCache:
 
         Raises ValueError while the cache is empty.
         """
+        self.settle()
         if self._sides[0].recent is None:
             raise ValueError("the cache is empty: it does not know the shape of its keys and values yet")
         return self._fetch((self.n_sink, self.n_packed, self.n_recent))
@@ -616,9 +670,11 @@ class TurboKVCache:
         return None if tokens is None else history.History(tokens, self, i)
 
     def _assign(self, i, tokens):
+        self.settle()
         history.assign(self, i, tokens)
 
     def _history(self, i):
+        self.settle()
         return None if self.empty() else self._view((self.n_sink, self.n_packed, self.n_recent)).restore()[i]
 
     def is_trimmable(self) -> bool:
@@ -626,6 +682,7 @@ class TurboKVCache:
 
     def trim(self, n: int) -> int:
         """Remove the newest n tokens, or all if there are fewer. Returns how many were removed."""
+        self.settle()
         trimmed = n = min(max(int(n), 0), self.offset)
         self.version += 1
         self._unread.clear()
@@ -668,6 +725,7 @@ class TurboKVCache:
     def nbytes(self) -> int:
         """Bytes of all buffers, unused room included, and of the queries that are held until the keys are balanced and
         auto has chosen."""
+        self.settle()
         return sum(side.nbytes for side in self._sides) + sum(queries.nbytes for queries in self._observed_queries())
 
     def _counts(self):
@@ -688,6 +746,7 @@ class TurboKVCache:
         """{"keys": [tokens of row 0, ...], "values": [...]}: how many tokens that a query sees are not finite in some
         head, or were too large for a float16 scale when they were packed. Found in the stored arrays: it costs nothing
         until it is called, and then waits for the tokens to be computed."""
+        self.settle()
         columns, rows = self._columns_of_rows()
         seen = self._seen_counts()
         found: dict[str, list[int]] = {}
@@ -710,6 +769,7 @@ class TurboKVCache:
         (see that method: this waits for the tokens to be computed); exact ({"keys": why, "values": why}, of sides that
         the scheme packs and that stay exact); auto (None, or how the bits were chosen); backend; attention (what
         it did with the tokens of the last update: "fused"; "tiles", "restored" or "exact" and why; "nothing yet")."""
+        self.settle()
         values = packed_bits = uncompressed = 0
         n_tokens = [sum(counts) for counts in self._seen_counts()]
         n_sink, n_packed, n_recent = map(sum, zip(*self._seen_counts()))
@@ -759,7 +819,7 @@ class TurboKVCache:
     def _auto_report(self):
         if not may_choose_bits(self.config) or "keys" in self._exact_because():
             return None
-        return {"undecided": self.undecided, "target": auto_bits.TARGET, "error": dict(self._errors), "by": self._by}
+        return {"undecided": self._undecided, "target": auto_bits.TARGET, "error": dict(self._errors), "by": self._by}
 
     def _exact_because(self):
         asked = self.config.scheme.key_bits, self.config.scheme.value_bits
@@ -801,6 +861,7 @@ class TurboKVCache:
 
     def __reduce__(self) -> Any:
         """For pickle: the `state`, and what that leaves out; packed tokens stay packed."""
+        self.settle()
         own = {name: value for name, value in vars(self).items() if name not in _NOT_PICKLED}
         return _unpickled, (type(self), self.state, own)
 
@@ -823,7 +884,7 @@ class TurboKVCache:
             SCALES.index(config.scale),
             config.centre,
             config.auto,
-            -1 if self.undecided else self._sides[0].bits if may_choose_bits(config) else scheme.key_bits,
+            -1 if self._undecided else self._sides[0].bits if may_choose_bits(config) else scheme.key_bits,
             *counts,
             *dims,
             *dtypes,
@@ -852,19 +913,20 @@ class TurboKVCache:
         """Everything as a list of arrays: an int32 header, then per side sink, codes, scale, means and recent, cut to
         the tokens they hold, then the balance of the keys; what is not there is left out. Setting it raises ValueError
         for arrays that are not the state of such a cache."""
+        self.settle()
         counts = self.n_sink, self.n_packed, self.n_recent
         return [mx.array(self._header(counts), mx.int32), *self._arrays(counts)]
 
     @state.setter
     def state(self, arrays: list[mx.array]) -> None:
         state = read_state(arrays, self)
-        self.config, self._sides, self.undecided = state.config, state.sides, state.undecided
+        self.config, self._sides, self._undecided = state.config, state.sides, state.undecided
         self.n_sink, self.n_packed, self.n_recent = state.counts
         self.version, self.attended_version, self._unread = 0, None, Unread()
         self.last_attention = NOT_YET
-        self._observed, self._errors, self._by, self._to_balance = None, {}, None, None
+        self._observed, self._errors, self._by, self._to_balance, self._choice = None, {}, None, None, None
         vars(self).update(state.own)
-        self._settle()
+        self._arrange()
         self._evaluate()
 
     def own_state(self, header: dict[str, int], config: TurboConfig) -> dict[str, Any]:

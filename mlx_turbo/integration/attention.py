@@ -82,9 +82,9 @@ def _pass_through(door, original, queries, keys, values, cache, scale, mask=None
     view = None if options or not _is_open else view_of(keys, values)
     if (
         view is not None
-        and not view.cache.undecided
         and (view.keys.bits or view.values.bits or view.rope is not None)
         and (view.counts[1] or queries.shape[2] <= MAX_QUERY_TOKENS and queries.shape[2] < sum(view.counts))
+        and not view.cache.undecided
     ):
         out = attend(queries, view, scale=scale, mask=mask, sinks=sinks)
         if view.cache.wants_queries and view.rope is None:

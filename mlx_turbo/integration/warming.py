@@ -217,9 +217,7 @@ def _try_layer(layer: _Layer, centered: bool, steps: range) -> None:
         with launches():
             for n in steps:
                 say(n)
-    for bits in [b for b in auto_bits.LADDER if b and layer.auto]:  # auto measures before it chooses
-        mx.eval(
-            attention_error.key_error(
-                keys=mx.zeros((1, layer.n_kv_heads, 2, layer.key_dim), layer.dtype), bits=bits, config=layer.config
-            )
-        )
+    ladder = [bits for bits in auto_bits.LADDER if bits and layer.auto]  # auto measures before it chooses
+    if ladder:
+        keys = mx.zeros((1, layer.n_kv_heads, 2, layer.key_dim), layer.dtype)
+        mx.eval(attention_error.key_errors(keys, ladder, layer.config))

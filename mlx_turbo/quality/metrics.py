@@ -173,6 +173,7 @@ def _sides_of(cache: Any) -> list[_Side] | None:
     if type(cache) not in (KVCache, QuantizedKVCache, TurboKVCache) or cache.offset == 0:
         return None
     if isinstance(cache, TurboKVCache):
+        cache.settle()
         return [
             (
                 [(a, n) for a, n in _arrays_of(side) if a is not None],

@@ -1,6 +1,7 @@
 """auto: the layers that need it, and no others, get more bits for their keys; measured, deterministic, visible."""
 
 import copy
+import functools
 
 import mlx.core as mx
 import mlx_lm
@@ -11,8 +12,10 @@ from support import constructed_models as construct
 from support.arrays import to_numpy
 from support.caches import FAST_BACKENDS, ListModel, held_nbytes, random_tokens, same, snapshot
 from support.keys import queries_for, turning
+from support.looks import FIRST_LOOKS_AT_ONE
+from support.rows import state_of
 
-from mlx_turbo import TurboConfig, TurboKVCache
+from mlx_turbo import RotatingTurboKVCache, TurboConfig, TurboKVCache
 from mlx_turbo.backends import select
 from mlx_turbo.backends.mlx_ops import CpuBackend
 from mlx_turbo.cache import attention_error, auto_bits
@@ -72,6 +75,18 @@ def test_the_error_is_the_divergence_of_the_attention_weights(backend, bits, sin
     observed = attention_error.Observed(mx.array(queries, mx.float32), positions, 0.3, sinks)
     got = attention_error.Attention(observed, mx.array(keys, mx.float32), TurboConfig("auto")).error(bits)
     assert got.shape == (2, 2) and got.max().item() == pytest.approx(want, rel=0.03)
+
+
+@pytest.mark.parametrize("n, first", [(100, 4), (516, 4), (2048, 0), (2048, 4), (5000, 64)])
+def test_a_sampled_key_weighs_as_many_as_it_stands_for(n, first):
+    """And is seen by the queries that see it."""
+    starts, length = attention_error.sample_keys(n - first)
+    weight = to_numpy(attention_error._weight(n, first, tuple(starts), length, (n // 2, n - 1))).astype(np.float64)
+    at = [*range(first), *(first + start + i for start in starts for i in range(length))]
+    assert weight.shape == (2, len(at))
+    counts = np.exp(weight[1])
+    assert counts.sum() == pytest.approx(n, rel=1e-5) and np.allclose(counts[:first], 1) and np.ptp(counts[first:]) == 0
+    assert [w < -1e29 for w in weight[0]] == [t > n // 2 for t in at]
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 100, 2048])
@@ -134,6 +149,37 @@ def test_observed_queries_are_bytes_of_the_cache_until_it_has_chosen(backend):
     assert row.nbytes == held_nbytes(row) == sum(side.nbytes for side in row._sides) + 10 * 2 * 64 * 4
     prompt(cache, keys[:, :, 100:], values[:, :, 100:], 200, queries[:, :, 100:])
     assert not cache.undecided and cache.nbytes == sum(side.nbytes for side in cache._sides) == held_nbytes(cache)
+
+
+@fast
+@pytest.mark.parametrize("look", FIRST_LOOKS_AT_ONE.values(), ids=FIRST_LOOKS_AT_ONE)
+@pytest.mark.parametrize("make", [TurboKVCache, functools.partial(RotatingTurboKVCache, 164, 4)], ids=["", "window"])
+def test_it_chooses_when_somebody_looks_whoever_that_is(backend, make, look):
+    """Until then the tokens stay exact, and nobody sees that."""
+    keys, values = turning(420, 160)
+    caches = [make(config="auto"), make(config="auto")]
+    for cache in caches:
+        prompt(cache, keys[:, :, :300], values[:, :, :300], 300, queries_for(keys[:, :, :300]))
+        assert cache.n_packed == 0 and not cache.wants_queries
+    assert caches[0].report()["packed"]
+    twin, cache = caches[0], look(caches[1])
+    for chunk in (keys[:, :, 300:301], values[:, :, 300:301]), (keys[:, :, 301:], values[:, :, 301:]):
+        twin.update_and_fetch(*chunk)
+        cache.update_and_fetch(*chunk)
+        assert same(state_of(cache), state_of(twin))
+    assert cache.report()["scheme"] == "turbo6v4" and cache.nbytes == held_nbytes(cache)
+
+
+@fast
+@pytest.mark.parametrize("rows, n, held", [(1, 300, True), (1, 301, False), (2, 152, True), (2, 153, False)])
+def test_many_tokens_are_packed_at_once(backend, monkeypatch, rows, n, held):
+    """They would take several times the memory until somebody looks."""
+    monkeypatch.setattr(auto_bits, "MOST_HELD", 296)
+    monkeypatch.setattr(auto_bits, "FEWEST", 64)
+    keys, values = turning(n, 0)
+    cache = TurboKVCache("auto", recent=16, block=16)
+    prompt(cache, *(mx.concatenate([x] * rows) for x in (keys, values)), n, mx.concatenate([queries_for(keys)] * rows))
+    assert (cache.n_packed == 0) == held
 
 
 @fast

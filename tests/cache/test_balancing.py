@@ -1,15 +1,21 @@
 """Channels of keys are balanced by the queries that look at them: what it is worth, when it happens, what it leaves as
 it is. That balanced keys are packed and restored as the oracle does, in any history and batch, is tested there."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
 from support.arrays import to_numpy
 from support.caches import FAST_BACKENDS, same
+from support.ceilings import FIRST_CHUNK_CEILING
+from support.no_kernels import Unevaluated
 
 from mlx_turbo import RotatingTurboKVCache, TurboKVCache
+from mlx_turbo.backends import select
 from mlx_turbo.cache import balancing
 from mlx_turbo.cache.attention_error import Attention
 from mlx_turbo.integration import attention
@@ -143,6 +149,32 @@ def test_a_window_is_balanced_too(backend):
         got, want = (to_numpy(feed(cache, *x, 80)) for cache in caches)
         errors.append(np.abs(got - want).max())
     assert errors[0] > 2 * errors[1]
+
+
+FREE = "Broadcast Squeeze Reshape ExpandDims Transpose Flatten Unflatten View Depends Slice Split".split()
+
+
+@pytest.mark.parametrize("name", FIRST_CHUNK_CEILING)
+def test_the_operations_of_a_first_chunk_stay_few(monkeypatch, tmp_path, name):
+    attention.install()
+    scheme, started = name.partition(",")[0], []
+    q, k, v = (mx.random.normal((1, heads, 1024, 64)).astype(mx.float16) for heads in (4, 2, 2))
+    with select.use_backend(Unevaluated()):
+        for count in False, True:  # constants are computed at their first use
+            cache = TurboKVCache(scheme, balance="not balanced" not in name)
+            mx.eval(q, k, v)
+            with monkeypatch.context() as patch:
+                patch.setattr(mx, "eval", started.append)
+                patch.setattr(mx, "async_eval", lambda *arrays: started.append(arrays))
+                keys, values = cache.update_and_fetch(k, v)
+                out = attention.scaled_dot_product_attention(q, keys, values, cache, 0.1, "causal")
+            if not count:
+                mx.eval(out, started)
+                started.clear()
+    mx.export_to_dot(str(tmp_path / "graph.dot"), out, *(a for _, a in tree_flatten(started)))
+    kinds = re.findall(r'label ?= ?"([A-Za-z]+)', (tmp_path / "graph.dot").read_text())
+    n = sum(kind not in FREE for kind in kinds)
+    assert 0.9 * FIRST_CHUNK_CEILING[name] < n <= FIRST_CHUNK_CEILING[name]
 
 
 @fast

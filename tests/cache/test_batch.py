@@ -79,7 +79,7 @@ def test_rows_that_pack_together_keep_their_own_factors(backend, short_segments)
 
 @fast
 def test_a_row_that_is_no_longer_centred_has_no_means(backend, short_segments):
-    rows = Rows(SMALL, 3)
+    rows = Rows(SMALL, 3, seed=1)
     rows.bias = [20, 20, 0]
     rows.update([30, 60, 20])
     rows.bias = [0, 0, 0]
@@ -90,6 +90,19 @@ def test_a_row_that_is_no_longer_centred_has_no_means(backend, short_segments):
         rows.update([1, 1, 1])
     rows.filter([2, 0])
     assert rows.batch.report()["centred"] == []
+
+
+@fast
+def test_a_row_that_begins_anew_without_means_keeps_none_of_those_it_had(backend, short_segments):
+    """It holds fewer segments at first, beside a row that has means, and then as many as before."""
+    rows = Rows(SMALL, 2)
+    rows.bias = [20, 20]
+    rows.update([60, 90])
+    rows.trim(58)
+    rows.bias = [0, 0]
+    for n in 24, 9, 30:
+        rows.update([n, 1])
+    assert [c.report()["centred"] for c in rows.alone] == [[], ["keys", "values"]]
 
 
 @fast
@@ -291,6 +304,29 @@ def test_auto_chooses_for_the_most_demanding_row(backend):
     assert same(state_of(batch.extract(1)), state_of(alone[1]))
     assert batch.report()["auto"] == alone[1].report()["auto"]
     assert batch.report()["scheme"] == alone[1].report()["scheme"]
+
+
+@fast
+@pytest.mark.parametrize("what", ["filter", "trim", "extend", "copy"])
+def test_what_was_measured_for_rows_that_are_gone_does_not_choose(backend, what):
+    """The errors are computed before the update that chooses by them."""
+    rows = [turning(300, norm=0), turning(300, seed=1)]
+    queries = [queries_for(keys, seed=b) for b, (keys, _) in enumerate(rows)]
+    alone, batch = TurboKVCache(AUTO), BatchTurboKVCache(AUTO, [0, 0])
+    fed(batch, [mx.concatenate(pair)[:, :, :290] for pair in zip(*rows)], mx.concatenate(queries)[:, :, :290])
+    fed(alone, [x[:, :, :290] for x in rows[0]], queries[0][:, :, :290])
+    if what == "copy":
+        batch = copy.deepcopy(batch)
+    if what == "trim":
+        batch.trim(1)
+        alone = batch.extract(0)
+    batch.filter([0])
+    if what == "extend":
+        batch.extend(BatchTurboKVCache(AUTO, [0]))
+        batch.filter([0])
+    for cache in alone, batch:
+        fed(cache, [x[:, :, 290:291] for x in rows[0]], queries[0][:, :, 290:291])
+    assert batch._sides[0].bits == 4 and same(state_of(batch.extract(0)), state_of(alone))
 
 
 @fast

@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache
 from support.arrays import to_numpy
-from support.caches import FAST_BACKENDS, ListModel, header, random_tokens, same, stored
+from support.caches import FAST_BACKENDS, ListModel, header, held_nbytes, random_tokens, same, stored
 from support.keys import biased_keys
+from support.looks import FIRST_LOOKS_AT_ONE, FIRST_LOOKS_AT_TWO
+from support.rows import state_of
 from support.strategies import CHUNKS, CONFIGS, SHAPES, quick
 
-from mlx_turbo import TurboConfig, TurboKVCache, make_prompt_cache
+from mlx_turbo import BatchTurboKVCache, TurboConfig, TurboKVCache, make_prompt_cache
 from mlx_turbo.cache import centering
 from mlx_turbo.cli import common
 from mlx_turbo.integration import attention
@@ -153,6 +155,39 @@ def test_a_row_s_codes_do_not_depend_on_the_rest_of_the_batch(backend):
                 assert not side["means"][row].any()
             else:
                 np.testing.assert_array_equal(side["means"][row], alone[row][i]["means"][0])
+
+
+# ---- nobody waits to know it -----------------------------------------------------------------------------------------
+def batch_of_two(config):
+    return BatchTurboKVCache(config, [0, 0])
+
+
+LOOKS = [(TurboKVCache, name, look) for name, look in FIRST_LOOKS_AT_ONE.items()]
+LOOKS += [(batch_of_two, name, look) for name, look in FIRST_LOOKS_AT_TWO.items()]
+
+
+@fast
+@pytest.mark.parametrize("bias", [0, 30])
+@pytest.mark.parametrize("chunk", [75, 1])
+@pytest.mark.parametrize("make, look", [(a, c) for a, _, c in LOOKS], ids=[f"{a.__name__} {b}" for a, b, _ in LOOKS])
+def test_whoever_looks_first_finds_what_was_decided(backend, make, look, chunk, bias):
+    """Means are stored before it is known whether there are any. Nobody sees that."""
+    config, n_rows = TurboConfig("turbo4", sink=2, recent=8, block=64), 1 + (make is batch_of_two)
+    tokens = random_tokens(np.random.default_rng(0), 170, batch=n_rows, bias=bias)
+    caches = make(config), make(config)
+    for at in range(0, 75, chunk):
+        for cache in caches:
+            mx.eval(cache.update_and_fetch(*(x[:, :, at : at + chunk] for x in tokens)))
+    assert all(side.stored_means is not None for cache in caches for side in cache._sides)
+    caches[0].report()
+    twin, cache = caches[0], look(caches[1])
+    for at in 75, 76, 77:
+        for c in twin, cache:
+            c.update_and_fetch(*(x[:, :, at : at + 1] for x in tokens))
+    for c in twin, cache:
+        c.update_and_fetch(*(x[:, :, 78:] for x in tokens))
+    assert centred(cache) == (["keys", "values"] if bias else [])
+    assert same(state_of(cache), state_of(twin)) and cache.nbytes == held_nbytes([cache._sides, cache._observed])
 
 
 # ---- when the mean is chosen --------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""Once a sequence has packed its first tokens, nothing waits for the GPU any more: neither decode steps nor prompt
-chunks. Counted on the kernel path, with kernels that do nothing."""
+"""No update waits for the GPU: neither the one that packs the first tokens of a sequence, nor decode steps nor prompt
+chunks after it. Counted on the kernel path, with kernels that do nothing."""
 
 import contextlib
 import functools
@@ -22,12 +22,14 @@ LOOKS = "tolist", "item", "__bool__", "__int__", "__float__", "__index__", "__ar
 class Waits:
     """`with Waits(monkeypatch) as waits:` - where Python code in the block waited for an array to be computed.
 
-    Waiting for what was started before something else was is left out: that is still running meanwhile."""
+    Waiting for what was started before something else was is left out: that is still running meanwhile. So is what was
+    started in an earlier block: what a step gives is computed after its block."""
 
     def __init__(self, monkeypatch):
-        self.patch, self.places, self._started = monkeypatch, [], []
+        self.patch, self.places, self._started, self._n_earlier = monkeypatch, [], [], 0
 
     def __enter__(self):
+        self._n_earlier = len(self._started)
         patch = self.context = self.patch.context()
         patch = patch.__enter__()
         for module, name in (mx, "eval"), (mx, "synchronize"), (np, "array"), (np, "asarray"):
@@ -35,7 +37,7 @@ class Waits:
         patch.setattr(mx, "async_eval", functools.partial(self._start, mx.async_eval))
         for name in LOOKS:
             method = getattr(mx.array, name)
-            patch.setattr(mx.array, name, lambda *a, _method=method, **options: self._noted(_method, *a, **options))
+            patch.setattr(mx.array, name, lambda *a, _method=method, **options: self._looked(_method, *a, **options))
         return self
 
     def __exit__(self, *exception):
@@ -52,10 +54,18 @@ class Waits:
 
     def _called(self, original, only_with_arrays, *args, **options):
         given = _arrays(args)
-        earlier = {id(a) for started in self._started[:-1] for a in started}
-        if only_with_arrays and not given or given and all(id(a) in earlier for a in given):
+        if only_with_arrays and not given or given and self._were_started(given):
             return original(*args, **options)
         return self._noted(original, *args, **options)
+
+    def _looked(self, method, array, *args, **options):
+        look = method if self._were_started([array]) else functools.partial(self._noted, method)
+        return look(array, *args, **options)
+
+    def _were_started(self, arrays):
+        n = max(self._n_earlier, len(self._started) - 1)
+        earlier = {id(a) for started in self._started[:n] for a in started}
+        return all(id(a) in earlier for a in arrays)
 
 
 def _arrays(thing):
@@ -176,29 +186,35 @@ def check_prompt_chunks(monkeypatch, layer, tiles):
     assert waits.places == [] and (len(waits._started) > 8 or not tiles)
 
 
-@pytest.mark.parametrize("make", [TurboKVCache, lambda: BatchTurboKVCache("turbo4", [0])])
-def test_a_first_prompt_chunk_waits_once_also_if_its_keys_are_packed_again(monkeypatch, stub, make):
-    Layer(make(), bias=30).prompt(300)
-    layer, waits = Layer(make(), bias=30), Waits(monkeypatch)
-    given = layer.inputs(300)
-    with waits:
-        out = layer.attend(*given)
-    mx.eval(out)
-    assert layer.cache.state and len(waits.places) == 1 and "centering.py" in waits.places[0]
-    factors = layer.cache._sides[0].balance
-    assert factors is not None, "the keys were not packed again"
+@pytest.mark.parametrize("scheme", ["turbo4", "auto"])
+@pytest.mark.parametrize("make", [TurboKVCache, lambda scheme: BatchTurboKVCache(scheme, [0])])
+@pytest.mark.parametrize("bias", [0, 30])
+def test_the_first_chunks_of_a_prompt_wait_for_nothing(monkeypatch, stub, scheme, make, bias):
+    """Nor does reading the state of a layer after each chunk, as mlx-lm does, while later layers are being computed."""
+    Layer(make(scheme), bias=bias).prompt(300, 300, 1)
+    layers, waits = [Layer(make(scheme), bias=bias) for _ in range(3)], Waits(monkeypatch)
+    for n in 300, 300, 1, 1:
+        given = [layer.inputs(n) for layer in layers]
+        with waits:
+            out = [layer.attend(*x) for layer, x in zip(layers, given)]
+            states = [layer.cache.state for layer in layers[:-1]]
+        mx.eval(out, states, layers[-1].cache.state)
+        assert waits.places == [], n
+    for layer in layers:
+        assert layer.cache._sides[0].balance is not None and packed(layer.cache) == 532, "the keys were not packed"
+        assert bool(layer.cache.report()["centred"]) == bool(bias)
 
 
-def test_a_sequence_waits_once_when_it_first_packs(monkeypatch, stub):
+def test_a_sequence_that_begins_with_single_tokens_waits_for_nothing(monkeypatch, stub):
     decode(Layer(TurboKVCache(), bias=30), 140, contextlib.nullcontext())
     layer, waits = Layer(TurboKVCache(), bias=30).prompt(1), Waits(monkeypatch)
     decode(layer, 400, waits)
-    assert len(waits.places) == 1 and "centering.py" in waits.places[0]
+    assert waits.places == [] and packed(layer.cache) > 200 and layer.cache.report()["centred"]
 
 
 def test_rows_that_come_and_go_make_the_others_wait_for_nothing(monkeypatch, stub):
-    layer, waits = LAYERS["batch, centred"](), Waits(monkeypatch)
-    new = Layer(TurboKVCache(), bias=30).prompt(200).cache
+    layer, waits = LAYERS["batch, centred"]().prompt(1), Waits(monkeypatch)
+    new = Layer(TurboKVCache(), bias=30).prompt(200, 1).cache
     decode(layer, 30, waits)
     with waits:
         layer.cache.filter([2, 0])
