@@ -879,9 +879,9 @@ class BatchTurboKVCache(TurboKVCache):
     @classmethod
     def _of_row(cls, cache):
         """The cache of a row as a batch; buffers are shared as long as nothing is appended."""
-        cache.settle()
         if type(cache) is not cls.row_class:
             raise ValueError(f"caches: got a {type(cache).__name__}, allowed are {cls.row_class.__name__}s")
+        cache.settle()
         batch = cls._empty(cache)
         batch.share = cache.share  # for `_join`, which puts what it makes under the budget
         batch.repackable = cache.repackable
