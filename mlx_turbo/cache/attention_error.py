@@ -20,6 +20,7 @@ from .centering import SEGMENT, plain, should_center, stored, summarize
 from .joined import Tokens
 
 N_QUERIES, N_SEGMENTS = 32, 4  # sampled query tokens; sampled runs of SEGMENT keys
+KEPT_EVERY = 8  # decode steps whose query is kept where exact keys may be packed one day: holding each costs time
 
 
 class Observed(NamedTuple):

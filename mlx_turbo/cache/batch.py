@@ -601,6 +601,9 @@ class BatchTurboKVCache(TurboKVCache):
         for b, (first, n) in enumerate(self._last):
             if not n or self._n_packed[b] and b not in waiting and not self._keeps_queries:
                 continue
+            position = self.n_tokens(b) + self._n_evicted[b] - 1
+            if n == 1 and self._keeps_queries and not self._keeps_query_of(position):
+                continue
             sample = sample_queries(n)
             positions = [self.n_tokens(b) - n + i for i in sample]
             seen = queries, b, positions

@@ -24,7 +24,7 @@ from ..backends.sides import Balance, CachedSide, are_latents
 from ..quant.rotation import ALLOWED_HEAD_DIMS
 from ..quant.scheme import SCALES, Scheme, TurboConfig
 from . import auto_bits, balancing, history
-from .attention_error import join, newest, sample_queries, still_held
+from .attention_error import KEPT_EVERY, join, newest, sample_queries, still_held
 from .conversion import converter
 from .joined import Joined
 from .last_step import NOT_YET, after_update
@@ -186,7 +186,8 @@ class TurboKVCache:
         self.version += 1
         self._updated()
         if held:
-            return self._fetch(counts)
+            is_shown = new[0].shape[2] > 1 or self._keeps_query_of(held)
+            return self._fetch(counts) if is_shown else self._exact_tokens(held + 1)
         self._evaluate()
         return self._fetch(counts, new=new) if self._keeps_queries else new
 
@@ -330,6 +331,8 @@ class TurboKVCache:
             return
         n, (counts,) = queries.shape[2], self._counts()
         held = sum(counts)
+        if n == 1 and self._keeps_queries and not self._keeps_query_of(self.offset - 1):
+            return
         if n > 1:  # one token's queries are evaluated with the step, and kept as they are
             sample = sample_queries(n)
             queries, positions = mx.take(queries, mx.array(sample), axis=2), [held - n + i for i in sample]
@@ -370,6 +373,11 @@ class TurboKVCache:
         keys = self._sides[0]
         can_pack = keys.recent is None or bits_at(8, keys.head_dim) > 0
         return self.repackable and self.config.balance and not keys.bits and can_pack and not self.holds_latents
+
+    def _keeps_query_of(self, position):
+        """Whether the query of a decode step is kept as long as keys are exact: those of the newest tokens would tell
+        no more than some of many."""
+        return self._keeps_queries and position % KEPT_EVERY == 0
 
     @property
     def holds_latents(self) -> bool:
@@ -595,11 +603,14 @@ class TurboKVCache:
         packed = self._unread.get(view) if view.counts[1] else None
         return tuple(LazyKV(x, view, i) for i, x in enumerate(new or view.restore(packed)))
 
+    def _exact_tokens(self, n):
+        """The first n tokens, which lie in one buffer: exactly what mlx-lm's own attention gets."""
+        return tuple(side.recent[:, :, :n] for side in self._sides)
+
     def _fetch_exact(self, counts, arrays):
-        n = sum(counts)
-        arrays = arrays or [side.recent[:, :, :n] for side in self._sides]
+        arrays = arrays or self._exact_tokens(sum(counts))
         if not self._keeps_queries:
-            return tuple(arrays)  # exactly what mlx-lm's own attention gets
+            return tuple(arrays)
         view = self._view(counts)
         return tuple(LazyKV(x, view, i) for i, x in enumerate(arrays))
 

@@ -16,7 +16,7 @@ from support.strategies import quick
 
 from mlx_turbo import BatchTurboKVCache, RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache, make_prompt_cache
 from mlx_turbo.backends import mlx_ops, statistics
-from mlx_turbo.cache import centering, repacking
+from mlx_turbo.cache import centering, repacking, single
 from mlx_turbo.cache.attention_error import sample_queries
 from mlx_turbo.integration import attention
 from mlx_turbo.quant import reference
@@ -69,8 +69,9 @@ def test_an_exact_cache_becomes_what_one_chunk_would_have_made(backend, scheme, 
 
 @fast
 @pytest.mark.parametrize("n", [300, 331])
-def test_tokens_that_came_one_by_one_are_packed_as_if_they_had_come_at_once(backend, n):
+def test_tokens_that_came_one_by_one_are_packed_as_if_they_had_come_at_once(backend, monkeypatch, n):
     """If the same queries are known. What decoding packs at a time is not what a chunk leaves recent."""
+    monkeypatch.setattr(single, "KEPT_EVERY", 1)
     repacked, once = exact(n, 1, shape={"bias": 20}), TurboKVCache("turbo4")
     tokens = random_tokens(np.random.default_rng(0), n, bias=20)
     fetched = once.update_and_fetch(*tokens)
@@ -93,13 +94,15 @@ def test_keys_are_balanced_only_if_the_cache_was_told_to_hold_queries(backend):
 
 @fast
 def test_the_newest_queries_are_held_and_no_more(backend):
+    """Of decode steps every eighth."""
     cache = exact(600, 200)
-    for i in range(100):
+    for i in range(300):
         fed(cache, 1, seed=i)
     (seen, scale, sinks), n = cache.observed, cache.offset
-    assert [p for _, positions in seen for p in positions] == list(range(n - 32, n)) and (scale, sinks) == (0.1, None)
+    assert [p for _, positions in seen for p in positions] == list(range(n - 4 - 31 * 8, n, 8)) and n == 900
+    assert (scale, sinks) == (0.1, None)
     cache.trim(10)
-    assert max(p for _, positions in cache.observed[0] for p in positions) == n - 11
+    assert max(p for _, positions in cache.observed[0] for p in positions) == 888
 
 
 @fast
@@ -111,7 +114,7 @@ def test_attention_shows_a_repackable_exact_cache_its_queries_and_computes_what_
     tokens = random_tokens(rng, 300)
     told, untold = make("turbo0"), make("turbo0")
     told.repackable = True
-    for at, n in ((0, 200), (200, 99), (299, 1)):
+    for at, n, newest in ((0, 200, 199), (200, 96, 295), (296, 1, 296), (297, 1, 296), (298, 1, 296)):
         q, k, v = (x[:, :, at : at + n] for x in (queries, *tokens))
         mask = "causal" if n > 1 else None
         outs = [
@@ -120,7 +123,7 @@ def test_attention_shows_a_repackable_exact_cache_its_queries_and_computes_what_
         ]
         assert mx.array_equal(*outs)
         of_row = [cache.extract(0) if make is BatchTurboKVCache else cache for cache in (told, untold)]
-        assert of_row[0].observed[0][-1][1][-1] == at + n - 1 and of_row[1].observed is None
+        assert of_row[0].observed[0][-1][1][-1] == newest and of_row[1].observed is None
 
 
 @fast
@@ -128,9 +131,9 @@ def test_a_window_forgets_queries_of_tokens_that_it_evicts(backend):
     window = RotatingTurboKVCache(256, 4, "turbo0")
     window.repackable = True
     fed(window, 900)
-    for i in range(5):
+    for i in range(20):
         fed(window, 1, seed=i)
-    shown = [*sample_queries(900), *range(900, 905)][-37:]
+    shown = [*sample_queries(900), 904, 912]
     positions = [p for _, some in window.observed[0] for p in some]
     assert window.n_evicted and len(positions) > 5 and min(positions) >= 4
     assert [p + window.n_evicted for p in positions] == shown[-len(positions) :]
