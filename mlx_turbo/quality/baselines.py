@@ -164,12 +164,13 @@ class ExactEndsCache:
             sink, new = _joined(sink, _cut(new, 0, n_to_sink)), _cut(new, n_to_sink, keys.shape[2])
         everything = _joined(recent, new)
         if _length(everything) > self.n_recent + self.block:
-            is_chunk = _length(new) > self.block  # attended exactly, then packed
+            is_chunk = _length(new) > self.block
+            is_exact = is_chunk or packed is None  # attended exactly, then packed
             n_pack = _length(everything if is_chunk else recent) - self.n_recent
             recent = _cut(everything, n_pack, _length(everything))
             before, packed = packed, self._pack(packed, _cut(everything, 0, n_pack))
             self._parts = [sink, packed, recent]
-            return _all([sink, before, everything] if is_chunk else self._parts)
+            return _all([sink, before, everything] if is_exact else self._parts)
         self._parts = [sink, packed, everything]
         return _all(self._parts)
 

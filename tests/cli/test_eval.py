@@ -328,11 +328,11 @@ def test_json_says_on_what_it_was_measured(measured):
 
 def test_the_table_has_a_row_per_cache_and_says_where_it_comes_from(run, tmp_path):
     file = tmp_path / "text.txt"
-    file.write_text(STORIES[:700])
-    code, out, err = run("eval", "--text", file, "--tokens", 180, "--chunk", 60, "--kv", "turbo4", "--kv", "none")
+    file.write_text(STORIES[:1000])
+    code, out, err = run("eval", "--text", file, "--tokens", 240, "--chunk", 60, "--kv", "turbo4", "--kv", "none")
     assert (code, err) == (0, "")
     for part in (
-        "1 x 180 tokens of text.txt in chunks of 60, dtype float32",
+        "1 x 240 tokens of text.txt in chunks of 60, dtype float32",
         "4 of 4 layers compressed",
         "Backend: ",
         "mlx-lm ",
