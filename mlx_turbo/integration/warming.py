@@ -56,9 +56,8 @@ def warm(
     restoring, and attention of a decode step and of up to n_draft_tokens + 1 tokens, over few tokens and over many.
 
     tokenizer: of a model of mlx-vlm, its processor too. config, max_kv_size: as for `make_prompt_cache`. Costs a prompt
-    of about 70 tokens (with auto, 330) and the compiler's time; with a budget of memory once for each number of bits,
-    and kernels for each two of keys and values. Does nothing on a backend without kernels. Call it in the thread that
-    will generate.
+    of about 70 tokens (with auto, 330) and the compiler's time; with a budget of memory once for each number of bits.
+    Does nothing on a backend without kernels. Call it in the thread that will generate.
 
     Returns the number of kernels built. Raises BackendError if a kernel does not build or computes something wrong, and
     ValueError for an unknown scheme.
@@ -115,10 +114,11 @@ def _talk(model: Any, tokenizer: Any, config: TurboConfig, max_kv_size: int | No
 
 
 def _try_widths(layer: "_Layer", config: TurboConfig, steps: range) -> None:
-    """What a layer under a budget of memory may need besides: other widths of keys and values, and fewer bits."""
+    """What a layer under a budget of memory needs besides: keys or values still exact, beside the first step of the
+    others, and fewer bits. Other pairs of widths are many, and each is needed rarely: they are built then."""
     floors, dims = (config.floor.key_bits, config.floor.value_bits), (layer.key_dim, layer.value_dim)
     rungs = [[b for b in LADDER if not b or b > floor > 0] + [floor] * (floor > 0) for floor in floors]
-    for key_bits, value_bits in itertools.product(*rungs):
+    for key_bits, value_bits in itertools.product(*(of_side[:2] for of_side in rungs)):
         if key_bits == value_bits:  # `_widths_of` has these
             continue
         own = layer._replace(config=replace(layer.config, scheme=Scheme(key_bits, value_bits)))
