@@ -313,8 +313,8 @@ def test_a_wrong_kernel_is_named_before_anything_is_said(simulated, door, tokeni
 def at_first_word(monkeypatch, recorder):
     """The texts that were built when generation began, for each time it did."""
     found = []
-    for name in "generate", "chat":
-        module = importlib.import_module(f"mlx_lm.{name}")
+    modules = [importlib.import_module(f"mlx_lm.{name}") for name in ("generate", "chat")]  # before either is changed
+    for module in modules:
         original = module.stream_generate
 
         def remember(*args, original=original, **kwargs):
