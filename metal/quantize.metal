@@ -18,9 +18,11 @@
 //
 // INPUTS  (side 0 = keys, side 1 = values; with one side the arguments of side 1 are never read)
 //   x0, x1        T [B, H, L, D], any strides
-//   shift0/1      float [B, H, 1, D], row-contiguous: -diagonal of round 0 * mean. Read only if MEAN0/1.
-//   diag0/1       float [n, ROUNDS, D], row-contiguous: the diagonals, of all heads or of B * H / n of them: balanced
-//                 keys have their factors in that of round 0. Read only if ROTATE0/1.
+//   shift0/1      float [B, H, S, D], row-contiguous: -diagonal of round 0 * mean of each segment. Vector l belongs to
+//                 segment (begun + l) / segment. Read only if MEAN0/1.
+//   diag0/1       float [n, ROUNDS, D], row-contiguous: the diagonals, of all heads (n = 1) or of each (n = B * H):
+//                 balanced keys have their factors in that of round 0. Read only if ROTATE0/1.
+//   numbers       never read; [1, 1, 1], whose strides carry begun and segment of side 0 and of side 1 (tq_number)
 // OUTPUTS
 //   codes0/1      uint32 [B, H, L, WORDS]
 //   scale0/1      float16 [B, H, L, 1]
@@ -200,8 +202,9 @@ METAL_FUNC void tq_encode(const thread float *y, float times, device uint *row, 
 
 // Quantizes the 32 / LANES vectors of simdgroup `simdgroup`. x_shape, x_strides: of [B, H, L, D].
 template <int BITS, int D, bool ROTATE, bool MEAN, int RULE, class X, class SHAPE, class STRIDES>
-METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device float *shift, const device float *diag,
-                            SHAPE diag_shape, device uint *codes, device half *scale, int simdgroup, int lane) {
+METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device float *shift, SHAPE shift_shape,
+                            uint begun, uint segment, const device float *diag, SHAPE diag_shape, device uint *codes,
+                            device half *scale, int simdgroup, int lane) {
   typedef Row<BITS, D> R;
   constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, P = tq_power_of_two_from(D / 2 + 1);
   int n_heads = x_shape[1], L = x_shape[2], n_vectors = x_shape[0] * n_heads * L;
@@ -209,7 +212,8 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
   bool live = vector < n_vectors;
   vector = min(vector, n_vectors - 1);  // lanes past the end shuffle along
   int head = vector / L, l = vector - head * L, b = head / n_heads, h = head - b * n_heads;
-  if (ROTATE) diag += head / (x_shape[0] * n_heads / diag_shape[0]) * ((P == D ? 1 : 2) * D);
+  if (ROTATE && diag_shape[0] > 1) diag += head * ((P == D ? 1 : 2) * D);
+  if (MEAN) shift += (head * shift_shape[2] + int((begun + l) / segment)) * D;
   X from = x + b * x_strides[0] + h * x_strides[1] + l * x_strides[2];
 
   // ---- read, centre, rotate
@@ -219,7 +223,7 @@ METAL_FUNC void tq_quantize(X x, SHAPE x_shape, STRIDES x_strides, const device 
     y[i] = 0;
     if (live && R::has(t, i)) {
       y[i] = float(from[d * x_strides[3]]);
-      if (ROTATE) y[i] = MEAN ? fma(diag[d], y[i], shift[head * D + d]) : diag[d] * y[i];
+      if (ROTATE) y[i] = MEAN ? fma(diag[d], y[i], shift[d]) : diag[d] * y[i];
     }
   }
   if (ROTATE) {
@@ -238,8 +242,10 @@ constexpr int V0 = Row<B0, D0>::VECTORS;
 int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_grid.y;
 int S0 = uint(x0_shape[0] * x0_shape[1] * x0_shape[2] + V0 - 1) / V0;
 if (simdgroup < S0)
-  tq_quantize<B0, D0, ROTATE0, MEAN0, RULE>(x0, x0_shape, x0_strides, shift0, diag0, diag0_shape, codes0, scale0,
-                                            simdgroup, lane);
+  tq_quantize<B0, D0, ROTATE0, MEAN0, RULE>(x0, x0_shape, x0_strides, shift0, shift0_shape,
+                                            tq_number(numbers_strides, 0), tq_number(numbers_strides, 1), diag0,
+                                            diag0_shape, codes0, scale0, simdgroup, lane);
 else
-  tq_quantize<B1, D1, ROTATE1, MEAN1, RULE>(x1, x1_shape, x1_strides, shift1, diag1, diag1_shape, codes1, scale1,
-                                            simdgroup - S0, lane);
+  tq_quantize<B1, D1, ROTATE1, MEAN1, RULE>(x1, x1_shape, x1_strides, shift1, shift1_shape,
+                                            tq_number(numbers_strides, 2), tq_number(numbers_strides, 3), diag1,
+                                            diag1_shape, codes1, scale1, simdgroup - S0, lane);

@@ -42,7 +42,7 @@ Template = list[tuple[str, Any]]
 LOG2_E = float(np.log2(np.e))
 SIMDGROUPS_PER_THREADGROUP = 8  # of all kernels but those of attention
 QUANTIZE_ARGUMENTS = (
-    ["x0", "x1", "shift0", "shift1", "diag0", "diag1"],
+    ["x0", "x1", "shift0", "shift1", "diag0", "diag1", "numbers"],
     ["codes0", "codes1", "scale0", "scale1"],
 )
 DEQUANTIZE_ARGUMENTS = (
@@ -278,28 +278,25 @@ class KernelBackend:
     ) -> list[tuple[mx.array, mx.array]]:
         """`quantize` untested. prepared: sides of one dtype, and whether the kernel rotates them."""
         n = len(prepared)
-        xs, shifts, diags, code_shapes, scale_shapes = [], [], [], [], []
+        xs, shifts, diags, numbers, code_shapes, scale_shapes = [], [], [], [], [], []
         template: Template = [("RULE", SCALES.index(scale))]
         for i in (0, 1):
-            (x, bits, mean, balance), rotates = prepared[min(i, n - 1)]
+            (x, bits, mean, balance, first, segment), rotates = prepared[min(i, n - 1)]
             *batch, head_dim = x.shape
             diag = diagonals(head_dim, seed)
             xs.append(x)
             diags.append(diag[None] if balance is None else balance.made(_diagonals_of_heads, seed, False))
-            if mean is None:
-                shifts.append(diag)
-            else:
-                shifts.append(
-                    mx.contiguous(
-                        diagonal(head_dim, seed, 0, -1)
-                        * (mean if balance is None else mean * balance.of_heads(batch[1]))
-                    )
+            if mean is not None:
+                mean = mx.contiguous(
+                    diagonal(head_dim, seed, 0, -1) * (mean if balance is None else mean * balance.factors)
                 )
+            shifts.append(diag[None, None] if mean is None else mean)
+            numbers += (0, batch[2]) if mean is None or mean.shape[2] == 1 else (first % segment, segment)
             template += _vectors_template(i, VectorsKernel(head_dim, bits, rotates, mean is not None))
             code_shapes.append((*batch, words_per_row(bits, head_dim)) if i < n else (1,))
             scale_shapes.append((*batch, 1) if i < n else (1,))
         outs = self.kernel("quantize", *QUANTIZE_ARGUMENTS)(
-            inputs=xs + shifts + diags,
+            inputs=[*xs, *shifts, *diags, _cached_in_this_thread(_as_strides)(*numbers)],
             template=template,
             output_shapes=code_shapes + scale_shapes,
             output_dtypes=[mx.uint32] * 2 + [mx.float16] * 2,
@@ -313,7 +310,7 @@ class KernelBackend:
         unit = min(segment, UNIT)
         n_units = -(-(first % unit + L) // unit)
         sums, energy = self.kernel("statistics", *STATISTICS_ARGUMENTS)(
-            inputs=[x, _cached_in_this_thread(_begun_and_unit)(first % unit, unit)],
+            inputs=[x, _cached_in_this_thread(_as_strides)(first % unit, unit)],
             template=[("D", D), ("LARGEST", LARGEST), ("SIMDGROUPS", SIMDGROUPS_PER_THREADGROUP)],
             output_shapes=[(B, H, n_units, D), (B, H, n_units, 1)],
             output_dtypes=[mx.float32] * 2,
@@ -481,10 +478,11 @@ def _span(first: int, length: int, n_sink: int, n_recent: int, *of_sides: int) -
     return mx.array([first, length, n_sink, n_recent, *of_sides], mx.int32)
 
 
-def _begun_and_unit(begun: int, unit: int) -> mx.array:
-    """statistics.metal's `numbers`: as the strides of two dims, as those of attend.metal."""
-    pair = np.array([begun, unit], np.int32).view(np.int64).tolist()
-    return mx.as_strided(_nothing(mx.uint32), [1, 1], [1, *pair])
+def _as_strides(*numbers: int) -> mx.array:
+    """What kernels read by `tq_number`: an even number of them, two in each stride but the first, as those of
+    attend.metal."""
+    pairs = np.array(numbers, np.int32).view(np.int64).tolist()
+    return mx.as_strided(_nothing(mx.uint32), [1] * (1 + len(pairs)), [1, *pairs])
 
 
 def _vectors_template(i: int, kernel: VectorsKernel) -> Template:

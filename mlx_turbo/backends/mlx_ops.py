@@ -184,7 +184,14 @@ def _in_slices(n: int, values_per_token: int, of_tokens: Callable[[slice], tuple
 
 def _quantize_in_slices(side: QuantizeSide, seed: int, rule: str) -> tuple[mx.array, mx.array]:
     x, n = side.x, side.x.shape[2]
-    return _in_slices(n, x.size // n, lambda tokens: _quantize(side._replace(x=x[:, :, tokens]), seed, rule))
+
+    def of_tokens(tokens: slice) -> tuple[mx.array, mx.array]:
+        first, mean = side.first + tokens.start, side.mean
+        if mean is not None and mean.shape[2] > 1:
+            mean = mean[:, :, first // side.segment - side.first // side.segment :]
+        return _quantize(side._replace(x=x[:, :, tokens], mean=mean, first=first), seed, rule)
+
+    return _in_slices(n, x.size // n, of_tokens)
 
 
 def _requantize_in_slices(side: PackedSide, bits: int, rule: str) -> tuple[mx.array, mx.array]:

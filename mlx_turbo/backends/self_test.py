@@ -107,9 +107,17 @@ def random_balance(rng: "np.random.Generator", shape: tuple[int, int, int]) -> B
     return Balance(mx.array(factors.astype(np.float32)))
 
 
-def factors_of(side: Union[QuantizeSide, PackedSide, CachedSide], n_heads: int) -> Optional[np.ndarray]:
-    """The factors of a side's channels, float64 [B, n_heads, 1, D], or None."""
-    return None if side.balance is None else to_float64(side.balance.of_heads(n_heads))
+def factors_of(side: Union[QuantizeSide, PackedSide, CachedSide]) -> Optional[np.ndarray]:
+    """The factors of a side's channels, float64 [B, H, 1, D], or None."""
+    return None if side.balance is None else to_float64(side.balance.factors)
+
+
+def means_of(side: QuantizeSide) -> Optional[np.ndarray]:
+    """The mean that is subtracted from each vector of a side, float64 [B, H, L, D], or None."""
+    if side.mean is None:
+        return None
+    segments = (side.first % side.segment + np.arange(side.x.shape[2])) // side.segment
+    return to_float64(side.mean)[:, :, segments]
 
 
 def restored_tokens(side: CachedSide, counts: tuple[int, int, int], seed: int = 0) -> np.ndarray:
@@ -128,7 +136,7 @@ def restored_tokens(side: CachedSide, counts: tuple[int, int, int], seed: int = 
         if side.means is not None:
             means = to_float64(side.means[:, :, : -(-n_packed // side.segment)])
             packed += rotation.unrotate(means, seed)[:, :, np.arange(n_packed) // side.segment]
-        factors = factors_of(side, side.n_kv_heads)
+        factors = factors_of(side)
         parts.append(packed if factors is None else packed / factors)
     elif n_packed and side.codes is not None:
         parts.append(to_float64(side.codes[:, :, :n_packed]))
@@ -145,8 +153,7 @@ def rope_logits(rope: RopePart, counts: tuple[int, int, int], seed: int = 0) -> 
 
 def reference_rows(side: QuantizeSide, seed: Optional[int] = 0, scale: str = SCALES[0]) -> Quantized:
     """What the reference makes of a `QuantizeSide`. seed: of the rotation, None for none. scale: the scale's rule."""
-    mean = None if side.mean is None else np.array(side.mean)
-    balance = factors_of(side, side.x.shape[1])
+    mean, balance = means_of(side), factors_of(side)
     return reference.quantize(to_float64(side.x), side.bits, rotation=seed, mean=mean, balance=balance, scale=scale)
 
 
@@ -288,12 +295,12 @@ class AttendKernel(NamedTuple):
 def check_quantize(
     launch: Callable[..., list[tuple[mx.array, mx.array]]], sides: Sequence[VectorsKernel], dtype: mx.Dtype, rule: str
 ) -> Optional[str]:
-    """quantize.metal for 21 random vectors of `dtype`. rule: of the scale."""
+    """quantize.metal for 21 random vectors of `dtype`, of three segments. rule: of the scale."""
     rng, prepared, wants = np.random.default_rng(0), [], []
     for kernel in sides:
-        mean = random_array(rng, (1, 3, 1, kernel.head_dim)) if kernel.has_mean else None
+        mean = random_array(rng, (1, 3, 3, kernel.head_dim)) if kernel.has_mean else None
         balance = random_balance(rng, (1, 3, kernel.head_dim)) if kernel.rotates else None
-        side = QuantizeSide(random_array(rng, (1, 3, 7, kernel.head_dim), dtype), kernel.bits, mean, balance)
+        side = QuantizeSide(random_array(rng, (1, 3, 7, kernel.head_dim), dtype), kernel.bits, mean, balance, 6, 4)
         prepared.append((side, kernel.rotates))
         wants.append(reference_rows(side, 0 if kernel.rotates else None, rule))
     for (codes, scale), want in zip(launch(prepared, 0, rule), wants):

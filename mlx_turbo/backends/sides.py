@@ -41,34 +41,36 @@ class Balance:
         """All that is held."""
         return [self.factors, *self._made.values()]
 
-    def of_heads(self, n: int) -> mx.array:
-        """The factors [B, n, 1, D] of n heads of which H are one behind the other in each of the H heads."""
-        B, H = self.factors.shape[:2]
-        return self.factors if n == H else mx.repeat(self.factors, n // H, axis=1)
-
     def __deepcopy__(self, memo: Any) -> "Balance":
         return self
 
 
+ONE_SEGMENT = 1 << 30  # of QuantizeSide and CachedSide: all packed tokens have the same mean
+
+
 class QuantizeSide(NamedTuple):
-    """Vectors to quantize. x: [B, H, L, D]. mean: float32 [B, H, 1, D] or None. balance: of H heads, or of fewer, of
-    each of which there are several here, one behind the other."""
+    """Vectors to quantize. x: [B, H, L, D]. mean: None, or float32 [B, H, S, D], of each of the S segments of `segment`
+    tokens that they lie in, if the first of them is packed token `first`."""
 
     x: mx.array
     bits: int
     mean: Optional[mx.array] = None
     balance: Optional[Balance] = None
+    first: int = 0
+    segment: int = ONE_SEGMENT
 
     def centered(self) -> mx.array:
         """What is rotated, float32 [B, H, L, D]."""
-        x = self.x.astype(mx.float32)
-        x = x if self.mean is None else x - self.mean
-        return x if self.balance is None else x * self.balance.of_heads(x.shape[1])
+        x, mean = self.x.astype(mx.float32), self.mean
+        if mean is not None and mean.shape[2] > 1:
+            mean = mx.take(mean, (mx.arange(x.shape[2]) + self.first % self.segment) // self.segment, axis=2)
+        x = x if mean is None else x - mean
+        return x if self.balance is None else x * self.balance.factors
 
 
 class PackedSide(NamedTuple):
     """Packed rows. codes: uint32 [B, H, capacity, words]. scale: float16 [B, H, capacity, 1].
-    mean: float32 [B, H, 1, head_dim] or None. balance: as of QuantizeSide."""
+    mean: float32 [B, H, 1, head_dim] or None."""
 
     codes: mx.array
     scale: mx.array
@@ -79,7 +81,7 @@ class PackedSide(NamedTuple):
 
     def turned_back(self, x: mx.array) -> mx.array:
         """Vectors x float32 [B, H, L, head_dim] that are un-rotated, as they were before `centered`."""
-        x = x if self.balance is None else x / self.balance.of_heads(x.shape[1])
+        x = x if self.balance is None else x / self.balance.factors
         return x if self.mean is None else x + self.mean
 
 
@@ -87,9 +89,6 @@ def are_latents(n_kv_heads: int, key_dim: int, value_dim: int) -> bool:
     """Whether such keys and values are the latents and the RoPE keys of multi-head latent attention, as mlx-lm's models
     cache them: one kv head, and at least twice as many dims of the former (512 and 64)."""
     return n_kv_heads == 1 and key_dim >= 2 * value_dim
-
-
-ONE_SEGMENT = 1 << 30  # of CachedSide: all packed tokens have the same mean
 
 
 class CachedSide(NamedTuple):

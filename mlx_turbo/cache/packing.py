@@ -9,8 +9,7 @@ import numpy as np
 
 from ..backends import select
 from ..backends.select import QuantizeSide
-from ..backends.sides import ONE_SEGMENT, Balance, are_latents
-from ..backends.statistics import spans
+from ..backends.sides import Balance, are_latents
 from ..quant.rotation import can_rotate
 from ..quant.scheme import Scheme, TurboConfig
 from . import centering
@@ -373,38 +372,17 @@ def quantize_tokens(
     config: TurboConfig,
 ) -> list[tuple[mx.array, Optional[mx.array]]]:
     """Codes and scale of each side's tokens [B, H, n, D], which become packed tokens first, first + 1, ...; the exact
-    vectors and None with 0 bits. One launch for both sides, unless keys have means. means: float16, rotated, of all
-    segments; those of `sides` are not read."""
+    vectors and None with 0 bits. One launch for both sides. means: float16, rotated, of all segments; those of `sides`
+    are not read."""
     out: list[tuple[mx.array, Optional[mx.array]]] = [(tail, None) for tail in tails]
-    seed, together = config.seed, []
+    launched = {}
     for i, (tail, side, mean) in enumerate(zip(tails, sides, means)):
-        if mean is not None and side.segment != ONE_SEGMENT:
-            out[i] = _quantize_by_segment(tail, side, mean, first, config)
-        elif side.bits:
-            together.append(i)
-    if together:
-        launched = []
-        for i in together:
-            mean, side = means[i], sides[i]
-            plain = None if mean is None else centering.plain(mean, seed, side.balance)
-            launched.append(QuantizeSide(tails[i], side.bits, plain, side.balance))
-        for i, result in zip(together, select.quantize_sides(launched, seed, scale=config.scale)):
+        if side.bits:
+            if mean is not None:
+                since, n = first // side.segment, n_segments(first + tail.shape[2], side.segment)
+                mean = centering.plain(mean[:, :, since:n], config.seed, side.balance)
+            launched[i] = QuantizeSide(tail, side.bits, mean, side.balance, first, side.segment)
+    if launched:
+        for i, result in zip(launched, select.quantize_sides([*launched.values()], config.seed, scale=config.scale)):
             out[i] = result
     return out
-
-
-def _quantize_by_segment(x, side, means, first, config):
-    """Codes and scale of x [B, H, n, D], packed tokens first, ...: segments are launched as if they were heads."""
-    B, H, n, D = x.shape
-    begun, whole, rest = spans(first, n, side.segment)
-    at, s, parts, since = 0, 0, [], first // side.segment
-    plain = centering.plain(means[:, :, since : n_segments(first + n, side.segment)], config.seed, side.balance)
-    for n_tokens, count in (begun, 1), (whole * side.segment, whole), (rest, 1):
-        if n_tokens:
-            mean = plain[:, :, s : s + count].reshape(B, H * count, 1, D)
-            piece = x[:, :, at : at + n_tokens].reshape(B, H * count, -1, D)
-            launched = [QuantizeSide(piece, side.bits, mean, side.balance)]
-            (quantized,) = select.quantize_sides(launched, config.seed, scale=config.scale)
-            parts.append([a.reshape(B, H, n_tokens, -1) for a in quantized])
-            at, s = at + n_tokens, s + count
-    return tuple(mx.concatenate(a, axis=2) for a in zip(*parts))

@@ -15,7 +15,7 @@ from mlx_turbo.backends import select
 from mlx_turbo.backends.cuda import CudaBackend
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.mlx_ops import CpuBackend
-from mlx_turbo.backends.self_test import factors_of, restored_tokens, rope_logits
+from mlx_turbo.backends.self_test import factors_of, means_of, restored_tokens, rope_logits
 from mlx_turbo.quant import reference
 from mlx_turbo.quant.scheme import SCALES
 
@@ -31,7 +31,7 @@ class OracleBackend:
     def quantize(self, sides, seed=0, scale=SCALES[0]):
         outs = []
         for side in sides:
-            mean = None if side.mean is None else np.array(side.mean)
+            mean = means_of(side)
             x = to_numpy(side.x).astype(np.float64)
             finite = np.isfinite(x).all(-1, keepdims=True)
             with np.errstate(over="ignore"):
@@ -40,7 +40,7 @@ class OracleBackend:
                     side.bits,
                     rotation=seed,
                     mean=mean,
-                    balance=factors_of(side, x.shape[1]),
+                    balance=factors_of(side),
                     scale=scale,
                     scale_dtype=np.float64,
                 )
@@ -62,7 +62,7 @@ class OracleBackend:
         for side in sides:
             codes, scale = (np.array(a[:, :, first : first + length]) for a in (side.codes, side.scale))
             mean = None if side.mean is None else np.array(side.mean)
-            balance = factors_of(side, codes.shape[1])
+            balance = factors_of(side)
             q = reference.from_packed(codes, scale, side.bits, side.head_dim, rotation=seed, mean=mean, balance=balance)
             with np.errstate(invalid="ignore"):  # of vectors that are not finite
                 outs.append(mx.array(reference.dequantize(q).astype(np.float32)).astype(dtype))

@@ -26,7 +26,7 @@ def check_round_trip(sides, dtype=mx.float32, seed=0, scale="least-squares"):
         mean = None if side.mean is None else np.array(side.mean)
         codes, scales = np.array(side.codes), np.array(side.scale)
         q = reference.from_packed(
-            codes, scales, side.bits, side.head_dim, rotation=seed, mean=mean, balance=factors_of(side, codes.shape[1])
+            codes, scales, side.bits, side.head_dim, rotation=seed, mean=mean, balance=factors_of(side)
         )
         assert x.dtype == dtype and x.shape == (*side.codes.shape[:3], side.head_dim)
         assert compare_vectors(to_numpy(x), reference.dequantize(q), dtype) is None
