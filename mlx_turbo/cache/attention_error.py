@@ -13,10 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..backends import select
-from ..backends.sides import Balance, PackedSide, QuantizeSide
+from ..backends.sides import PackedSide, QuantizeSide
 from ..backends.statistics import without_bad
 from ..quant.scheme import TurboConfig
-from .centering import SEGMENT, plain, should_center, stored, summarize
+from .centering import SEGMENT, should_center, summarize
 from .joined import Tokens
 
 N_QUERIES, N_SEGMENTS = 32, 4  # sampled query tokens; sampled runs of SEGMENT keys
@@ -34,39 +34,28 @@ class Observed(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Keys of a layer. first: number of first tokens, which stay exact. starts: first tokens of the runs of
-    `sample_keys` after these. keys: those of all runs, float32 [B, H, n, D], 0 where they cannot be packed. centers:
-    the means of the runs, float32 [B, H, runs, D], and of which heads they are subtracted, bool [B, H, 1, 1]; None if
-    of none by the configuration."""
+    """Keys of a layer: the `first` ones, which stay exact, and runs of the others from the tokens `starts` after these
+    on. keys: all of them, float32 [B, H, first + n, D], 0 where they cannot be packed. centered: [B, H, n, D], those of
+    the runs minus their means, in heads that would be centered."""
 
     first: int
     starts: list[int]
     keys: mx.array
-    centers: Optional[tuple[mx.array, mx.array]]
-
-    def means(self, seed: int, balance: Optional[Balance] = None) -> Optional[mx.array]:
-        """The means as a cache would store them, float32 [B, H, runs, D]; [ways * B, H, runs, D] of factors that are so
-        many ways to balance each row."""
-        if self.centers is None:
-            return None
-        means, heads = self.centers
-        if balance is not None and balance.factors.shape[0] > means.shape[0]:
-            ways = balance.factors.shape[0] // means.shape[0]
-            means, heads = (mx.concatenate([x] * ways) for x in (means, heads))
-        return plain(stored(means, heads, seed, balance), seed, balance)
+    centered: mx.array
 
 
-def sample_queries(n: int) -> list[int]:
+def sample_queries(n: int) -> range:
     """The at most N_QUERIES of n query tokens that are sampled: evenly spread over the second half."""
     few = min(N_QUERIES, n)
-    return [n - 1 - i * max(n // 2, few) // few for i in reversed(range(few))]
+    step = max(n // 2 // few, 1)
+    return range(n - 1 - (few - 1) * step, n, step)
 
 
 def sample_keys(n: int) -> tuple[list[int], int]:
     """First tokens of at most N_SEGMENTS runs, evenly spread over n tokens, and their length."""
     length = min(SEGMENT, n)
     runs = min(N_SEGMENTS, n // length)
-    return [i * (n - length) // max(runs - 1, 1) for i in range(runs)], length
+    return [i * ((n - length) // max(runs - 1, 1)) for i in range(runs)], length
 
 
 class Attention:
@@ -80,39 +69,36 @@ class Attention:
         B, H, N, D = keys.shape
         queries, positions, scale, sinks = observed
         self.config, self.sample = config, sample(keys, config)
-        first, starts, x, _ = self.sample
-        n_rows = queries.shape[1] // H
-        weight = _weight(N, first, tuple(starts), x.shape[2] // len(starts), tuple(positions))
+        first, starts, every, x = self.sample
+        n_rows, length = queries.shape[1] // H, x.shape[2] // len(starts)
         self.queries, self.good = without_infinite(queries.astype(mx.float32).reshape(B, H, -1, D) * scale)
-        exact, _ = without_bad(mx.contiguous(keys[:, :, :first]).astype(mx.float32))
-        logits = self.queries @ mx.concatenate([exact, x], axis=2).swapaxes(-1, -2)
-        logits = mx.flatten(mx.unflatten(logits, 2, (n_rows, -1)) + weight, 2, 3)
+        logits = mx.unflatten(self.queries @ every.swapaxes(-1, -2), 2, (n_rows, -1))
+        logits = mx.flatten(logits + _weight(N, first, tuple(starts), length, tuple(positions)), 2, 3)
         if sinks is not None:
             extra = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, H, n_rows, 1), (B, H, n_rows, len(positions)))
-            logits = mx.concatenate([logits, extra.reshape(B, H, -1, 1)], axis=-1)
-        self.has_sinks, self.logits, self.total = sinks is not None, logits, mx.logsumexp(logits, axis=-1)
-        self.weights = mx.softmax(logits, axis=-1)
+            logits = mx.concatenate([extra.reshape(B, H, -1, 1), logits], axis=-1)
+        n_exact = logits.shape[-1] - x.shape[2]
+        self.weights = mx.softmax(logits, axis=-1)[..., n_exact:]
+        self.exact = mx.logsumexp(logits[..., :n_exact], axis=-1) if n_exact else None
+        self.logits, self.total = logits[..., n_exact:], mx.logsumexp(logits, axis=-1)
 
-    def error(self, bits: int, balance: Optional[Balance] = None) -> mx.array:
-        """The error of the attention weights, in nats, if the keys were packed at `bits`: lazy float32 [B, n_kv_heads].
+    def errors(self, ladder: Sequence[int], factors: Optional[mx.array] = None) -> mx.array:
+        """The error of the attention weights, in nats, if the keys were packed at each of several bits: lazy float32
+        [len(ladder) * ways, B, n_kv_heads].
 
-        balance: of their channels; of n * B rows, n ways to balance them, and the result is [n * B, n_kv_heads].
+        factors: of their channels, [ways, B, n_kv_heads, 1, D]; without, one way.
         """
-        return mx.flatten(self._divergence(_errors(self.sample, [bits], self.config, balance)), 0, 1)
-
-    def errors(self, ladder: Sequence[int], balance: Optional[Balance] = None) -> mx.array:
-        """`error` at each of several bits, as [len(ladder), B, n_kv_heads]. balance: one."""
-        return self._divergence(_errors(self.sample, ladder, self.config, balance))
-
-    def _divergence(self, error):
-        """[n, B, H] of errors [n * B, H, *, D] of the sample's keys."""
-        error = mx.unflatten(error, 0, (-1, self.sample.keys.shape[0]))
-        shift = self.queries @ error.swapaxes(-1, -2)
-        shift = mx.pad(shift, [(0, 0)] * 4 + [(self.sample.first, int(self.has_sinks))])
-        kl = mx.logsumexp(self.logits + shift, axis=-1) - self.total - (self.weights * shift).sum(-1)
+        x, q = self.sample.centered[None], self.queries[None]
+        x, q = (x, q) if factors is None else (x * factors, q / factors)
+        error = _errors(mx.flatten(x, 0, 1), ladder, self.config)
+        error = mx.unflatten(error, 0, (len(ladder), *x.shape[:2]))
+        shift = mx.flatten(q @ error.swapaxes(-1, -2), 0, 1)
+        moved = mx.logsumexp(self.logits + shift, axis=-1)
+        moved = moved if self.exact is None else mx.logaddexp(moved, self.exact)
+        kl = moved - self.total - (self.weights * shift).sum(-1)
         n_good = self.good.sum(-1)
-        kl = (kl * self.good).sum(-1) / n_good
-        return mx.where(n_good > 0, kl, _key_error(error))
+        kl = mx.where(self.good, kl, 0).sum(-1) / n_good
+        return mx.where(n_good > 0, kl, _key_error(mx.flatten(error, 0, 1), factors))
 
 
 def without_infinite(queries: mx.array) -> tuple[mx.array, mx.array]:
@@ -125,22 +111,29 @@ def without_infinite(queries: mx.array) -> tuple[mx.array, mx.array]:
 def key_errors(keys: mx.array, ladder: Sequence[int], config: TurboConfig) -> mx.array:
     """A stand-in for `Attention.errors` without queries, [len(ladder), B, n_kv_heads]: ||error||^2 / (2 D), the KL
     divergence for queries of norm sqrt(D) in a random direction; averaged over tokens. keys: [B, n_kv_heads, N, D]."""
-    return _key_error(mx.unflatten(_errors(sample(keys, config), ladder, config, None), 0, (len(ladder), -1)))
+    x = sample(keys, config).centered
+    return _key_error(mx.unflatten(_errors(x, ladder, config), 0, (len(ladder), -1)), None)
 
 
-def _key_error(error):
-    return mx.square(error).sum(-1).mean(-1) / (2 * error.shape[-1])
+def _key_error(error, factors):
+    error = error if factors is None else error / factors
+    return mx.square(error).sum((-2, -1)) / (2 * error.shape[-1] * error.shape[-2])
 
 
 def sample(keys: Tokens, config: TurboConfig) -> Sample:
     """A sample of keys [B, H, N, D] of tokens 0 .. N - 1."""
     first = min(config.sink, keys.shape[2] - 1)
     starts, length = sample_keys(keys.shape[2] - first)
+    pieces = [keys[:, :, first + at : first + at + length] for at in starts]
     # contiguous, so that a row of a batch gets the same to the bit
-    x = mx.contiguous(mx.concatenate([keys[:, :, first + at : first + at + length] for at in starts], axis=2))
-    summary = summarize(x, 0, length) if config.centre else None  # of the model's dtype, as those of the cache
-    x, _ = without_bad(x.astype(mx.float32))
-    return Sample(first, starts, x, None if summary is None else (summary[0], should_center(*summary)))
+    every = mx.contiguous(mx.concatenate([keys[:, :, :first], *pieces] if first else pieces, axis=2))
+    summary = summarize(every[:, :, first:], 0, length) if config.centre else None  # in the dtype of the cache
+    every, _ = without_bad(every.astype(mx.float32))
+    x = every[:, :, first:]
+    if summary is not None:  # what float16 makes of the means is in the packed keys and in the exact ones
+        means = mx.where(should_center(*summary), summary[0], 0)[..., None, :]
+        x = mx.flatten(mx.unflatten(x, 2, (len(starts), length)) - means, 2, 3)
+    return Sample(first, starts, every, x)
 
 
 @functools.lru_cache(maxsize=2)  # the layers of a model have the same, or windows others
@@ -153,23 +146,16 @@ def _weight(N, first, starts, length, positions):
     return mx.array(weight.astype(np.float32))  # nothing lazy: threads share it
 
 
-def _errors(sample, ladder, config, balance):
-    """Restored minus exact of a sample's keys, quantized at each of the bits, by runs as if they were heads:
-    [len(ladder) * ways * B, H, n, D] of factors that are so many ways to balance each of B rows."""
-    x, n_runs, mean = sample.keys, len(sample.starts), sample.means(config.seed, balance)
-    if balance is not None:
-        x = mx.concatenate([x] * (balance.factors.shape[0] // x.shape[0]))
-    B, H, n, D = x.shape
-    mean = None if mean is None else mean.reshape(B, -1, 1, D)
-    T = n // n_runs
-    runs, restored = x.reshape(B, H * n_runs, T, D), []
+def _errors(x, ladder, config):
+    """Restored minus exact of x [B, H, n, D], quantized at each of the bits: [len(ladder) * B, H, n, D], 0 where that
+    cannot be packed."""
+    restored = []
     for bits in ladder:
-        side = QuantizeSide(runs, bits, mean, balance)
-        ((codes, gamma),) = select.quantize_sides([side], config.seed, scale=config.scale)
-        packed = PackedSide(codes, gamma, bits, D, mean, balance)
-        restored += select.dequantize_sides([packed], 0, T, mx.float32, config.seed)
-    error = mx.concatenate(restored).reshape(len(ladder), *runs.shape) - runs
-    return without_bad(error.reshape(-1, H, n, D))[0]
+        ((codes, gamma),) = select.quantize_sides([QuantizeSide(x, bits)], config.seed, scale=config.scale)
+        packed = PackedSide(codes, gamma, bits, x.shape[3])
+        restored += select.dequantize_sides([packed], 0, x.shape[2], mx.float32, config.seed)
+    error = mx.unflatten(mx.concatenate(restored), 0, (len(ladder), -1)) - x
+    return mx.flatten(mx.where(mx.abs(error) < math.inf, error, 0), 0, 1)
 
 
 def newest(seen: list[tuple]) -> list[tuple]:

@@ -11,10 +11,12 @@ too few keys, there is no balance. The factors stay the same as long as packed t
 """
 
 import math
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import mlx.core as mx
+import numpy as np
 
+from ..backends.rotate import constant
 from ..backends.sides import Balance
 from ..quant.scheme import TurboConfig
 from . import centering
@@ -28,37 +30,50 @@ MOST_BITS = 4  # at which the errors are compared: with more they are rounding
 FEWEST = centering.FEWEST  # keys
 
 
-def choose(keys: Tokens, config: TurboConfig, bits: int, observed: Optional[Observed]) -> Optional[mx.array]:
-    """Factors for keys [B, n_kv_heads, N, D] of tokens 0 .. N - 1 that are to be packed at `bits`, lazily: float32
-    [B, n_kv_heads, 1, D]. Of equal energy: packed keys are as large as without. None where nothing can be chosen."""
+class Chosen(NamedTuple):
+    """factors: of the channels of keys, float32 [B, n_kv_heads, 1, D]. error: of the attention weights if the keys are
+    packed at MOST_BITS, or fewer if they are to have fewer: nats, float32 [B, n_kv_heads]. attention: which measured
+    it."""
+
+    factors: mx.array
+    error: mx.array
+    attention: Attention
+
+
+def choose(keys: Tokens, config: TurboConfig, bits: int, observed: Optional[Observed]) -> Optional[Chosen]:
+    """How keys [B, n_kv_heads, N, D] of tokens 0 .. N - 1 that are to be packed at `bits` are balanced, lazily. Factors
+    are of equal energy: packed keys are as large as without. None where nothing can be chosen."""
     if not config.balance or not bits or observed is None or keys.shape[2] < FEWEST:
         return None
     observed = observed._replace(queries=mx.contiguous(observed.queries))
     attention = Attention(observed, keys, config)
-    exponents, margins = (mx.array(x)[:, None, None, None, None] for x in (EXPONENTS, MARGINS))
-    of_queries, of_keys = _rms(attention)
-    candidates = _normalized(of_queries, of_keys, exponents)
-    together = Balance(mx.flatten(candidates, 0, 1))  # measured at once: these are many small operations
-    errors = attention.error(min(bits, MOST_BITS), together).reshape(candidates.shape[:3])
-    best = mx.argmin(errors[..., None, None] * margins, axis=0, keepdims=True)
-    return mx.take_along_axis(candidates, best, axis=0)[0]
+    candidates = _candidates(attention.queries, attention.sample.centered)
+    errors = attention.errors([min(bits, MOST_BITS)], candidates)  # of all at once: these are many small operations
+    best = mx.argmin(errors * constant(_column, MARGINS, 3), axis=0, keepdims=True)
+    factors, error = (
+        mx.take_along_axis(x, i, axis=0)[0] for x, i in ((candidates, best[..., None, None]), (errors, best))
+    )
+    return Chosen(factors, error, attention)
 
 
-def _rms(attention):
-    """Root mean squares [B, H, 1, D] of the channels of queries and of centered keys, each times a number."""
-    x, centers = attention.sample.keys, attention.sample.centers
-    if centers is not None:
-        means = mx.where(centers[1], centers[0], 0)
-        x = mx.flatten(mx.unflatten(x, 2, (means.shape[2], -1)) - means[..., None, :], 2, 3)
-    return [_floored(mx.square(a).sum(2, keepdims=True)) for a in (attention.queries, x)]
+def balance_of(chosen: Optional[Chosen]) -> Optional[Balance]:
+    """What keys are packed with, if anything was chosen."""
+    return None if chosen is None else Balance(chosen.factors)
+
+
+def _candidates(queries, keys):
+    """Factors [exponents, B, H, 1, D] by each of EXPONENTS, from queries and centered keys [B, H, *, D]."""
+    of_queries, of_keys = (_floored(mx.square(a).sum(2, keepdims=True)) for a in (queries, keys))
+    s = (of_queries / of_keys) ** (constant(_column, tuple(e / 4 for e in EXPONENTS), 5))
+    s = s * mx.sqrt(of_keys.sum(-1, keepdims=True) / (of_keys * mx.square(s)).sum(-1, keepdims=True))
+    return mx.where((s > 0) & (s < math.inf), s, 1)
+
+
+def _column(numbers, n_axes):
+    """Numbers of the first of so many axes, float32."""
+    return np.array(numbers, np.float32).reshape(-1, *[1] * (n_axes - 1))
 
 
 def _floored(squares):
-    return mx.sqrt(mx.maximum(squares, FLOOR**2 * squares.mean(-1, keepdims=True)))
-
-
-def _normalized(of_queries, of_keys, exponent):
-    s = (of_queries / of_keys) ** (exponent / 2)
-    k = mx.square(of_keys)
-    s = s * mx.sqrt(k.sum(-1, keepdims=True) / (k * mx.square(s)).sum(-1, keepdims=True))
-    return mx.where((s > 0) & (s < math.inf), s, 1)
+    """Squares of channels [B, H, 1, D], each at least FLOOR^2 of the mean of all."""
+    return mx.maximum(squares, squares.sum(-1, keepdims=True) * (FLOOR**2 / squares.shape[-1]))

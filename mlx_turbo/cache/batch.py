@@ -78,8 +78,9 @@ class BatchTurboKVCache(TurboKVCache):
         self._n_packed, self._n_recent, self._n_evicted = [0] * B, [0] * B, [0] * B
         for side in self._sides:
             side.centered = [False] * B
-        self._choice = None  # as of TurboKVCache; but auto chooses at the next update, when the rows pack too, by
-        self._measured = None  # (version, what was measured then of each row that counts, `Begun` of rows by side)
+        # auto chooses at the next update, when the rows pack too, by (version, what was measured then of each row that
+        # counts, `Begun` of rows by side)
+        self._measured = None
         self._begun = {}  # of rows that pack because auto has chosen: `Begun` by side
         self._balanced = [False] * B  # whether the channels of its keys are
         self._n_before_right_padding = None  # per row, if the prompt is padded on the right
@@ -87,8 +88,7 @@ class BatchTurboKVCache(TurboKVCache):
         self.shown = None  # the plan of the last update, if that returned other columns than it left
         self._n_free = 0  # number of tokens that every row can take while nothing else happens
         self._observed, self._observed_with, self._last = [[] for _ in range(B)], None, []
-        self._to_balance = None  # as of TurboKVCache
-        self._waiting = []  # (rows, tokens held, end in the columns, number packed, begun) of keys in `_to_balance`
+        self._to_pack = []  # as of TurboKVCache, of each row
         self._set_offset()
 
     @classmethod
@@ -244,7 +244,7 @@ class BatchTurboKVCache(TurboKVCache):
             self.share.before_update(self, keys, values)
         if n_new <= self._n_free:
             return self._append(new, n_new)
-        plan, self._to_balance, self._waiting = self.plan(n_new), None, []
+        plan = self.plan(n_new)
         if plan.decide_bits:
             self._decide()
         if any(plan.n_evict):
@@ -279,10 +279,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._evaluate()
         if first and not self._may_balance and not self._undecided and not self._keeps_queries:
             return new
-        fetched = self._fetch((*plan.columns[:2], R + n_new), tails, new if first else None)
-        if self._waiting:
-            self._wait_for_queries(fetched[0], tails[0])
-        return fetched
+        return self._fetch((*plan.columns[:2], R + n_new), tails, new if first else None)
 
     def _free(self):
         return self.config.recent + self.config.block - max(n_recent for *_, n_recent in self._counts())
@@ -323,7 +320,10 @@ class BatchTurboKVCache(TurboKVCache):
             self._count_packed(plan.pack_after, n_exact)
             self._gather(tails, list(map(plan.token_columns, range(self.n_rows))))
             return
-        self._pack_rows(plan.pack_after, tails, ends, n_exact, wait=True)
+        waits = self._may_balance and not self._are_latents(*tails)
+        to_pack = [n if waits and not had else 0 for n, had in zip(plan.pack_after, self._n_packed)]
+        self._to_pack = to_pack if any(to_pack) else []
+        self._pack_rows([n - later for n, later in zip(plan.pack_after, to_pack)], tails, ends, n_exact)
         self._n_columns = max(self._n_recent)
         for side, tail in zip(self._sides, tails):
             side.recent = write(None, 0, take_ending_at(tail, ends, self._n_columns), self._room())
@@ -410,10 +410,20 @@ class BatchTurboKVCache(TurboKVCache):
         self._begun = {}
         self._cut_recent(n_columns)
 
-    def _pack_rows(self, n_pack, tails, ends, n_exact, wait=False):
+    def _pack_waiting(self):
+        """As of TurboKVCache."""
+        if self._to_pack:
+            n_pack, self._to_pack = self._to_pack, []
+            tails = [first_tokens(side.recent, self._n_columns) for side in self._sides]
+            self._pack_rows(n_pack, tails, [self._n_columns] * self.n_rows, self._n_recent)
+            self._cut_recent(max(self._n_recent))
+            self._n_free = 0
+            self._evaluate()
+
+    def _pack_rows(self, n_pack, tails, ends, n_exact):
         """Quantize n_pack[b] tokens of each row b: the oldest, sink tokens apart, of the n_exact[b] that end before
         token ends[b] of `tails`. Rows in the same situation are quantized together. Raises before anything is
-        changed. wait: keys that are the first of their row are balanced when their queries have come."""
+        changed."""
         self._unread.clear()
         groups = {}
         for b, n in enumerate(n_pack):
@@ -430,7 +440,7 @@ class BatchTurboKVCache(TurboKVCache):
                 balance = self._balance_of(rows)
             else:
                 keys = [exact[0][j : j + 1] for j in range(len(rows))]
-                balance, balanced[rows[0]] = (None, []) if wait else self._choose_balance(rows, keys)
+                balance, balanced[rows[0]] = self._choose_balance(rows, keys)
             sides[0] = sides[0]._replace(balance=balance)
             begun = None if n_packed or any(b not in self._begun for b in rows) else self._begun_of(rows)
             jobs.append(PackJob(sides, after_sink, n_packed, n, begun))
@@ -441,8 +451,6 @@ class BatchTurboKVCache(TurboKVCache):
             sinks = self._n_new_sinks(job.n_packed)
             if not job.n_packed:
                 self._set_balance(rows, job.sides[0].balance, balanced[rows[0]])
-            if not job.n_packed and wait and self._may_balance:
-                self._waiting.append((rows, n_exact[rows[0]], ends[rows[0]], job.n_pack, new[0].begun))
             for i, side in enumerate(self._sides):
                 if sinks:
                     side.sink = write_rows(side.sink, self.n_rows, rows, 0, exact[i][:, :, :sinks], sinks)
@@ -480,7 +488,8 @@ class BatchTurboKVCache(TurboKVCache):
         for b, of_row in zip(rows, keys):
             observed, self._observed[b] = self._observed_of(b), []
             joined = join(*observed) if observed else None
-            chosen.append(balancing.choose(of_row, self.config, bits or self._sides[0].bits, joined))
+            found = balancing.choose(of_row, self.config, bits or self._sides[0].bits, joined)
+            chosen.append(None if found is None else found.factors)
         balanced = [b for b, factors in zip(rows, chosen) if factors is not None]
         if not balanced:
             return None, balanced
@@ -499,34 +508,6 @@ class BatchTurboKVCache(TurboKVCache):
             factors = mx.ones(shape) if side.balance is None else side.balance.factors[:]
             factors[mx.array(rows)] = mx.ones((1,)) if balance is None else balance.factors
             side.balance = Balance(factors)
-
-    def _balance(self):
-        """Pack the keys of the last update again: now there are queries to balance them by."""
-        returned, waiting, self._to_balance, self._waiting = self._to_balance(), self._waiting, None, []
-        if returned is None:
-            for rows, *_ in waiting:
-                for b in rows:
-                    self._observed[b] = []
-            return
-        tail, side, changed = returned.tail, self._sides[0], False
-        for rows, n_tail, end, n_pack, begun in waiting:
-            keys = take_rows(tail, rows)[:, :, end - n_tail : end]
-            balance, balanced = self._choose_balance(rows, [keys[j : j + 1] for j in range(len(rows))])
-            if balance is None:
-                continue
-            to_pack = side.to_pack(None)._replace(balance=balance)
-            begun = {0: begun} if begun else None
-            job = PackJob([to_pack], [keys[:, :, self._n_new_sinks(0) :]], 0, n_pack, begun)
-            ((new,),) = pack([job], self.config, self.step)
-            if rows == list(range(self.n_rows)):
-                side.codes = side.scale = side.means = None
-            self._set_balance(rows, balance, balanced)
-            self._write_packed(0, rows, 0, n_pack, new)
-            changed = True
-        if changed:
-            self._cover_means()
-            self._unread.clear()
-        self._evaluate()
 
     def _n_new_sinks(self, n_packed):
         """Tokens that become sink tokens when a row with n_packed packed tokens packs."""
@@ -597,9 +578,8 @@ class BatchTurboKVCache(TurboKVCache):
         if not self.wants_queries:
             return
         self._observed_with = scale, sinks
-        waiting = {b for rows, *_ in self._waiting for b in rows} if self._to_balance is not None else set()
         for b, (first, n) in enumerate(self._last):
-            if not n or self._n_packed[b] and b not in waiting and not self._keeps_queries:
+            if not n or self._n_packed[b] and not self._keeps_queries:
                 continue
             position = self.n_tokens(b) + self._n_evicted[b] - 1
             if n == 1 and self._keeps_queries and not self._keeps_query_of(position):
@@ -608,11 +588,12 @@ class BatchTurboKVCache(TurboKVCache):
             positions = [self.n_tokens(b) - n + i for i in sample]
             seen = queries, b, positions
             if queries.shape[2] > 1:  # one token's queries are evaluated with the step, and kept as they are
-                seen = mx.take(queries[b : b + 1], mx.array([first + i for i in sample]), axis=2), 0, positions
+                of_row = queries[b : b + 1, :, first + sample.start : first + sample.stop : sample.step]
+                seen = mx.contiguous(of_row), 0, positions
                 mx.async_eval(seen[0])
             self._observed[b] = newest([*self._observed[b], seen])
-        if waiting:
-            self._balance()
+        if self._to_pack:
+            self._pack_waiting()
         elif self._undecided and any(n_recent > self._capacity() for *_, n_recent in self._counts()):
             self._measure()
 
@@ -640,9 +621,8 @@ class BatchTurboKVCache(TurboKVCache):
             keys = self._sides[0].recent[b : b + 1, :, self._n_columns - tokens[b] : self._n_columns]
             observed = self._observed_of(b)
             joined = join(*observed) if observed else None
-            factors = balancing.choose(keys, self.config, self._sides[0].bits, joined)
-            balance = None if factors is None else Balance(factors)
-            measured.append(auto_bits.measure(keys, self._config_of_keys(), joined, balance))
+            found = balancing.choose(keys, self.config, auto_bits.LADDER[0], joined)
+            measured.append(auto_bits.measure(keys, self._config_of_keys(), joined, found))
         for b, (n_sink, _, n) in enumerate(self._counts()):
             n_pack = n - self.config.recent
             if n_pack > self.config.block:
@@ -756,7 +736,7 @@ class BatchTurboKVCache(TurboKVCache):
         """The mask for the next N tokens: bool [B, 1, N, columns], True where a token is to be attended to.
         return_array is ignored: there may always be empty columns to mask. None only for one token of rows of equal
         length that hold latents: models with these read the RoPE keys to apply a mask."""
-        if N == 1 and window_size is None and self.holds_latents:
+        if N == 1 and window_size is None and self.holds_latents:  # which wait for nothing
             plan = self.plan(1)
             if all(front >= back for front, back in map(plan.edges, range(self.n_rows))):
                 return None
@@ -771,6 +751,7 @@ class BatchTurboKVCache(TurboKVCache):
         """For the next N tokens: a mask [B, 1, N, columns], where a query's row has a token that is not newer; how
         many tokens the row holds before [B, 1, 1, 1]; which of its tokens is in a column, from 0 on [B, 1, 1,
         columns], where it has one; the number of the query [N, 1]."""
+        self._pack_waiting()
         plan = self.plan(N)
         n_sink, n_packed, _ = plan.columns
         base = sum(plan.columns)  # the column of the first new token
@@ -928,6 +909,7 @@ class BatchTurboKVCache(TurboKVCache):
             cls._lower_to_fewest(parts)
         config = parts[0].config
         for part in parts:
+            part._pack_waiting()
             if part.config != config:
                 raise ValueError(f"caches: got {part.config} and {config}, allowed is one configuration")
         decided = [p for p in parts if not p.undecided]
@@ -1066,6 +1048,7 @@ class BatchTurboKVCache(TurboKVCache):
         if not rows:
             raise ValueError(f"batch_indices: got none, allowed is at least one of the rows 0 to {self.n_rows - 1}")
         self._unread.clear()
+        self._pack_waiting()
         front, end = sum(self._columns(self._n_packed)), sum(self._buffer_counts())
         pick = lambda values: [values[b] for b in rows]  # noqa: E731
         for name in "_pad", "_n_packed", "_n_recent", "_n_evicted":
@@ -1077,7 +1060,7 @@ class BatchTurboKVCache(TurboKVCache):
         for side in self._sides:
             side.centered = pick(side.centered)
         start, n_packed = self._n_columns - max(self._n_recent, default=0), max(self._n_packed, default=0)
-        index, self._n_columns, self._to_balance = mx.array(rows), self._n_columns - start, None
+        index, self._n_columns = mx.array(rows), self._n_columns - start
         self._balanced = pick(self._balanced)
         if (balance := self._sides[0].balance) is not None:
             self._sides[0].balance = Balance(balance.factors[index]) if any(self._balanced) else None
@@ -1108,6 +1091,7 @@ class BatchTurboKVCache(TurboKVCache):
     def extract(self, idx: int) -> TurboKVCache:
         """Row idx as a cache of its own."""
         b = list(range(self.n_rows))[idx]
+        self._pack_waiting()
         cache = self._empty_row()
         if self.share is not None:
             self.share.pass_on(cache, (self.share.group, b))
@@ -1152,6 +1136,7 @@ class BatchTurboKVCache(TurboKVCache):
         """Remove the newest n tokens of each row, or all of a row that has fewer. Returns how many the longest row
         lost."""
         trimmed = n = min(max(int(n), 0), max(map(self.n_tokens, range(self.n_rows))))
+        self._pack_waiting()
         self._unread.clear()
         left, to_recent = [], {}
         for b in range(self.n_rows):
@@ -1185,7 +1170,6 @@ class BatchTurboKVCache(TurboKVCache):
                 side.centered[b] = side.centered[b] and packed > 0
             if not packed:
                 self._set_balance([b], None)
-        self._to_balance = None
         if self._sides[0].recent is not None:
             self._cover_means()
         self._last = []
@@ -1219,6 +1203,7 @@ class BatchTurboKVCache(TurboKVCache):
         then per side sink, codes, scale, means and recent, cut to the columns they have, then the balance of the keys;
         what is not there is left out. Setting it raises ValueError for arrays that are not the state of such a
         cache."""
+        self.settle()
         columns = self._buffer_counts()
         rows = mx.array([*zip(*self._row_counts())], mx.int32)
         return [mx.array(self._header(columns), mx.int32), rows, *self._arrays(columns)]

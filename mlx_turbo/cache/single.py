@@ -11,7 +11,6 @@ from those exact values, once, so the stored codes do not depend on how the prom
 """
 
 import copy
-import weakref
 from dataclasses import replace
 from typing import Any, Optional, Sequence, Union
 
@@ -20,11 +19,12 @@ import numpy as np
 
 from ..backends import select
 from ..backends.select import check_vectors, get_backend
-from ..backends.sides import Balance, CachedSide, are_latents
+from ..backends.sides import CachedSide, are_latents
 from ..quant.rotation import ALLOWED_HEAD_DIMS
 from ..quant.scheme import SCALES, Scheme, TurboConfig
 from . import auto_bits, balancing, history
 from .attention_error import KEPT_EVERY, join, newest, sample_queries, still_held
+from .balancing import balance_of
 from .conversion import converter
 from .joined import Joined
 from .last_step import NOT_YET, after_update
@@ -48,7 +48,7 @@ from .view import KVView, LazyKV, Unread
 
 # what a pickle leaves out: it is in the state, or belongs to this process
 _NOT_PICKLED = (
-    *("_sides", "_offsets", "_unread", "_to_balance", "_choice", "_measured"),
+    *("_sides", "_offsets", "_unread", "_to_pack", "_choice", "_measured"),
     *("version", "attended_version", "last_attention", "share"),
 )
 
@@ -70,6 +70,7 @@ class TurboKVCache:
     batch_class: Any = None  # what `merge` makes; batch.py sets it
     share: Optional[Share] = None  # in a memory budget
     one_buffer: bool = True  # whether exact tokens lie in one
+    _choice: Any = None  # what auto will choose by, which is computed meanwhile
     repackable: bool = False
     """Whether the newest queries are held as long as keys are exact (0 bits), so that `repack` can balance them: set
     by whoever will call it, before the first token. A state does not hold it."""
@@ -89,13 +90,13 @@ class TurboKVCache:
         self._arrange()
         self._undecided = may_choose_bits(self.config)  # auto has not chosen the bits of the keys; nothing is packed
         self._errors, self._by = {}, None  # of auto's choice: error by bits, what it was based on
+        self._choice = None
         self._clear_counts()
 
     def _clear_counts(self):
         self.n_sink = self.n_packed = self.n_recent = 0
         self._observed = None
-        self._choice = None  # what auto will choose by, which is computed meanwhile
-        self._to_balance = None  # what the last update returned, if the first keys were packed: their queries come
+        self._to_pack = []  # how many tokens will be packed first, once their queries have come
 
     @property
     def offset(self) -> int:
@@ -128,7 +129,7 @@ class TurboKVCache:
         self.settle()
         if self.share is not None:
             self.share.before_update(self, keys, values)
-        first, begins, self._to_balance = self.offset == 0, self._begins_to_pack, None
+        first, begins = self.offset == 0, self._begins_to_pack
         n_to_sink = min(self.config.sink - self.n_sink, n_new)
         n_to_recent = n_new - n_to_sink
         if self._undecided and (
@@ -139,43 +140,42 @@ class TurboKVCache:
             self.settle()
         if self._sides[0].in_one:
             return self._append_exact(new)
-        capacity = self._room()
-        if self.n_recent + n_to_recent <= capacity or self._undecided:
-            view = None
+        capacity, n, view = self._room(), self.n_recent + n_to_recent, None
+        if n <= capacity or self._undecided:
+            pass
+        elif self._begins_to_pack and not self._are_latents(keys, values):  # attended exactly once more
+            self._to_pack = [n - self.config.recent - (n_to_recent if n_to_recent <= self.config.block else 0)]
         elif n_to_recent <= self.config.block and self.n_packed:  # make room: what is appended stays exact until later
-            self._pack([side.recent[:, :, : self.n_recent] for side in self._sides])
-            view = None
+            self._pack(self._recent_tokens(), self.n_recent - self.config.recent)
         else:  # a prompt chunk, or the first tokens to be packed: attended exactly now, packed at once
             tails = [x[:, :, n_to_sink:] for x in new]
             if self.n_recent:
-                tails = [
-                    mx.concatenate([side.recent[:, :, : self.n_recent], t], axis=2)
-                    for side, t in zip(self._sides, tails)
-                ]
+                tails = [mx.concatenate([held, x], axis=2) for held, x in zip(self._recent_tokens(), tails)]
             view = self.n_packed, tails
-            begun = self._pack(tails, n_to_recent if n_to_recent <= self.config.block else 0)
+            n_beside = n_to_recent if n_to_recent <= self.config.block else 0
+            self._pack(tails, n - self.config.recent - n_beside)
+        waits = n > self._capacity() and view is None and not self.n_packed
         for side, x in zip(self._sides, new):
             if n_to_sink:
                 side.sink = write(side.sink, self.n_sink, x[:, :, :n_to_sink], self.config.sink)
-            if view is None:
-                x = x[:, :, n_to_sink:] if n_to_sink else x
+                x = x[:, :, n_to_sink:]
+            if waits:  # nothing is appended before they are packed: no room for more, no copy of a chunk
+                side.recent = mx.concatenate([side.recent[:, :, : self.n_recent], x], axis=2) if self.n_recent else x
+            elif view is None:
                 side.recent = write(side.recent, self.n_recent, x, capacity)
         self.n_sink += n_to_sink
         if view is None:
             self.n_recent += n_to_recent
         self.version += 1
         self._updated()
-        if first or view:
+        if first or view or waits:
             self._evaluate()
         if first and not begins and not self._undecided and not self._keeps_queries:
             return new
         if view is None:
             return self._fetch((self.n_sink, self.n_packed, self.n_recent), new=new if first else None)
         n_packed, tails = view
-        fetched = self._fetch((self.n_sink, n_packed, tails[0].shape[2]), tails, new if first else None)
-        if begins and not n_packed:
-            self._wait_for_queries(fetched[0], tails[0], begun)
-        return fetched
+        return self._fetch((self.n_sink, n_packed, tails[0].shape[2]), tails, new if first else None)
 
     def _append_exact(self, new):
         """What update_and_fetch does where all tokens lie in one buffer."""
@@ -248,12 +248,10 @@ class TurboKVCache:
         side.recent, side.in_one = write(None, 0, apart.recent, self._room()), False
         mx.eval(side.buffers())
 
-    def _pack(self, tails, n_beside=0, begun=None):
-        """Quantize all but the newest recent + n_beside tokens of `tails` (exact tokens after the packed ones, per
-        side) and keep those in new recent buffers. begun: as of PackJob. Returns what was decided of keys. Raises
-        before anything is changed."""
+    def _pack(self, tails, n_pack, begun=None):
+        """Quantize the first n_pack tokens of `tails` (exact tokens after the packed ones, per side); the others go to
+        new recent buffers. begun: as of PackJob. Raises before anything is changed."""
         self._unread.clear()
-        n_pack = tails[0].shape[2] - self.config.recent - n_beside
         sides = [side.to_pack(side.means if self.n_packed else None) for side in self._sides]
         (packed,) = pack([PackJob(sides, tails, self.n_packed, n_pack, begun)], self.config, self.step)
         for side, tail, new in zip(self._sides, tails, packed):
@@ -263,14 +261,14 @@ class TurboKVCache:
                 side.scale = write(side.scale, self.n_packed, new.scale, self.step)
             side.recent = write(None, 0, tail[:, :, n_pack:], self.config.recent + self.config.block)
         self.n_packed += n_pack
-        self.n_recent = self.config.recent + n_beside
-        return packed[0].begun
+        self.n_recent = tails[0].shape[2] - n_pack
 
     def settle(self) -> None:
-        """Do what was put off until it was computed: read which rows are centered, and with `auto` choose and pack. The
-        next update does it, and so does whatever looks at the buffers before."""
+        """Do what was put off: pack the first tokens, whose queries did not come; with `auto`, choose and pack; and
+        read which rows are centered. The next update does it, and so does whatever looks at the buffers before."""
         if self._choice is not None:
             self._decide()
+        self._pack_waiting()
         for side in self._sides:
             side.settle()
 
@@ -335,14 +333,16 @@ class TurboKVCache:
             return
         if n > 1:  # one token's queries are evaluated with the step, and kept as they are
             sample = sample_queries(n)
-            queries, positions = mx.take(queries, mx.array(sample), axis=2), [held - n + i for i in sample]
-            mx.async_eval(queries)
+            queries = mx.contiguous(queries[:, :, sample.start :: sample.step])
+            positions = [held - n + i for i in sample]
+            if not self._to_pack:
+                mx.async_eval(queries)
         else:
             positions = [held - 1]
         seen = self._observed[0] if self._observed else []
         self._observed = newest([*seen, (queries, positions)]), scale, sinks
-        if self._to_balance is not None:
-            self._balance()
+        if self._to_pack:
+            self._pack_waiting()
         elif self._undecided and self.n_recent > self._capacity():
             self._measure()
             if self._sides[0].recent.shape[0] * self.n_recent > auto_bits.MOST_HELD:
@@ -361,11 +361,10 @@ class TurboKVCache:
 
     @property
     def wants_queries(self) -> bool:
-        """Whether `observe` has use for queries: until the first keys are packed, and once after that, if their own
-        queries came behind them."""
+        """Whether `observe` has use for queries: until the first keys are packed."""
         if self._choice is not None:
             return False
-        return self._undecided or self._to_balance is not None or self._begins_to_pack or self._keeps_queries
+        return self._undecided or self._begins_to_pack or self._keeps_queries
 
     @property
     def _keeps_queries(self):
@@ -384,7 +383,11 @@ class TurboKVCache:
         """Whether its keys are the latents of multi-head latent attention, and its values the RoPE keys. They are never
         centered, nor balanced: attention shows no queries of latents, as they are values too."""
         keys, values = (side.recent for side in self._sides)
-        return keys is not None and are_latents(keys.shape[1], keys.shape[3], values.shape[3])
+        return keys is not None and self._are_latents(keys, values)
+
+    @staticmethod
+    def _are_latents(keys, values):
+        return are_latents(keys.shape[1], keys.shape[3], values.shape[3])
 
     def _config_of_keys(self):
         """How keys are packed, as auto measures it."""
@@ -396,34 +399,22 @@ class TurboKVCache:
         return not self.n_packed and self.config.balance and self._sides[0].bits > 0
 
     def _choose_balance(self, tail, bits=None):
-        """The balance of keys of which `tail`, one array or several, comes after the sink, as far as it can be chosen.
+        """How keys are balanced of which `tail`, one array or several, comes after the sink, if it can be chosen.
         bits: at which they will be packed, if that is not what they have."""
         if not self._observed:
             return None
         sink = [self._sides[0].apart(*self._buffer_counts()).sink[:, :, : self.n_sink]] if self.n_sink else []
         keys = Joined([*sink, *(tail if isinstance(tail, list) else [tail])])
-        factors = balancing.choose(keys, self.config, bits or self._sides[0].bits, join(*self._observed))
-        return None if factors is None else Balance(factors)
+        return balancing.choose(keys, self.config, bits or self._sides[0].bits, join(*self._observed))
 
-    def _wait_for_queries(self, returned, tail, begun=None):
-        """The keys of `tail` are to be balanced as soon as the model attends to `returned`. They are held as long as
-        the model holds that. begun: what was decided when they were packed."""
-        returned.tail, returned.begun, self._to_balance = tail, begun, weakref.ref(returned)
-
-    def _balance(self):
-        """Pack the keys of the last update again: now there are queries to balance them by."""
-        returned, self._to_balance, side = self._to_balance(), None, self._sides[0]
-        tail = None if returned is None else returned.tail
-        balance, self._observed = None if tail is None else self._choose_balance(tail), None
-        if balance is not None:
-            side.balance = balance
-            begun = {0: returned.begun} if returned.begun else None
-            job = PackJob([side.to_pack(None)], [tail], 0, self.n_packed, begun)
-            ((new,),) = pack([job], self.config, self.step)
-            side.codes, side.scale = (write(None, 0, a, self.step) for a in (new.codes, new.scale))
-            side.set_means(new.means, new.begun)
-            self._unread.clear()
-        self._evaluate()
+    def _pack_waiting(self):
+        """Pack the first tokens, if they wait for it, balanced by the queries that were seen."""
+        if self._to_pack:
+            (n_pack,), self._to_pack = self._to_pack, []
+            tails = self._recent_tokens()
+            self._sides[0].balance, self._observed = balance_of(self._choose_balance(tails[0])), None
+            self._pack(tails, n_pack)
+            self._evaluate()
 
     def _observed_queries(self):
         """The arrays that `observe` holds on to; none once they have been used. (The sink logits are the model's.)"""
@@ -444,9 +435,10 @@ class TurboKVCache:
         (nothing called `observe`) the keys alone decide."""
         tails, keys = self._recent_tokens(), self._sides[0]
         every = mx.concatenate([keys.sink[:, :, : self.n_sink], tails[0]], axis=2) if self.n_sink else tails[0]
-        balance = self._choose_balance(tails[0])
+        chosen = self._choose_balance(tails[0], auto_bits.LADDER[0])
         observed = join(*self._observed) if self._observed else None
-        measured = auto_bits.measure(every, self._config_of_keys(), observed, balance)
+        measured = auto_bits.measure(every, self._config_of_keys(), observed, chosen)
+        balance = balance_of(chosen)
         sides, n_pack = [side.to_pack(None) for side in self._sides], self.n_recent - self.config.recent
         begun = begin(PackJob(sides, tails, 0, n_pack), self.config) if n_pack > self.config.block else {}
         self._choice, self._observed = (measured, balance, begun), None
@@ -465,7 +457,8 @@ class TurboKVCache:
         self._sides[0].bits, self._undecided = bits, False
         self._sides[0].balance = balance if bits else None
         if self.n_recent > self._capacity():
-            self._pack(self._recent_tokens(), begun={i: new for i, new in begun.items() if new.centers()})
+            begun = {i: new for i, new in begun.items() if new.centers()}
+            self._pack(self._recent_tokens(), self.n_recent - self.config.recent, begun)
             self._evaluate()
         self._arrange()
 
@@ -525,7 +518,8 @@ class TurboKVCache:
         Raises ValueError, with the cache unchanged, for more bits than there are or other ones than 0, 2, 3, 4, 5, 6
         and 8, for integers, and as long as `auto` has not chosen.
         """
-        self.settle()
+        if not self._to_pack:  # else they are packed at the new bits, once their queries have come
+            self.settle()
         now = self._asked_bits()
         if self._undecided:
             raise ValueError("key_bits: auto has not chosen those of this cache yet, which it does before it packs")
@@ -578,7 +572,7 @@ class TurboKVCache:
         """Pack the tokens of keys (i = 0) or values (1) that are exact at 0 bits."""
         side, config, apart = self._sides[i], self._config_of_keys(), self._sides[i].apart(*self._buffer_counts())
         tail = [apart.codes[:, :, : self.n_packed], apart.recent[:, :, : self.n_recent]]
-        balance = None if i else self._choose_balance(tail, bits)
+        balance = None if i else balance_of(self._choose_balance(tail, bits))
         rows = ExactRows(list(range(side.recent.shape[0])), Joined(tail), self.n_packed, balance)
         ((means, begun),) = pack_exact(side, bits, [rows], config, self.step, self._codes_capacity(side))
         side.set_means(means, begun)
@@ -619,7 +613,9 @@ class TurboKVCache:
             counts = 0, 0, sum(counts)
         sides = []
         for i, side in enumerate(self._sides):
-            tail = side.recent if tails is None else mx.contiguous(tails[i])
+            tail = side.recent if tails is None else tails[i]
+            if tails is not None or self._to_pack:
+                tail = mx.contiguous(tail)
             sides.append(
                 CachedSide(
                     side.sink,
@@ -704,11 +700,9 @@ class TurboKVCache:
             take = min(n, getattr(self, name))
             setattr(self, name, getattr(self, name) - take)
             n -= take
-        if trimmed:
-            self._to_balance = None
-            if self._observed:
-                seen, *of_all = self._observed
-                self._observed = (still_held(seen, self.offset), *of_all)
+        if trimmed and self._observed:
+            seen, *of_all = self._observed
+            self._observed = (still_held(seen, self.offset), *of_all)
         if not self.n_packed:
             self._sides[0].balance = None
         return trimmed
@@ -935,7 +929,7 @@ class TurboKVCache:
         self.n_sink, self.n_packed, self.n_recent = state.counts
         self.version, self.attended_version, self._unread = 0, None, Unread()
         self.last_attention = NOT_YET
-        self._observed, self._errors, self._by, self._to_balance, self._choice = None, {}, None, None, None
+        self._observed, self._errors, self._by, self._to_pack, self._choice = None, {}, None, [], None
         vars(self).update(state.own)
         self._arrange()
         self._evaluate()

@@ -64,13 +64,7 @@ class MarkedArray(mx.array):
 class LazyKV(MarkedArray):
     """Keys (side 0) or values (side 1) that a cache returned: an ordinary lazy array that also knows its `KVView`.
 
-    Whatever a model makes of it (a slice, a cast) is a plain array: only what the cache returned is marked.
-
-    tail: of keys that wait for their queries to be balanced, the exact tokens after the packed ones. begun: what was
-    decided when these were packed (packing.Begun)."""
-
-    tail: Optional[mx.array] = None
-    begun: Any = None
+    Whatever a model makes of it (a slice, a cast) is a plain array: only what the cache returned is marked."""
 
     def __init__(self, array: mx.array, view: KVView, side: int) -> None:
         super().__init__(array)

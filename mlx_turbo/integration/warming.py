@@ -217,7 +217,6 @@ def _try_layer(layer: _Layer, centered: bool, steps: range) -> None:
         with launches():
             for n in steps:
                 say(n)
-    ladder = [bits for bits in auto_bits.LADDER if bits and layer.auto]  # auto measures before it chooses
-    if ladder:
+    if layer.auto:  # which measures before it chooses
         keys = mx.zeros((1, layer.n_kv_heads, 2, layer.key_dim), layer.dtype)
-        mx.eval(attention_error.key_errors(keys, ladder, layer.config))
+        mx.eval(attention_error.key_errors(keys, auto_bits.MEASURED, layer.config))

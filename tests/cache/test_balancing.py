@@ -88,8 +88,8 @@ def test_how_a_model_shares_a_logit_between_keys_and_queries_does_not_matter(spr
     restored = []
     for keys, queries in ((k, q), (k * t, q / mx.repeat(t, HEADS // KV_HEADS, axis=1))):
         observed = balancing.Observed(queries, list(range(130)), D**-0.5, None)
-        rms = balancing._rms(Attention(observed, keys, config))
-        factors = balancing._normalized(*rms, 1.0)
+        sampled = Attention(observed, keys, config)
+        factors = balancing._candidates(sampled.queries, sampled.sample.centered)[-1]
         packed = reference.quantize(to_numpy(keys), bits, balance=to_numpy(factors).astype(np.float64))
         restored.append(reference.dequantize(packed))
     differ = np.abs(restored[1] / to_numpy(t) - restored[0]) > 1e-3 * np.abs(restored[0]).max()

@@ -823,7 +823,7 @@ def test_the_cpu_backend_is_what_a_cache_uses_when_told_to():
             return super().quantize(sides, *options)
 
     with select.use_backend(Counting()):
-        filled(40)
+        filled(40).settle()
     assert Counting.calls == 1
 
 

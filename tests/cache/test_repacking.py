@@ -88,7 +88,7 @@ def test_keys_are_balanced_only_if_the_cache_was_told_to_hold_queries(backend):
     assert told.wants_queries and not untold.wants_queries and told.nbytes > untold.nbytes
     for cache in told, untold:
         cache.repack(4)
-    assert told.report()["balance"] == "0 of 2 kv heads" and not told.wants_queries
+    assert told.report()["balance"].endswith(" of 2 kv heads") and not told.wants_queries
     assert untold.report()["balance"] == "no queries were seen before keys were packed"
 
 

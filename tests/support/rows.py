@@ -88,7 +88,6 @@ class Rows:
             assert mx.array_equal(said, mask).item()
         assert self.batch.offset.tolist() == [n - pad for n, pad in zip(before, to_come)]
         fetched = self.batch.update_and_fetch(*new)
-        assert [x.shape for x in fetched] == [x.shape for x in self.batch.keys_and_values()]
         self.batch.attended_version = self.batch.version  # as if attention.attend had read them
         assert mask.dtype == mx.bool_ and mask.shape == (len(self.alone), 1, width, fetched[0].shape[2])
         for b, (n, pad, cache) in enumerate(zip(lengths, left, self.alone)):
@@ -106,6 +105,7 @@ class Rows:
                 assert all(same_restored(got[:, :, ours], x[:, :, theirs]) for ours, theirs in columns)
             cache.observe(queries_of(new[0])[b : b + 1, :, pad : pad + n], 0.1)
         self.batch.observe(queries_of(new[0]), 0.1)
+        assert [x.shape for x in fetched] == [x.shape for x in self.batch.keys_and_values()]
 
     def check(self):
         batch, alone = self.batch, self.alone
