@@ -13,8 +13,12 @@ part at a time, of which a model of 32 layers has 64. So that a decode step repa
 next growth of the buffers (by 256 tokens) needs are taken one per token before it, as late as possible. A prompt chunk
 takes all it needs at once, one part after the other.
 
-Not counted is, as in mlx-lm, what an update computes with: restored tokens, the working memory of a prompt chunk, and
-the rows that a batch is made of, until they are dropped.
+A row that leaves a batch, the batch without it, and the copies by which mlx-lm divides a batch, are made of the same
+buffers. None of them is computed until one is used, so that they take what the batch took (`Source`). Then all of them
+get buffers of their own, one part after the other, and each part of the old ones goes before the next. By then the
+batch has dropped the row, in most cases. If it has not, or a row is kept too, that is a copy, for which room is made.
+
+Not counted is, as in mlx-lm, what an update computes with: restored tokens, and the working memory of a prompt chunk.
 """
 
 import gc
@@ -101,17 +105,29 @@ class Group:
         return [c for c in (r() for r in self.caches) if c is not None and c.share is not None]
 
 
+class Source:
+    """The buffers of a batch, of which caches are still to be computed. They count until that is done, and these do
+    not. nbytes: of keys, with the queries that are kept to balance them, and of values."""
+
+    def __init__(self, batch: Any) -> None:
+        values = batch._sides[1].nbytes
+        self.nbytes = batch.nbytes - values, values
+
+
 class Share:
     """A cache's share in a memory budget: which one, the number of its layer, and the caches that take each step with
-    it. shape: of one row's tokens, if it is known before they come. A copy of the cache has a share of its own; the
-    caches that are copied together take their steps together."""
+    it. shape: of one row's tokens, if it is known before they come. source: what the cache is still to be computed of.
+    A copy of the cache has a share of its own; the caches that are copied together take their steps together."""
 
     def __init__(self, budget: "MemoryBudget", layer: int, group: Group, shape: Optional[Shape] = None) -> None:
         self.budget, self.layer, self.group, self.shape = budget, layer, group, shape
+        self.source: Optional[Source] = None
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> "Share":
         group = memo.setdefault((Group, id(self.group)), Group())
-        return Share(self.budget, self.layer, group, self.shape)
+        twin = Share(self.budget, self.layer, group, self.shape)
+        twin.source = self.source
+        return twin
 
     def join(self, cache: Any) -> None:
         """Count `cache`, whose share this is, as long as it lives."""
@@ -125,6 +141,15 @@ class Share:
         group = self.budget.group_of(self.layer, rows or (self.group,))
         cache.share = Share(self.budget, self.layer, group, self.shape)
         cache.share.join(cache)
+
+    def lend(self, cache: Any, to: Optional["Share"] = None) -> None:
+        """The buffers of `cache`, whose share this is, become the source of itself, and of another cache with the share
+        `to`: what is done to either is not computed before `MemoryBudget.separate`."""
+        if self.source is None:
+            self.source = Source(cache)
+            self.budget.has_sources = True
+        if to is not None:
+            to.source = self.source
 
     def before_update(self, cache: Any, keys: mx.array, values: mx.array) -> None:
         """Make room for an update of `cache`. Raises MemoryBudgetError, with nothing changed, if there is none."""
@@ -152,7 +177,7 @@ class _Held:
         if self.shape is not None:
             if cache.repackable:
                 self.queries = max(self.queries, self.shape.queries_nbytes)
-            self.fixed = sum(map(self._exact, (0, 1)))
+            self.fixed = sum(map(self.exact, (0, 1)))
             self.bits = [b if can_rotate(d) else 0 for b, d in zip(self.bits, self.shape.dims)]
         self._packed: Any = {}
 
@@ -161,7 +186,10 @@ class _Held:
         known = self.share.shape
         return None if keys is None else Shape.of(keys, values, 0 if known is None else known.n_heads)
 
-    def _exact(self, i):
+    def exact(self, i: int) -> int:
+        """Bytes of the sink and recent tokens of keys (i = 0) or values (1)."""
+        if self.shape is None:
+            return 0
         side, room = self.cache._sides[i], self.room
         if side.in_one:
             n = side.recent.shape[2] - side.codes_capacity if room is None else room.sink + room.recent
@@ -248,6 +276,7 @@ class MemoryBudget:
         self.others: list[Callable[[], int]] = []  # bytes that are held elsewhere, and count
         self.evict: list[Callable[[], bool]] = []  # each frees something that can be had again, or returns False
         self.shapes: Optional[dict[int, Shape]] = None  # of the model's caches, if they are known
+        self.has_sources = False  # whether there are caches that are still to be computed
         self.n_plans = 0
         self._groups: weakref.WeakValueDictionary[Any, Group] = weakref.WeakValueDictionary()
         self._errors: dict[tuple[int, int, int], list[float]] = {}
@@ -286,7 +315,12 @@ class MemoryBudget:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers under the budget."""
-        return sum(c.nbytes for c in self.alive()) + sum(other() for other in self.others)
+        caches = self.alive()
+        own = sum(c.nbytes for c in caches if c.share.source is None)
+        of_sources = sum(
+            sum(source.nbytes) for source in {c.share.source for c in caches if c.share.source is not None}
+        )
+        return own + of_sources + sum(other() for other in self.others)
 
     def _lowest(self, i):
         return (self.floor.key_bits, self.floor.value_bits)[i]
@@ -388,7 +422,8 @@ class MemoryBudget:
         self._look_ahead(group, growing, n_new)
 
     def make_fit(self) -> bool:
-        """Evict and pack as far as what there is asks. False, with nothing packed, if the floor does not hold it."""
+        """Evict and pack as far as what there is asks, and compute what is still to be computed. False, with nothing
+        packed, if the floor does not hold it."""
         table = [_Held(cache, None, None) for cache in self.alive()]
         while not self._fits(table) and any(evict() for evict in self.evict):
             del table
@@ -397,9 +432,47 @@ class MemoryBudget:
         changed = self._take_steps(table)
         if not self._fits(table):
             return False
-        for held, i in changed:
-            self._repack(held.cache, i, held.bits[i])
+        self._compute(table, changed)
         return True
+
+    def separate(self) -> None:
+        """Give caches that are still to be computed buffers of their own. Raises MemoryBudgetError, with nothing
+        changed, if the floor does not hold all of them."""
+        if self.has_sources and not self.make_fit():
+            raise MemoryBudgetError(
+                f"memory: rows that were taken out of a batch are still in it too, and with every layer at "
+                f"{self.floor.name}, the floor, the budget of {self.limit:,} bytes ({size_name(self.limit)}) does not "
+                "hold both. Drop some, or allow more memory or a lower floor"
+            )
+
+    def _compute(self, table, changed):
+        """Repack what changed, and compute what is still to be computed: one part after the other of the caches that
+        have a source in common, those that free most first. Each part of a source goes before the next."""
+        steps = {(id(held), i) for held, i in changed}
+
+        def repack(held: _Held, i: int) -> None:
+            if (id(held), i) in steps:
+                self._repack(held.cache, i, held.bits[i])
+
+        of_sources: dict[Source, list[_Held]] = {}
+        for held in table:
+            if held.share.source is not None:
+                of_sources.setdefault(held.share.source, []).append(held)
+        parts = []
+        for number, (source, made) in enumerate(of_sources.items()):
+            for i in (0, 1):
+                more = sum(held.exact(i) + held.packed(i, held.bits[i]) for held in made) - source.nbytes[i]
+                parts.append((more, number, i, made))
+        alone = [(held, i) for held, i in changed if held.share.source is None]
+        self.has_sources = False
+        for held in itertools.chain(*of_sources.values()):
+            held.share.source = None
+        for held, i in alone:
+            repack(held, i)
+        for _, _, i, made in sorted(parts, key=lambda part: part[:3]):
+            mx.eval([held.cache.side_started(i) for held in made])
+            for held in made:
+                repack(held, i)
 
     def before_join(
         self, joined: Any, room: Room, shape: Shape, parts: Sequence[Any], leaving: Sequence[Any] = ()

@@ -268,7 +268,13 @@ class TurboKVCache:
 
     def settle(self) -> None:
         """Do what was put off until it was computed: read which rows are centered, and with `auto` choose and pack. The
-        next update does it, and so does whatever looks at the buffers before."""
+        next update does it, and so does whatever looks at the buffers before. Raises MemoryBudgetError if a row was
+        taken out of a batch that goes on with it, and its memory budget does not hold both."""
+        if self.share is not None:
+            self.share.budget.separate()
+        self._settle()
+
+    def _settle(self):
         if self._choice is not None:
             self._decide()
         for side in self._sides:
@@ -282,7 +288,11 @@ class TurboKVCache:
     def _evaluate(self):
         """Start computing new buffers that the returned arrays do not read: another thread cannot evaluate them, and
         until they are evaluated they keep their inputs alive."""
-        mx.async_eval([side.started() for side in self._sides], self._observed_queries())
+        mx.async_eval(*map(self.side_started, (0, 1)))
+
+    def side_started(self, i: int) -> list[mx.array]:
+        """All that was begun of keys (i = 0), with the queries that are kept to balance them, or of values (1)."""
+        return [*self._sides[i].started(), *(() if i else self._observed_queries())]
 
     def _check(self, keys, values):
         for x, name, side in ((keys, "keys", self._sides[0]), (values, "values", self._sides[1])):
@@ -736,7 +746,7 @@ class TurboKVCache:
     def nbytes(self) -> int:
         """Bytes of all buffers, unused room included, and of the queries that are held until the keys are balanced and
         auto has chosen."""
-        self.settle()
+        self._settle()
         return sum(side.nbytes for side in self._sides) + sum(queries.nbytes for queries in self._observed_queries())
 
     def _counts(self):

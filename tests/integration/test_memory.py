@@ -3,13 +3,16 @@
 import gc
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import cache as lm_cache
 from support.caches import FAST_BACKENDS
 from support.models import gemma3, llama, tokens_of
 
 import mlx_turbo
 from mlx_turbo import Scheme, TurboConfig, TurboKVCache, choose_bits, describe, disable, enable, make_prompt_cache
+from mlx_turbo.cache.batch import BatchTurboKVCache
 from mlx_turbo.cache.memory_budget import MemoryBudgetError
 from mlx_turbo.integration import memory
 from mlx_turbo.integration.bit_budget import FEWEST
@@ -145,3 +148,50 @@ def test_a_budget_of_memory_is_a_configuration_of_a_model():
             TurboConfig(**options)
     with pytest.raises(ValueError, match="whole model"):
         TurboKVCache("memory:6GB")
+
+
+@fast
+def test_requests_that_leave_a_batch_take_nothing_beside_it(backend, monkeypatch, door):
+    """With mlx-lm's own generator, which takes the caches of finished requests out before it drops them, and divides a
+    batch by a copy. most: what the caches take at the ends of its steps, and when a batch is made of others."""
+    model, rng = llama(), np.random.default_rng(0)
+    prompts, leaving = [rng.integers(0, 100, n).tolist() for n in (150, 300, 90, 280)], []
+
+    def watch(name, found):
+        original = getattr(BatchTurboKVCache, name)
+
+        def watched(self, *args):
+            result = original(self, *args)
+            found.append(budget.nbytes)
+            return result
+
+        monkeypatch.setattr(BatchTurboKVCache, name, watched)
+
+    def answer(limit):
+        nonlocal budget
+        enable(model, TurboConfig(memory=limit, **SMALL))
+        budget, most = memory_budget_of(lm_cache.make_prompt_cache(model)), []
+        gen = BatchGenerator(model, prefill_batch_size=3, prefill_step_size=64)
+        uids, tokens, kept = gen.insert(prompts, max_tokens=[5, 3, 9, 9]), {}, []
+        with monkeypatch.context():
+            watch("extend", most)
+            for name in ("extract", "filter", "__deepcopy__"):
+                watch(name, leaving)
+            while found := gen.next_generated():
+                for r in found:
+                    tokens.setdefault(r.uid, []).append(r.token)
+                    kept += [r.prompt_cache] if r.finish_reason else []
+                del found, r
+                most.append(budget.nbytes)
+        disable(model)
+        return [tokens[uid] for uid in uids], kept, max(most)
+
+    budget = None
+    wanted, kept, most = answer(10**12)
+    del kept
+    gc.collect()
+    leaving.clear()
+    got, kept, _ = answer(limit := int(1.05 * most))
+    assert got == wanted and max(leaving) <= limit
+    assert all(c.config.scheme == Scheme(0, 0) for row in kept for c in row)
+    assert sorted(row[0].offset for row in kept) == sorted(len(p) + len(a) for p, a in zip(prompts, got))
