@@ -1156,10 +1156,9 @@ class BatchTurboKVCache(TurboKVCache):
         return cache
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = super().__deepcopy__(memo)
         if self.share is not None:  # mlx-lm divides a batch by filtering it and its copy
-            self.share.lend(self, twin.share)
-        return twin
+            self.share.lend(self)
+        return super().__deepcopy__(memo)
 
     def trim(self, n: int) -> int:
         """Remove the newest n tokens of each row, or all of a row that has fewer. Returns how many the longest row

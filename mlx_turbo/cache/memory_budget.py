@@ -1,4 +1,5 @@
-"""A budget of memory over the caches of a model: exact while there is room, packed as far as memory asks.
+"""A budget of memory over the caches of a model, and of its draft model: exact while there is room, packed as far as
+memory asks.
 
 All caches that a budget is over share one `MemoryBudget`. Before an update in which buffers grow, it computes from
 counts and shapes, without waiting for anything, what all of them will hold afterwards. If that is too much it takes
@@ -114,12 +115,22 @@ class Source:
         self.nbytes = batch.nbytes - values, values
 
 
-class Share:
-    """A cache's share in a memory budget: which one, the number of its layer, and the caches that take each step with
-    it. shape: of one row's tokens, if it is known before they come. source: what the cache is still to be computed of.
-    A copy of the cache has a share of its own; the caches that are copied together take their steps together."""
+class Layer(NamedTuple):
+    """A layer of one of the models whose caches a budget is over. model: 0, or of a draft model 1."""
 
-    def __init__(self, budget: "MemoryBudget", layer: int, group: Group, shape: Optional[Shape] = None) -> None:
+    model: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"layer {self.number}{' of the draft model' * (self.model > 0)}"
+
+
+class Share:
+    """A cache's share in a memory budget: which one, its layer, and the caches that take each step with it. shape: of
+    one row's tokens, if it is known before they come. source: what the cache is still to be computed of. A copy of the
+    cache has a share of its own; the caches that are copied together take their steps together."""
+
+    def __init__(self, budget: "MemoryBudget", layer: Layer, group: Group, shape: Optional[Shape] = None) -> None:
         self.budget, self.layer, self.group, self.shape = budget, layer, group, shape
         self.source: Optional[Source] = None
 
@@ -161,6 +172,11 @@ class Share:
             group.left -= n_new
             if group.left <= len(group.pending):
                 self.budget.take_pending(group, PARTS_PER_TOKEN * n_new)
+
+    def after_trim(self, cache: Any, n: int) -> None:
+        """Tokens of `cache` went, as after a rejected draft: the next growth is later."""
+        if self.group.pending and self.group.leader is not None and self.group.leader() is cache:
+            self.group.left += n
 
 
 class _Held:
@@ -264,40 +280,59 @@ class _Held:
         return shape is not None and shape.can_pack and self.n_packed > 0 and can_rotate(shape.dims[i])
 
 
+class OfModel:
+    """What a budget knows of a model whose caches it is over. prices: as of TurboConfig. model: gives it, or None when
+    it is gone. shapes: of its caches, by their number among the compressed ones, if they are known."""
+
+    def __init__(self, prices: Optional[Prices], model: Callable[[], Any] = lambda: None) -> None:
+        self.prices, self.model = prices, model
+        self.shapes: Optional[dict[int, Shape]] = None
+
+
 class MemoryBudget:
     """A budget over all caches that share it. limit: bytes. floor: the fewest bits of keys and values. prices: as of
-    TurboConfig. ladder: the bits that are tried."""
+    TurboConfig. ladder: the bits that are tried. models: whose caches they are, a draft model last."""
 
     def __init__(
         self, limit: int, floor: Scheme = FLOOR, prices: Optional[Prices] = None, ladder: Sequence[int] = LADDER
     ) -> None:
-        self.limit, self.floor, self.prices, self.ladder = limit, floor, prices, tuple(ladder)
+        self.limit, self.floor, self.ladder = limit, floor, tuple(ladder)
         self.caches: list[weakref.ref[Any]] = []  # in the order in which they came: what is done depends on it
         self.others: list[Callable[[], int]] = []  # bytes that are held elsewhere, and count
         self.evict: list[Callable[[], bool]] = []  # each frees something that can be had again, or returns False
-        self.shapes: Optional[dict[int, Shape]] = None  # of the model's caches, if they are known
         self.has_sources = False  # whether there are caches that are still to be computed
         self.n_plans = 0
         self._groups: weakref.WeakValueDictionary[Any, Group] = weakref.WeakValueDictionary()
-        self._errors: dict[tuple[int, int, int], list[float]] = {}
-        measured = [
-            expected_errors(dict(side))[WIDTHS.index(4)] for of_layer in prices or () for side in of_layer if side
-        ]
-        self._least = LEAST_SHARE * sum(measured) / len(measured) if measured else 0.0
+        self._errors: dict[tuple[Layer, int, int], list[float]] = {}
+        self.models: list[OfModel] = []
+        self.add_model(OfModel(prices))
 
     def __deepcopy__(self, memo: Any) -> "MemoryBudget":
         return self
 
-    def add(self, caches: Iterable[tuple[int, Any]], shapes: Mapping[int, Shape] = MappingProxyType({})) -> None:
+    def add_model(self, model: OfModel) -> None:
+        """Let this budget be over the caches of another model too."""
+        self.models.append(model)
+        self._errors.clear()
+        measured = [expected_errors(side)[WIDTHS.index(4)] for side in self._every_price()]
+        self._least = LEAST_SHARE * sum(measured) / len(measured) if measured else 0.0
+
+    def _every_price(self):
+        """{width: nats} of each part that was measured."""
+        return [dict(side) for of in self.models for of_layer in of.prices or () for side in of_layer if side]
+
+    def add(
+        self, caches: Iterable[tuple[int, Any]], shapes: Mapping[int, Shape] = MappingProxyType({}), model: int = 0
+    ) -> None:
         """Put caches that take each step together under this budget: (layer, cache) of each. shapes: by the number of a
-        cache among these, the `Shape` that its tokens will have, as far as it is known."""
+        cache among these, the `Shape` that its tokens will have, as far as it is known. model: which of `models`."""
         group = Group()
         for number, (layer, cache) in enumerate(caches):
-            cache.share = Share(self, layer, group, shapes.get(number))
+            cache.share = Share(self, Layer(model, layer), group, shapes.get(number))
             cache.repackable = number in shapes  # what it keeps to balance keys by is in the arithmetic then
             cache.share.join(cache)
 
-    def group_of(self, layer: int, rows: Sequence[Any]) -> Group:
+    def group_of(self, layer: Layer, rows: Sequence[Any]) -> Group:
         """The group of caches that are made of the same rows, layer by layer."""
         key = tuple((id(row[0]), *row[1:]) if isinstance(row, tuple) else id(row) for row in rows)
         group = self._groups.get(key)
@@ -345,11 +380,9 @@ class MemoryBudget:
 
     def _measured(self, layer, i):
         """{width: nats} of a part; of one that was not measured, as of the dearest."""
-        if self.prices is None:
-            return None
-        own = dict(self.prices[layer][i]) if layer < len(self.prices) else {}
-        every = (dict(side) for prices in self.prices for side in prices if side)
-        return own or max(every, key=lambda side: expected_errors(side)[WIDTHS.index(4)], default=None)
+        prices = self.models[layer.model].prices or ()
+        own = dict(prices[layer.number][i]) if layer.number < len(prices) else {}
+        return own or max(self._every_price(), key=lambda side: expected_errors(side)[WIDTHS.index(4)], default=None)
 
     def _total(self, table):
         return sum(held.nbytes for held in table) + sum(other() for other in self.others)
@@ -623,22 +656,24 @@ class MemoryBudget:
     # ---- looking at it -------------------------------------------------------------------------------------------
     def report(self) -> dict[str, Any]:
         """What it holds and what was done, as a dict of plain values: limit and nbytes; caches: how many are counted;
-        floor; priced_by; layers: {layer: [schemes that its caches have]}; next: the step that comes next, with
-        layer, side, bits before and after, bytes that it saves now; None if none is left."""
+        floor; priced_by; layers: {layer: [schemes that its caches have]}, and draft_layers: those of a draft model;
+        next: the step that comes next, with layer, is_draft, side, bits before and after, bytes that it saves now; None
+        if none is left."""
         table = [_Held(cache, None, None) for cache in self.alive() if not cache.empty()]
-        layers: dict[int, list[str]] = {}
+        layers: list[dict[int, list[str]]] = [{}, {}]
         for held in table:
-            name = Scheme(*held.bits).name
-            if name not in layers.setdefault(held.share.layer, []):
-                layers[held.share.layer].append(name)
+            name, layer = Scheme(*held.bits).name, held.share.layer
+            if name not in layers[layer.model].setdefault(layer.number, []):
+                layers[layer.model][layer.number].append(name)
         heap = self._next_steps(table)
         return {
             "limit": self.limit,
             "nbytes": self.nbytes,
             "caches": len(table),
             "floor": self.floor.name,
-            "priced_by": "numbers" if self.prices is None else "KL divergence",
-            "layers": dict(sorted(layers.items())),
+            "priced_by": "KL divergence" if self._every_price() else "numbers",
+            "layers": dict(sorted(layers[0].items())),
+            "draft_layers": dict(sorted(layers[1].items())),
             "next": self._describe_step(table, heap[0]) if heap else None,
         }
 
@@ -646,21 +681,29 @@ class MemoryBudget:
         _, number, bits = step
         held, i = table[number // 2], number % 2
         saved = held.packed(i, held.bits[i]) - held.packed(i, bits)
-        return {"layer": held.share.layer, "side": SIDES[i], "from": held.bits[i], "to": bits, "saves": saved}
+        (model, layer), before = held.share.layer, held.bits[i]
+        return {
+            "layer": layer,
+            "is_draft": model > 0,
+            "side": SIDES[i],
+            "from": before,
+            "to": bits,
+            "saves": saved,
+        }
 
     def describe(self) -> str:
         """`report` in one line."""
         r = self.report()
         text = f"budget of {size_name(r['limit'])}, {r['nbytes']:,} bytes used, floor {r['floor']}"
         text += ", priced by KL divergence" if r["priced_by"] != "numbers" else ", every number priced alike"
-        by_schemes: dict[str, list[int]] = {}
-        for layer, schemes in r["layers"].items():
-            by_schemes.setdefault(" and ".join(schemes), []).append(layer)
-        named = [f"{_scheme_text(s)} in layers {_ranges(which)}" for s, which in by_schemes.items()]
+        named = _by_schemes(r["layers"])
+        if of_draft := _by_schemes(r["draft_layers"]):
+            named += [f"of the draft model {of_draft[0]}", *of_draft[1:]]
         text += f": {', '.join(named)}" * bool(named)
         if (step := r["next"]) is not None:
             before = f"{step['from']} bits" if step["from"] else "exact"
-            text += f"; next: {step['side']} of layer {step['layer']} from {before} to {step['to']} bits"
+            text += f"; next: {step['side']} of {Layer(int(step['is_draft']), step['layer'])} from {before} to "
+            text += f"{step['to']} bits"
         elif named:
             text += "; no step would save anything now"
         return text
@@ -673,6 +716,14 @@ def _largest(fits, high):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _by_schemes(layers):
+    """Which layers have which schemes, in words."""
+    found: dict[str, list[int]] = {}
+    for layer, schemes in layers.items():
+        found.setdefault(" and ".join(schemes), []).append(layer)
+    return [f"{_scheme_text(s)} in layers {_ranges(which)}" for s, which in found.items()]
 
 
 def _scheme_text(schemes):

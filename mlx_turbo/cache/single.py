@@ -714,6 +714,8 @@ class TurboKVCache:
             take = min(n, getattr(self, name))
             setattr(self, name, getattr(self, name) - take)
             n -= take
+        if trimmed and self.share is not None:
+            self.share.after_trim(self, trimmed)
         if trimmed:
             self._to_balance = None
             if self._observed:
