@@ -234,6 +234,24 @@ def test_a_decode_step_repacks_one_part_at_most(backend, monkeypatch):
 
 
 @fast
+def test_rejected_drafts_do_not_let_anything_be_packed_earlier(backend):
+    """Speculative decoding appends several tokens at a time, and trims most of them."""
+    packed_at = []
+    for n_draft in (0, 3):
+        budget, caches = layers(700_000, n=2)
+        rng = np.random.default_rng(0)
+        step(caches, drawn(rng, 2, 20))
+        while all(c.config.scheme == Scheme(0, 0) for c in caches):
+            step(caches, drawn(rng, 2, 1 + n_draft), observe=False)
+            for c in caches:
+                c.trim(n_draft)
+            assert budget.nbytes <= budget.limit
+        packed_at.append(caches[0].offset)
+    alone, drafted = packed_at
+    assert 100 < alone - 4 <= drafted <= alone
+
+
+@fast
 def test_a_prompt_that_cannot_fit_is_refused_and_what_is_said_to_fit_does(backend):
     budget, caches = layers(100_000)
     rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """mlx-turbo serve: its answers to a client that speaks OpenAI's protocol, with and without hits in its prompt cache."""
 
+import argparse
 import copy
 import json
 import re
@@ -13,9 +14,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
-from mlx_lm.models.cache import CacheList
+from mlx_lm.models.cache import CacheList, make_prompt_cache
 from support import pages
 from support.faults import MARKED, mark
 from support.no_kernels import DoesNotBuild
@@ -34,8 +36,10 @@ from support.servers import (
 )
 
 import mlx_turbo
+from mlx_turbo.cli import serve
 from mlx_turbo.cli.common import DEMO_MODEL, DEMO_TEMPLATE
 from mlx_turbo.cli.main import main
+from mlx_turbo.cli.serve_store import ServedPrompts
 from mlx_turbo.integration.prompt_cache import TurboKVCache
 
 SHORT_WINDOW = ["--kv-sink", "2", "--kv-recent", "8"]  # so that a short text has packed tokens
@@ -775,6 +779,25 @@ def test_two_hundred_requests_of_eight_conversations(start, reference, argv, n_f
 
 
 # ---- a budget of memory ------------------------------------------------------------------------------------------
+def test_a_draft_model_comes_under_the_budget_of_the_model_that_is_loaded_with_it(monkeypatch):
+    args = argparse.Namespace(
+        **dict(kv=None, kv_memory="3MB", kv_floor=None, kv_sink=2, kv_recent=8, num_draft_tokens=3),
+        **dict(model=str(DEMO_MODEL), draft_model=f"{DEMO_MODEL}/.", prompts=ServedPrompts()),
+        **dict(rooms={}, budgets={}, loaded=[]),
+    )
+    program = serve.ServerProgram(serve.module, args)
+    monkeypatch.setattr(program, "choose", lambda model, tokenizer: program.config)  # without prices
+    model, draft = (program._load(mlx_lm.load, path)[0] for path in (args.model, args.draft_model))
+    budget, fit = args.budgets[args.model]
+    caches = [cache for m in (model, draft) for cache in make_prompt_cache(m)]
+    assert {id(c.share.budget) for c in caches} == {id(budget)} and len(budget.models) == len(budget.evict) + 1 == 2
+    assert budget.tokens_that_fit(caches) == fit > 300
+    args.loaded.clear()
+    program._load(mlx_lm.load, args.model)
+    assert args.budgets[args.model][1] > 1.5 * fit
+
+
+@pytest.mark.slow
 def test_a_budget_of_memory_is_over_the_caches_of_a_draft_model_too(start, draft_model, reference):
     server = start("--kv-memory", "9MB", *SHORT_WINDOW, "--draft-model", draft_model)
     sent, answer = Conversation(server, 0).say(12)
