@@ -1017,6 +1017,8 @@ class BatchTurboKVCache(TurboKVCache):
         """Append the rows of another batch cache, which stays as it is. Raises as `merge`, with this one unchanged."""
         if type(other) is not type(self):
             raise ValueError(f"other: got a {type(other).__name__}, allowed is a {type(self).__name__}")
+        self.settle()
+        other.settle()
         if self.share is not None:
             self._make_room([self, other], [self, other], [self])
         joined = self._join([self._uncounted(), other._uncounted()])
@@ -1047,8 +1049,10 @@ class BatchTurboKVCache(TurboKVCache):
         rows = [every[i] for i in indices]
         if not rows:
             raise ValueError(f"batch_indices: got none, allowed is at least one of the rows 0 to {self.n_rows - 1}")
-        self._unread.clear()
         self._pack_waiting()
+        if self.share is not None:
+            self.share.lend(self)
+        self._unread.clear()
         front, end = sum(self._columns(self._n_packed)), sum(self._buffer_counts())
         pick = lambda values: [values[b] for b in rows]  # noqa: E731
         for name in "_pad", "_n_packed", "_n_recent", "_n_evicted":
@@ -1085,16 +1089,18 @@ class BatchTurboKVCache(TurboKVCache):
                     setattr(side, name, mx.contiguous(a[:, :, :n][index]) if n else None)
         self._cover_means()
         self._changed()
-        if self._sides[0].recent is not None:
+        if self.share is None and self._sides[0].recent is not None:
             self._evaluate()
 
     def extract(self, idx: int) -> TurboKVCache:
-        """Row idx as a cache of its own."""
+        """Row idx as a cache of its own. Under a memory budget it is computed when this batch, or the row, is used:
+        until then it takes nothing."""
         b = list(range(self.n_rows))[idx]
         self._pack_waiting()
         cache = self._empty_row()
         if self.share is not None:
             self.share.pass_on(cache, (self.share.group, b))
+            self.share.lend(self, cache.share)
         cache.repackable = self.repackable
         n = self.n_tokens(b)
         if n or may_choose_bits(self.config) and not self._exact_because():
@@ -1129,14 +1135,20 @@ class BatchTurboKVCache(TurboKVCache):
                 if side.centered[b]:
                     n = n_segments(cache.n_packed, side.segment)
                     mine.means = write(None, 0, side.means[b : b + 1, :, :n], max(self.step // side.segment, 1))
-        cache._evaluate()
+        if cache.share is None:
+            cache._evaluate()
         return cache
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.share is not None:  # mlx-lm divides a batch by filtering it and its copy
+            self.share.lend(self)
+        return super().__deepcopy__(memo)
 
     def trim(self, n: int) -> int:
         """Remove the newest n tokens of each row, or all of a row that has fewer. Returns how many the longest row
         lost."""
+        self.settle()
         trimmed = n = min(max(int(n), 0), max(map(self.n_tokens, range(self.n_rows))))
-        self._pack_waiting()
         self._unread.clear()
         left, to_recent = [], {}
         for b in range(self.n_rows):

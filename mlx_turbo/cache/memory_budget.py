@@ -1,4 +1,5 @@
-"""A budget of memory over the caches of a model: exact while there is room, packed as far as memory asks.
+"""A budget of memory over the caches of a model, and of its draft model: exact while there is room, packed as far as
+memory asks.
 
 All caches that a budget is over share one `MemoryBudget`. Before an update in which buffers grow, it computes from
 counts and shapes, without waiting for anything, what all of them will hold afterwards. If that is too much it takes
@@ -13,8 +14,12 @@ part at a time, of which a model of 32 layers has 64. So that a decode step repa
 next growth of the buffers (by 256 tokens) needs are taken one per token before it, as late as possible. A prompt chunk
 takes all it needs at once, one part after the other.
 
-Not counted is, as in mlx-lm, what an update computes with: restored tokens, the working memory of a prompt chunk, and
-the rows that a batch is made of, until they are dropped.
+A row that leaves a batch, the batch without it, and the copies by which mlx-lm divides a batch, are made of the same
+buffers. None of them is computed until one is used, so that they take what the batch took (`Source`). Then all of them
+get buffers of their own, one part after the other, and each part of the old ones goes before the next. By then the
+batch has dropped the row, in most cases. If it has not, or a row is kept too, that is a copy, for which room is made.
+
+Not counted is, as in mlx-lm, what an update computes with: restored tokens, and the working memory of a prompt chunk.
 """
 
 import gc
@@ -101,17 +106,39 @@ class Group:
         return [c for c in (r() for r in self.caches) if c is not None and c.share is not None]
 
 
-class Share:
-    """A cache's share in a memory budget: which one, the number of its layer, and the caches that take each step with
-    it. shape: of one row's tokens, if it is known before they come. A copy of the cache has a share of its own; the
-    caches that are copied together take their steps together."""
+class Source:
+    """The buffers of a batch, of which caches are still to be computed. They count until that is done, and these do
+    not. nbytes: of keys, with the queries that are kept to balance them, and of values."""
 
-    def __init__(self, budget: "MemoryBudget", layer: int, group: Group, shape: Optional[Shape] = None) -> None:
+    def __init__(self, batch: Any) -> None:
+        values = batch._sides[1].nbytes
+        self.nbytes = batch.nbytes - values, values
+
+
+class Layer(NamedTuple):
+    """A layer of one of the models whose caches a budget is over. model: 0, or of a draft model 1."""
+
+    model: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"layer {self.number}{' of the draft model' * (self.model > 0)}"
+
+
+class Share:
+    """A cache's share in a memory budget: which one, its layer, and the caches that take each step with it. shape: of
+    one row's tokens, if it is known before they come. source: what the cache is still to be computed of. A copy of the
+    cache has a share of its own; the caches that are copied together take their steps together."""
+
+    def __init__(self, budget: "MemoryBudget", layer: Layer, group: Group, shape: Optional[Shape] = None) -> None:
         self.budget, self.layer, self.group, self.shape = budget, layer, group, shape
+        self.source: Optional[Source] = None
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> "Share":
         group = memo.setdefault((Group, id(self.group)), Group())
-        return Share(self.budget, self.layer, group, self.shape)
+        twin = Share(self.budget, self.layer, group, self.shape)
+        twin.source = self.source
+        return twin
 
     def join(self, cache: Any) -> None:
         """Count `cache`, whose share this is, as long as it lives."""
@@ -126,6 +153,15 @@ class Share:
         cache.share = Share(self.budget, self.layer, group, self.shape)
         cache.share.join(cache)
 
+    def lend(self, cache: Any, to: Optional["Share"] = None) -> None:
+        """The buffers of `cache`, whose share this is, become the source of itself, and of another cache with the share
+        `to`: what is done to either is not computed before `MemoryBudget.separate`."""
+        if self.source is None:
+            self.source = Source(cache)
+            self.budget.has_sources = True
+        if to is not None:
+            to.source = self.source
+
     def before_update(self, cache: Any, keys: mx.array, values: mx.array) -> None:
         """Make room for an update of `cache`. Raises MemoryBudgetError, with nothing changed, if there is none."""
         group, n_new = self.group, keys.shape[2]
@@ -136,6 +172,11 @@ class Share:
             group.left -= n_new
             if group.left <= len(group.pending):
                 self.budget.take_pending(group, PARTS_PER_TOKEN * n_new)
+
+    def after_trim(self, cache: Any, n: int) -> None:
+        """Tokens of `cache` went, as after a rejected draft: the next growth is later."""
+        if self.group.pending and self.group.leader is not None and self.group.leader() is cache:
+            self.group.left += n
 
 
 class _Held:
@@ -152,7 +193,7 @@ class _Held:
         if self.shape is not None:
             if cache.repackable:
                 self.queries = max(self.queries, self.shape.queries_nbytes)
-            self.fixed = sum(map(self._exact, (0, 1)))
+            self.fixed = sum(map(self.exact, (0, 1)))
             self.bits = [b if can_rotate(d) else 0 for b, d in zip(self.bits, self.shape.dims)]
         self._packed: Any = {}
 
@@ -161,7 +202,10 @@ class _Held:
         known = self.share.shape
         return None if keys is None else Shape.of(keys, values, 0 if known is None else known.n_heads)
 
-    def _exact(self, i):
+    def exact(self, i: int) -> int:
+        """Bytes of the sink and recent tokens of keys (i = 0) or values (1)."""
+        if self.shape is None:
+            return 0
         side, room = self.cache._sides[i], self.room
         if side.in_one:
             n = side.recent.shape[2] - side.codes_capacity if room is None else room.sink + room.recent
@@ -236,39 +280,59 @@ class _Held:
         return shape is not None and shape.can_pack and self.n_packed > 0 and can_rotate(shape.dims[i])
 
 
+class OfModel:
+    """What a budget knows of a model whose caches it is over. prices: as of TurboConfig. model: gives it, or None when
+    it is gone. shapes: of its caches, by their number among the compressed ones, if they are known."""
+
+    def __init__(self, prices: Optional[Prices], model: Callable[[], Any] = lambda: None) -> None:
+        self.prices, self.model = prices, model
+        self.shapes: Optional[dict[int, Shape]] = None
+
+
 class MemoryBudget:
     """A budget over all caches that share it. limit: bytes. floor: the fewest bits of keys and values. prices: as of
-    TurboConfig. ladder: the bits that are tried."""
+    TurboConfig. ladder: the bits that are tried. models: whose caches they are, a draft model last."""
 
     def __init__(
         self, limit: int, floor: Scheme = FLOOR, prices: Optional[Prices] = None, ladder: Sequence[int] = LADDER
     ) -> None:
-        self.limit, self.floor, self.prices, self.ladder = limit, floor, prices, tuple(ladder)
+        self.limit, self.floor, self.ladder = limit, floor, tuple(ladder)
         self.caches: list[weakref.ref[Any]] = []  # in the order in which they came: what is done depends on it
         self.others: list[Callable[[], int]] = []  # bytes that are held elsewhere, and count
         self.evict: list[Callable[[], bool]] = []  # each frees something that can be had again, or returns False
-        self.shapes: Optional[dict[int, Shape]] = None  # of the model's caches, if they are known
+        self.has_sources = False  # whether there are caches that are still to be computed
         self.n_plans = 0
         self._groups: weakref.WeakValueDictionary[Any, Group] = weakref.WeakValueDictionary()
-        self._errors: dict[tuple[int, int, int], list[float]] = {}
-        measured = [
-            expected_errors(dict(side))[WIDTHS.index(4)] for of_layer in prices or () for side in of_layer if side
-        ]
-        self._least = LEAST_SHARE * sum(measured) / len(measured) if measured else 0.0
+        self._errors: dict[tuple[Layer, int, int], list[float]] = {}
+        self.models: list[OfModel] = []
+        self.add_model(OfModel(prices))
 
     def __deepcopy__(self, memo: Any) -> "MemoryBudget":
         return self
 
-    def add(self, caches: Iterable[tuple[int, Any]], shapes: Mapping[int, Shape] = MappingProxyType({})) -> None:
+    def add_model(self, model: OfModel) -> None:
+        """Let this budget be over the caches of another model too."""
+        self.models.append(model)
+        self._errors.clear()
+        measured = [expected_errors(side)[WIDTHS.index(4)] for side in self._every_price()]
+        self._least = LEAST_SHARE * sum(measured) / len(measured) if measured else 0.0
+
+    def _every_price(self):
+        """{width: nats} of each part that was measured."""
+        return [dict(side) for of in self.models for of_layer in of.prices or () for side in of_layer if side]
+
+    def add(
+        self, caches: Iterable[tuple[int, Any]], shapes: Mapping[int, Shape] = MappingProxyType({}), model: int = 0
+    ) -> None:
         """Put caches that take each step together under this budget: (layer, cache) of each. shapes: by the number of a
-        cache among these, the `Shape` that its tokens will have, as far as it is known."""
+        cache among these, the `Shape` that its tokens will have, as far as it is known. model: which of `models`."""
         group = Group()
         for number, (layer, cache) in enumerate(caches):
-            cache.share = Share(self, layer, group, shapes.get(number))
+            cache.share = Share(self, Layer(model, layer), group, shapes.get(number))
             cache.repackable = number in shapes  # what it keeps to balance keys by is in the arithmetic then
             cache.share.join(cache)
 
-    def group_of(self, layer: int, rows: Sequence[Any]) -> Group:
+    def group_of(self, layer: Layer, rows: Sequence[Any]) -> Group:
         """The group of caches that are made of the same rows, layer by layer."""
         key = tuple((id(row[0]), *row[1:]) if isinstance(row, tuple) else id(row) for row in rows)
         group = self._groups.get(key)
@@ -286,7 +350,12 @@ class MemoryBudget:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers under the budget."""
-        return sum(c.nbytes for c in self.alive()) + sum(other() for other in self.others)
+        caches = self.alive()
+        own = sum(c.nbytes for c in caches if c.share.source is None)
+        of_sources = sum(
+            sum(source.nbytes) for source in {c.share.source for c in caches if c.share.source is not None}
+        )
+        return own + of_sources + sum(other() for other in self.others)
 
     def _lowest(self, i):
         return (self.floor.key_bits, self.floor.value_bits)[i]
@@ -311,11 +380,9 @@ class MemoryBudget:
 
     def _measured(self, layer, i):
         """{width: nats} of a part; of one that was not measured, as of the dearest."""
-        if self.prices is None:
-            return None
-        own = dict(self.prices[layer][i]) if layer < len(self.prices) else {}
-        every = (dict(side) for prices in self.prices for side in prices if side)
-        return own or max(every, key=lambda side: expected_errors(side)[WIDTHS.index(4)], default=None)
+        prices = self.models[layer.model].prices or ()
+        own = dict(prices[layer.number][i]) if layer.number < len(prices) else {}
+        return own or max(self._every_price(), key=lambda side: expected_errors(side)[WIDTHS.index(4)], default=None)
 
     def _total(self, table):
         return sum(held.nbytes for held in table) + sum(other() for other in self.others)
@@ -388,7 +455,8 @@ class MemoryBudget:
         self._look_ahead(group, growing, n_new)
 
     def make_fit(self) -> bool:
-        """Evict and pack as far as what there is asks. False, with nothing packed, if the floor does not hold it."""
+        """Evict and pack as far as what there is asks, and compute what is still to be computed. False, with nothing
+        packed, if the floor does not hold it."""
         table = [_Held(cache, None, None) for cache in self.alive()]
         while not self._fits(table) and any(evict() for evict in self.evict):
             del table
@@ -397,9 +465,47 @@ class MemoryBudget:
         changed = self._take_steps(table)
         if not self._fits(table):
             return False
-        for held, i in changed:
-            self._repack(held.cache, i, held.bits[i])
+        self._compute(table, changed)
         return True
+
+    def separate(self) -> None:
+        """Give caches that are still to be computed buffers of their own. Raises MemoryBudgetError, with nothing
+        changed, if the floor does not hold all of them."""
+        if self.has_sources and not self.make_fit():
+            raise MemoryBudgetError(
+                f"memory: rows that were taken out of a batch are still in it too, and with every layer at "
+                f"{self.floor.name}, the floor, the budget of {self.limit:,} bytes ({size_name(self.limit)}) does not "
+                "hold both. Drop some, or allow more memory or a lower floor"
+            )
+
+    def _compute(self, table, changed):
+        """Repack what changed, and compute what is still to be computed: one part after the other of the caches that
+        have a source in common, those that free most first. Each part of a source goes before the next."""
+        steps = {(id(held), i) for held, i in changed}
+
+        def repack(held: _Held, i: int) -> None:
+            if (id(held), i) in steps:
+                self._repack(held.cache, i, held.bits[i])
+
+        of_sources: dict[Source, list[_Held]] = {}
+        for held in table:
+            if held.share.source is not None:
+                of_sources.setdefault(held.share.source, []).append(held)
+        parts = []
+        for number, (source, made) in enumerate(of_sources.items()):
+            for i in (0, 1):
+                more = sum(held.exact(i) + held.packed(i, held.bits[i]) for held in made) - source.nbytes[i]
+                parts.append((more, number, i, made))
+        alone = [(held, i) for held, i in changed if held.share.source is None]
+        self.has_sources = False
+        for held in itertools.chain(*of_sources.values()):
+            held.share.source = None
+        for held, i in alone:
+            repack(held, i)
+        for _, _, i, made in sorted(parts, key=lambda part: part[:3]):
+            mx.eval([held.cache.side_started(i) for held in made])
+            for held in made:
+                repack(held, i)
 
     def before_join(
         self, joined: Any, room: Room, shape: Shape, parts: Sequence[Any], leaving: Sequence[Any] = ()
@@ -550,22 +656,24 @@ class MemoryBudget:
     # ---- looking at it -------------------------------------------------------------------------------------------
     def report(self) -> dict[str, Any]:
         """What it holds and what was done, as a dict of plain values: limit and nbytes; caches: how many are counted;
-        floor; priced_by; layers: {layer: [schemes that its caches have]}; next: the step that comes next, with
-        layer, side, bits before and after, bytes that it saves now; None if none is left."""
+        floor; priced_by; layers: {layer: [schemes that its caches have]}, and draft_layers: those of a draft model;
+        next: the step that comes next, with layer, is_draft, side, bits before and after, bytes that it saves now; None
+        if none is left."""
         table = [_Held(cache, None, None) for cache in self.alive() if not cache.empty()]
-        layers: dict[int, list[str]] = {}
+        layers: list[dict[int, list[str]]] = [{}, {}]
         for held in table:
-            name = Scheme(*held.bits).name
-            if name not in layers.setdefault(held.share.layer, []):
-                layers[held.share.layer].append(name)
+            name, layer = Scheme(*held.bits).name, held.share.layer
+            if name not in layers[layer.model].setdefault(layer.number, []):
+                layers[layer.model][layer.number].append(name)
         heap = self._next_steps(table)
         return {
             "limit": self.limit,
             "nbytes": self.nbytes,
             "caches": len(table),
             "floor": self.floor.name,
-            "priced_by": "numbers" if self.prices is None else "KL divergence",
-            "layers": dict(sorted(layers.items())),
+            "priced_by": "KL divergence" if self._every_price() else "numbers",
+            "layers": dict(sorted(layers[0].items())),
+            "draft_layers": dict(sorted(layers[1].items())),
             "next": self._describe_step(table, heap[0]) if heap else None,
         }
 
@@ -573,21 +681,29 @@ class MemoryBudget:
         _, number, bits = step
         held, i = table[number // 2], number % 2
         saved = held.packed(i, held.bits[i]) - held.packed(i, bits)
-        return {"layer": held.share.layer, "side": SIDES[i], "from": held.bits[i], "to": bits, "saves": saved}
+        (model, layer), before = held.share.layer, held.bits[i]
+        return {
+            "layer": layer,
+            "is_draft": model > 0,
+            "side": SIDES[i],
+            "from": before,
+            "to": bits,
+            "saves": saved,
+        }
 
     def describe(self) -> str:
         """`report` in one line."""
         r = self.report()
         text = f"budget of {size_name(r['limit'])}, {r['nbytes']:,} bytes used, floor {r['floor']}"
         text += ", priced by KL divergence" if r["priced_by"] != "numbers" else ", every number priced alike"
-        by_schemes: dict[str, list[int]] = {}
-        for layer, schemes in r["layers"].items():
-            by_schemes.setdefault(" and ".join(schemes), []).append(layer)
-        named = [f"{_scheme_text(s)} in layers {_ranges(which)}" for s, which in by_schemes.items()]
+        named = _by_schemes(r["layers"])
+        if of_draft := _by_schemes(r["draft_layers"]):
+            named += [f"of the draft model {of_draft[0]}", *of_draft[1:]]
         text += f": {', '.join(named)}" * bool(named)
         if (step := r["next"]) is not None:
             before = f"{step['from']} bits" if step["from"] else "exact"
-            text += f"; next: {step['side']} of layer {step['layer']} from {before} to {step['to']} bits"
+            text += f"; next: {step['side']} of {Layer(int(step['is_draft']), step['layer'])} from {before} to "
+            text += f"{step['to']} bits"
         elif named:
             text += "; no step would save anything now"
         return text
@@ -600,6 +716,14 @@ def _largest(fits, high):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _by_schemes(layers):
+    """Which layers have which schemes, in words."""
+    found: dict[str, list[int]] = {}
+    for layer, schemes in layers.items():
+        found.setdefault(" and ".join(schemes), []).append(layer)
+    return [f"{_scheme_text(s)} in layers {_ranges(which)}" for s, which in found.items()]
 
 
 def _scheme_text(schemes):

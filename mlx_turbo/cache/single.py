@@ -265,7 +265,14 @@ class TurboKVCache:
 
     def settle(self) -> None:
         """Do what was put off: pack the first tokens, whose queries did not come; with `auto`, choose and pack; and
-        read which rows are centered. The next update does it, and so does whatever looks at the buffers before."""
+        read which rows are centered. The next update does it, and so does whatever looks at the buffers before. Raises
+        MemoryBudgetError if a row was taken out of a batch that goes on with it, and its memory budget does not hold
+        both."""
+        if self.share is not None:
+            self.share.budget.separate()
+        self._settle()
+
+    def _settle(self):
         if self._choice is not None:
             self._decide()
         self._pack_waiting()
@@ -280,7 +287,11 @@ class TurboKVCache:
     def _evaluate(self):
         """Start computing new buffers that the returned arrays do not read: another thread cannot evaluate them, and
         until they are evaluated they keep their inputs alive."""
-        mx.async_eval([side.started() for side in self._sides], self._observed_queries())
+        mx.async_eval(*map(self.side_started, (0, 1)))
+
+    def side_started(self, i: int) -> list[mx.array]:
+        """All that was begun of keys (i = 0), with the queries that are kept to balance them, or of values (1)."""
+        return [*self._sides[i].started(), *(() if i else self._observed_queries())]
 
     def _check(self, keys, values):
         for x, name, side in ((keys, "keys", self._sides[0]), (values, "values", self._sides[1])):
@@ -700,6 +711,8 @@ class TurboKVCache:
             take = min(n, getattr(self, name))
             setattr(self, name, getattr(self, name) - take)
             n -= take
+        if trimmed and self.share is not None:
+            self.share.after_trim(self, trimmed)
         if trimmed and self._observed:
             seen, *of_all = self._observed
             self._observed = (still_held(seen, self.offset), *of_all)
@@ -730,7 +743,7 @@ class TurboKVCache:
     def nbytes(self) -> int:
         """Bytes of all buffers, unused room included, and of the queries that are held until the keys are balanced and
         auto has chosen."""
-        self.settle()
+        self._settle()
         return sum(side.nbytes for side in self._sides) + sum(queries.nbytes for queries in self._observed_queries())
 
     def _counts(self):

@@ -223,12 +223,11 @@ class TurboProgram:
             args.kv = MEMORY + args.kv_memory
         self.scheme: str = args.kv or DEFAULT_SCHEME
         self.config = kv_config(self.scheme, args)
-        if self.config is not None and self.config.memory is not None and getattr(args, "draft_model", None):
-            raise CliError("--draft-model: goes without a budget of memory, which is of one model's caches")
         self._file_config: TurboConfig | None = None
         self._of_models: dict[int, tuple[Any, TurboConfig | None]] = {}  # by id: a model, and its configuration
         self._not_checked: list[tuple[list[Any], str]] = []  # caches of files that came before their model
         self._n_loaded = 0
+        self._draft: Any = None  # a draft model, whose caches are under the budget of the model's
 
     @contextlib.contextmanager
     def installed(self) -> "Iterator[TurboProgram]":
@@ -255,6 +254,8 @@ class TurboProgram:
         is_draft, self._n_loaded = self._n_loaded > 0, self._n_loaded + 1
         model, *rest = load_model(original, path, "--draft-model" if is_draft else "--model", *args, **kwargs)
         config = self.choose(model, rest[0])
+        if is_draft:
+            self._draft = model
         while self._not_checked and config is not None:
             self._fit(*self._not_checked.pop(), config)
         self.warm(model, rest[0], is_draft)
@@ -304,7 +305,8 @@ class TurboProgram:
             cache = original(model, max_kv_size)
         else:
             with warnings_as_messages():
-                cache = make_prompt_cache(model, config, max_kv_size)
+                budget = memory_budget_of(self.caches[0]) if model is self._draft and self.caches else None
+                cache = make_prompt_cache(model, config, max_kv_size, budget)
         self.caches.append(cache)
         return cache
 
@@ -342,7 +344,7 @@ class TurboProgram:
             new = self.new_cache(next(model for model, own in self._of_models.values() if own == config))
             budget = memory_budget_of(new)
             if budget is not None:
-                put_under_budget(cache, budget, budget.shapes)
+                put_under_budget(cache, budget, budget.models[0].shapes)
 
     def _check_flags(self, saved: TurboKVCache, file: str, config: TurboConfig | None) -> None:
         """Raise CliError if a flag contradicts what a cache in a file was made with. config: of its layer. A budget of
@@ -470,8 +472,9 @@ def use_demo_model(args: argparse.Namespace) -> None:
 
 
 def limit_to_budget(prompt_cache: Any, n_prompt: int, max_tokens: int) -> int:
-    """max_tokens, or fewer: as many as a budget of memory holds behind a prompt of n_prompt tokens. max_tokens: -1 is
-    no limit. Raises CliError if it does not hold the prompt."""
+    """max_tokens, or fewer: as many as a budget of memory holds behind a prompt of n_prompt tokens. prompt_cache: with
+    the caches of a draft model, if there is one. max_tokens: -1 is no limit. Raises CliError if it does not hold the
+    prompt."""
     budget = memory_budget_of(prompt_cache)
     if budget is None:
         return max_tokens

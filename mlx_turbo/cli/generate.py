@@ -58,16 +58,28 @@ def main(argv: Sequence[str]) -> int:
             raise CliError("--prompt: the prompt is empty")
         before = cached_tokens(kwargs.get("prompt_cache") or [])
         warn_beyond_context(model, before + len(prompt), kwargs["max_tokens"])
-        if (draft := kwargs.get("draft_model")) is not None:
+        draft = kwargs.get("draft_model")
+        if draft is not None:
             n_most = len(prompt) + args.max_tokens if args.max_tokens > 0 else None
             for each, what in ((model, "the model"), (draft, "the draft model")):
                 check_going_back(program.new_cache(each), n_most, what)
         asked, cache = kwargs["max_tokens"], kwargs.get("prompt_cache")
         if cache is None and program.config is not None and program.config.memory is not None:
             cache = kwargs["prompt_cache"] = program.own_cache(model, kwargs.pop("max_kv_size", None))
+            if draft is not None:
+                cache += program.own_cache(draft)
         kwargs["max_tokens"] = allowed = limit_to_budget(cache or [], len(prompt), asked)
-        answer = original(model, tokenizer, prompt, **kwargs)
-        say_budget_ended(cache or [], cached_tokens(cache or []) - before - len(prompt), asked, allowed)
+        n_answered, stream = 0, module.stream_generate
+
+        def counted(*args, **options):
+            nonlocal n_answered
+            for response in stream(*args, **options):
+                n_answered = response.generation_tokens
+                yield response
+
+        with patched_attributes(module, stream_generate=counted):
+            answer = original(model, tokenizer, prompt, **kwargs)
+        say_budget_ended(cache or [], n_answered, asked, allowed)
         return answer
 
     setattr(parser, "parse_args", lambda: args)

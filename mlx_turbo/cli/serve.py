@@ -81,18 +81,21 @@ class ServerProgram(TurboProgram):
         model, *rest = load_model(original, path, flags.get(path, "model"), *args, **kwargs)
         config = self.choose(model, rest[0])
         self.args.rooms[path] = room_of(model, config)
+        loaded = self.args.loaded  # before this one if it is a draft model
         if config is not None:
-            enable(model, config)
+            enable(model, config, loaded[0][1] if loaded else None)
         self.warm(model, rest[0], path == self.args.draft_model)
         with warnings_as_messages():
             cache = make_prompt_cache(model)
-        self.args.budgets[path] = budget = memory_budget_of(cache)
+        budget = memory_budget_of(cache)
         if budget is not None:
-            prompts = self.args.prompts
-            budget.evict.append(prompts.evict)
-            budget.others.append(lambda: prompts.memory_nbytes)
-            ours = [c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)]
-            self.args.most_tokens[path] = budget.tokens_that_fit(ours)
+            if not loaded:
+                prompts = self.args.prompts
+                budget.evict.append(prompts.evict)
+                budget.others.append(lambda: prompts.memory_nbytes)
+            loaded.append((path, cache))
+            ours = [c for _, layers in loaded for c in flatten_caches(layers) if isinstance(c, TurboKVCache)]
+            self.args.budgets[loaded[0][0]] = budget, budget.tokens_that_fit(ours)
         together = self.args.draft_model is None and all(hasattr(c, "merge") for c in flatten_caches(cache))
         print_message(
             f"{path}: KV cache {self.scheme}, {describe(cache)}; requests are answered "
@@ -131,7 +134,10 @@ class ModelProvider(module.ModelProvider):
     def load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> Any:
         """mlx-lm 0.31.3 loses the adapter of --adapter-path, which it looks up after replacing the model's name."""
         adapters = getattr(self, "_adapter_map", {})
-        loaded = super().load(model_path, adapters.get(model_path, adapter_path), draft_model_path)
+        try:
+            loaded = super().load(model_path, adapters.get(model_path, adapter_path), draft_model_path)
+        finally:
+            self.cli_args.loaded.clear()
         if self.draft_model is not None:
             check_going_back(new_cache(self.model), self.limit(), "the model")
             check_going_back(new_cache(self.draft_model), self.limit(), "the draft model")
@@ -146,7 +152,7 @@ class ModelProvider(module.ModelProvider):
 
     def fit(self) -> int | None:
         """How many tokens the memory budget of the loaded model holds, if it holds nothing else; None: any number."""
-        return self.cli_args.most_tokens.get((self.model_key or [None])[0])
+        return self.cli_args.budgets.get((self.model_key or [None])[0], (None, None))[1]
 
     def load_default(self) -> None:
         if self.tried.is_set():  # by a generation loop that begins anew: requests load what they name
@@ -340,7 +346,7 @@ class ResponseGenerator(module.ResponseGenerator):
 
     def _budget(self) -> MemoryBudget | None:
         """The memory budget of the loaded model's caches."""
-        return self.cli_args.budgets.get((self.model_provider.model_key or [None])[0])
+        return self.cli_args.budgets.get((self.model_provider.model_key or [None])[0], (None, None))[0]
 
     def context(self) -> dict[str, Any]:
         """What is said of the loaded model's context (serve_context.py)."""
@@ -529,7 +535,9 @@ def main(argv: Sequence[str]) -> int:
             if (value := getattr(args, name)) is not None and value < 0:
                 raise CliError(f"--{name.replace('_', '-')}: got {value}, expected a whole number of at least 0")
         check_store_arguments(args)
-        args.prompts, args.rooms, args.budgets, args.most_tokens = prompts, {}, {}, {}
+        args.prompts, args.rooms = prompts, {}
+        args.budgets = {}  # by the name of a model: the budget of its caches, and how many tokens it holds
+        args.loaded = []  # (name, caches) of what is being loaded: a model, then its draft model
         check_port(args.host, args.port)
         if args.model is None:
             use_demo_model(args)

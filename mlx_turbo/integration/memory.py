@@ -2,12 +2,13 @@
 
 import copy
 import os
+import weakref
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..cache.memory_budget import MemoryBudget, Shape
+from ..cache.memory_budget import MemoryBudget, OfModel, Shape
 from ..cache.single import TurboKVCache
 from ..quant.scheme import TurboConfig
 from .libraries import language_model
@@ -49,12 +50,38 @@ def memory_beside(weights: int) -> int:
 
 def budget_of(model: Any, config: TurboConfig) -> MemoryBudget:
     """A budget for the caches of `model`, by a configuration with `memory`. Raises ValueError as `memory_beside`."""
-    limit = config.memory
-    if isinstance(limit, str):
-        limit = memory_beside(sum(a.nbytes for a in dict(tree_flatten(language_model(model).parameters())).values()))
+    limit, part = config.memory, language_model(model)
     if limit is None:
         raise ValueError(f"config: got {config.name!r}, expected one with memory, for example 'memory:6GB'")
-    return MemoryBudget(limit, config.floor, config.prices)
+    budget = MemoryBudget(_limit(limit, part), config.floor, config.prices)
+    budget.models[0].model = weakref.ref(part)
+    return budget
+
+
+def _limit(memory, *models):
+    if not isinstance(memory, str):
+        return memory
+    return memory_beside(sum(a.nbytes for m in models for a in dict(tree_flatten(m.parameters())).values()))
+
+
+def number_in(budget: MemoryBudget, model: Any, config: TurboConfig) -> int:
+    """Which of the models of a budget this is. Another model than it was made for comes under it as the draft model,
+    with the prices of `config`; if its memory is "auto", the limit leaves room for the weights of both. Raises
+    ValueError if nothing is left, and for a third model."""
+    part = language_model(model)
+    known = [of.model() for of in budget.models]
+    for number, one in enumerate(known):
+        if one is part:
+            return number
+    if known == [None]:  # made without a model
+        budget.models[0].model = weakref.ref(part)
+        return 0
+    if len(known) > 1:
+        raise ValueError("budget: it is over the caches of a model and its draft model already; allowed is one of each")
+    if isinstance(config.memory, str):
+        budget.limit = min(budget.limit, _limit(config.memory, *filter(lambda m: m is not None, known), part))
+    budget.add_model(OfModel(config.prices, weakref.ref(part)))
+    return 1
 
 
 def _ours(prompt_cache):
@@ -67,16 +94,18 @@ def _ours(prompt_cache):
     ]
 
 
-def put_under_budget(prompt_cache: list[Any], budget: MemoryBudget, shapes: dict[int, Shape] | None = None) -> None:
+def put_under_budget(
+    prompt_cache: list[Any], budget: MemoryBudget, shapes: dict[int, Shape] | None = None, number: int = 0
+) -> None:
     """Put the compressed caches of a prompt cache under a budget. What is not compressed does not count. shapes: as
-    `shapes_of`."""
-    budget.add(_ours(prompt_cache), shapes or {})
+    `shapes_of`. number: as `number_in`."""
+    budget.add(_ours(prompt_cache), shapes or {}, number)
 
 
 def take_under_budget(prompt_cache: list[Any], budget: MemoryBudget) -> bool:
     """Put a prompt cache with tokens, which comes from a file or a store, under a budget: caches are packed until all
     fit. False, with no cache changed and this one under no budget, if the floor does not hold them."""
-    put_under_budget(prompt_cache, budget, budget.shapes)
+    put_under_budget(prompt_cache, budget, budget.models[0].shapes)
     if budget.make_fit():
         return True
     for _, cache in _ours(prompt_cache):
@@ -84,19 +113,20 @@ def take_under_budget(prompt_cache: list[Any], budget: MemoryBudget) -> bool:
     return False
 
 
-def shapes_of(model: Any, prompt_cache: list[Any], budget: MemoryBudget) -> dict[int, Shape]:
+def shapes_of(model: Any, prompt_cache: list[Any], budget: MemoryBudget, number: int = 0) -> dict[int, Shape]:
     """By their number among the compressed ones, the shapes that the tokens of a new prompt cache will have. The model
-    reads one token, once per budget."""
-    if budget.shapes is None:
+    reads one token, once per budget. number: as `number_in`."""
+    of = budget.models[number]
+    if of.shapes is None:
         called = copy.deepcopy(prompt_cache)
         caches = [cache for _, cache in _ours(called)]
         for cache in caches:
             cache.repackable = True
         model(mx.zeros((1, 1), mx.int32), cache=called)
-        budget.shapes = {}
+        of.shapes = {}
         for i, cache in enumerate(caches):
             keys, values = (side.recent for side in cache._sides)
             seen = cache.observed
             if keys is not None:
-                budget.shapes[i] = Shape.of(keys, values, seen[0][0][0].shape[1] if seen else 0)
-    return budget.shapes
+                of.shapes[i] = Shape.of(keys, values, seen[0][0][0].shape[1] if seen else 0)
+    return of.shapes

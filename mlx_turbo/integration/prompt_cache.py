@@ -17,7 +17,7 @@ from . import attention
 from .conversion import compress_window
 from .kv_size import KEEP, limit_kv_size, pass_on_max_kv_size
 from .libraries import cache_module, is_cache, language_model, library_of
-from .memory import budget_of, flatten_caches, put_under_budget, shapes_of
+from .memory import budget_of, flatten_caches, number_in, put_under_budget, shapes_of
 from .mixed_batch import let_batches_mix
 from .vlm_caches import VlmRotatingTurboKVCache, VlmTurboKVCache
 
@@ -141,7 +141,7 @@ def make_prompt_cache(
     model: Any,
     config: str | Scheme | TurboConfig = "turbo4",
     max_kv_size: int | None = None,
-    budget: MemoryBudget | None = None,
+    budget: MemoryBudget | list[Any] | None = None,
 ) -> list[Any]:
     """A prompt cache for `model` with TurboKVCache where its library's make_prompt_cache has a KVCache, and
     RotatingTurboKVCache where it has a RotatingKVCache (sliding windows).
@@ -155,11 +155,14 @@ def make_prompt_cache(
     says which and why; there is a warning if nothing is left to compress.
 
     With "memory:6GB" the compressed caches share a budget of memory; prompt caches that are to share one are made by a
-    model with that `enable`d, or with `budget`, which memory_budget.budget_of makes.
+    model with that `enable`d, or with `budget`: a prompt cache that is under one, or the MemoryBudget itself. Its limit
+    and floor are those of the budget then. So are the caches of a draft model, with the prices of their own `config`:
+    `cache += make_prompt_cache(draft_model, draft_config, budget=cache)` is what mlx-lm's speculative decoding takes.
 
     Raises ValueError for an unknown scheme, a budget that `choose_bits` has not spent yet, schemes for another number
-    of layers, and a memory of "auto" on a machine that the model fills.
+    of layers, a memory of "auto" on a machine that the model fills, and a budget that is over two other models.
     """
+    budget = memory_budget_of(budget) if isinstance(budget, list) else budget
     turbo, module, model = TurboConfig.of(config), patch_library_of(model), language_model(model)
     turbo.check_chosen()
     if turbo.memory is not None and budget is None:
@@ -190,7 +193,8 @@ def make_prompt_cache(
         return plain
     cache = compress(plain, turbo, indexers)
     if budget is not None:
-        put_under_budget(cache, budget, shapes_of(model, cache, budget))
+        number = number_in(budget, model, turbo)
+        put_under_budget(cache, budget, shapes_of(model, cache, budget, number), number)
     kept = sorted({type(c).__name__ for c in flatten_caches(cache) if not isinstance(c, TurboKVCache)})
     if kept and not any(isinstance(c, TurboKVCache) for c in flatten_caches(cache)):
         warnings.warn(
@@ -212,21 +216,25 @@ def memory_budget_of(prompt_cache: Any) -> MemoryBudget | None:
 class _EnabledMakeCache:
     """The `make_cache` that `enable` sets on a model. original: the one it replaces (None: mlx-lm's default)."""
 
-    def __init__(self, model: Any, config: TurboConfig, original: Any) -> None:
+    def __init__(self, model: Any, config: TurboConfig, original: Any, budget: MemoryBudget | None) -> None:
         self.model, self.config, self.original = model, config, original
-        self.budget = None if config.memory is None else budget_of(model, config)  # of all caches it makes
+        if budget is None and config.memory is not None:
+            budget = budget_of(model, config)
+        self.budget = budget  # of all caches it makes
 
     def __call__(self, max_kv_size: int | None = None) -> list[Any]:
         return make_prompt_cache(self.model, self.config, max_kv_size, self.budget)
 
 
-def enable(model: Any, config: str | Scheme | TurboConfig = "turbo4") -> Any:
+def enable(
+    model: Any, config: str | Scheme | TurboConfig = "turbo4", budget: MemoryBudget | list[Any] | None = None
+) -> Any:
     """Make every prompt cache that mlx-lm or mlx-vlm builds for `model` a compressed one, for applications that make
     their own.
 
     Sets `make_cache` on this model object only (of mlx-vlm's models, on its language_model), and the library's
-    make_prompt_cache passes max_kv_size on to it. Calling it
-    again changes the configuration; `disable` undoes it. Returns the model.
+    make_prompt_cache passes max_kv_size on to it. Calling it again changes the configuration; `disable` undoes it.
+    budget: as of make_prompt_cache, for a draft model. Returns the model.
 
     Raises ValueError for an unknown scheme, and a budget that `choose_bits` has not spent yet.
     """
@@ -235,7 +243,8 @@ def enable(model: Any, config: str | Scheme | TurboConfig = "turbo4") -> Any:
     disable(model)
     patch_library_of(model)
     part = language_model(model)
-    part.make_cache = _EnabledMakeCache(part, turbo, getattr(part, "make_cache", None))
+    budget = memory_budget_of(budget) if isinstance(budget, list) else budget
+    part.make_cache = _EnabledMakeCache(part, turbo, getattr(part, "make_cache", None), budget)
     return model
 
 

@@ -1,5 +1,6 @@
 """A budget of memory: never more than it, exact while it fits, the same each time, refused before anything changes."""
 
+import contextlib
 import copy
 import gc
 
@@ -24,6 +25,7 @@ from mlx_turbo.quant.scheme import PACKED_BITS
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
 SHAPE = dict(heads=2, key_dim=32, value_dim=64)
 SMALL = dict(sink=2, recent=4, block=4)
+BESIDE = 16_384  # bytes that MLX keeps of a larger buffer behind a slice of it, at most; more than a mask takes
 FLOORS = st.builds(Scheme, st.sampled_from([0, *PACKED_BITS]), st.sampled_from(PACKED_BITS))
 MAKERS = st.builds(
     lambda window, keep, **config: (window and window + keep, TurboConfig("turbo0", sink=keep, **config)),
@@ -229,6 +231,24 @@ def test_a_decode_step_repacks_one_part_at_most(backend, monkeypatch):
             assert budget.nbytes <= budget.limit
     assert most == 1 and total > 10
     assert all(c.config.scheme == Scheme(4, 4) for c in caches)
+
+
+@fast
+def test_rejected_drafts_do_not_let_anything_be_packed_earlier(backend):
+    """Speculative decoding appends several tokens at a time, and trims most of them."""
+    packed_at = []
+    for n_draft in (0, 3):
+        budget, caches = layers(700_000, n=2)
+        rng = np.random.default_rng(0)
+        step(caches, drawn(rng, 2, 20))
+        while all(c.config.scheme == Scheme(0, 0) for c in caches):
+            step(caches, drawn(rng, 2, 1 + n_draft), observe=False)
+            for c in caches:
+                c.trim(n_draft)
+            assert budget.nbytes <= budget.limit
+        packed_at.append(caches[0].offset)
+    alone, drafted = packed_at
+    assert 100 < alone - 4 <= drafted <= alone
 
 
 @fast
@@ -494,15 +514,29 @@ def test_anything_may_happen_under_a_budget(backend):
     run_state_machine_as_test(BudgetMachine, settings=settings(quick, max_examples=6, stateful_step_count=12))
 
 
+def use_every_width():
+    """Let the tables be made that rotating and rounding use."""
+    for bits in PACKED_BITS:
+        cache = TurboKVCache(TurboConfig("turbo0", centre=True, **SMALL))
+        step([cache], drawn(np.random.default_rng(0), 1, 300))
+        cache.repack(bits, bits)
+        mx.eval(cache.keys_and_values())
+
+
 class BatchBudgetMachine(RuleBasedStateMachine):
     """What a server does to the rows of a model of two layers under a budget: each is read alone, joins the batch,
-    answers there and leaves it. held: of each row of the batch, per layer, keys and values as NumPy."""
+    answers there and leaves it. held: of each row of the batch, per layer, keys and values as NumPy. kept: (caches,
+    held) of rows that left it."""
 
-    @initialize(limit=st.integers(100_000, 1_000_000), floor=FLOORS, centre=st.booleans())
-    def start(self, limit, floor, centre):
+    @initialize(limit=st.integers(100_000, 1_000_000), floor=FLOORS, centre=st.booleans(), can_evict=st.booleans())
+    def start(self, limit, floor, centre, can_evict):
         self.budget, self.rng = MemoryBudget(limit, floor), np.random.default_rng(0)
         self.config = TurboConfig("turbo0", centre=centre, **SMALL)
-        self.batch, self.held = None, []
+        self.batch, self.held, self.kept = None, [], []
+        if can_evict:
+            self.budget.evict.append(lambda: bool(self.kept) and self.kept.pop(0) is not None)
+        gc.collect()
+        self.before = mx.get_active_memory()
 
     def tokens(self, n, batch=1):
         return [random_tokens(self.rng, n, **SHAPE | dict(batch=batch)) for _ in range(2)]
@@ -510,6 +544,21 @@ class BatchBudgetMachine(RuleBasedStateMachine):
     def drop(self):
         self.batch, self.held = None, []
         gc.collect()
+
+    def parts(self):
+        return [side for layer in self.batch for side in layer._sides]
+
+    def allowed(self):
+        """What MLX may hold."""
+        return self.budget.limit + BESIDE * (1 + len(self.budget.alive()))
+
+    def keep_rows(self, rows):
+        """filter, of all layers."""
+        self.held = [self.held[b] for b in rows]
+        if not rows:
+            return self.drop()
+        for layer in self.batch:
+            layer.filter(rows)
 
     @precondition(lambda self: len(self.held) < 4)
     @rule(n=st.one_of(st.integers(1, 20), st.integers(150, 400)))
@@ -532,7 +581,7 @@ class BatchBudgetMachine(RuleBasedStateMachine):
                 assert self.budget.nbytes <= self.budget.limit
         except MemoryBudgetError:
             return self.drop()  # as a generator does, whose layers have different rows now
-        self.held.append([[to_numpy(x) for x in layer] for layer in new])
+        self.held.append([[to_numpy(x).copy() for x in layer] for layer in new])  # MLX's buffers go
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), n=st.sampled_from([1, 1, 7, 90]))
@@ -541,18 +590,22 @@ class BatchBudgetMachine(RuleBasedStateMachine):
         width = max(lengths)
         if not width:
             return
-        new, before = self.tokens(width, len(self.held)), [state_of(c) for c in self.batch]
+        new = self.tokens(width, len(self.held))
         for layer in self.batch:
             layer.prepare(lengths=lengths, right_padding=[width - n for n in lengths])
         try:
-            step(self.batch, new)
+            self.budget.separate()
+            before = [state_of(c) for c in self.batch]
+            try:
+                step(self.batch, new)
+            except MemoryBudgetError:
+                assert all(map(same, before, map(state_of, self.batch)))
+                raise
         except MemoryBudgetError:
+            return
+        finally:
             for layer in self.batch:
                 layer.finalize()
-            assert all(map(same, before, map(state_of, self.batch)))
-            return
-        for layer in self.batch:
-            layer.finalize()
         for b, row in enumerate(self.held):
             for layer, got in zip(row, new):
                 layer[:] = [np.concatenate([x, to_numpy(y)[b : b + 1, :, : lengths[b]]], 2) for x, y in zip(layer, got)]
@@ -560,34 +613,102 @@ class BatchBudgetMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(n=st.integers(1, 30))
     def trim(self, n):
-        for layer in self.batch:
-            layer.trim(n)
+        try:
+            for layer in self.batch:
+                layer.trim(n)
+        except MemoryBudgetError:
+            return
         for row in self.held:
             row[:] = [[x[:, :, : max(x.shape[2] - n, 0)] for x in layer] for layer in row]
         if all(row[0][0].shape[2] == 0 for row in self.held):
             self.drop()
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data())
-    def leave(self, data):
+    @rule(data=st.data(), is_kept=st.booleans())
+    def rows_leave(self, data, is_kept):
+        """Some are done, and the others stay: as mlx-lm's generation batch does it, or a cancelled request leaves."""
+        gone = data.draw(st.lists(st.integers(0, len(self.held) - 1), unique=True, min_size=1))
+        stay, part = [b for b in range(len(self.held)) if b not in gone], max(side.nbytes for side in self.parts())
+        mx.eval([side.started() for side in self.parts()])
+        mx.reset_peak_memory()
+        if is_kept:
+            self.kept += [([layer.extract(b) for layer in self.batch], self.held[b]) for b in gone]
+        self.keep_rows(stay)
+        assert self.budget.nbytes <= self.budget.limit
+        try:
+            self.budget.separate()
+        except MemoryBudgetError:
+            return
+        assert mx.get_peak_memory() - self.before <= self.allowed() + part
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), is_read=st.booleans())
+    def a_copy_of_a_row_is_kept(self, data, is_read):
+        """As mlx-lm's server does at the end of a segment of a prompt; the batch goes on with the row."""
         b = data.draw(st.integers(0, len(self.held) - 1))
-        row, held = [layer.extract(b) for layer in self.batch], self.held.pop(b)
-        for cache, of_layer in zip(row, held):
-            assert cache.offset == of_layer[0].shape[2]
-            if cache.offset:
-                errors_allowed(cache, of_layer)
-        del row, cache
+        row = [layer.extract(b) for layer in self.batch]
+        self.kept.append((row, copy.deepcopy(self.held[b])))
+        if is_read and row[0].offset:
+            del row
+            with contextlib.suppress(MemoryBudgetError):
+                self.budget.separate()
+        self.read_kept_rows()
+
+    @precondition(lambda self: self.kept)
+    @rule()
+    def read_kept_rows(self):
+        with contextlib.suppress(MemoryBudgetError):
+            self.budget.separate()  # which may evict some
+            for row, held in self.kept:
+                for cache, of_layer in zip(row, held):
+                    assert cache.offset == of_layer[0].shape[2]
+                    if cache.offset:
+                        errors_allowed(cache, of_layer)
+
+    @precondition(lambda self: self.kept)
+    @rule()
+    def forget_kept_rows(self):
+        self.kept.clear()
         gc.collect()
-        if not self.held:
+
+    @precondition(lambda self: len(self.held) > 1)
+    @rule(data=st.data())
+    def the_batch_is_divided(self, data):
+        """By mlx-lm: prompts that are read go to another batch. Here they come back."""
+        rows = range(len(self.held))
+        split = sorted(data.draw(st.lists(st.sampled_from(rows), unique=True, min_size=1, max_size=len(rows) - 1)))
+        part = max(side.nbytes for side in self.parts())
+        mx.eval([side.started() for side in self.parts()])
+        mx.reset_peak_memory()
+        twin, held = copy.deepcopy(self.batch), [self.held[b] for b in split]
+        self.keep_rows([b for b in rows if b not in split])
+        for layer in twin:
+            layer.filter(split)
+        assert self.budget.nbytes <= self.budget.limit
+        try:
+            self.budget.separate()
+            assert mx.get_peak_memory() - self.before <= self.allowed() + part
+            for layer, other in zip(self.batch, twin):
+                layer.extend(other)
+                assert self.budget.nbytes <= self.budget.limit
+        except MemoryBudgetError:
             return self.drop()
-        for layer in self.batch:
-            layer.filter([i for i in range(len(self.held) + 1) if i != b])
+        finally:
+            del twin, layer
+            gc.collect()
+        self.held += held
 
     @invariant()
     def never_more_than_the_budget(self):
-        alive = self.batch or []
+        alive = [*(self.batch or []), *(cache for row, _ in self.kept for cache in row)]
         assert {id(c) for c in self.budget.alive()} == {id(c) for c in alive}
-        assert sum(c.nbytes for c in alive) == self.budget.nbytes <= self.budget.limit
+        if not self.budget.has_sources:
+            assert sum(c.nbytes for c in alive) == self.budget.nbytes
+            mx.eval([side.started() for c in alive for side in c._sides])
+        del alive
+        mx.synchronize()
+        assert self.budget.nbytes <= self.budget.limit
+        assert mx.get_active_memory() - self.before <= self.allowed()
 
     @invariant()
     def one_mask_serves_all_layers(self):
@@ -598,6 +719,7 @@ class BatchBudgetMachine(RuleBasedStateMachine):
 
 @fast
 def test_a_batch_may_do_anything_under_a_budget(backend):
+    use_every_width()
     run_state_machine_as_test(BatchBudgetMachine, settings=settings(quick, max_examples=8, stateful_step_count=12))
 
 

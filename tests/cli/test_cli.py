@@ -472,6 +472,20 @@ def test_a_prompt_cache_file_goes_on_under_a_budget(run, priced, prompt_cache_fi
     assert "budget of 900KB" in out and ("turbo4 in layers 0-3" if scheme else "priced by KL divergence") in out
 
 
+def test_generate_keeps_a_budget_of_memory_with_a_draft_model(run, priced):
+    story = ["generate", "-p", STORY, "-m", 30, "--draft-model", DEMO_MODEL]
+    code, out, err = run(*story, "--kv-memory", "1GB")
+    assert code == 0, err
+    assert err.count("measuring the price") == 2
+    assert streamed_text(out) == streamed_text(run(*story, "--kv", "none")[1])
+    assert "exact in layers 0-3, of the draft model exact in layers 0-3" in out
+    code, out, err = run(*story, "--kv-memory", "1200KB", "-m", 500, *SHORT_WINDOW)
+    assert code == 0, err
+    assert "the answer ends after 166 tokens: a cache of 1200KB holds no more at turbo3" in err
+    code, _, err = run(*story, "--kv-memory", "60KB")
+    assert code == 2 and "--kv: the prompt has " in err and "but a cache of 60KB holds " in err
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -479,7 +493,6 @@ def test_a_prompt_cache_file_goes_on_under_a_budget(run, priced, prompt_cache_fi
         (("--kv-memory", "many"), "--kv-memory: got 'memory:many', allowed are memory:SIZE with a size such as 6GB"),
         (("--kv-floor", "turbo4"), "--kv-floor: goes with memory"),
         (("--kv-memory", "1GB", "--kv-floor", "turbo9"), "--kv-floor: got 'turbo9', allowed are turboN and turboKvV"),
-        (("--kv-memory", "1GB", "--draft-model", str(DEMO_MODEL)), "--draft-model: goes without a budget of memory"),
     ],
 )
 def test_what_does_not_go_with_a_budget_of_memory_is_refused(run, argv, message):

@@ -1,15 +1,20 @@
 """Budgets of memory of whole models: made with a prompt cache, shared by what an enabled model makes, priced."""
 
 import gc
+from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from mlx.utils import tree_map
+from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
 from mlx_lm.models import cache as lm_cache
 from support.caches import FAST_BACKENDS
 from support.models import gemma3, llama, tokens_of
 
 import mlx_turbo
 from mlx_turbo import Scheme, TurboConfig, TurboKVCache, choose_bits, describe, disable, enable, make_prompt_cache
+from mlx_turbo.cache.batch import BatchTurboKVCache
 from mlx_turbo.cache.memory_budget import MemoryBudgetError
 from mlx_turbo.integration import memory
 from mlx_turbo.integration.bit_budget import FEWEST
@@ -145,3 +150,156 @@ def test_a_budget_of_memory_is_a_configuration_of_a_model():
             TurboConfig(**options)
     with pytest.raises(ValueError, match="whole model"):
         TurboKVCache("memory:6GB")
+
+
+@fast
+def test_requests_that_leave_a_batch_take_nothing_beside_it(backend, monkeypatch, door):
+    """With mlx-lm's own generator, which takes the caches of finished requests out before it drops them, and divides a
+    batch by a copy. most: what the caches take at the ends of its steps, and when a batch is made of others."""
+    model, rng = llama(), np.random.default_rng(0)
+    prompts, leaving = [rng.integers(0, 100, n).tolist() for n in (150, 300, 90, 280)], []
+
+    def watch(name, found):
+        original = getattr(BatchTurboKVCache, name)
+
+        def watched(self, *args):
+            result = original(self, *args)
+            found.append(budget.nbytes)
+            return result
+
+        monkeypatch.setattr(BatchTurboKVCache, name, watched)
+
+    def answer(limit):
+        nonlocal budget
+        enable(model, TurboConfig(memory=limit, **SMALL))
+        budget, most = memory_budget_of(lm_cache.make_prompt_cache(model)), []
+        gen = BatchGenerator(model, prefill_batch_size=3, prefill_step_size=64)
+        uids, tokens, kept = gen.insert(prompts, max_tokens=[5, 3, 9, 9]), {}, []
+        with monkeypatch.context():
+            watch("extend", most)
+            for name in ("extract", "filter", "__deepcopy__"):
+                watch(name, leaving)
+            while found := gen.next_generated():
+                for r in found:
+                    tokens.setdefault(r.uid, []).append(r.token)
+                    kept += [r.prompt_cache] if r.finish_reason else []
+                del found, r
+                most.append(budget.nbytes)
+        disable(model)
+        return [tokens[uid] for uid in uids], kept, max(most)
+
+    budget = None
+    wanted, kept, most = answer(10**12)
+    del kept
+    gc.collect()
+    leaving.clear()
+    got, kept, _ = answer(limit := int(1.05 * most))
+    assert got == wanted and max(leaving) <= limit
+    assert all(c.config.scheme == Scheme(0, 0) for row in kept for c in row)
+    assert sorted(row[0].offset for row in kept) == sorted(len(p) + len(a) for p, a in zip(prompts, got))
+
+
+# ---- a draft model ---------------------------------------------------------------------------------------------------
+DRAFT = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+
+
+def with_draft(model, draft, config, draft_config=None):
+    cache = make_prompt_cache(model, config)
+    return cache + make_prompt_cache(draft, draft_config or config, budget=cache)
+
+
+@pytest.fixture(scope="module")
+def drafted():
+    """(model, draft models): one of another size, and the model with noise, of which many tokens are accepted."""
+    model, noisy = llama(), llama()
+    noise = lambda x: x + 0.01 * mx.random.normal(x.shape) if x.ndim > 1 else x  # noqa: E731
+    noisy.update(tree_map(noise, noisy.parameters()))
+    mx.eval(noisy.parameters())
+    return model, {"other": llama(**DRAFT), "noisy": noisy}
+
+
+def speculate(model, draft, prompt, cache, n=60, n_draft=3):
+    """(tokens, how many the draft model gave) by mlx-lm's own function; at every token the bytes of `cache` are
+    within its budget, if it has one."""
+    tokens, accepted, budget = [], 0, memory_budget_of(cache)
+    steps = speculative_generate_step(
+        prompt, model, draft, num_draft_tokens=n_draft, max_tokens=n, prompt_cache=cache, prefill_step_size=64
+    )
+    for token, _, from_draft in steps:
+        tokens.append(int(token))
+        accepted += from_draft
+        assert budget is None or budget.nbytes == sum(c.nbytes for c in cache) <= budget.limit
+    return tokens, accepted
+
+
+@fast
+@pytest.mark.parametrize("name", ["other", "noisy"])
+def test_speculative_decoding_under_a_budget(backend, drafted, name):
+    """As long as all is exact, the tokens of mlx-lm's own caches; then no more bytes than the limit, and the tokens
+    that the model gives alone with the same widths, which it has packed by the time the answer begins."""
+    (model, drafts), prompt = drafted, TOKENS[:200]
+    draft, config = drafts[name], TurboConfig(memory="1GB", **SMALL)
+    wanted = speculate(model, draft, prompt, [lm_cache.KVCache() for m in (model, draft) for _ in m.layers])
+    cache = with_draft(model, draft, config)
+    assert speculate(model, draft, prompt, cache) == wanted
+    assert all(c.config.scheme == Scheme(0, 0) for c in cache) and wanted[1] > 20 * (name == "noisy")
+    budget = memory_budget_of(cache)
+    fresh = with_draft(model, draft, config)
+    need = memory_budget_of(fresh).nbytes_after(fresh, 260)
+    small = with_draft(model, draft, replace(config, memory=int(0.3 * need), floor="turbo4"))
+    got, _ = speculate(model, draft, prompt, small)
+    schemes = [c.config.scheme for c in small]
+    assert set(schemes) == {Scheme(8, 8)}
+    report = memory_budget_of(small).report()
+    assert set(report["layers"]) == set(range(len(model.layers)))
+    assert set(report["draft_layers"]) == set(range(len(draft.layers)))
+    assert "of the draft model turbo" in describe(small)
+    assert budget.report()["draft_layers"] == {i: ["turbo0"] for i in range(len(draft.layers))}
+    alone = make_prompt_cache(model, TurboConfig("turbo8", **SMALL))
+    assert got == [int(t) for t, _ in generate_step(prompt, model, max_tokens=60, prompt_cache=alone)]
+
+
+@fast
+def test_a_prompt_is_refused_by_what_both_models_need(backend, drafted):
+    model, draft = drafted[0], drafted[1]["other"]
+    config = TurboConfig(memory="200KB", floor="turbo4", **SMALL)
+    alone, both = make_prompt_cache(model, config), with_draft(model, draft, config)
+    budget = memory_budget_of(both)
+    fit = budget.tokens_that_fit(both)
+    assert 0 < fit < memory_budget_of(alone).tokens_that_fit(alone)
+    speculate(model, draft, TOKENS[:100], both, n=fit - 100)  # to the last token
+    with pytest.raises(MemoryBudgetError):
+        speculate(model, draft, TOKENS[:100], both, n=300)
+
+
+def test_the_prices_of_a_draft_model_are_its_own_and_auto_leaves_room_for_its_weights(drafted, monkeypatch):
+    model, draft = drafted[0], drafted[1]["other"]
+    cheap, dear = [[{4: 1e-6}, {4: 1e-6}]], [[{4: 1e-2}, {4: 1e-2}]]
+    for of_model, of_draft, first in (cheap * 2, dear, False), (dear * 2, cheap, True):
+        config = TurboConfig(memory="1GB", **SMALL)
+        cache = with_draft(model, draft, replace(config, prices=of_model), replace(config, prices=of_draft))
+        for m, layers in (model, cache[:2]), (draft, cache[2:]):
+            read(m, layers, 300)
+        assert memory_budget_of(cache).report()["next"]["is_draft"] == first
+        assert "of the draft model from exact to" in describe(cache) or not first
+    with pytest.raises(ValueError, match="budget: it is over the caches of a model and its draft model already"):
+        make_prompt_cache(drafted[1]["noisy"], config, budget=cache)
+    monkeypatch.setattr(memory, "machine_memory", lambda: (10**9, "the working set that Metal recommends on this Mac"))
+    cache = make_prompt_cache(model, "memory:auto")
+    before = memory_budget_of(cache).limit
+    make_prompt_cache(draft, "memory:auto", budget=cache)
+    weights = sum(p.nbytes for _, p in memory.tree_flatten(draft.parameters()))
+    assert memory_budget_of(cache).limit == before - weights
+
+
+@fast
+def test_enabled_models_share_a_budget_if_they_are_told_to(backend, drafted):
+    model, draft = drafted[0], drafted[1]["other"]
+    config = TurboConfig(memory="1GB", **SMALL)
+    try:
+        enable(model, config)
+        enable(draft, config, budget=lm_cache.make_prompt_cache(model))
+        caches = [lm_cache.make_prompt_cache(m) for m in (model, draft, model)]
+        assert len({id(memory_budget_of(cache)) for cache in caches}) == 1
+    finally:
+        disable(model), disable(draft)

@@ -373,6 +373,7 @@ def test_the_server_builds_what_its_answers_need(recorder, tokenizer, monkeypatc
             kv="auto",
             kv_memory=None,
             budgets={},
+            loaded=[],
             kv_sink=None,
             kv_recent=None,
             model=str(DEMO_MODEL),

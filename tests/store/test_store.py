@@ -392,8 +392,8 @@ def under(budget, shapes=None):
     """An empty prompt cache of two layers under a budget."""
     caches = made(["turbo", "turbo"], TurboConfig("turbo0", 2, 8, 8))
     known = Shape(1, N_HEADS, (DIM, DIM), 2, True, 2 * N_HEADS)
-    budget.shapes = {0: known, 1: known}
-    put_under_budget(caches, budget, budget.shapes)
+    budget.models[0].shapes = {0: known, 1: known}
+    put_under_budget(caches, budget, budget.models[0].shapes)
     return caches
 
 
