@@ -440,7 +440,8 @@ class BatchTurboKVCache(TurboKVCache):
                 balance = self._balance_of(rows)
             else:
                 keys = [exact[0][j : j + 1] for j in range(len(rows))]
-                balance, balanced[rows[0]] = self._choose_balance(rows, keys)
+                latents = self._are_latents(*tails)
+                balance, balanced[rows[0]] = (None, []) if latents else self._choose_balance(rows, keys)
             sides[0] = sides[0]._replace(balance=balance)
             begun = None if n_packed or any(b not in self._begun for b in rows) else self._begun_of(rows)
             jobs.append(PackJob(sides, after_sink, n_packed, n, begun))

@@ -37,16 +37,31 @@ def test_a_mean_is_taken_off_before_and_added_after(backend, head_dim):
     check_round_trip([QuantizeSide(x, 4, mean), QuantizeSide(x, 8, mean)])
 
 
-@pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("head_dim", [72, 80, 128, 576])
-def test_channels_are_balanced_after_the_mean_and_turned_back_before_it(backend, head_dim, copies):
-    """copies: heads that share the factors of one, as the segments of keys do."""
-    rng = np.random.default_rng(head_dim)
-    balance = random_balance(rng, (2, 2, head_dim))
-    mean = vectors(2, 2 * copies, 1, head_dim, seed=5, scale=20)
-    x = vectors(2, 2 * copies, 4, head_dim) + mean
+def test_channels_are_balanced_after_the_mean_and_turned_back_before_it(backend, head_dim):
+    balance = random_balance(np.random.default_rng(head_dim), (2, 2, head_dim))
+    mean = vectors(2, 2, 1, head_dim, seed=5, scale=20)
+    x = vectors(2, 2, 4, head_dim) + mean
     check_round_trip([QuantizeSide(x, 4, mean, balance), QuantizeSide(x, 8, mean)])
     check_round_trip([QuantizeSide(x, 3, None, balance)])
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("first, n", [(0, 9), (3, 9), (6, 1), (131, 2)])
+@pytest.mark.parametrize("head_dim", [72, 128])
+def test_each_token_gets_the_mean_of_its_segment(backend, head_dim, first, n, balanced):
+    """Segments of 4 tokens beside one of all, and what each piece of the tokens gets alone."""
+    rng, segments = np.random.default_rng(first), (first % 4 + n + 3) // 4
+    balance = random_balance(rng, (2, 3, head_dim)) if balanced else None
+    means = vectors(2, 3, segments, head_dim, seed=5, scale=20)
+    of_token = mx.array((first % 4 + np.arange(n)) // 4)
+    x = vectors(2, 3, n, head_dim) + means[:, :, of_token]
+    sides = [QuantizeSide(x, 4, means, balance, first, 4), QuantizeSide(x, 3, means[:, :, :1])]
+    (codes, scale), _ = select.quantize_sides(sides)
+    for at in range(n):
+        side = QuantizeSide(x[:, :, at : at + 1], 4, means[:, :, of_token[at : at + 1]], balance)
+        ((want, want_scale),) = select.quantize_sides([side])
+        assert mx.array_equal(codes[:, :, at : at + 1], want) and mx.allclose(scale[:, :, at : at + 1], want_scale)
 
 
 @pytest.mark.parametrize("scale", reference.SCALES)

@@ -185,6 +185,8 @@ class ListModel:
         self.given = given if old == 0 else [np.concatenate(p, axis=2) for p in zip(self.given, given)]
         with few_keys_are_balanced():
             fetched = self.cache.update_and_fetch(keys, values)
+            if keys.shape[2]:
+                self.cache.observe(queries_of(keys), 0.1)
         # what was packed before, or to make room, comes back restored, all the rest as it was given; a chunk too
         # large for the recent window is packed only after it has been returned, and so are the first tokens
         after = header(self.cache)
@@ -193,10 +195,6 @@ class ListModel:
         for x, want in zip(fetched, given):
             np.testing.assert_array_equal(to_numpy(x)[:, :, old:], want)
         self.check()
-        if keys.shape[2]:
-            with few_keys_are_balanced():
-                self.cache.observe(queries_of(keys), 0.1)
-            self.check()
         return fetched
 
     def trim(self, n):
