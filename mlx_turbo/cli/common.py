@@ -8,11 +8,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ..backends.select import BACKENDS, GPUS, get_backend
 from ..backends.sides import BackendError
+from ..cache.repacking import floor_for
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
 from ..integration.bit_budget import Prices, calibration_tokens, spend, without_budget
@@ -225,7 +227,7 @@ class TurboProgram:
         self.config = kv_config(self.scheme, args)
         if self.config is not None and self.config.memory is not None and getattr(args, "draft_model", None):
             raise CliError("--draft-model: goes without a budget of memory, which is of one model's caches")
-        self._file_config: TurboConfig | None = None
+        self._file_configs: list[TurboConfig] = []  # with which the caches of a file were made
         self._of_models: dict[int, tuple[Any, TurboConfig | None]] = {}  # by id: a model, and its configuration
         self._not_checked: list[tuple[list[Any], str]] = []  # caches of files that came before their model
         self._n_loaded = 0
@@ -274,17 +276,21 @@ class TurboProgram:
 
     def warm(self, model: Any, tokenizer: Any, is_draft: bool) -> None:
         """Build the kernels before the first token (warming.py), and say so: on a new Mac it takes a while."""
-        config = self._file_config or self.config_of(model)
-        if config is None or get_backend().name not in GPUS:
+        config = self.config_of(model)
+        configs = [*self._file_configs]
+        if config is not None and (config.memory is not None or not configs):
+            floors = {floor_for(config.floor, own.scheme) for own in configs} or {config.floor}
+            configs += [replace(config, floor=floor) for floor in floors]
+        if not configs or get_backend().name not in GPUS:
             return
         n_draft_tokens = 0
         if is_draft or getattr(self.args, "draft_model", None):  # a draft model rereads its last token
             n_draft_tokens = 1 if is_draft else self.args.num_draft_tokens
         print_message(f"building and checking the kernels for the {'draft ' if is_draft else ''}model ...")
         start = time.perf_counter()
-        n = warm(
-            model, tokenizer, config, n_draft_tokens=n_draft_tokens, max_kv_size=getattr(self.args, "max_kv_size", None)
-        )
+        max_kv_size, n = getattr(self.args, "max_kv_size", None), 0
+        for own in configs:
+            n += warm(model, tokenizer, own, n_draft_tokens=n_draft_tokens, max_kv_size=max_kv_size)
         print_message(f"{n} kernels in {time.perf_counter() - start:.1f} s")
 
     def new_cache(self, model: Any) -> list[Any]:
@@ -319,8 +325,8 @@ class TurboProgram:
             if metadata.setdefault("model", getattr(self.args, "model", None)) is None:
                 raise CliError(f"--prompt-cache-file: {file!r} does not say which model it is of; pass --model")
         for saved in (c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)):
-            if self._file_config is None or not is_window(saved):  # those of `auto` are another scheme
-                self._file_config = saved.config
+            if saved.config not in self._file_configs:
+                self._file_configs.append(saved.config)
         budgets = (None, None) if self.config is None else (self.config.budget, self.config.memory)
         if budgets != (None, None):  # it is spent, or priced, once the model is there
             self._not_checked.append((cache, file))
