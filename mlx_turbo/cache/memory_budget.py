@@ -508,6 +508,12 @@ class MemoryBudget:
         """Bytes of everything after n more tokens in the caches of one prompt cache, if nothing is packed further."""
         return self._total(self._table(self._known(caches), n))
 
+    def needs_no_step(self, caches: Sequence[Any], n: int) -> bool:
+        """Whether the caches of one prompt cache can take n more tokens, in whatever chunks, with nothing packed
+        further, neither for these nor ahead of the next growth of the buffers."""
+        ahead = 2 * len(self.ladder) * len(caches)  # tokens before a growth in which parts are packed for it, at most
+        return self.nbytes_after(caches, n + ahead) <= self.limit
+
     def stages(self, caches: Sequence[Any]) -> list[tuple[int, Optional[int]]]:
         """(bits, tokens) of each rung of the ladder, most bits first: how many tokens the caches of one prompt cache
         can take with no part at fewer bits; None: as many as one likes. What counts is as for `tokens_that_fit`."""

@@ -56,9 +56,9 @@ def warm(
     restoring, and attention of a decode step and of up to n_draft_tokens + 1 tokens, over few tokens and over many.
 
     tokenizer: of a model of mlx-vlm, its processor too. config, max_kv_size: as for `make_prompt_cache`. Costs a prompt
-    of about 70 tokens (with auto, 330) and the compiler's time; with a budget of memory once for each number of bits, and
-    for all pairs of bits that it may lead to. Does nothing on a backend without kernels. Call it in the thread that
-    will generate.
+    of about 70 tokens (with auto, 330) and the compiler's time; with a budget of memory once for each number of bits,
+    and for all pairs that it may lead to. Does nothing on a backend without kernels. Call it in the thread that will
+    generate.
 
     Returns the number of kernels built. Raises BackendError if a kernel does not build or computes something wrong, and
     ValueError for an unknown scheme.

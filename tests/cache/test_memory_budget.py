@@ -198,6 +198,28 @@ def test_nothing_is_packed_as_long_as_it_fits(backend, chunk):
         assert budget.nbytes <= limit
 
 
+@quick
+@given(
+    made=st.lists(MAKERS, min_size=1, max_size=2),
+    chunks=st.lists(st.sampled_from([1, 2, 60, 300]), min_size=1, max_size=4),
+    single=st.sampled_from([0, 3, 40]),
+)
+def test_what_needs_no_step_is_never_packed_in_whatever_chunks_it_comes(made, chunks, single):
+    """Within the least limit of which it is said."""
+    rng, known = np.random.default_rng(0), Shape(1, SHAPE["heads"], (SHAPE["key_dim"], SHAPE["value_dim"]), 4, True, 4)
+    chunks = [*chunks, *[1] * single]
+    budget, caches = MemoryBudget(2**60, Scheme(2, 2)), [make(*m) for m in made]
+    budget.add(enumerate(caches), dict.fromkeys(range(len(caches)), known))
+    low, high = 0, 2**24
+    while high - low > 1:
+        budget.limit = (low + high) // 2
+        low, high = (low, budget.limit) if budget.needs_no_step(caches, sum(chunks)) else (budget.limit, high)
+    budget.limit = high
+    for n in chunks:
+        step(caches, drawn(rng, len(caches), n))
+    assert all(c.config.scheme == Scheme(0, 0) for c in caches) and budget.nbytes <= budget.limit
+
+
 @fast
 def test_what_costs_least_is_packed_first(backend):
     cheap, dear = {4: 1e-6}, {4: 1e-1}
