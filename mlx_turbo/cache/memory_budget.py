@@ -237,7 +237,8 @@ class _Held:
 
     def saved(self, pair: Pair) -> int:
         """Bytes that it would hold less at other bits."""
-        return sum(self.packed(i, had) - self.packed(i, bits) for i, (had, bits) in enumerate(zip(self.bits, pair)))
+        (keys, values), (had_keys, had_values) = pair, self.bits
+        return self.packed(0, had_keys) - self.packed(0, keys) + self.packed(1, had_values) - self.packed(1, values)
 
     def can_step(self, i: int) -> bool:
         """Whether keys or values have packed tokens that may take fewer bits."""
@@ -260,7 +261,7 @@ class MemoryBudget:
         self.n_plans = 0
         self._groups: weakref.WeakValueDictionary[Any, Group] = weakref.WeakValueDictionary()
         self._errors: dict[tuple[int, int, int], list[float]] = {}
-        self._reachable: dict[Scheme, list[Pair]] = {}
+        self._reachable: dict[Any, tuple[list[Pair], list[Pair]]] = {}
         measured = [
             expected_errors(dict(side))[WIDTHS.index(4)] for of_layer in prices or () for side in of_layer if side
         ]
@@ -302,16 +303,20 @@ class MemoryBudget:
         return (self.floor.key_bits, self.floor.value_bits)[i]
 
     def _pairs(self, held):
-        """The bits that the keys and values of a cache may have, most first."""
-        lowest = [self._lowest(i) if held.can_step(i) else 0 for i in (0, 1)]
-        floor = floor_for(Scheme(*lowest), Scheme(*held.bits))
-        if floor not in self._reachable:
-            self._reachable[floor] = reachable_pairs(floor, self.ladder)
-        return self._reachable[floor]
+        """The bits that the keys and values of a cache may have, most bits first."""
+        return self._allowed(held)[0]
 
     def _steps(self, held):
         """The bits that a cache may take next."""
-        return [pair for pair in self._pairs(held) if pair != held.bits and no_more(pair, held.bits)]
+        return self._allowed(held)[1]
+
+    def _allowed(self, held):
+        lowest = tuple(self._lowest(i) if held.can_step(i) else 0 for i in (0, 1))
+        key = lowest, held.bits
+        if key not in self._reachable:
+            pairs = reachable_pairs(floor_for(Scheme(*lowest), Scheme(*held.bits)), self.ladder)
+            self._reachable[key] = pairs, [p for p in pairs if p != held.bits and no_more(p, held.bits)]
+        return self._reachable[key]
 
     def _error(self, held, i, bits):
         """What keys or values of a cache cost at `bits`: nats, or numbers if nothing was measured."""

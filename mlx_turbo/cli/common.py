@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeGuard
 
 from ..backends.select import BACKENDS, GPUS, get_backend
 from ..backends.sides import BackendError
-from ..cache.repacking import floor_for
+from ..cache.repacking import floor_for, reachable_pairs
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
 from ..integration.bit_budget import Prices, calibration_tokens, spend, without_budget
@@ -32,7 +32,7 @@ from ..integration.prompt_cache import (
 )
 from ..integration.prompt_cache_file import load_with
 from ..integration.warming import warm
-from ..quant.scheme import FLOOR, MEMORY, TurboConfig
+from ..quant.scheme import FLOOR, MEMORY, Scheme, TurboConfig
 from ..quant.sizes import size_name
 from .kept_prices import KeptPrices, PriceFile, may_keep, prices_folder
 
@@ -323,9 +323,13 @@ class TurboProgram:
         """Build the kernels before the first token (warming.py), and say so: on a new Mac it takes a while."""
         config = self.config_of(model)
         configs = [*self._file_configs]
-        if config is not None and (config.memory is not None or not configs):
+        if config is not None and config.memory is not None:  # under which a file goes on, from what it holds
             floors = {floor_for(config.floor, own.scheme) for own in configs} or {config.floor}
+            known = {Scheme(*pair) for floor in floors for pair in reachable_pairs(floor)}
+            configs = [own for own in configs if own.auto or own.scheme not in known]
             configs += [replace(config, floor=floor) for floor in floors]
+        elif config is not None and not configs:
+            configs = [config]
         if not configs or get_backend().name not in GPUS:
             return
         n_draft_tokens = 0

@@ -126,10 +126,12 @@ def _try_pairs(layer: "_Layer", config: TurboConfig, steps: range) -> None:
     """What a layer under a budget of memory needs besides: the other pairs that it may have, and the steps to them."""
     dims = layer.key_dim, layer.value_dim
     floor = Scheme(*(b if can_rotate(d) else 0 for b, d in zip((config.floor.key_bits, config.floor.value_bits), dims)))
-    for key_bits, value_bits in reachable_pairs(floor)[1:]:
-        own = layer._replace(config=replace(layer.config, scheme=Scheme(key_bits, value_bits)))
-        for centered in (False, True) if layer.config.centre and key_bits else (False,):
-            _try_layer(own, centered, steps)
+    tried = {Scheme(0, 0), *(own.scheme for own in _equal_widths(config))}
+    for scheme in (Scheme(*pair) for pair in reachable_pairs(floor)):
+        if scheme not in tried:
+            own = layer._replace(config=replace(layer.config, scheme=scheme))
+            for centered in (False, True) if layer.config.centre and scheme.key_bits else (False,):
+                _try_layer(own, centered, steps)
     for lowest, dim in zip((floor.key_bits, floor.value_bits), dims):
         for had, bits in itertools.combinations(rungs(lowest)[1:], 2):
             codes, scale = mx.zeros((1, 1, 16, words_per_row(had, dim)), mx.uint32), mx.zeros((1, 1, 16, 1), mx.float16)
