@@ -347,6 +347,7 @@ def lower(pair, than):
     return pair != than and fewest(pair, than) == pair
 
 
+@quick
 @given(floor=ANY_FLOOR)
 def test_pairs_are_few_and_none_is_left_by_joining_rows_or_on_the_way_to_another(floor):
     pairs = reachable_pairs(floor)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.models import llama
+from support.strategies import quick
 
 from mlx_turbo import TurboConfig
 from mlx_turbo.cli import common, kept_prices
@@ -119,6 +120,7 @@ def test_where_they_cannot_be_kept_a_command_goes_on(measured, models, tmp_path,
     assert chosen.prices is not None and "the prices are not kept: " in capsys.readouterr().err
 
 
+@quick
 @given(parts=PARTS, n_layers=st.integers(41, 50))
 def test_what_is_read_is_what_was_measured_to_the_last_bit(parts, n_layers):
     prices = KeptPrices(n_layers, {part: [(2, 64), (1, 128)] for part in parts}, parts, "cuda", "2026-11-28", 1.5)
