@@ -240,7 +240,8 @@ def test_what_costs_least_is_packed_first(backend):
 def test_a_decode_step_repacks_one_part_at_most_and_leads_to_a_pair_of_widths_that_is_known(backend, monkeypatch):
     calls, original = [], TurboKVCache.repack
     monkeypatch.setattr(TurboKVCache, "repack", lambda self, *a, **k: (calls.append(self), original(self, *a, **k))[1])
-    budget, caches = layers(700_000, n=3, floor="turbo4")
+    prices = [[{4: 1e-6}, {4: 1e-1}]] * 3  # keys alone would go to the floor
+    budget, caches = layers(700_000, n=3, floor="turbo4", prices=prices)
     rng, most, total, pairs = np.random.default_rng(0), 0, 0, {*reachable_pairs(budget.floor)}
     step(caches, drawn(rng, 3, 100))
     with pytest.raises(MemoryBudgetError, match="1 more tokens after .* take .* every layer at turbo4"):
