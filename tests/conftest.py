@@ -28,7 +28,7 @@ from support.vlm import VERSION, unpacked
 
 from mlx_turbo.backends import select
 from mlx_turbo.cache import centering
-from mlx_turbo.cli import main
+from mlx_turbo.cli import kept_prices, main
 from mlx_turbo.integration import attention, prompt_cache
 
 
@@ -104,8 +104,9 @@ def generated_texts(monkeypatch):
 
 
 @pytest.fixture
-def run(capsys):
-    """run(*argv) -> (exit code, stdout, stderr) of the command, in this process."""
+def run(capsys, monkeypatch, tmp_path):
+    """run(*argv) -> (exit code, stdout, stderr) of the command, in this process. It keeps prices in a new folder."""
+    monkeypatch.setattr(kept_prices, "prices_folder", lambda: tmp_path / "prices")
 
     def run(*argv):
         capsys.readouterr()

@@ -22,10 +22,8 @@ from ..backends import select, tuning
 from ..backends.attend_launch import MAX_QUERY_TOKENS, attend_unsupported
 from ..backends.kernel_backend import KernelBackend
 from ..backends.sides import BackendError
-from ..cli.common import DEMO_MODEL, CliError, Parser, for_model, kv_config, load_model
-from ..integration.bit_budget import Prices
+from ..cli.common import DEMO_MODEL, AnyPrices, CliError, Parser, for_model, kv_config, load_model
 from ..quality.baselines import MLX_LM_BITS
-from ..quant.scheme import TurboConfig
 from . import contenders, stages, timing
 from .common import (
     LEAST_TOKENS,
@@ -235,7 +233,7 @@ def generate(argv: Sequence[str], backends: Optional[list[Any]] = None) -> int:
             "dtype": "float32" if not on_gpu else "the model's dtype",
             "rounds": args.rounds,
         }
-        prices: dict[TurboConfig, Prices] = {}
+        prices: AnyPrices = {}
         caches = {kv: for_model(config, model, tokenizer, prices) for kv, config in caches.items()}
         with progress_bar(len(contexts) * args.rounds * len(names), "run") as bar:
             document["rows"] = measure_generation(

@@ -3,8 +3,12 @@ memory asks.
 
 All caches that a budget is over share one `MemoryBudget`. Before an update in which buffers grow, it computes from
 counts and shapes, without waiting for anything, what all of them will hold afterwards. If that is too much it takes
-steps: the keys, or the values, of one layer to fewer bits, always the step that costs least per byte saved, and never
-below the floor. If the floor does not hold the tokens either, the update is refused before anything is changed.
+steps: the keys or the values of one layer, or both, to fewer bits, always the step that costs least per byte saved, and
+never below the floor. If the floor does not hold the tokens either, the update is refused before anything is changed.
+
+Keys and values of a layer are never more than a rung of the ladder apart (`reachable_pairs`), so that the kernels for
+all pairs of bits can be built before the first token. A cache that comes from elsewhere may have another pair; its
+first step leads to one of these.
 
 What a step costs is the KL divergence that integration/bit_budget.py measured for each part of the model, or, if
 nothing was measured, in proportion to the numbers and to the mean squared error of rounding them.
@@ -24,7 +28,6 @@ Not counted is, as in mlx-lm, what an update computes with: restored tokens, and
 
 import gc
 import heapq
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -39,7 +42,7 @@ from ..quant.rotation import can_rotate
 from ..quant.scheme import FLOOR, Prices, Scheme, words_per_row
 from ..quant.sizes import size_name
 from .attention_error import N_QUERIES
-from .repacking import LADDER
+from .repacking import LADDER, Pair, floor_for, no_more, path_between, reachable_pairs, rungs
 
 PARTS_PER_TOKEN = 1  # repacked in a decode step, at most
 BALANCED = 5  # arrays of as many numbers as a balance has that are made of it, at most, itself included
@@ -91,15 +94,15 @@ class Shape(NamedTuple):
 
 
 class Group:
-    """The caches of one prompt cache, which take each step together. pending: [(cache, side, bits)] that the next
-    growth of their buffers needs, left: tokens until then."""
+    """The caches of one prompt cache, which take each step together. pending: [(cache, its bits then)], the repacking
+    that the next growth of their buffers needs, left: tokens until then."""
 
     def __init__(self) -> None:
         self.caches: list[weakref.ref[Any]] = []
         self.leader: Optional[weakref.ref[Any]] = None  # the cache whose update planned last
         self.planned: Any = None  # for which step
         self.seen: set[int] = set()  # layers that have taken it
-        self.pending: list[tuple[weakref.ref[Any], int, int]] = []
+        self.pending: list[tuple[weakref.ref[Any], Pair]] = []
         self.left = 0
 
     def alive(self) -> list[Any]:
@@ -180,11 +183,12 @@ class Share:
 
 
 class _Held:
-    """What a cache holds once an update is done, by the bits of its keys and values. Arithmetic only."""
+    """What a cache holds once an update is done, by the `bits` of its keys and values. now: those that they have.
+    Arithmetic only."""
 
     def __init__(self, cache: Any, room: Optional[Room], shape: Optional[Shape]) -> None:
         self.cache, self.share = cache, cache.share
-        self.bits = [side.bits for side in cache._sides]
+        self.bits: Sequence[int] = tuple(side.bits for side in cache._sides)
         self.room = room  # None: it stays as it is
         self.n_packed = cache.packed_columns if room is None else room.n_packed
         self.shape = shape or self._own_shape()
@@ -194,7 +198,8 @@ class _Held:
             if cache.repackable:
                 self.queries = max(self.queries, self.shape.queries_nbytes)
             self.fixed = sum(map(self.exact, (0, 1)))
-            self.bits = [b if can_rotate(d) else 0 for b, d in zip(self.bits, self.shape.dims)]
+            self.bits = tuple(b if can_rotate(d) else 0 for b, d in zip(self.bits, self.shape.dims))
+        self.now = self.bits
         self._packed: Any = {}
 
     def _own_shape(self):
@@ -274,6 +279,11 @@ class _Held:
     def nbytes(self) -> int:
         return self.fixed + sum(self.packed(i, bits) for i, bits in enumerate(self.bits))
 
+    def saved(self, pair: Pair) -> int:
+        """Bytes that it would hold less at other bits."""
+        (keys, values), (had_keys, had_values) = pair, self.bits
+        return self.packed(0, had_keys) - self.packed(0, keys) + self.packed(1, had_values) - self.packed(1, values)
+
     def can_step(self, i: int) -> bool:
         """Whether keys or values have packed tokens that may take fewer bits."""
         shape = self.shape
@@ -304,6 +314,7 @@ class MemoryBudget:
         self.n_plans = 0
         self._groups: weakref.WeakValueDictionary[Any, Group] = weakref.WeakValueDictionary()
         self._errors: dict[tuple[Layer, int, int], list[float]] = {}
+        self._reachable: dict[Any, tuple[list[Pair], list[Pair]]] = {}
         self.models: list[OfModel] = []
         self.add_model(OfModel(prices))
 
@@ -360,13 +371,21 @@ class MemoryBudget:
     def _lowest(self, i):
         return (self.floor.key_bits, self.floor.value_bits)[i]
 
-    def _rungs(self, i, bits):
-        """The widths that a side at `bits` may take next, most bits first."""
-        lowest = self._lowest(i)
-        if not lowest:
-            return []
-        rungs = [b for b in self.ladder if b > lowest] + [lowest]
-        return [b for b in rungs if not bits or b < bits]
+    def _pairs(self, held):
+        """The bits that the keys and values of a cache may have, most bits first."""
+        return self._allowed(held)[0]
+
+    def _steps(self, held):
+        """The bits that a cache may take next."""
+        return self._allowed(held)[1]
+
+    def _allowed(self, held):
+        lowest = tuple(self._lowest(i) if held.can_step(i) else 0 for i in (0, 1))
+        key = lowest, held.bits
+        if key not in self._reachable:
+            pairs = reachable_pairs(floor_for(Scheme(*lowest), Scheme(*held.bits)), self.ladder)
+            self._reachable[key] = pairs, [p for p in pairs if p != held.bits and no_more(p, held.bits)]
+        return self._reachable[key]
 
     def _error(self, held, i, bits):
         """What keys or values of a cache cost at `bits`: nats, or numbers if nothing was measured."""
@@ -377,6 +396,9 @@ class MemoryBudget:
         if key not in self._errors:
             self._errors[key] = expected_errors(self._measured(layer, i) or {4: float(numbers)}, self._least)
         return self._errors[key][WIDTHS.index(bits)]
+
+    def _errors_of(self, held, pair):
+        return sum(self._error(held, i, bits) for i, bits in enumerate(pair))
 
     def _measured(self, layer, i):
         """{width: nats} of a part; of one that was not measured, as of the dearest."""
@@ -391,43 +413,41 @@ class MemoryBudget:
         return self._total(table) <= self.limit
 
     def _next_steps(self, table):
-        """A heap of each part's best step: (price per byte saved, number, cache, side, bits)."""
-        heap: list[tuple[float, int, int, int]] = []
-        for number, (held, i) in enumerate(itertools.product(table, (0, 1))):
-            self._push(heap, number, held, i)
+        """A heap of each cache's best step: (price per byte saved, number of the cache, bits)."""
+        heap: list[tuple[float, int, Pair]] = []
+        for number, held in enumerate(table):
+            self._push(heap, number, held)
         return heap
 
-    def _push(self, heap, number, held, i):
-        if not held.can_step(i):
-            return
-        now, cost = held.packed(i, held.bits[i]), self._error(held, i, held.bits[i])
+    def _push(self, heap, number, held):
         best = None
-        for bits in self._rungs(i, held.bits[i]):
-            saved = now - held.packed(i, bits)
+        for pair in self._steps(held):
+            saved = held.saved(pair)
             if saved > 0:
-                price = (self._error(held, i, bits) - cost) / saved
-                best = (price, number, bits) if best is None or price < best[0] else best
+                price = (self._errors_of(held, pair) - self._errors_of(held, held.bits)) / saved
+                best = (price, number, pair) if best is None or price < best[0] else best
         if best is not None:
             heapq.heappush(heap, best)
 
     def _take_steps(self, table, fits=None):
         """Lower the bits in `table` until it fits, or nothing is left; then take back what the last, large steps made
-        unnecessary. Returns the parts that changed, in the order of their first step."""
+        unnecessary. Returns the parts that changed, in the order of their caches' first steps."""
         heap, taken, fits = self._next_steps(table), [], fits or (lambda: self._fits(table))
         while heap and not fits():
-            _, number, bits = heapq.heappop(heap)
-            held, i = table[number // 2], number % 2
-            taken.append((held, i, held.bits[i], bits))
-            held.bits[i] = bits
-            self._push(heap, number, held, i)
+            _, number, pair = heapq.heappop(heap)
+            held = table[number]
+            taken.append((held, held.bits, pair))
+            held.bits = pair
+            self._push(heap, number, held)
         if fits():
-            for held, i, before, bits in reversed(taken):
-                if held.bits[i] == bits:
-                    held.bits[i] = before
-                    if not fits():
-                        held.bits[i] = bits
-        changed = {(id(held), i): (held, i) for held, i, _, _ in taken if held.bits[i] != held.cache._sides[i].bits}
-        return list(changed.values())
+            for held, before, after in reversed(taken):
+                if held.bits == after:
+                    between = [p for p in self._pairs(held) if no_more(after, p) and no_more(p, before)]
+                    for held.bits in sorted({before, *between}, key=lambda pair: self._errors_of(held, pair)):
+                        if held.bits == after or fits():
+                            break
+        changed = {id(held): held for held, _, _ in taken}
+        return [(held, i) for held in changed.values() for i in (0, 1) if held.bits[i] != held.now[i]]
 
     # ---- steps ---------------------------------------------------------------------------------------------------
     def plan(self, cache: Any, n_new: int, shape: Shape) -> None:
@@ -564,10 +584,7 @@ class MemoryBudget:
         """Bytes of everything with every part at the floor, after n_new more tokens."""
         table = self._table(growing, n_new)
         for held in table:
-            for i in (0, 1):
-                rungs = self._rungs(i, held.bits[i])
-                if held.can_step(i) and rungs and held.packed(i, rungs[-1]) < held.packed(i, held.bits[i]):
-                    held.bits[i] = rungs[-1]
+            held.bits = max([held.bits, *self._steps(held)], key=held.saved)
         return self._total(table)
 
     def _refuse(self, growing, n_new):
@@ -602,6 +619,12 @@ class MemoryBudget:
         """Bytes of everything after n more tokens in the caches of one prompt cache, if nothing is packed further."""
         return self._total(self._table(self._known(caches), n))
 
+    def needs_no_step(self, caches: Sequence[Any], n: int) -> bool:
+        """Whether the caches of one prompt cache can take n more tokens, in whatever chunks, with nothing packed
+        further, neither for these nor ahead of the next growth of the buffers."""
+        ahead = 2 * len(self.ladder) * len(caches)  # tokens before a growth in which parts are packed for it, at most
+        return self.nbytes_after(caches, n + ahead) <= self.limit
+
     def stages(self, caches: Sequence[Any]) -> list[tuple[int, Optional[int]]]:
         """(bits, tokens) of each rung of the ladder, most bits first: how many tokens the caches of one prompt cache
         can take with no part at fewer bits; None: as many as one likes. What counts is as for `tokens_that_fit`."""
@@ -612,10 +635,11 @@ class MemoryBudget:
             def fits(n: int, bits: int = bits) -> bool:
                 table = self._table(self._known(caches), n)
                 for held in table:
-                    for i in (0, 1):
-                        rungs = [b for b in self._rungs(i, 0) if bits and b >= bits]
-                        if held.can_step(i) and rungs:
-                            held.bits[i] = rungs[-1]
+                    allowed = [[b for b in rungs(self._lowest(i), self.ladder) if b >= bits > 0] for i in (0, 1)]
+                    held.bits = tuple(
+                        of_side[-1] if of_side and held.can_step(i) else held.bits[i]
+                        for i, of_side in enumerate(allowed)
+                    )
                 return self._fits(table)
 
             most = _largest(fits, 2**40)
@@ -637,17 +661,24 @@ class MemoryBudget:
                 if found is not None and found[0] == left:
                     room = room._replace(n_packed=found[1])
             table.append(_Held(cache, room, shape))
-        changed = self._take_steps(table)
+        changed = {id(held): held for held, _ in self._take_steps(table)}
         group.left = left
-        group.pending = [(weakref.ref(held.cache), i, held.bits[i]) for held, i in changed]
+        paths = [(weakref.ref(held.cache), self._path(held, held.bits)) for held in changed.values()]
+        group.pending = [(ref, pair) for ref, path in paths for pair in path]
+
+    def _path(self, held, pair):
+        return path_between(held.now, pair, self._pairs(held))
 
     def take_pending(self, group: Group, n: int) -> None:
         """Take the next n of the steps that were noted."""
         for _ in range(min(n, len(group.pending))):
-            ref, i, bits = group.pending.pop(0)
+            ref, pair = group.pending.pop(0)
             cache = ref()
-            if cache is not None and cache.share is not None and bits in self._rungs(i, cache._sides[i].bits):
-                self._repack(cache, i, bits)
+            if cache is None or cache.share is None:
+                continue
+            for i, (side, bits) in enumerate(zip(cache._sides, pair)):
+                if bits != side.bits and no_more([bits], [side.bits]):
+                    self._repack(cache, i, bits)
 
     def _repack(self, cache, i, bits):
         """Waits for the result, so that no more than one part exists twice."""
@@ -678,17 +709,17 @@ class MemoryBudget:
         }
 
     def _describe_step(self, table, step):
-        _, number, bits = step
-        held, i = table[number // 2], number % 2
-        saved = held.packed(i, held.bits[i]) - held.packed(i, bits)
-        (model, layer), before = held.share.layer, held.bits[i]
+        _, number, pair = step
+        held = table[number]
+        first, (model, layer) = self._path(held, pair)[0], held.share.layer
+        i = 0 if first[0] != held.now[0] else 1
         return {
             "layer": layer,
             "is_draft": model > 0,
             "side": SIDES[i],
-            "from": before,
-            "to": bits,
-            "saves": saved,
+            "from": held.now[i],
+            "to": first[i],
+            "saves": held.packed(i, held.now[i]) - held.packed(i, first[i]),
         }
 
     def describe(self) -> str:

@@ -5,6 +5,7 @@ nor the balance change. Exact ones (a side of 0 bits) are packed as the first ch
 buffers of a side exist at the same time, and nothing else of their size: all is done in slices.
 """
 
+import itertools
 from typing import NamedTuple, Optional, Sequence
 
 import mlx.core as mx
@@ -20,7 +21,51 @@ SLICE = 1024  # exact tokens that are packed at a time
 # vectors may be than if they had been packed once}. Fewer bits from levels that are nearly as dense cost most: 6 > 5
 # adds 24 %, 6 > 5 > 4 19 %, and 8 > 6 > 4 3.5 %.
 LADDER = (0, 8, 6, 4, 3, 2)
+Pair = tuple[int, int]  # bits of keys and of values
 MORE_ERROR = {6: 0.17, 4: 0.06, 3: 0.08, 2: 0.09}
+
+
+def rungs(lowest: int, ladder: Sequence[int] = LADDER) -> tuple[int, ...]:
+    """The bits that a side goes through down to its floor, exact first; of one that is never packed (0) only these."""
+    return (0, *(bits for bits in ladder if bits > lowest), lowest) if lowest else (0,)
+
+
+def reachable_pairs(floor: Scheme, ladder: Sequence[int] = LADDER) -> list[Pair]:
+    """(bits of keys, of values) that a layer under a budget of memory may have, most bits first: one rung apart at
+    most, unless the side with more bits is at its floor. There are kernels for each pair, so few of them can all be
+    built beforehand. The fewest bits of two pairs, side by side, are one of the pairs again."""
+    sides = rungs(floor.key_bits, ladder), rungs(floor.value_bits, ladder)
+    numbers = itertools.product(*map(range, map(len, sides)))
+    found = [
+        (i, j)
+        for i, j in numbers
+        if abs(i - j) <= 1 or (i < j and i == len(sides[0]) - 1) or (j < i and j == len(sides[1]) - 1)
+    ]
+    return [(sides[0][i], sides[1][j]) for i, j in sorted(found, key=lambda pair: (sum(pair), pair[1]))]
+
+
+def no_more(pair: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether neither side has more bits than in the other pair (0: exact, is the most)."""
+    return all((a or 16) <= (b or 16) for a, b in zip(pair, other))
+
+
+def path_between(now: Pair, then: Pair, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs that a layer has on the way from `now` to `then`, of `pairs`, one side repacked at a time. (Both at
+    once for one that comes from elsewhere, if nothing lies between.)"""
+    path = []
+    while now != then:
+        between = [p for p in pairs if p != now and no_more(then, p) and no_more(p, now)]
+        moves = [p for p in between if p[0] == now[0] or p[1] == now[1]]
+        # rather a side to its end, else as far as it may go
+        now = min(moves, key=lambda p: (p[0] != then[0] and p[1] != then[1], sum(b or 16 for b in p)), default=then)
+        path.append(now)
+    return path
+
+
+def floor_for(floor: Scheme, now: Scheme) -> Scheme:
+    """The floor of a layer that has these bits, from wherever: where they are fewer than the floor's, they stay."""
+    sides = (floor.key_bits, now.key_bits), (floor.value_bits, now.value_bits)
+    return Scheme(*(min(filter(None, bits), default=0) for bits in sides))
 
 
 def fewer_bits(now: Scheme, key_bits: Optional[int], value_bits: Optional[int]) -> Scheme:

@@ -8,11 +8,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from ..backends.select import BACKENDS, GPUS, get_backend
 from ..backends.sides import BackendError
+from ..cache.repacking import floor_for, reachable_pairs
 from ..cache.rotating import RotatingTurboKVCache
 from ..cache.single import TurboKVCache
 from ..integration.bit_budget import Prices, calibration_tokens, spend, without_budget
@@ -30,8 +32,9 @@ from ..integration.prompt_cache import (
 )
 from ..integration.prompt_cache_file import load_with
 from ..integration.warming import warm
-from ..quant.scheme import FLOOR, MEMORY, TurboConfig
+from ..quant.scheme import FLOOR, MEMORY, Scheme, TurboConfig
 from ..quant.sizes import size_name
+from .kept_prices import KeptPrices, PriceFile, may_keep, prices_folder
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo_model"
 DEMO_PROMPT = "Once upon a time"
@@ -99,6 +102,12 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> Any:
         help=f"of a budget of memory: the scheme below which nothing is packed (default: {FLOOR.name})",
     )
     group.add_argument(
+        "--kv-measure",
+        action="store_true",
+        help="of a budget: measure again what packing costs this model, though an earlier command has (in "
+        f"{prices_folder()})",
+    )
+    group.add_argument(
         "--backend",
         choices=BACKENDS,
         help="kernels on the GPU, or the same computation in MLX operations (default: the GPU's if there is one)",
@@ -125,27 +134,65 @@ def kv_config(scheme: str, args: argparse.Namespace) -> TurboConfig | None:
     return None if scheme == "none" else config
 
 
-def for_model(
-    config: TurboConfig | None, model: Any, tokenizer: Any, known: dict[TurboConfig, Prices] | None = None
-) -> TurboConfig | None:
-    """A configuration for a model: a budget is spent, or one of memory gets its prices, by a text of this package,
-    which is said and takes a while. Raises CliError for a budget that this model cannot keep.
+AnyPrices = dict[TurboConfig, KeptPrices]  # of one model, by configuration without its budget
 
-    known: the prices of the same model, by configuration without its budget; what is measured is added.
-    """
-    if config is None or config.budget is None and config.memory is None:
-        return config
-    known = {} if known is None else known
-    doing, done = ("choosing the bits", "chosen") if config.memory is None else ("measuring the price", "measured")
-    print_message(f"{config.name}: {doing} of each layer's keys and values ...")
-    start, but_for_its_size = time.perf_counter(), without_budget(config)
+
+def has_budget(config: TurboConfig | None) -> TypeGuard[TurboConfig]:
+    """Whether a configuration needs prices: `auto:BITS`, `memory:SIZE`."""
+    return config is not None and (config.budget is not None or config.memory is not None)
+
+
+def kept_prices(config: TurboConfig | None, model: Any, tokenizer: Any) -> AnyPrices:
+    """The prices that an earlier command measured for a budget, if there are any. Says so if a file cannot be used."""
+    if not has_budget(config) or not may_keep():
+        return {}
+    file = PriceFile(model, calibration_tokens(tokenizer), without_budget(config))
     try:
-        if but_for_its_size not in known:
-            known[but_for_its_size] = Prices(model, calibration_tokens(tokenizer), config)
-        chosen = spend(config, known[but_for_its_size])
+        found = file.read()
+    except (OSError, ValueError) as e:
+        print_message(f"{file.path} cannot be used, and is measured again: {describe_error(e)}")
+        return {}
+    return {} if found is None else {without_budget(config): found}
+
+
+def for_model(
+    config: TurboConfig | None, model: Any, tokenizer: Any, known: AnyPrices | None = None, measure: bool = False
+) -> TurboConfig | None:
+    """A configuration for a model: a budget is spent, or one of memory gets its prices, by a text of this package. They
+    are measured, which is said and takes a while, unless they are known or kept in a file. Raises CliError for a budget
+    that this model cannot keep.
+
+    known: prices of the same model; what is found or measured is added. measure: rather than read a file.
+    """
+    if not has_budget(config):
+        return config
+    known, but_for_its_size = {} if known is None else known, without_budget(config)
+    if but_for_its_size not in known and not measure:
+        known |= kept_prices(config, model, tokenizer)
+    doing, done = ("choosing the bits", "chosen") if config.memory is None else ("measuring the price", "measured")
+    try:
+        prices: Any = known.get(but_for_its_size)
+        if prices is not None:
+            chosen, by = spend(config, prices), "chosen by prices measured" if config.memory is None else "measured"
+            print_message(
+                f"{config.name}: {by} by {prices.backend} on {prices.date}, in {prices.seconds:.1f} s (--kv-measure: "
+                "measure again)"
+            )
+            return chosen
+        print_message(f"{config.name}: {doing} of each layer's keys and values ...")
+        start, tokens = time.perf_counter(), calibration_tokens(tokenizer)
+        measured = Prices(model, tokens, config)
+        chosen = spend(config, measured)
     except ValueError as e:
         raise CliError(f"--kv: {str(e).removeprefix('config: ')}") from e
-    print_message(f"{config.name}: {done} in {time.perf_counter() - start:.1f} s")
+    known[but_for_its_size] = prices = KeptPrices.of(measured, time.perf_counter() - start)
+    print_message(f"{config.name}: {done} now in {prices.seconds:.1f} s by {prices.backend}")
+    if may_keep():
+        file = PriceFile(model, tokens, but_for_its_size)
+        try:
+            file.write(prices)
+        except (OSError, ValueError) as e:
+            print_message(f"the prices are not kept: {describe_error(e)}")
     return chosen
 
 
@@ -223,7 +270,7 @@ class TurboProgram:
             args.kv = MEMORY + args.kv_memory
         self.scheme: str = args.kv or DEFAULT_SCHEME
         self.config = kv_config(self.scheme, args)
-        self._file_config: TurboConfig | None = None
+        self._file_configs: list[TurboConfig] = []  # with which the caches of a file were made
         self._of_models: dict[int, tuple[Any, TurboConfig | None]] = {}  # by id: a model, and its configuration
         self._not_checked: list[tuple[list[Any], str]] = []  # caches of files that came before their model
         self._n_loaded = 0
@@ -265,7 +312,7 @@ class TurboProgram:
 
     def choose(self, model: Any, tokenizer: Any) -> TurboConfig | None:
         """The configuration of a model that was just loaded. Raises CliError for a budget that it cannot keep."""
-        config = for_model(self.config, model, tokenizer)
+        config = for_model(self.config, model, tokenizer, measure=getattr(self.args, "kv_measure", False))
         self._of_models[id(model)] = model, config
         return config
 
@@ -275,17 +322,25 @@ class TurboProgram:
 
     def warm(self, model: Any, tokenizer: Any, is_draft: bool) -> None:
         """Build the kernels before the first token (warming.py), and say so: on a new Mac it takes a while."""
-        config = self._file_config or self.config_of(model)
-        if config is None or get_backend().name not in GPUS:
+        config = self.config_of(model)
+        configs = [*self._file_configs]
+        if config is not None and config.memory is not None:  # under which a file goes on, from what it holds
+            floors = {floor_for(config.floor, own.scheme) for own in configs} or {config.floor}
+            known = {Scheme(*pair) for floor in floors for pair in reachable_pairs(floor)}
+            configs = [own for own in configs if own.auto or own.scheme not in known]
+            configs += [replace(config, floor=floor) for floor in floors]
+        elif config is not None and not configs:
+            configs = [config]
+        if not configs or get_backend().name not in GPUS:
             return
         n_draft_tokens = 0
         if is_draft or getattr(self.args, "draft_model", None):  # a draft model rereads its last token
             n_draft_tokens = 1 if is_draft else self.args.num_draft_tokens
         print_message(f"building and checking the kernels for the {'draft ' if is_draft else ''}model ...")
         start = time.perf_counter()
-        n = warm(
-            model, tokenizer, config, n_draft_tokens=n_draft_tokens, max_kv_size=getattr(self.args, "max_kv_size", None)
-        )
+        max_kv_size, n = getattr(self.args, "max_kv_size", None), 0
+        for own in configs:
+            n += warm(model, tokenizer, own, n_draft_tokens=n_draft_tokens, max_kv_size=max_kv_size)
         print_message(f"{n} kernels in {time.perf_counter() - start:.1f} s")
 
     def new_cache(self, model: Any) -> list[Any]:
@@ -321,8 +376,8 @@ class TurboProgram:
             if metadata.setdefault("model", getattr(self.args, "model", None)) is None:
                 raise CliError(f"--prompt-cache-file: {file!r} does not say which model it is of; pass --model")
         for saved in (c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)):
-            if self._file_config is None or not is_window(saved):  # those of `auto` are another scheme
-                self._file_config = saved.config
+            if saved.config not in self._file_configs:
+                self._file_configs.append(saved.config)
         budgets = (None, None) if self.config is None else (self.config.budget, self.config.memory)
         if budgets != (None, None):  # it is spent, or priced, once the model is there
             self._not_checked.append((cache, file))

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,11 +134,8 @@ class Conversation:
         """Replace the file, whole or not at all."""
         what = {"version": VERSION, "model": identity_of(model), "label": label_of(model)}
         text = json.dumps(what | {"messages": self.messages, "tokens": self.tokens}, ensure_ascii=False, indent=1)
-        temporary = self.path.with_name(f".{uuid.uuid4().hex}.new")
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            files.write_private(temporary, text)
-            os.replace(temporary, self.path)
+            files.replace_private(self.path, text)
         except OSError as e:
-            temporary.unlink(missing_ok=True)
             print_message(f"the conversation is not kept: {describe_error(e)}")

@@ -18,7 +18,6 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ..backends.select import get_backend, use_backend
-from ..integration.bit_budget import Prices
 from ..integration.prompt_cache import describe, make_prompt_cache, memory_budget_of, reports
 from ..quality import metrics, needles, plots, tool_calls
 from ..quality.baselines import (
@@ -36,6 +35,7 @@ from ..quant.scheme import MEMORY, TurboConfig
 from .common import (
     DEFAULT_SCHEME,
     DEMO_MODEL,
+    AnyPrices,
     CliError,
     Parser,
     add_cache_arguments,
@@ -249,11 +249,11 @@ MakeCache = Callable[[], list[Any]]
 def make_caches(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, MakeCache]:
     """name -> function that makes a prompt cache: "none" first, then those of --kv, whose budgets are spent now. Raises
     CliError."""
-    prices: dict[TurboConfig, Prices] = {}
+    prices: AnyPrices = {}
     made: dict[str, MakeCache] = {"none": lambda: make_plain_cache(model)}
     for name, config in _configs(args).items():
         base = name.removesuffix(WITH_EXACT)
-        ours = for_model(config, model, tokenizer, prices) if base == name else None
+        ours = for_model(config, model, tokenizer, prices, args.kv_measure) if base == name else None
         if ours is not None:
             made[name] = functools.partial(make_prompt_cache, model, ours)
             continue

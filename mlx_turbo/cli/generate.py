@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..backends.select import use_backend
+from ..cache.single import TurboKVCache
+from ..integration.memory import put_under_budget
+from ..integration.prompt_cache import flatten_caches, memory_budget_of
+from ..quant.scheme import TurboConfig
 from .common import (
     DEMO_PROMPT,
     CliError,
@@ -16,6 +20,8 @@ from .common import (
     cached_tokens,
     check_going_back,
     describe_model_argument,
+    for_model,
+    kept_prices,
     limit_to_budget,
     patched_attributes,
     refuse_kv_bits,
@@ -25,6 +31,38 @@ from .common import (
     use_demo_model,
     warn_beyond_context,
 )
+
+
+class GenerateProgram(TurboProgram):
+    """Measures the prices of a budget of memory when it is known that something has to be packed."""
+
+    unpriced: tuple[Any, Any] | None = None  # model and tokenizer, if nothing was measured
+
+    def choose(self, model: Any, tokenizer: Any) -> TurboConfig | None:
+        """As TurboProgram's; with a budget of memory, for one model, by prices that are kept only."""
+        config = self.config
+        if config is None or config.memory is None or self.args.draft_model is not None or self.args.kv_measure:
+            return super().choose(model, tokenizer)
+        if known := kept_prices(config, model, tokenizer):
+            config = for_model(config, model, tokenizer, known)
+        else:
+            self.unpriced = model, tokenizer
+        self._of_models[id(model)] = model, config
+        return config
+
+    def price(self, cache: list[Any], n_tokens: int) -> None:
+        """Measure for a cache that is to take n_tokens more (-1: nobody knows how many), unless all fit as it is."""
+        budget = memory_budget_of(cache)
+        if self.unpriced is None or budget is None:
+            return
+        ours = [c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)]
+        if n_tokens >= 0 and budget.needs_no_step(ours, n_tokens):
+            return
+        (model, tokenizer), self.unpriced = self.unpriced, None
+        self._of_models[id(model)] = model, for_model(self.config, model, tokenizer, measure=True)
+        priced = memory_budget_of(self.new_cache(model))
+        if priced is not None:
+            put_under_budget(cache, priced, priced.models[0].shapes)
 
 
 def _build_parser(module: Any) -> argparse.ArgumentParser:
@@ -40,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     module = importlib.import_module("mlx_lm.generate")  # a plain import gives the function
     parser = _build_parser(module)
     args = parser.parse_args(argv)
-    program = TurboProgram(module, args)
+    program = GenerateProgram(module, args)
     refuse_kv_bits(program)
     if args.max_tokens < -1 or args.max_tokens == 0:
         raise CliError(f"--max-tokens: got {args.max_tokens}, expected a positive number, or -1 for no limit")
@@ -69,6 +107,7 @@ def main(argv: Sequence[str]) -> int:
             if draft is not None:
                 cache += program.own_cache(draft)
         kwargs["max_tokens"] = allowed = limit_to_budget(cache or [], len(prompt), asked)
+        program.price(cache or [], len(prompt) + allowed if allowed >= 0 else -1)
         n_answered, stream = 0, module.stream_generate
 
         def counted(*args, **options):
@@ -95,6 +134,11 @@ def main(argv: Sequence[str]) -> int:
         for i, cache in enumerate(program.caches):
             for line in report_lines(cache, program.scheme):
                 print(f"Draft model's {line}" if i else line, file=out)
+        if program.unpriced is not None:
+            print(
+                "Prices: not measured, as prompt and answer fit in the budget without packing anything further",
+                file=out,
+            )
         if program.config is not None:
             print(f"Backend: {backend.describe()}", file=out)
     return 0

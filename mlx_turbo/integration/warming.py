@@ -22,7 +22,7 @@ from ..backends.attend_launch import MAX_QUERY_TOKENS
 from ..backends.select import GPUS, get_backend
 from ..backends.sides import PackedSide
 from ..cache import attention_error, auto_bits, centering
-from ..cache.repacking import LADDER
+from ..cache.repacking import reachable_pairs, rungs
 from ..cache.rotating import Window
 from ..cache.single import TurboKVCache
 from ..quant.rotation import can_rotate
@@ -56,8 +56,9 @@ def warm(
     restoring, and attention of a decode step and of up to n_draft_tokens + 1 tokens, over few tokens and over many.
 
     tokenizer: of a model of mlx-vlm, its processor too. config, max_kv_size: as for `make_prompt_cache`. Costs a prompt
-    of about 70 tokens (with auto, 330) and the compiler's time; with a budget of memory once for each number of bits.
-    Does nothing on a backend without kernels. Call it in the thread that will generate.
+    of about 70 tokens (with auto, 330) and the compiler's time; with a budget of memory once for each number of bits,
+    and for all pairs that it may lead to. Does nothing on a backend without kernels. Call it in the thread that will
+    generate.
 
     Returns the number of kernels built. Raises BackendError if a kernel does not build or computes something wrong, and
     ValueError for an unknown scheme.
@@ -66,12 +67,12 @@ def warm(
     if backend.name not in GPUS:
         return 0
     before, steps = backend.n_tested, range(1, min(n_draft_tokens + 1, MAX_QUERY_TOKENS) + 1)
-    widths = [turbo] if turbo.memory is None else _widths_of(turbo)
+    widths = [turbo] if turbo.memory is None else _equal_widths(turbo)
     for own in widths:
         layers = _talk(model, tokenizer, own, max_kv_size, steps)
     if turbo.memory is not None and widths:
         for layer in layers:
-            _try_widths(layer, turbo, steps)
+            _try_pairs(layer, turbo, steps)
     return backend.n_tested - before
 
 
@@ -113,29 +114,28 @@ def _talk(model: Any, tokenizer: Any, config: TurboConfig, max_kv_size: int | No
     return layers
 
 
-def _try_widths(layer: "_Layer", config: TurboConfig, steps: range) -> None:
-    """What a layer under a budget of memory needs besides: keys or values still exact, beside the first step of the
-    others, and fewer bits. Other pairs of widths are many, and each is needed rarely: they are built then."""
-    floors, dims = (config.floor.key_bits, config.floor.value_bits), (layer.key_dim, layer.value_dim)
-    rungs = [[b for b in LADDER if not b or b > floor > 0] + [floor] * (floor > 0) for floor in floors]
-    for key_bits, value_bits in itertools.product(*(of_side[:2] for of_side in rungs)):
-        if key_bits == value_bits:  # `_widths_of` has these
-            continue
-        own = layer._replace(config=replace(layer.config, scheme=Scheme(key_bits, value_bits)))
-        for centered in (False, True) if layer.config.centre and key_bits else (False,):
-            _try_layer(own, centered, steps)
-    for of_side, dim in zip(rungs, dims):
-        for had, bits in itertools.combinations([b for b in of_side if b and can_rotate(dim)], 2):
+def _equal_widths(config: TurboConfig) -> list[TurboConfig]:
+    """Of the pairs that a budget of memory may lead to, those down the middle: keys and values at the same rung."""
+    sides = [rungs(bits) for bits in (config.floor.key_bits, config.floor.value_bits)]
+    numbers = range(1, max(map(len, sides)))
+    schemes = [Scheme(*(of_side[min(i, len(of_side) - 1)] for of_side in sides)) for i in numbers]
+    return [replace(without_budget(config), scheme=scheme) for scheme in schemes]
+
+
+def _try_pairs(layer: "_Layer", config: TurboConfig, steps: range) -> None:
+    """What a layer under a budget of memory needs besides: the other pairs that it may have, and the steps to them."""
+    dims = layer.key_dim, layer.value_dim
+    floor = Scheme(*(b if can_rotate(d) else 0 for b, d in zip((config.floor.key_bits, config.floor.value_bits), dims)))
+    tried = {Scheme(0, 0), *(own.scheme for own in _equal_widths(config))}
+    for scheme in (Scheme(*pair) for pair in reachable_pairs(floor)):
+        if scheme not in tried:
+            own = layer._replace(config=replace(layer.config, scheme=scheme))
+            for centered in (False, True) if layer.config.centre and scheme.key_bits else (False,):
+                _try_layer(own, centered, steps)
+    for lowest, dim in zip((floor.key_bits, floor.value_bits), dims):
+        for had, bits in itertools.combinations(rungs(lowest)[1:], 2):
             codes, scale = mx.zeros((1, 1, 16, words_per_row(had, dim)), mx.uint32), mx.zeros((1, 1, 16, 1), mx.float16)
             mx.eval(select.requantize_side(PackedSide(codes, scale, had, dim), bits, scale=layer.config.scale))
-
-
-def _widths_of(config: TurboConfig) -> list[TurboConfig]:
-    """The widths at which keys and values under a budget of memory are alike, as far as the floors allow it."""
-    floors = config.floor.key_bits, config.floor.value_bits
-    least = min([bits for bits in floors if bits], default=0)
-    schemes = [Scheme(*(floor and max(floor, bits) for floor in floors)) for bits in LADDER if bits >= least > 0]
-    return [replace(without_budget(config), scheme=scheme) for scheme in schemes]
 
 
 def _packs_at_once(config: TurboConfig, sink: int) -> TurboConfig:

@@ -121,6 +121,17 @@ def write_private(path: Path, text: str) -> None:
         os.close(fd)
 
 
+def replace_private(path: Path, text: str) -> None:
+    """Replace a file that its owner alone can read, whole or not at all. Raises OSError."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.new")
+    try:
+        write_private(temporary, text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def read_records(path: Path) -> list[Record]:
     """The records of a file. Raises DamagedError if its header is not what was written, and OSError."""
     with open(path, "rb") as file:

@@ -19,7 +19,7 @@ from mlx_turbo import RotatingTurboKVCache, Scheme, TurboConfig, TurboKVCache
 from mlx_turbo.backends import mlx_ops
 from mlx_turbo.cache import memory_budget
 from mlx_turbo.cache.memory_budget import MemoryBudget, MemoryBudgetError, Shape, _Held
-from mlx_turbo.cache.repacking import LADDER, SLICE
+from mlx_turbo.cache.repacking import LADDER, SLICE, path_between, reachable_pairs, rungs
 from mlx_turbo.quant.scheme import PACKED_BITS
 
 fast = pytest.mark.parametrize("backend", FAST_BACKENDS, indirect=True)
@@ -200,6 +200,28 @@ def test_nothing_is_packed_as_long_as_it_fits(backend, chunk):
         assert budget.nbytes <= limit
 
 
+@quick
+@given(
+    made=st.lists(MAKERS, min_size=1, max_size=2),
+    chunks=st.lists(st.sampled_from([1, 2, 60, 300]), min_size=1, max_size=4),
+    single=st.sampled_from([0, 3, 40]),
+)
+def test_what_needs_no_step_is_never_packed_in_whatever_chunks_it_comes(made, chunks, single):
+    """Within the least limit of which it is said."""
+    rng, known = np.random.default_rng(0), Shape(1, SHAPE["heads"], (SHAPE["key_dim"], SHAPE["value_dim"]), 4, True, 4)
+    chunks = [*chunks, *[1] * single]
+    budget, caches = MemoryBudget(2**60, Scheme(2, 2)), [make(*m) for m in made]
+    budget.add(enumerate(caches), dict.fromkeys(range(len(caches)), known))
+    low, high = 0, 2**24
+    while high - low > 1:
+        budget.limit = (low + high) // 2
+        low, high = (low, budget.limit) if budget.needs_no_step(caches, sum(chunks)) else (budget.limit, high)
+    budget.limit = high
+    for n in chunks:
+        step(caches, drawn(rng, len(caches), n))
+    assert all(c.config.scheme == Scheme(0, 0) for c in caches) and budget.nbytes <= budget.limit
+
+
 @fast
 def test_what_costs_least_is_packed_first(backend):
     cheap, dear = {4: 1e-6}, {4: 1e-1}
@@ -217,11 +239,12 @@ def test_what_costs_least_is_packed_first(backend):
 
 
 @fast
-def test_a_decode_step_repacks_one_part_at_most(backend, monkeypatch):
+def test_a_decode_step_repacks_one_part_at_most_and_leads_to_a_pair_of_widths_that_is_known(backend, monkeypatch):
     calls, original = [], TurboKVCache.repack
     monkeypatch.setattr(TurboKVCache, "repack", lambda self, *a, **k: (calls.append(self), original(self, *a, **k))[1])
-    budget, caches = layers(700_000, n=3, floor="turbo4")
-    rng, most, total = np.random.default_rng(0), 0, 0
+    prices = [[{4: 1e-6}, {4: 1e-1}]] * 3  # keys alone would go to the floor
+    budget, caches = layers(700_000, n=3, floor="turbo4", prices=prices)
+    rng, most, total, pairs = np.random.default_rng(0), 0, 0, {*reachable_pairs(budget.floor)}
     step(caches, drawn(rng, 3, 100))
     with pytest.raises(MemoryBudgetError, match="1 more tokens after .* take .* every layer at turbo4"):
         while True:
@@ -229,6 +252,7 @@ def test_a_decode_step_repacks_one_part_at_most(backend, monkeypatch):
             step(caches, drawn(rng, 3, 1), observe=False)
             most, total = max(most, len(calls)), total + len(calls)
             assert budget.nbytes <= budget.limit
+            assert {tuple(s.bits for s in c._sides) for c in caches} <= pairs
     assert most == 1 and total > 10
     assert all(c.config.scheme == Scheme(4, 4) for c in caches)
 
@@ -330,6 +354,61 @@ def test_what_can_be_had_again_goes_before_anything_is_packed(backend):
     step(caches, drawn(np.random.default_rng(1), 3, 300))
     assert all(c.config.scheme != Scheme(0, 0) for c in caches)
     assert budget.nbytes == sum(c.nbytes for c in caches) + 900_000 <= 1_500_000
+
+
+# ---- pairs of widths -------------------------------------------------------------------------------------------------
+ANY_FLOOR = st.builds(Scheme, *[st.sampled_from([0, *PACKED_BITS])] * 2)
+
+
+def fewest(*pairs):
+    return tuple(min(bits, key=lambda b: b or 16) for bits in zip(*pairs))
+
+
+def lower(pair, than):
+    return pair != than and fewest(pair, than) == pair
+
+
+@quick
+@given(floor=ANY_FLOOR)
+def test_pairs_are_few_and_none_is_left_by_joining_rows_or_on_the_way_to_another(floor):
+    pairs = reachable_pairs(floor)
+    lowest = floor.key_bits, floor.value_bits
+    assert (pairs[0], pairs[-1]) == ((0, 0), lowest) and len(set(pairs)) == len(pairs) <= 3 * len(LADDER)
+    for pair in pairs:
+        key, value = (rungs(b).index(bits) for b, bits in zip(lowest, pair))
+        assert abs(key - value) <= 1 or pair[value < key] == lowest[value < key]
+        assert all(fewest(pair, other) in pairs for other in pairs)
+        for then in (p for p in pairs if lower(p, pair)):
+            path = path_between(pair, then, pairs)
+            assert path[-1] == then and set(path) <= set(pairs)
+            for before, after in zip([pair, *path], path):
+                assert lower(after, before) and sum(a != b for a, b in zip(before, after)) == 1
+
+
+@fast
+@pytest.mark.parametrize(
+    "scheme, floor, then",
+    [
+        ("turbo8v3", "turbo3", {(4, 3), (3, 3)}),
+        ("turbo8v2", "turbo3", {(3, 2)}),  # below the floor: stays
+        ("turbo5", "turbo4", {(4, 4)}),
+        ("turbo8v4", "turbo0v3", {(8, 3)}),
+        ("turbo8v4", "turbo4", {(6, 4), (4, 4)}),
+    ],
+)
+def test_a_cache_with_a_pair_from_elsewhere_goes_on_to_one_that_may_be_reached(backend, scheme, floor, then):
+    own = Scheme.parse(scheme)
+    budget, seen = MemoryBudget(2**60, Scheme.parse(floor)), set()
+    cache = TurboKVCache(TurboConfig(own, **SMALL))
+    budget.add([(0, cache)])
+    rng = np.random.default_rng(0)
+    step([cache], drawn(rng, 1, 300))
+    assert cache.config.scheme == own
+    for share in (1, 0.9, 0.8, 0.7, 0.6, 0.5):
+        budget.limit = int(share * cache.nbytes)
+        if budget.make_fit():
+            seen.add((cache.config.scheme.key_bits, cache.config.scheme.value_bits))
+    assert seen - {(own.key_bits, own.value_bits)} and seen <= then | {(own.key_bits, own.value_bits)}
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -496,6 +575,12 @@ class BudgetMachine(RuleBasedStateMachine):
         assert {id(c) for c in self.budget.alive()} == {id(c) for c in alive}
         total = sum(c.nbytes for c in alive)
         assert total == self.budget.nbytes <= self.budget.limit
+
+    @invariant()
+    def keys_and_values_have_a_pair_of_widths_that_is_known_beforehand(self):
+        """During the steps that are taken one per token, too."""
+        pairs = reachable_pairs(self.budget.floor)
+        assert all(tuple(s.bits for s in c._sides) in pairs for caches, _ in self.sequences for c in caches)
 
     @invariant()
     def as_many_tokens_as_came(self):
@@ -709,6 +794,11 @@ class BatchBudgetMachine(RuleBasedStateMachine):
         mx.synchronize()
         assert self.budget.nbytes <= self.budget.limit
         assert mx.get_active_memory() - self.before <= self.allowed()
+
+    @invariant()
+    def keys_and_values_have_a_pair_of_widths_that_is_known_beforehand(self):
+        pairs = reachable_pairs(self.budget.floor)
+        assert all(tuple(s.bits for s in layer._sides) in pairs for layer in self.batch or ())
 
     @invariant()
     def one_mask_serves_all_layers(self):

@@ -438,6 +438,29 @@ class _Layers:
 
 
 # ---- memory:SIZE ---------------------------------------------------------------------------------------------
+NOT_MEASURED = "Prices: not measured, as prompt and answer fit in the budget without packing anything further"
+
+
+def test_nothing_is_measured_where_prompt_and_answer_fit_exactly(run, priced):
+    argv = ("generate", "-p", STORY, "-m", 3, *SHORT_WINDOW, "--kv-memory")
+    code, out, err = run(*argv, "9MB")
+    assert code == 0 and not priced and NOT_MEASURED in out and "measur" not in err and "exact in layers 0-3" in out
+    code, out, err = run(*argv, "900KB")
+    assert code == 0 and len(priced) == 1 and NOT_MEASURED not in out and "priced by KL divergence" in out
+    code, out, err = run(*argv, "9MB")  # known by now, at no cost
+    assert code == 0 and len(priced) == 1 and NOT_MEASURED not in out and "priced by KL divergence" in out
+
+
+@pytest.mark.parametrize("scheme, memory, measured", [("turbo4", "9MB", 0), ("turbo4", "900KB", 0), (None, "900KB", 1)])
+def test_a_prompt_cache_file_that_needs_no_step_is_not_measured_for(
+    run, priced, prompt_cache_file, scheme, memory, measured
+):
+    file = prompt_cache_file(scheme)
+    code, out, err = run("generate", "-p", " Then", "-m", 5, "--prompt-cache-file", file, "--kv-memory", memory)
+    assert code == 0 and len(priced) == measured and (NOT_MEASURED in out) == (not measured), err
+    assert f"budget of {memory}" in out and ("priced by KL divergence" in out) == bool(measured)
+
+
 def test_a_budget_of_memory_is_kept_and_reported(run, priced):
     code, out, err = run("generate", "-p", LONG_STORY, "-m", 300, "--kv-memory", "1600KB", *SHORT_WINDOW)
     assert code == 0, err

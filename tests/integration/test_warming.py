@@ -1,6 +1,7 @@
 """After warm-up a conversation builds no kernel: what would be handed to Metal's compiler is written down."""
 
 import argparse
+import copy
 import importlib
 import io
 import types
@@ -24,9 +25,12 @@ from mlx_turbo.backends.mlx_ops import CpuBackend
 from mlx_turbo.backends.sides import BackendError
 from mlx_turbo.backends.tiled_attention import tiled_attention
 from mlx_turbo.cache import auto_bits
+from mlx_turbo.cache.memory_budget import MemoryBudgetError
+from mlx_turbo.cache.repacking import reachable_pairs
 from mlx_turbo.cli import common, serve
 from mlx_turbo.cli.common import DEMO_MODEL
 from mlx_turbo.integration import prompt_cache, warming
+from mlx_turbo.integration.prompt_cache import flatten_caches
 
 CPU = CpuBackend()
 # Tokens from which on attention takes two launches here, more than warm-up needs: decoding 1,024 takes long.
@@ -241,25 +245,54 @@ def test_drafts_are_verified_by_kernels_that_are_there(recorder, tokenizer):
     assert recorder.texts == built
 
 
-def test_under_a_budget_of_memory_equal_widths_the_first_steps_and_those_between_are_there(recorder, tokenizer):
-    """Down to the floor."""
-    model, config = build(llama), mlx_turbo.TurboConfig(memory="1GB", floor="turbo6v4", sink=2, recent=8, block=8)
+def read(model, cache, n):
+    mx.eval(model(mx.random.randint(3, 2000, (1, n)), cache=cache))
+
+
+@pytest.mark.parametrize(
+    "name, floor",
+    [
+        ("llama", "turbo6v4"),
+        ("biased keys", "turbo0v4"),
+        ("sliding windows", "turbo6"),
+        ("attention sinks", "turbo5v8"),
+    ],
+)
+def test_under_a_budget_of_memory_no_pair_of_widths_and_no_step_to_one_needs_a_kernel(recorder, tokenizer, name, floor):
+    """Each pair that may be reached, from each that may come before it."""
+    config = mlx_turbo.TurboConfig(memory="1GB", floor=floor, sink=2, recent=8, block=8)
+    model, pairs = MODELS[name](), reachable_pairs(config.floor)
     assert mlx_turbo.warm(model, tokenizer, config) > 0
     built = set(recorder.texts)
-    assert recorder.kinds()["requantize"] == 3  # 8 > 6 of both, 8 > 4, 6 > 4
-    for path in (
-        [(8, 0), (8, 8)],
-        [(0, 8), (8, 8)],
-        [(8, 8), (6, 6)],
-        [(6, 4)],
-    ):
-        cache = mlx_turbo.make_prompt_cache(model, config)
-        for bits in [(None, None), *path]:
-            for layer in cache:
-                layer.repack(*bits)
-            for n in (100 if cache[0].empty() else 20), 1:
-                mx.eval(model(mx.random.randint(3, 2000, (1, n)), cache=cache))
+    began = {(0, 0): mlx_turbo.make_prompt_cache(model, config)}
+    read(model, began[0, 0], 100)
+    for pair in pairs:
+        for before in (p for p in pairs if p != pair and all(not a or 0 < b <= a for a, b in zip(p, pair))):
+            cache = copy.deepcopy(began[before])
+            for layer in flatten_caches(cache):
+                if isinstance(layer, mlx_turbo.TurboKVCache):
+                    layer.repack(*pair)
+            began[pair] = cache
+            if before == (0, 0) or before[0] == pair[0] or before[1] == pair[1]:
+                read(model, cache, 20)
+                read(model, cache, 1)
+    assert set(began) == set(pairs) and recorder.texts == built
+
+
+def test_a_conversation_that_grows_to_the_floor_of_its_budget_builds_no_kernel(recorder, tokenizer):
+    """Keys are cheap in the first layer, values in the other."""
+    prices = [[{4: 1e-6}, {4: 1e-1}], [{4: 1e-1}, {4: 1e-6}]]
+    config = mlx_turbo.TurboConfig(memory=60_000, floor="turbo3", prices=prices, sink=2, recent=8, block=8)
+    model, seen = build(llama), set()
+    assert mlx_turbo.warm(model, tokenizer, config) == 97  # as docs/memory.md says
+    cache, built = mlx_turbo.make_prompt_cache(model, config), set(recorder.texts)
+    read(model, cache, 240)
+    with pytest.raises(MemoryBudgetError):
+        while True:
+            read(model, cache, 1)
+            seen |= {c.config.scheme.name for c in cache}
     assert recorder.texts == built
+    assert len(seen) >= 4 and [c.config.scheme.name for c in cache] == ["turbo3"] * 2
 
 
 def test_a_batch_needs_the_same_kernels(recorder, tokenizer):
@@ -355,6 +388,21 @@ def test_a_prompt_cache_file_is_gone_on_with_its_own_scheme(run, recorder, at_fi
     code, _, err = run("generate", "--prompt", "Then", "--prompt-cache-file", file, "-m", "20")
     assert code == 0, err
     assert at_first_word[0] == recorder.texts and recorder.texts
+
+
+def test_one_under_a_budget_that_could_not_have_led_to_its_scheme_is_warmed_with_what_comes_after(
+    run, recorder, tmp_path, monkeypatch
+):
+    warmed = []
+    monkeypatch.setattr(common, "warm", lambda model, tokenizer, config, **options: warmed.append(config) or 0)
+    monkeypatch.setattr(common, "for_model", lambda config, *args: config)  # measures no prices
+    cache = [mlx_turbo.TurboKVCache("turbo8v2") for _ in range(8)]
+    for layer in cache:
+        layer.update_and_fetch(*mx.zeros((2, 1, 4, 9, 32)))
+    file = str(tmp_path / "a.safetensors")
+    mlx_turbo.save_prompt_cache(file, cache, {"model": str(DEMO_MODEL), "tokenizer_config": "{}"})
+    run("generate", "--prompt-cache-file", file, "-m", "1", "--kv-memory", "9MB", "--kv-floor", "turbo3")
+    assert [(c.name, c.floor.name) for c in warmed] == [("turbo8v2", "turbo3"), ("memory:9MB", "turbo3v2")]
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
