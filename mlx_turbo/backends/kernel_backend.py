@@ -278,7 +278,8 @@ class KernelBackend:
     ) -> list[tuple[mx.array, mx.array]]:
         """`quantize` untested. prepared: sides of one dtype, and whether the kernel rotates them."""
         n = len(prepared)
-        xs, shifts, diags, numbers, code_shapes, scale_shapes = [], [], [], [], [], []
+        xs, shifts, diags, code_shapes, scale_shapes = [], [], [], [], []
+        numbers: list[int] = []
         template: Template = [("RULE", SCALES.index(scale))]
         for i in (0, 1):
             (x, bits, mean, balance, first, segment), rotates = prepared[min(i, n - 1)]

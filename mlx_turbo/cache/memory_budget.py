@@ -28,6 +28,7 @@ Not counted is, as in mlx-lm, what an update computes with: restored tokens, and
 
 import gc
 import heapq
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
