@@ -9,7 +9,7 @@ import numpy as np
 
 from ..backends import select
 from ..backends.select import QuantizeSide
-from ..backends.sides import Balance, are_latents
+from ..backends.sides import ONE_SEGMENT, Balance, are_latents
 from ..quant.rotation import can_rotate
 from ..quant.scheme import Scheme, TurboConfig
 from . import centering
@@ -372,17 +372,18 @@ def quantize_tokens(
     config: TurboConfig,
 ) -> list[tuple[mx.array, Optional[mx.array]]]:
     """Codes and scale of each side's tokens [B, H, n, D], which become packed tokens first, first + 1, ...; the exact
-    vectors and None with 0 bits. One launch for both sides. means: float16, rotated, of all segments; those of `sides`
-    are not read."""
+    vectors and None with 0 bits. One launch for both sides, but for keys with means one of their own: of every pair of
+    widths there would be a kernel more. means: float16, rotated, of all segments; those of `sides` are not read."""
     out: list[tuple[mx.array, Optional[mx.array]]] = [(tail, None) for tail in tails]
-    launched = {}
+    launches: dict[bool, dict[int, QuantizeSide]] = {}
     for i, (tail, side, mean) in enumerate(zip(tails, sides, means)):
         if side.bits:
             if mean is not None:
                 since, n = first // side.segment, n_segments(first + tail.shape[2], side.segment)
                 mean = centering.plain(mean[:, :, since:n], config.seed, side.balance)
-            launched[i] = QuantizeSide(tail, side.bits, mean, side.balance, first, side.segment)
-    if launched:
-        for i, result in zip(launched, select.quantize_sides([*launched.values()], config.seed, scale=config.scale)):
+            launch = launches.setdefault(mean is not None and side.segment != ONE_SEGMENT, {})
+            launch[i] = QuantizeSide(tail, side.bits, mean, side.balance, first, side.segment)
+    for launch in launches.values():
+        for i, result in zip(launch, select.quantize_sides([*launch.values()], config.seed, scale=config.scale)):
             out[i] = result
     return out
