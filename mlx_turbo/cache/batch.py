@@ -413,9 +413,9 @@ class BatchTurboKVCache(TurboKVCache):
     def _pack_waiting(self):
         """As of TurboKVCache."""
         if self._to_pack:
-            n_pack, self._to_pack = self._to_pack, []
             tails = [first_tokens(side.recent, self._n_columns) for side in self._sides]
-            self._pack_rows(n_pack, tails, [self._n_columns] * self.n_rows, self._n_recent)
+            self._pack_rows(self._to_pack, tails, [self._n_columns] * self.n_rows, self._n_recent)
+            self._to_pack = []
             self._cut_recent(max(self._n_recent))
             self._n_free = 0
             self._evaluate()

@@ -421,10 +421,10 @@ class TurboKVCache:
     def _pack_waiting(self):
         """Pack the first tokens, if they wait for it, balanced by the queries that were seen."""
         if self._to_pack:
-            (n_pack,), self._to_pack = self._to_pack, []
             tails = self._recent_tokens()
-            self._sides[0].balance, self._observed = balance_of(self._choose_balance(tails[0])), None
-            self._pack(tails, n_pack)
+            self._sides[0].balance = balance_of(self._choose_balance(tails[0]))
+            self._pack(tails, *self._to_pack)
+            self._to_pack, self._observed = [], None
             self._evaluate()
 
     def _observed_queries(self):

@@ -8,6 +8,7 @@ from support.backends import BACKENDS
 from mlx_turbo.backends import select, self_test, sides
 from mlx_turbo.backends.metal import MetalBackend
 from mlx_turbo.backends.sides import BackendError
+from mlx_turbo.cache.batch import BatchTurboKVCache
 from mlx_turbo.cache.single import TurboKVCache
 
 X = mx.array(np.random.default_rng(0).standard_normal((1, 1, 4, 64)).astype(np.float32))
@@ -32,12 +33,26 @@ def test_a_kernel_that_does_not_build_is_an_error_with_the_compilers_message_eve
 
 
 def test_a_cache_on_a_broken_backend_raises_and_stays_as_it_was():
-    cache = TurboKVCache("turbo4", sink=0, recent=0, block=4)
+    options = dict(sink=0, recent=0, block=4)
+    at_once, waits, batch = (
+        TurboKVCache("turbo4", **options, balance=False),
+        TurboKVCache("turbo4", **options),
+        BatchTurboKVCache("turbo4", [0] * X.shape[0], **options),
+    )
     with select.use_backend(MetalBackend(failing_build)):
-        cache.update_and_fetch(X[:, :, :2], X[:, :, :2])
+        for cache in at_once, waits, batch:
+            cache.update_and_fetch(X[:, :, :2], X[:, :, :2])
         with pytest.raises(BackendError):
+            at_once.update_and_fetch(X, X)
+        assert at_once.offset == 2 and at_once.n_packed == 0
+        for cache in waits, batch:
             cache.update_and_fetch(X, X)
-        assert cache.offset == 2 and cache.n_packed == 0
+            for look in (lambda c: c.observe(X, 0.1), lambda c: c.settle(), lambda c: c.update_and_fetch(X, X)) * 2:
+                with pytest.raises(BackendError):
+                    look(cache)
+                assert cache.size() == 2 + X.shape[2] and cache.packed_columns == 0
+    for cache in waits, batch:
+        assert cache.nbytes and cache.packed_columns == 2  # nothing was lost
 
 
 @pytest.mark.parametrize("name", ["quantize", "dequantize", "statistics"])
