@@ -11,9 +11,9 @@
 //   vector, a simdgroup works on 32 / LANES vectors, so a threadgroup has ROWS of them at once: row r adds the tokens
 //   r, r + ROWS, ... of the unit, of which it reads AT_ONCE (1 to 4) before it adds them. Lane t of a row owns dims
 //   4t .. 4t + 3 (and 4 * LANES further, ...). Where all ROWS * AT_ONCE tokens are there, they are read without asking
-//   for each: such loads are on their way at the same time. Then the threads add the sums of the rows, one dim each, in the order of
-//   the rows. A unit's sums depend on its tokens and their places in it, on nothing else: not on other rows of a batch,
-//   nor on where a prompt was cut.
+//   for each: such loads are on their way at the same time. Then the threads add the sums of the rows, one dim each, in
+//   the order of the rows. A unit's sums depend on its tokens and their places in it, on nothing else: not on other
+//   rows of a batch, nor on where a prompt was cut.
 //
 // INPUTS
 //   x         T [B, H, L, D], any strides
@@ -48,11 +48,11 @@ TQ_ROLLED for (int at = 0; at < unit; at += AT_ONCE * ROWS) {
   float v[AT_ONCE][4 * FOURS];
   int end = at + AT_ONCE * ROWS;
   if (D % (4 * LANES) == 0 && end <= unit && first + at >= 0 && first + end <= L) {
-    TQ_UNROLL for (int j = 0; j < AT_ONCE; j++) TQ_UNROLL
-      for (int i = 0; i < 4 * FOURS; i++) {
-        int token = first + at + j * ROWS + row, d = 4 * (t + LANES * (i / 4)) + i % 4;
-        v[j][i] = float(from[token * x_strides[2] + d * x_strides[3]]);
-      }
+    TQ_UNROLL for (int j = 0; j < AT_ONCE; j++) {
+      int token = first + at + j * ROWS + row;
+      TQ_UNROLL for (int i = 0; i < 4 * FOURS; i++)
+        v[j][i] = float(from[token * x_strides[2] + (4 * (t + LANES * (i / 4)) + i % 4) * x_strides[3]]);
+    }
   } else {
     TQ_UNROLL for (int j = 0; j < AT_ONCE; j++) {
       int place = at + j * ROWS + row, token = first + place;
