@@ -302,6 +302,7 @@ def test_only_an_open_door_notes_what_a_model_did_with_a_cache(clean):
     door, cache, x = base.scaled_dot_product_attention, TurboKVCache(recent=64, block=64), mx.ones((1, 2, 300, 64))
     with use_backend("cpu"):
         cache.update_and_fetch(x, x)
+        cache.update_and_fetch(x[:, :, :1], x[:, :, :1])
         keys, values = cache.update_and_fetch(x[:, :, :1], x[:, :, :1])
         notes = []
         for close in (attention.uninstall, attention.install):

@@ -266,7 +266,7 @@ class ListModel:
                     codes[:, :, at], scale[:, :, at, 0] = once[:, :, at], want.scale[:, :, at]
                 tie = TIE  # and what float32 makes of the difference to a mean that is far from 0
                 if mean is not None and (spread := np.std(x - mean)):
-                    tie += 8 * 2**-24 * np.abs(mean).max() / spread
+                    tie += 4 * 2**-24 * np.linalg.norm(mean, axis=-1).max() / spread
                 error = compare_quantized(codes, scale, want, tie)
                 assert error is None, error
         self._check_fetched(cache.keys_and_values(), head["n_sink"], head["n_packed"])
