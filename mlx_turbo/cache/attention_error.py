@@ -159,9 +159,16 @@ def _errors(x, ladder, config):
 
 
 def newest(seen: list[tuple]) -> list[tuple]:
-    """[(queries, ..., positions)] without the oldest ones that are not needed for N_QUERIES query tokens."""
-    while sum(len(positions) for *_, positions in seen[1:]) >= N_QUERIES:
+    """[(queries, ..., positions)] of the newest N_QUERIES query tokens. What is left of an array that also has older
+    ones is a copy, which is begun."""
+    more = sum(len(positions) for *_, positions in seen) - N_QUERIES
+    while more >= len(seen[0][-1]):
+        more -= len(seen[0][-1])
         seen = seen[1:]
+    if more > 0:
+        (queries, *others, positions), *seen = seen
+        mx.async_eval(left := mx.contiguous(queries[:, :, more:]))
+        seen = [(left, *others, positions[more:]), *seen]
     return seen
 
 

@@ -88,6 +88,7 @@ class BatchTurboKVCache(TurboKVCache):
         self.shown = None  # the plan of the last update, if that returned other columns than it left
         self._n_free = 0  # number of tokens that every row can take while nothing else happens
         self._observed, self._observed_with, self._last = [[] for _ in range(B)], None, []
+        self._no_queries = [False] * B
         self._to_pack = []  # as of TurboKVCache, of each row
         self._set_offset()
 
@@ -321,7 +322,10 @@ class BatchTurboKVCache(TurboKVCache):
             self._gather(tails, list(map(plan.token_columns, range(self.n_rows))))
             return
         waits = self._may_balance and not self._are_latents(*tails)
-        to_pack = [n if waits and not had else 0 for n, had in zip(plan.pack_after, self._n_packed)]
+        to_pack = [
+            n if waits and not had and not given_up else 0
+            for n, had, given_up in zip(plan.pack_after, self._n_packed, self._no_queries)
+        ]
         self._to_pack = to_pack if any(to_pack) else []
         self._pack_rows([n - later for n, later in zip(plan.pack_after, to_pack)], tails, ends, n_exact)
         self._n_columns = max(self._n_recent)
@@ -440,8 +444,8 @@ class BatchTurboKVCache(TurboKVCache):
                 balance = self._balance_of(rows)
             else:
                 keys = [exact[0][j : j + 1] for j in range(len(rows))]
-                latents = self._are_latents(*tails)
-                balance, balanced[rows[0]] = (None, []) if latents else self._choose_balance(rows, keys)
+                chooses = self._may_balance and not self._are_latents(*tails)
+                balance, balanced[rows[0]] = self._choose_balance(rows, keys) if chooses else (None, [])
             sides[0] = sides[0]._replace(balance=balance)
             begun = None if n_packed or any(b not in self._begun for b in rows) else self._begun_of(rows)
             jobs.append(PackJob(sides, after_sink, n_packed, n, begun))
@@ -472,8 +476,13 @@ class BatchTurboKVCache(TurboKVCache):
         return self.config.balance and self._sides[0].bits > 0
 
     @property
+    def _balances(self):
+        return self.config.balance and not all(self._no_queries)
+
+    @property
     def _begins_to_pack(self):
-        return self._may_balance and not all(self._n_packed)
+        to_come = (not n and not given_up for n, given_up in zip(self._n_packed, self._no_queries))
+        return self._may_balance and any(to_come)
 
     def _balance_of(self, rows):
         """The balance of rows, or None if none of them has one."""
@@ -579,16 +588,14 @@ class BatchTurboKVCache(TurboKVCache):
         if not self.wants_queries:
             return
         self._observed_with = scale, sinks
-        for b, (first, n) in enumerate(self._last):
-            if not n or self._n_packed[b] and not self._keeps_queries:
-                continue
-            position = self.n_tokens(b) + self._n_evicted[b] - 1
-            if n == 1 and self._keeps_queries and not self._keeps_query_of(position):
-                continue
+        rows = [b for b, (_, n) in enumerate(self._last) if n and self._wants_queries_of(b, n)]
+        for b in rows:
+            first, n = self._last[b]
             sample = sample_queries(n)
             positions = [self.n_tokens(b) - n + i for i in sample]
             seen = queries, b, positions
-            if queries.shape[2] > 1:  # one token's queries are evaluated with the step, and kept as they are
+            # the queries of one token are evaluated with the step, and kept as they are unless only some rows keep them
+            if queries.shape[2] > 1 or self._keeps_queries and len(rows) < self.n_rows:
                 of_row = queries[b : b + 1, :, first + sample.start : first + sample.stop : sample.step]
                 seen = mx.contiguous(of_row), 0, positions
                 mx.async_eval(seen[0])
@@ -597,6 +604,13 @@ class BatchTurboKVCache(TurboKVCache):
             self._pack_waiting()
         elif self._undecided and any(n_recent > self._capacity() for *_, n_recent in self._counts()):
             self._measure()
+
+    def _wants_queries_of(self, b, n):
+        """Whether the queries of row b, of its n newest tokens, are to be kept."""
+        if self._no_queries[b] or self._n_packed[b] and not self._keeps_queries:
+            return False
+        position = self.n_tokens(b) + self._n_evicted[b] - 1
+        return n > 1 or not self._keeps_queries or self._keeps_query_of(position)
 
     def _observed_of(self, b):
         """What a TurboKVCache of row b would have observed: ([(queries, positions)], scale, sinks) or None."""
@@ -710,6 +724,15 @@ class BatchTurboKVCache(TurboKVCache):
                 for recent, (_, n), more, packed in zip(plan.n_recent, plan.spans, plan.pack_after, plan.n_packed)
             )
         return Room(self._sinks(n_packed), max(-(-columns // step), 1) * step, n_packed, None, all(of_rows))
+
+    def give_up_queries(self) -> None:
+        """As TurboKVCache.give_up_queries, of all rows that there are now."""
+        self._observed = [[] for _ in range(self.n_rows)]
+        self._no_queries = [True] * self.n_rows
+
+    def n_rows_with_queries(self, n_rows: int) -> int:
+        """As TurboKVCache.n_rows_with_queries."""
+        return self._no_queries.count(False)
 
     def next_growth(self, n_new: int) -> Optional[tuple[int, int]]:
         """None: what a batch needs is not looked for ahead."""
@@ -871,6 +894,7 @@ class BatchTurboKVCache(TurboKVCache):
         batch.share = cache.share  # for `_join`, which puts what it makes under the budget
         batch.repackable = cache.repackable
         batch._undecided, batch._errors, batch._by = cache.undecided, dict(cache._errors), cache._by
+        batch._no_queries = [cache._no_queries]
         unpacked = not cache.n_packed
         for i, (mine, side) in enumerate(zip(batch._sides, cache._sides)):
             mine.bits, mine.in_one = side.bits, side.in_one and not cache.offset
@@ -926,7 +950,7 @@ class BatchTurboKVCache(TurboKVCache):
         if joined.undecided or joined._may_balance or joined._keeps_queries:
             joined._observed = [seen for p in parts for seen in p._observed]
             joined._observed_with = next((p._observed_with for p in parts if p._observed_with), None)
-        for name in "_n_packed", "_n_recent", "_n_evicted":
+        for name in "_n_packed", "_n_recent", "_n_evicted", "_no_queries":
             setattr(joined, name, [n for p in parts for n in getattr(p, name)])
         joined._n_columns = max(joined._n_recent)
         if any(p._n_before_right_padding is not None for p in parts):
@@ -1056,7 +1080,7 @@ class BatchTurboKVCache(TurboKVCache):
         self._unread.clear()
         front, end = sum(self._columns(self._n_packed)), sum(self._buffer_counts())
         pick = lambda values: [values[b] for b in rows]  # noqa: E731
-        for name in "_pad", "_n_packed", "_n_recent", "_n_evicted":
+        for name in "_pad", "_n_packed", "_n_recent", "_n_evicted", "_no_queries":
             setattr(self, name, pick(getattr(self, name)))
         self._n_before_right_padding = (
             None if self._n_before_right_padding is None else pick(self._n_before_right_padding)
@@ -1102,7 +1126,7 @@ class BatchTurboKVCache(TurboKVCache):
         if self.share is not None:
             self.share.pass_on(cache, (self.share.group, b))
             self.share.lend(self, cache.share)
-        cache.repackable = self.repackable
+        cache.repackable, cache._no_queries = self.repackable, self._no_queries[b]
         n = self.n_tokens(b)
         if n or may_choose_bits(self.config) and not self._exact_because():
             cache._undecided, cache._errors, cache._by = self._undecided, dict(self._errors), self._by
@@ -1179,6 +1203,7 @@ class BatchTurboKVCache(TurboKVCache):
             self._gather([side.recent for side in self._sides], columns)
         for b, packed in enumerate(self._n_packed):
             self._observed[b] = still_held(self._observed[b], self.n_tokens(b))
+            self._no_queries[b] = self._no_queries[b] and self.n_tokens(b) > 0
             for side in self._sides:
                 side.centered[b] = side.centered[b] and packed > 0
             if not packed:

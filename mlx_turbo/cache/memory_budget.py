@@ -43,8 +43,10 @@ from ..quant.rotation import can_rotate
 from ..quant.scheme import FLOOR, Prices, Scheme, words_per_row
 from ..quant.sizes import size_name
 from .attention_error import N_QUERIES
+from .balancing import MOST_BITS
 from .repacking import LADDER, Pair, floor_for, no_more, path_between, reachable_pairs, rungs
 
+CHUNK = 2048  # tokens of a prompt that mlx-lm reads at a time, at most
 PARTS_PER_TOKEN = 1  # repacked in a decode step, at most
 BALANCED = 5  # arrays of as many numbers as a balance has that are made of it, at most, itself included
 SIDES = "keys", "values"
@@ -90,8 +92,8 @@ class Shape(NamedTuple):
 
     @property
     def queries_nbytes(self) -> int:
-        """Bytes of the queries that are kept, at most."""
-        return self.rows * self.n_heads * (2 * N_QUERIES - 1) * self.dims[0] * self.itemsize
+        """Bytes of the queries that are kept of each row, at most."""
+        return self.n_heads * N_QUERIES * self.dims[0] * self.itemsize
 
 
 class Group:
@@ -185,7 +187,7 @@ class Share:
 
 class _Held:
     """What a cache holds once an update is done, by the `bits` of its keys and values. now: those that they have.
-    Arithmetic only."""
+    gives_up_queries: it holds none then. Arithmetic only."""
 
     def __init__(self, cache: Any, room: Optional[Room], shape: Optional[Shape]) -> None:
         self.cache, self.share = cache, cache.share
@@ -193,15 +195,22 @@ class _Held:
         self.room = room  # None: it stays as it is
         self.n_packed = cache.packed_columns if room is None else room.n_packed
         self.shape = shape or self._own_shape()
-        self.queries = sum(q.nbytes for q in cache._observed_queries())
+        self.gives_up_queries = False
+        self.queries = self.most_queries(self.shape)
         self.fixed = 0
         if self.shape is not None:
-            if cache.repackable:
-                self.queries = max(self.queries, self.shape.queries_nbytes)
             self.fixed = sum(map(self.exact, (0, 1)))
             self.bits = tuple(b if can_rotate(d) else 0 for b, d in zip(self.bits, self.shape.dims))
         self.now = self.bits
         self._packed: Any = {}
+
+    def most_queries(self, shape: Optional[Shape]) -> int:
+        """Bytes of the queries that it holds, or may hold of tokens with this shape before anything is computed
+        again."""
+        now = sum(q.nbytes for q in self.cache._observed_queries())
+        if shape is None or not self.cache.repackable:
+            return now
+        return max(now, self.cache.n_rows_with_queries(shape.rows) * shape.queries_nbytes)
 
     def _own_shape(self):
         keys, values = (side.recent for side in self.cache._sides)
@@ -224,11 +233,12 @@ class _Held:
         return self.shape.rows * self.shape.heads * n * self.shape.dims[i]
 
     def packed(self, i: int, bits: int) -> int:
-        """Bytes of the packed tokens of keys (i = 0) or values (1) at `bits`: codes, scales, means, balance."""
+        """Bytes of the packed tokens of keys (i = 0) or values (1) at `bits`: codes, scales, means, balance, and of the
+        queries that are kept."""
         key = i, bits
         if key not in self._packed:
             self._packed[key] = self._compute_packed(i, bits)
-        return self._packed[key]
+        return self._packed[key] + (0 if i else self.kept_queries(bits))
 
     def _compute_packed(self, i, bits):
         cache, shape = self.cache, self.shape
@@ -236,9 +246,9 @@ class _Held:
         same = bits == side.bits
         if self.room is None and same and not side.in_one:
             packed = (a for a in (side.codes, side.scale, side.means) if a is not None)
-            return sum(a.nbytes for a in packed) + self._balance(i, bits) + self._queries(i, bits)
+            return sum(a.nbytes for a in packed) + self._balance(i, bits)
         if shape is None or not self.n_packed and not side.codes_capacity:
-            return self._queries(i, bits)
+            return 0
         now = cache.packed_columns
         held = self.room.kept if self.room is not None else None
         if held is None:
@@ -248,14 +258,15 @@ class _Held:
         capacity = held if self.n_packed <= held else -(-self.n_packed // cache.step) * cache.step
         lines = shape.rows * shape.heads * capacity
         if not bits:
-            return lines * shape.dims[i] * shape.itemsize + self._queries(i, bits)
+            return lines * shape.dims[i] * shape.itemsize
         n = lines * (4 * words_per_row(bits, shape.dims[i]) + 2)
-        return n + self._means(i, same and now > 0) + self._balance(i, bits) + self._queries(i, bits)
+        return n + self._means(i, same and now > 0) + self._balance(i, bits)
 
-    def _queries(self, i, bits):
-        """Bytes of the queries that are kept until keys are packed."""
+    def kept_queries(self, bits: Optional[int] = None) -> int:
+        """Bytes of the queries that are kept until keys are packed; these are at `bits`, if given."""
         all_packed = self.cache.all_packed if self.room is None else self.room.all_packed
-        return self.queries if i == 0 and not (bits and self.n_packed and all_packed) else 0
+        is_used = (self.bits[0] if bits is None else bits) and self.n_packed and all_packed
+        return 0 if is_used or self.gives_up_queries else self.queries
 
     def _means(self, i, known):
         """Bytes of the means; as long as nobody knows whether there are any, of those that there may be."""
@@ -302,12 +313,10 @@ class OfModel:
 
 class MemoryBudget:
     """A budget over all caches that share it. limit: bytes. floor: the fewest bits of keys and values. prices: as of
-    TurboConfig. ladder: the bits that are tried. models: whose caches they are, a draft model last."""
+    TurboConfig. models: whose caches they are, a draft model last."""
 
-    def __init__(
-        self, limit: int, floor: Scheme = FLOOR, prices: Optional[Prices] = None, ladder: Sequence[int] = LADDER
-    ) -> None:
-        self.limit, self.floor, self.ladder = limit, floor, tuple(ladder)
+    def __init__(self, limit: int, floor: Scheme = FLOOR, prices: Optional[Prices] = None) -> None:
+        self.limit, self.floor = limit, floor
         self.caches: list[weakref.ref[Any]] = []  # in the order in which they came: what is done depends on it
         self.others: list[Callable[[], int]] = []  # bytes that are held elsewhere, and count
         self.evict: list[Callable[[], bool]] = []  # each frees something that can be had again, or returns False
@@ -384,7 +393,7 @@ class MemoryBudget:
         lowest = tuple(self._lowest(i) if held.can_step(i) else 0 for i in (0, 1))
         key = lowest, held.bits
         if key not in self._reachable:
-            pairs = reachable_pairs(floor_for(Scheme(*lowest), Scheme(*held.bits)), self.ladder)
+            pairs = reachable_pairs(floor_for(Scheme(*lowest), Scheme(*held.bits)))
             self._reachable[key] = pairs, [p for p in pairs if p != held.bits and no_more(p, held.bits)]
         return self._reachable[key]
 
@@ -431,8 +440,9 @@ class MemoryBudget:
             heapq.heappush(heap, best)
 
     def _take_steps(self, table, fits=None):
-        """Lower the bits in `table` until it fits, or nothing is left; then take back what the last, large steps made
-        unnecessary. Returns the parts that changed, in the order of their caches' first steps."""
+        """Lower the bits in `table` until it fits, or nothing is left; then give up the queries that are kept, and take
+        back what the last, large steps made unnecessary. Returns the parts that changed, in the order of their caches'
+        first steps."""
         heap, taken, fits = self._next_steps(table), [], fits or (lambda: self._fits(table))
         while heap and not fits():
             _, number, pair = heapq.heappop(heap)
@@ -440,6 +450,10 @@ class MemoryBudget:
             taken.append((held, held.bits, pair))
             held.bits = pair
             self._push(heap, number, held)
+        for held in sorted(filter(_Held.kept_queries, table), key=self._price_of_balance):
+            if fits():
+                break
+            held.gives_up_queries = True
         if fits():
             for held, before, after in reversed(taken):
                 if held.bits == after:
@@ -449,6 +463,11 @@ class MemoryBudget:
                             break
         changed = {id(held): held for held, _, _ in taken}
         return [(held, i) for held in changed.values() for i in (0, 1) if held.bits[i] != held.now[i]]
+
+    def _price_of_balance(self, held):
+        """What it costs to pack the keys of a cache without balance, per byte of its queries, as far as that is known:
+        those that cost more to pack lose more."""
+        return self._error(held, 0, MOST_BITS) / held.kept_queries()
 
     # ---- steps ---------------------------------------------------------------------------------------------------
     def plan(self, cache: Any, n_new: int, shape: Shape) -> None:
@@ -471,6 +490,7 @@ class MemoryBudget:
         self.n_plans += 1
         group.planned, group.seen = (*step[:2], self.n_plans), {layer}
         group.leader, group.pending = weakref.ref(cache), []
+        self._give_up_queries(table)
         for held, i in changed:
             self._repack(held.cache, i, held.bits[i])
         self._look_ahead(group, growing, n_new)
@@ -503,6 +523,7 @@ class MemoryBudget:
         """Repack what changed, and compute what is still to be computed: one part after the other of the caches that
         have a source in common, those that free most first. Each part of a source goes before the next."""
         steps = {(id(held), i) for held, i in changed}
+        self._give_up_queries(table)
 
         def repack(held: _Held, i: int) -> None:
             if (id(held), i) in steps:
@@ -539,9 +560,11 @@ class MemoryBudget:
             table = [_Held(cache, None, None) for cache in self.alive()]
             of_parts = [held for held in table if any(held.cache is part for part in parts)]
             gone = [held for held in of_parts if any(held.cache is part for part in leaving)]
+            queries = [held.most_queries(shape._replace(rows=1)) for held in of_parts]
 
-            def taken(table=table, of_parts=of_parts, gone=gone) -> int:
+            def taken(table=table, of_parts=of_parts, gone=gone, queries=queries) -> int:
                 new.bits = [min((held.bits[i] for held in of_parts), key=lambda bits: bits or 16) for i in (0, 1)]
+                new.queries = sum(n for held, n in zip(of_parts, queries) if not held.gives_up_queries)
                 return self._total(table) - sum(held.nbytes for held in gone) + new.nbytes
 
             if taken() <= self.limit or not any(evict() for evict in self.evict):
@@ -555,6 +578,7 @@ class MemoryBudget:
                 f"beside it and every layer at {self.floor.name}, the floor, and the budget is {self.limit:,} "
                 f"({size_name(self.limit)}). Allow more memory, a lower floor or fewer requests at a time"
             )
+        self._give_up_queries(table)
         for held, i in changed:
             self._repack(held.cache, i, held.bits[i])
 
@@ -574,18 +598,21 @@ class MemoryBudget:
                 found[id(peer)] = peer, shape
         return found
 
-    def _table(self, growing, n_new):
+    def _table(self, growing, n_new, chunk=None):
+        """After n_new more tokens, which come at once, or in chunks of at most so many."""
         table = []
         for cache in self.alive():
             _, shape = growing.get(id(cache), (None, None))
-            table.append(_Held(cache, cache.room_after(n_new) if id(cache) in growing else None, shape))
+            n = n_new if chunk is None else cache.held_of(n_new, chunk)
+            table.append(_Held(cache, cache.room_after(n) if id(cache) in growing else None, shape))
         return table
 
-    def _lowered(self, growing, n_new):
-        """Bytes of everything with every part at the floor, after n_new more tokens."""
-        table = self._table(growing, n_new)
+    def _lowered(self, growing, n_new, chunk=None):
+        """Bytes of everything with every part at the floor and no queries kept, after n_new more tokens."""
+        table = self._table(growing, n_new, chunk)
         for held in table:
             held.bits = max([held.bits, *self._steps(held)], key=held.saved)
+            held.gives_up_queries = True
         return self._total(table)
 
     def _refuse(self, growing, n_new):
@@ -598,14 +625,15 @@ class MemoryBudget:
             low,
         )
 
-    def _most(self, growing, high):
+    def _most(self, growing, high, chunk=None):
         """The most tokens, fewer than `high`, that fit at the floor."""
-        return _largest(lambda n: self._lowered(growing, n) <= self.limit, high)
+        return _largest(lambda n: self._lowered(growing, n, chunk) <= self.limit, high)
 
-    def tokens_that_fit(self, caches: Sequence[Any], most: int = 2**40) -> Optional[int]:
-        """How many more tokens the caches of one prompt cache can take, with everything else as it is, before the floor
-        holds no more; None: `most`, or as many as one likes. Caches whose shapes are not known yet count nothing."""
-        fits = self._most(self._known(caches), most + 1)
+    def tokens_that_fit(self, caches: Sequence[Any], most: int = 2**40, chunk: int = CHUNK) -> Optional[int]:
+        """How many more tokens the caches of one prompt cache can take, in chunks of at most `chunk`, with everything
+        else as it is, before the floor holds no more; None: `most`, or as many as one likes. Caches whose shapes are
+        not known yet count nothing."""
+        fits = self._most(self._known(caches), most + 1, chunk)
         return None if fits == most else fits
 
     def _known(self, caches):
@@ -616,31 +644,36 @@ class MemoryBudget:
                 growing[id(cache)] = cache, None if cache._sides[0].recent is not None else cache.share.shape
         return growing
 
-    def nbytes_after(self, caches: Sequence[Any], n: int) -> int:
-        """Bytes of everything after n more tokens in the caches of one prompt cache, if nothing is packed further."""
-        return self._total(self._table(self._known(caches), n))
+    def nbytes_after(self, caches: Sequence[Any], n: int, chunk: int = CHUNK) -> int:
+        """Bytes of everything after n more tokens in the caches of one prompt cache, in chunks of at most `chunk`, if
+        nothing is packed further."""
+        return self._total(self._table(self._known(caches), n, chunk))
 
-    def needs_no_step(self, caches: Sequence[Any], n: int) -> bool:
-        """Whether the caches of one prompt cache can take n more tokens, in whatever chunks, with nothing packed
-        further, neither for these nor ahead of the next growth of the buffers."""
-        ahead = 2 * len(self.ladder) * len(caches)  # tokens before a growth in which parts are packed for it, at most
-        return self.nbytes_after(caches, n + ahead) <= self.limit
+    def needs_no_step(self, caches: Sequence[Any], n: int, chunk: int = CHUNK) -> bool:
+        """Whether the caches of one prompt cache can take n more tokens, in chunks of at most `chunk`, with nothing
+        packed further, neither for these nor ahead of the next growth of the buffers."""
+        ahead = 2 * len(LADDER) * len(caches)  # tokens before a growth in which parts are packed for it, at most
+        return self.nbytes_after(caches, n + ahead, chunk) <= self.limit
 
     def stages(self, caches: Sequence[Any]) -> list[tuple[int, Optional[int]]]:
         """(bits, tokens) of each rung of the ladder, most bits first: how many tokens the caches of one prompt cache
-        can take with no part at fewer bits; None: as many as one likes. What counts is as for `tokens_that_fit`."""
+        can take, in chunks of at most CHUNK, with no part at fewer bits; None: as many as one likes. What counts is as
+        for `tokens_that_fit`."""
         lowest = min(self._lowest(0), self._lowest(1)) or max(self._lowest(0), self._lowest(1))
         found = []
-        for bits in [b for b in self.ladder if not b or b > lowest] + [lowest] * (lowest > 0):
+        for bits in [b for b in LADDER if not b or b > lowest] + [lowest] * (lowest > 0):
 
             def fits(n: int, bits: int = bits) -> bool:
-                table = self._table(self._known(caches), n)
+                table = self._table(self._known(caches), n, CHUNK)
                 for held in table:
-                    allowed = [[b for b in rungs(self._lowest(i), self.ladder) if b >= bits > 0] for i in (0, 1)]
+                    allowed = [[b for b in rungs(self._lowest(i)) if b >= bits > 0] for i in (0, 1)]
                     held.bits = tuple(
                         of_side[-1] if of_side and held.can_step(i) else held.bits[i]
                         for i, of_side in enumerate(allowed)
                     )
+                if not self._fits(table) and not self._next_steps(table):  # the queries go last
+                    for held in table:
+                        held.gives_up_queries = True
                 return self._fits(table)
 
             most = _largest(fits, 2**40)
@@ -681,6 +714,12 @@ class MemoryBudget:
                 if bits != side.bits and no_more([bits], [side.bits]):
                     self._repack(cache, i, bits)
 
+    @staticmethod
+    def _give_up_queries(table):
+        for held in table:
+            if held.gives_up_queries:
+                held.cache.give_up_queries()
+
     def _repack(self, cache, i, bits):
         """Waits for the result, so that no more than one part exists twice."""
         cache.repack(**{("key_bits", "value_bits")[i]: bits})
@@ -689,8 +728,9 @@ class MemoryBudget:
     def report(self) -> dict[str, Any]:
         """What it holds and what was done, as a dict of plain values: limit and nbytes; caches: how many are counted;
         floor; priced_by; layers: {layer: [schemes that its caches have]}, and draft_layers: those of a draft model;
-        next: the step that comes next, with layer, is_draft, side, bits before and after, bytes that it saves now; None
-        if none is left."""
+        without_queries, and draft_without_queries: layers of which a cache holds no queries, as there was no room: keys
+        that were not packed by then are not balanced; next: the step that comes next, with layer, is_draft, side, bits
+        before and after, bytes that it saves now; None if none is left."""
         table = [_Held(cache, None, None) for cache in self.alive() if not cache.empty()]
         layers: list[dict[int, list[str]]] = [{}, {}]
         for held in table:
@@ -698,6 +738,11 @@ class MemoryBudget:
             if name not in layers[layer.model].setdefault(layer.number, []):
                 layers[layer.model][layer.number].append(name)
         heap = self._next_steps(table)
+
+        def given_up(model: int) -> list[int]:
+            rows = ((held, held.shape.rows) for held in table if held.share.layer.model == model)
+            return sorted({held.share.layer.number for held, n in rows if held.cache.n_rows_with_queries(n) < n})
+
         return {
             "limit": self.limit,
             "nbytes": self.nbytes,
@@ -706,6 +751,8 @@ class MemoryBudget:
             "priced_by": "KL divergence" if self._every_price() else "numbers",
             "layers": dict(sorted(layers[0].items())),
             "draft_layers": dict(sorted(layers[1].items())),
+            "without_queries": given_up(0),
+            "draft_without_queries": given_up(1),
             "next": self._describe_step(table, heap[0]) if heap else None,
         }
 
@@ -738,6 +785,9 @@ class MemoryBudget:
             text += f"{step['to']} bits"
         elif named:
             text += "; no step would save anything now"
+        for name, of in ("without_queries", ""), ("draft_without_queries", " of the draft model"):
+            if r[name]:
+                text += f"; queries given up in layers {_ranges(r[name])}{of}: their keys are packed without balance"
         return text
 
 

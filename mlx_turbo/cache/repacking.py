@@ -25,16 +25,16 @@ Pair = tuple[int, int]  # bits of keys and of values
 MORE_ERROR = {6: 0.17, 4: 0.06, 3: 0.08, 2: 0.09}
 
 
-def rungs(lowest: int, ladder: Sequence[int] = LADDER) -> tuple[int, ...]:
+def rungs(lowest: int) -> tuple[int, ...]:
     """The bits that a side goes through down to its floor, exact first; of one that is never packed (0) only these."""
-    return (0, *(bits for bits in ladder if bits > lowest), lowest) if lowest else (0,)
+    return (0, *(bits for bits in LADDER if bits > lowest), lowest) if lowest else (0,)
 
 
-def reachable_pairs(floor: Scheme, ladder: Sequence[int] = LADDER) -> list[Pair]:
+def reachable_pairs(floor: Scheme) -> list[Pair]:
     """(bits of keys, of values) that a layer under a budget of memory may have, most bits first: one rung apart at
     most, unless the side with more bits is at its floor. There are kernels for each pair, so few of them can all be
     built beforehand. The fewest bits of two pairs, side by side, are one of the pairs again."""
-    sides = rungs(floor.key_bits, ladder), rungs(floor.value_bits, ladder)
+    sides = rungs(floor.key_bits), rungs(floor.value_bits)
     numbers = itertools.product(*map(range, map(len, sides)))
     found = [
         (i, j)

@@ -73,6 +73,10 @@ class Window(TurboKVCache):
         """Packed tokens for which the buffers have room after an eviction."""
         return self.window + self._evict_from
 
+    def held_of(self, n: int, chunk: int) -> int:
+        """As TurboKVCache.held_of: what has left the window is evicted before the next chunk."""
+        return min(n, self.room + self.config.sink + self._capacity() + chunk)
+
     def _n_evictable(self, n_packed, n_recent):
         """How many of its oldest packed tokens a row with these counts evicts when the next one comes. One remains, so
         that a row that has packed has packed tokens."""

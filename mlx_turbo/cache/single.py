@@ -71,6 +71,7 @@ class TurboKVCache:
     share: Optional[Share] = None  # in a memory budget
     one_buffer: bool = True  # whether exact tokens lie in one
     _choice: Any = None  # what auto will choose by, which is computed meanwhile
+    _no_queries: Any = False  # whether a memory budget has no room for them; of a batch, of each row
     repackable: bool = False
     """Whether the newest queries are held as long as keys are exact (0 bits), so that `repack` can balance them: set
     by whoever will call it, before the first token. A state does not hold it."""
@@ -95,7 +96,7 @@ class TurboKVCache:
 
     def _clear_counts(self):
         self.n_sink = self.n_packed = self.n_recent = 0
-        self._observed = None
+        self._observed, self._no_queries = None, False
         self._to_pack = []  # how many tokens will be packed first, once their queries have come
 
     @property
@@ -382,7 +383,12 @@ class TurboKVCache:
         """Whether exact keys may be packed later, and balanced then."""
         keys = self._sides[0]
         can_pack = keys.recent is None or bits_at(8, keys.head_dim) > 0
-        return self.repackable and self.config.balance and not keys.bits and can_pack and not self.holds_latents
+        return self.repackable and self._balances and not keys.bits and can_pack and not self.holds_latents
+
+    @property
+    def _balances(self):
+        """Whether the keys that are packed first will be balanced, if their queries are shown."""
+        return self.config.balance and not self._no_queries
 
     def _keeps_query_of(self, position):
         """Whether the query of a decode step is kept as long as keys are exact: those of the newest tokens would tell
@@ -407,7 +413,7 @@ class TurboKVCache:
     @property
     def _begins_to_pack(self):
         """Whether the next keys to be packed are the first, and may be balanced."""
-        return not self.n_packed and self.config.balance and self._sides[0].bits > 0
+        return not self.n_packed and self._balances and self._sides[0].bits > 0
 
     def _choose_balance(self, tail, bits=None):
         """How keys are balanced of which `tail`, one array or several, comes after the sink, if it can be chosen.
@@ -497,6 +503,11 @@ class TurboKVCache:
         n_packed = self.room_after(n_new).n_packed
         return any(n_packed > side.codes_capacity for side in self._sides)
 
+    def held_of(self, n: int, chunk: int) -> int:
+        """Of n more tokens, which come in chunks of at most so many: how many may be held at a time, one after the
+        other."""
+        return n
+
     def room_after(self, n_new: int) -> Room:
         """The `Room` after an update with n_new tokens."""
         (n_sink, n_packed, _), (left, kept) = self._counts_after(n_new), self._left_packed()
@@ -511,6 +522,14 @@ class TurboKVCache:
         n_times = (capacity - room.n_packed) // config.block + 1
         first = self._room() - n_recent + 1
         return first + (n_times - 1) * config.block, room.n_packed + n_times * config.block
+
+    def give_up_queries(self) -> None:
+        """Hold no queries, now or later: keys that are not packed yet will not be balanced."""
+        self._observed, self._no_queries = None, True
+
+    def n_rows_with_queries(self, n_rows: int) -> int:
+        """Of so many rows, for how many queries may be held."""
+        return 0 if self._no_queries else n_rows
 
     def _left_packed(self) -> tuple[int, Optional[int]]:
         """(packed tokens before an update packs others, tokens that their buffers have room for if they are new)"""
@@ -829,6 +848,8 @@ class TurboKVCache:
             return "off" if keys.bits else "keys are exact"
         if keys.balance is None and self.holds_latents:
             return "off: latents serve as keys and values"
+        if keys.balance is None and np.any(self._no_queries):
+            return "the memory budget had no room for queries"
         if keys.balance is None:
             return "no queries were seen before keys were packed" if any(c[1] for c in self._counts()) else NOT_YET
         changed = (keys.balance.factors != 1).any((2, 3))
@@ -943,6 +964,7 @@ class TurboKVCache:
         self.version, self.attended_version, self._unread = 0, None, Unread()
         self.last_attention = NOT_YET
         self._observed, self._errors, self._by, self._to_pack, self._choice = None, {}, None, [], None
+        self._no_queries = False
         vars(self).update(state.own)
         self._arrange()
         self._evaluate()

@@ -101,13 +101,14 @@ def test_what_is_computed_beforehand_is_what_the_buffers_take(made, chunks, data
         grows = n and cache.will_grow(n)
         before = sum(side.nbytes for side in cache._sides)
         cache.update_and_fetch(keys, values)
+        if n:
+            cache.observe(queries_of(keys), 0.1)  # until then the first tokens are exact, as the model has them
         buffers = sum(side.nbytes for side in cache._sides)
         if n:
             assert buffers <= held.nbytes
             if certain and not made[0]:
-                assert buffers == held.nbytes - held._queries(0, held.bits[0])
+                assert buffers == held.nbytes - held.kept_queries()
             assert grows or buffers <= before
-            cache.observe(queries_of(keys), 0.1)
             assert cache.nbytes <= held.nbytes
 
 
@@ -286,6 +287,156 @@ def test_a_prompt_that_cannot_fit_is_refused_and_what_is_said_to_fit_does(backen
     assert 100 < fit < 2000 and budget.tokens_that_fit(caches) == fit
     step(caches, drawn(rng, 3, fit))
     assert budget.nbytes <= budget.limit
+
+
+@quick
+@given(
+    made=st.lists(MAKERS, min_size=1, max_size=2),
+    chunks=st.lists(st.sampled_from([1, 2, 20, 60, 300]), min_size=1, max_size=4),
+    single=st.sampled_from([0, 3, 40]),
+    floor=FLOORS,
+    n_heads=st.sampled_from([4, 40]),
+)
+def test_what_is_said_to_fit_is_never_refused_in_whatever_chunks_it_comes(made, chunks, single, floor, n_heads):
+    """Within the least limit of which it is said, which has no room for queries."""
+    rng, n = np.random.default_rng(0), sum(chunks) + single
+    known = Shape(1, SHAPE["heads"], (SHAPE["key_dim"], SHAPE["value_dim"]), 4, True, n_heads)
+    budget, caches = MemoryBudget(2**60, floor), [make(*m) for m in made]
+    budget.add(enumerate(caches), dict.fromkeys(range(len(caches)), known))
+    low, high = 0, 2**24
+    while high - low > 1:
+        budget.limit = (low + high) // 2
+        fits = budget.tokens_that_fit(caches, n, max(chunks)) is None
+        low, high = (low, budget.limit) if fits else (budget.limit, high)
+    budget.limit = high
+    for chunk in [*chunks, *[1] * single]:
+        for cache, (keys, values) in zip(caches, drawn(rng, len(caches), chunk)):
+            cache.update_and_fetch(keys, values)
+            if cache.wants_queries:
+                cache.observe(mx.tile(queries_of(keys), (1, n_heads // 4, 1, 1)), 0.1)
+            assert budget.nbytes <= budget.limit
+    assert budget.report()["caches"] == len(caches)
+
+
+@fast
+def test_a_budget_that_is_too_short_for_queries_gives_up_those_of_the_cheapest_layers_and_says_so(backend):
+    """Keys are packed without balance then, and the other layers keep theirs."""
+    prices = [[{4: e}, {4: e}] for e in (1e-2, 1e-5, 1e-3)]
+    budget, caches = layers(2**60, prices=prices, n_heads=40)
+    rng, few = np.random.default_rng(0), SMALL["sink"] + SMALL["recent"] + SMALL["block"]
+    whole, of_layer = budget.nbytes_after(caches, few), 40 * 32 * 32 * 4
+    budget.limit = whole - of_layer - of_layer // 2
+    assert budget.tokens_that_fit(caches) > few
+    step(caches, drawn(rng, 3, 5))
+    assert [c.wants_queries for c in caches] == [True, False, False]
+    assert budget.describe().endswith("; queries given up in layers 1-2: their keys are packed without balance")
+    assert budget.report()["without_queries"] == [1, 2] and budget.nbytes <= budget.limit
+    step(caches, drawn(rng, 3, 300))
+    said = [c.report()["balance"] for c in caches]
+    assert said[0].endswith("of 2 kv heads") and set(said[1:]) == {"the memory budget had no room for queries"}
+    twins = [copied(c, way) for c, way in zip(caches, ("copy", "pickle", "file"))]
+    assert all(same(state_of(a), state_of(b)) for a, b in zip(caches, twins)) and not twins[1].wants_queries
+    for c in caches:
+        c.trim(c.offset)
+    budget.limit = 2**60
+    step(caches, drawn(rng, 3, 300))
+    assert all(c.wants_queries for c in caches) and budget.report()["without_queries"] == []
+
+
+@fast
+def test_rows_whose_queries_were_given_up_are_in_a_batch_what_they_were_alone(backend):
+    budget, row = layers(2**60, n=1)
+    (row,), (other,) = row, copy.deepcopy(row)
+    rng = np.random.default_rng(0)
+    row.give_up_queries()
+    step([row], drawn(rng, 1, 5))
+    step([other], drawn(rng, 1, 9))
+    batch = row.merge([row, other, row])
+    assert budget.report()["without_queries"] == [0]
+    alone = [row, other, copy.deepcopy(row)]
+    for n in (1, 200, 1):
+        (keys, values), *_ = drawn(rng, 1, n, batch=3)
+        step([batch], [(keys, values)])
+        for b, cache in enumerate(alone):
+            step([cache], [(keys[b : b + 1], values[b : b + 1])])
+            assert same(state_of(batch.extract(b)), state_of(cache))
+            assert batch.extract(b).wants_queries == cache.wants_queries == (b == 1)
+    batch.repack(4, 4)
+    for cache in alone:
+        cache.repack(4, 4)
+    assert all(same(state_of(batch.extract(b)), state_of(cache)) for b, cache in enumerate(alone))
+    assert [c._sides[0].balance is None for c in alone] == [True, False, True]
+    batch.filter([1])
+    assert budget.report()["without_queries"] == [0]  # the row that is still held alone
+    del alone, row, cache
+    gc.collect()
+    assert budget.report()["without_queries"] == []
+
+
+@fast
+def test_a_batch_without_queries_waits_for_none_and_a_row_that_is_trimmed_to_nothing_begins_again(backend):
+    _, (row,) = layers(2**60, n=1)
+    row.give_up_queries()
+    rng, rows = np.random.default_rng(0), [row, copy.deepcopy(row)]
+    for n, cache in zip((5, 9), rows):
+        step([cache], drawn(rng, 1, n), observe=False)
+    batch = row.merge(rows)
+    for cache in batch, *rows:
+        cache.trim(6)
+    assert [batch.extract(b).wants_queries for b in (0, 1)] == [cache.wants_queries for cache in rows] == [True, False]
+    batch.give_up_queries()
+    batch.repack(4, 4)
+    ((keys, values),) = drawn(rng, 1, 300, batch=2)
+    batch.update_and_fetch(keys, values)
+    assert not batch.wants_queries and batch.packed_columns > 200
+
+
+@fast
+def test_a_batch_that_has_no_room_for_queries_gives_them_up_rather_than_being_refused(backend):
+    done = set()
+    for limit in range(100_000, 3_600_000, 100_000):
+        budget, caches = layers(2**60, n=2, n_heads=40, config=TurboConfig("turbo0", 2, 40, 40))
+        rows, rng = [caches, copy.deepcopy(caches)], np.random.default_rng(0)
+        del caches
+        try:
+            for row in rows:
+                step(row, drawn(rng, 2, 4), observe=False)
+            batch, others = ([layer.merge([layer] * n) for layer in row] for n, row in zip((3, 1), rows))
+            del rows, row
+            budget.limit = limit
+            for layer, other in zip(batch, others):
+                layer.extend(other)
+            for cache, (keys, values) in zip(batch, drawn(rng, 2, 60, batch=4)):  # no buffer grows
+                cache.update_and_fetch(keys, values)
+                if cache.wants_queries:
+                    cache.observe(mx.tile(queries_of(keys), (1, 10, 1, 1)), 0.1)
+                assert budget.nbytes <= budget.limit
+        except MemoryBudgetError:
+            done.add("refused")
+        else:
+            done.add(len(budget.report()["without_queries"]))
+    assert done == {"refused", 0, 1, 2}
+
+
+@quick
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    chunks=st.lists(st.one_of(st.just(1), st.integers(1, 40)), max_size=20),
+    single=st.integers(0, 280),
+    window=st.sampled_from([0, 0, 30]),
+)
+def test_the_queries_that_are_kept_are_never_more_than_is_counted(lengths, chunks, single, window):
+    """Of rows of whatever lengths, which keep the queries of other steps."""
+    rng, rows = np.random.default_rng(0), [make(window, TurboConfig("turbo0", **SMALL)) for _ in lengths]
+    for n, row in zip(lengths, rows):
+        row.repackable = True
+        step([row], drawn(rng, 1, n))
+    batch = rows[0].merge(rows)
+    per_row = Shape(1, SHAPE["heads"], (SHAPE["key_dim"], SHAPE["value_dim"]), 4, True, 4).queries_nbytes
+    (tokens,) = drawn(rng, 1, 1, batch=len(rows))
+    for chunk in [*chunks, *[1] * single]:
+        step([batch], [tokens] if chunk == 1 else drawn(rng, 1, chunk, batch=len(rows)))
+        assert sum(q.nbytes for q in batch._observed_queries()) <= len(rows) * per_row
 
 
 @fast

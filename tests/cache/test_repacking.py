@@ -260,18 +260,23 @@ def test_batches_and_their_rows_become_the_same(backend):
 
 
 @fast
-def test_batches_of_exact_rows_hold_the_queries_of_each(backend):
-    batch = BatchTurboKVCache("turbo0", [0, 0])
-    batch.repackable = True
-    assert batch.extract(1).repackable and TurboKVCache.merge([batch.extract(0), TurboKVCache("turbo0")]).repackable
-    fed(batch, 300, batch=2)
-    alone = exact(300)
-    alone = [TurboKVCache("turbo0") for _ in range(2)]
-    tokens = random_tokens(np.random.default_rng(0), 300, batch=2)
-    for b, cache in enumerate(alone):
+@pytest.mark.parametrize("chunks", [(300,), (100, 1, 1), (20, *[1] * 80)])
+@pytest.mark.parametrize("make", [TurboKVCache, functools.partial(RotatingTurboKVCache, 256, 4)])
+def test_batches_of_exact_rows_hold_the_queries_of_each(backend, make, chunks):
+    """Also as windows pack them, which is to move exact tokens to other buffers."""
+    *alone, other = (make("turbo0", recent=16, block=16) for _ in range(3))
+    for cache in alone:
         cache.repackable = True
-        cache.update_and_fetch(*(x[b : b + 1] for x in tokens))
-        cache.observe(queries_of(tokens[0])[b : b + 1], 0.1)
+    batch, rng = alone[0].merge(alone), np.random.default_rng(0)
+    assert batch.extract(1).repackable and other.merge([batch.extract(0), other]).repackable
+    for n in chunks:
+        keys, values = random_tokens(rng, n, batch=2)
+        batch.update_and_fetch(keys, values)
+        batch.observe(queries_of(keys), 0.1)
+        for b, cache in enumerate(alone):
+            cache.update_and_fetch(keys[b : b + 1], values[b : b + 1])
+            cache.observe(queries_of(keys)[b : b + 1], 0.1)
+    for cache in alone:
         cache.repack(4, 4)
     batch.repack(4, 4)
     assert all(same(state_of(batch.extract(b)), state_of(cache)) for b, cache in enumerate(alone))
