@@ -4,8 +4,8 @@
     python scripts/memory_budget.py [--tokens 2048] [--skip 0] [--chunk 32] [--fractions 2 4 6] [--json] [--png FILE]
     python scripts/memory_budget.py --model MODEL --text FILE --dtype model --fractions 2 4 6 [the options above]
 
-One window of held-out stories (the embedded model) or of the text is read in chunks through each cache and through an
-uncompressed one. A budget of 1/d is that part of the bytes that the uncompressed caches take at the end of the window.
+One window of held-out stories (the embedded model) or of the text is read in chunks through each cache and through
+mlx-lm's own. A budget of 1/d is that part of the bytes that mlx-lm's caches take at the end of the window.
 At equal bytes: the keys and values of each layer at fixed widths that `auto:BITS` chooses by the same prices, with as
 many bits as the budget holds at the end; and each turboN. Nothing is exact there but the sink and the newest tokens,
 whatever the length. --dtype: of parameters and caches; float32 unless given, of which 1/d is 1/(2 d) of 16 bits. MODEL:
@@ -29,7 +29,7 @@ from mlx_turbo import TurboConfig, get_backend, make_prompt_cache  # noqa: E402
 from mlx_turbo.backends.device import device_name  # noqa: E402
 from mlx_turbo.cache.memory_budget import MemoryBudget, MemoryBudgetError
 from mlx_turbo.cache.single import TurboKVCache
-from mlx_turbo.cli import common
+from mlx_turbo.cli import common, plan
 from mlx_turbo.integration.bit_budget import Prices, calibration_tokens, spend
 from mlx_turbo.integration.memory import put_under_budget, shapes_of
 from mlx_turbo.integration.prompt_cache import flatten_caches, memory_budget_of
@@ -75,14 +75,21 @@ def ours(cache):
     return [c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)]
 
 
-def bytes_at_end(model, config, n):
-    """Bytes of the compressed caches of a configuration with n tokens, means included whether or not there are any."""
+def bytes_at_end(model, config, n, chunk):
+    """Bytes of the compressed caches of a configuration with n tokens, means included whether or not there are any; of
+    windows with all that they may hold between two evictions."""
     cache, budget = make_prompt_cache(model, config), MemoryBudget(2**62)
     put_under_budget(cache, budget, shapes_of(model, cache, budget))
-    return budget.nbytes_after(ours(cache), n)
+    return budget.nbytes_after(ours(cache), n, chunk)
 
 
-def at_equal_bytes(model, prices, limit, n):
+def uncompressed_bytes(model, n):
+    """Bytes that mlx-lm's own caches take with n tokens."""
+    layers = plan.layers_of(model)
+    return plan.cache_bytes(layers, [None] * len(layers), n)
+
+
+def at_equal_bytes(model, prices, limit, n, chunk):
     """The most bits of auto:BITS whose caches take at most `limit` bytes with n tokens: (configuration, bytes), or
     None."""
     for bits in reversed(BITS):
@@ -90,7 +97,7 @@ def at_equal_bytes(model, prices, limit, n):
             config = spend(TurboConfig(budget=bits), prices)
         except ValueError:
             return None
-        if (taken := bytes_at_end(model, config, n)) <= limit:
+        if (taken := bytes_at_end(model, config, n, chunk)) <= limit:
             return config, taken
     return None
 
@@ -200,14 +207,14 @@ def main():
     if len(tokens) < args.tokens:
         parser.error(f"--tokens: {args.tokens}, but the text has only {len(tokens)}")
     prices = Prices(model, calibration_tokens(tokenizer), TurboConfig(budget=4.5))
-    whole = bytes_at_end(model, "turbo0", args.tokens)
+    whole = uncompressed_bytes(model, args.tokens)
     caches, limits = {"uncompressed": make_plain_cache(model)}, {}
     for d in args.fractions:
         config = TurboConfig(memory=int(whole / d), floor=args.floor)
         config = config if args.no_prices else replace(config, prices=spend(config, prices).prices)
         name = f"memory 1/{d:g}"
         caches[name], limits[name] = make_prompt_cache(model, config), config.memory
-        if (equal := at_equal_bytes(model, prices, config.memory, args.tokens)) is not None:
+        if (equal := at_equal_bytes(model, prices, config.memory, args.tokens, args.chunk)) is not None:
             name = f"fixed 1/{d:g}"
             caches[name], limits[name] = make_prompt_cache(model, equal[0]), config.memory
     caches |= {name: make_prompt_cache(model, name) for name in FIXED}
