@@ -240,21 +240,24 @@ def test_what_costs_least_is_packed_first(backend):
 
 
 @fast
-def test_a_decode_step_repacks_one_part_at_most_and_leads_to_a_pair_of_widths_that_is_known(backend, monkeypatch):
+@pytest.mark.parametrize("n, limit", [(3, 700_000), (1, 233_000)], ids=["three layers", "one, both sides at a growth"])
+def test_a_decode_step_repacks_one_part_at_most_and_leads_to_a_pair_of_widths_that_is_known(
+    backend, monkeypatch, n, limit
+):
     calls, original = [], TurboKVCache.repack
     monkeypatch.setattr(TurboKVCache, "repack", lambda self, *a, **k: (calls.append(self), original(self, *a, **k))[1])
-    prices = [[{4: 1e-6}, {4: 1e-1}]] * 3  # keys alone would go to the floor
-    budget, caches = layers(700_000, n=3, floor="turbo4", prices=prices)
+    prices = [[{4: 1e-6}, {4: 1e-1}]] * n  # keys alone would go to the floor
+    budget, caches = layers(limit, n=n, floor="turbo4", prices=prices)
     rng, most, total, pairs = np.random.default_rng(0), 0, 0, {*reachable_pairs(budget.floor)}
-    step(caches, drawn(rng, 3, 100))
+    step(caches, drawn(rng, n, 100))
     with pytest.raises(MemoryBudgetError, match="1 more tokens after .* take .* every layer at turbo4"):
         while True:
             calls.clear()
-            step(caches, drawn(rng, 3, 1), observe=False)
+            step(caches, drawn(rng, n, 1), observe=False)
             most, total = max(most, len(calls)), total + len(calls)
             assert budget.nbytes <= budget.limit
             assert {tuple(s.bits for s in c._sides) for c in caches} <= pairs
-    assert most == 1 and total > 10
+    assert most == 1 and total > 3 * n
     assert all(c.config.scheme == Scheme(4, 4) for c in caches)
 
 
@@ -642,6 +645,33 @@ def test_a_batch_that_cannot_be_made_within_the_budget_is_refused_before_anythin
     assert rows[0][0].merge([row[0] for row in rows]).n_rows == 2 and not kept
 
 
+@fast
+@pytest.mark.parametrize("scheme", [(0, 0), (4, 3)])
+def test_a_batch_that_loses_rows_is_never_held_twice(backend, scheme):
+    """Each part is computed by itself, and the old one goes before the next. Exact tokens are gathered, and then put
+    where there is room for more."""
+    use_every_width()
+    gc.collect()
+    mx.synchronize()
+    before = mx.get_active_memory()
+    budget, caches = layers(2**60, n=4)
+    step(caches, drawn(np.random.default_rng(0), 4, 1000))
+    for cache in caches:
+        cache.repack(*scheme)
+    batch = [layer.merge([layer] * 4) for layer in caches]
+    del caches, cache
+    gc.collect()
+    mx.eval([side.started() for layer in batch for side in layer._sides])
+    budget.limit, part = budget.nbytes, max(side.nbytes for layer in batch for side in layer._sides)
+    mx.reset_peak_memory()
+    for layer in batch:
+        layer.filter([0, 1, 3])
+    assert budget.nbytes <= budget.limit
+    budget.separate()
+    mx.eval([side.started() for layer in batch for side in layer._sides])
+    assert mx.get_peak_memory() - before <= budget.limit + 2 * part + BESIDE * 4
+
+
 # ---- state machines --------------------------------------------------------------------------------------------------
 class BudgetMachine(RuleBasedStateMachine):
     """Everything that is done to the caches of a model, in any order, under a budget."""
@@ -875,6 +905,7 @@ class BatchBudgetMachine(RuleBasedStateMachine):
             self.budget.separate()
         except MemoryBudgetError:
             return
+        mx.eval([side.started() for side in self.parts()] if self.batch else [])
         assert mx.get_peak_memory() - self.before <= self.allowed() + part
 
     @precondition(lambda self: self.held)
