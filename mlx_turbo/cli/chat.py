@@ -76,7 +76,7 @@ class ChatProgram(TurboProgram):
 def _within_budget(original: Callable[..., Any], model: Any, tokenizer: Any, prompt: Any, **options: Any) -> Any:
     """mlx-lm's stream_generate, whose answer ends where a memory budget does."""
     cache, asked, n = options["prompt_cache"], options["max_tokens"], 0
-    allowed = limit_to_budget(cache, len(prompt), asked)
+    allowed = limit_to_budget(cache, len(prompt), asked, options["prefill_step_size"])
     for response in original(model, tokenizer, prompt, **options | {"max_tokens": allowed}):
         n += 1
         yield response

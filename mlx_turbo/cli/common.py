@@ -526,14 +526,15 @@ def use_demo_model(args: argparse.Namespace) -> None:
     args.model = str(DEMO_MODEL)
 
 
-def limit_to_budget(prompt_cache: Any, n_prompt: int, max_tokens: int) -> int:
-    """max_tokens, or fewer: as many as a budget of memory holds behind a prompt of n_prompt tokens. prompt_cache: with
-    the caches of a draft model, if there is one. max_tokens: -1 is no limit. Raises CliError if it does not hold the
-    prompt."""
+def limit_to_budget(prompt_cache: Any, n_prompt: int, max_tokens: int, chunk: int) -> int:
+    """max_tokens, or fewer: as many as a budget of memory holds behind a prompt of n_prompt tokens, which is read in
+    chunks of at most `chunk`. prompt_cache: with the caches of a draft model, if there is one. max_tokens: -1 is no
+    limit. Raises CliError if it does not hold the prompt."""
     budget = memory_budget_of(prompt_cache)
     if budget is None:
         return max_tokens
-    fit = budget.tokens_that_fit([c for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)])
+    ours = [c for c in flatten_caches(prompt_cache) if isinstance(c, TurboKVCache)]
+    fit = budget.tokens_that_fit(ours, chunk=chunk)
     if fit is None:
         return max_tokens
     if fit <= n_prompt:

@@ -56,7 +56,7 @@ class GenerateProgram(TurboProgram):
         if self.unpriced is None or budget is None:
             return
         ours = [c for c in flatten_caches(cache) if isinstance(c, TurboKVCache)]
-        if n_tokens >= 0 and budget.needs_no_step(ours, n_tokens):
+        if n_tokens >= 0 and budget.needs_no_step(ours, n_tokens, self.args.prefill_step_size):
             return
         (model, tokenizer), self.unpriced = self.unpriced, None
         self._of_models[id(model)] = model, for_model(self.config, model, tokenizer, measure=True)
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
             cache = kwargs["prompt_cache"] = program.own_cache(model, kwargs.pop("max_kv_size", None))
             if draft is not None:
                 cache += program.own_cache(draft)
-        kwargs["max_tokens"] = allowed = limit_to_budget(cache or [], len(prompt), asked)
+        kwargs["max_tokens"] = allowed = limit_to_budget(cache or [], len(prompt), asked, args.prefill_step_size)
         program.price(cache or [], len(prompt) + allowed if allowed >= 0 else -1)
         n_answered, stream = 0, module.stream_generate
 

@@ -95,7 +95,7 @@ class ServerProgram(TurboProgram):
                 budget.others.append(lambda: prompts.memory_nbytes)
             loaded.append((path, cache))
             ours = [c for _, layers in loaded for c in flatten_caches(layers) if isinstance(c, TurboKVCache)]
-            self.args.budgets[loaded[0][0]] = budget, budget.tokens_that_fit(ours)
+            self.args.budgets[loaded[0][0]] = budget, budget.tokens_that_fit(ours, chunk=self.args.prefill_step_size)
         together = self.args.draft_model is None and all(hasattr(c, "merge") for c in flatten_caches(cache))
         print_message(
             f"{path}: KV cache {self.scheme}, {describe(cache)}; requests are answered "

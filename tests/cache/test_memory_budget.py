@@ -216,7 +216,9 @@ def test_what_needs_no_step_is_never_packed_in_whatever_chunks_it_comes(made, ch
     low, high = 0, 2**24
     while high - low > 1:
         budget.limit = (low + high) // 2
-        low, high = (low, budget.limit) if budget.needs_no_step(caches, sum(chunks)) else (budget.limit, high)
+        low, high = (
+            (low, budget.limit) if budget.needs_no_step(caches, sum(chunks), max(chunks)) else (budget.limit, high)
+        )
     budget.limit = high
     for n in chunks:
         step(caches, drawn(rng, len(caches), n))

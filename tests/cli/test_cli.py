@@ -486,6 +486,15 @@ def test_a_prompt_that_its_budget_cannot_hold_is_refused_before_it_is_read(run, 
     )
 
 
+@pytest.mark.parametrize("chunk, code", [(2048, 2), (128, 0)])
+def test_a_long_prompt_of_windows_is_counted_by_the_chunks_in_which_it_is_read(run, priced, chunk, code):
+    window = ["--max-kv-size", 256, "--prefill-step-size", chunk, *SHORT_WINDOW]
+    got, out, err = run("generate", "-p", LONG_STORY * 8, "-m", 4, "--kv-memory", "1MB", *window)
+    assert got == code, err
+    assert bool(re.search(r"but a cache of 1MB holds [\d,]+ more at turbo3, the floor", err)) == (code == 2)
+    assert ("budget of 1MB" in out) == (code == 0)
+
+
 @pytest.mark.parametrize("scheme", [None, "turbo4"])
 def test_a_prompt_cache_file_goes_on_under_a_budget(run, priced, prompt_cache_file, scheme):
     """Exact, or from the bits that it was packed to."""
