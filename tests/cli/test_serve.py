@@ -781,7 +781,9 @@ def test_two_hundred_requests_of_eight_conversations(start, reference, argv, n_f
 # ---- a budget of memory ------------------------------------------------------------------------------------------
 def test_a_draft_model_comes_under_the_budget_of_the_model_that_is_loaded_with_it(monkeypatch):
     args = argparse.Namespace(
-        **dict(kv=None, kv_memory="3MB", kv_floor=None, kv_sink=2, kv_recent=8, num_draft_tokens=3),
+        **dict(
+            kv=None, kv_memory="3MB", kv_floor=None, kv_sink=2, kv_recent=8, num_draft_tokens=3, prefill_step_size=2048
+        ),
         **dict(model=str(DEMO_MODEL), draft_model=f"{DEMO_MODEL}/.", prompts=ServedPrompts()),
         **dict(rooms={}, budgets={}, loaded=[]),
     )
