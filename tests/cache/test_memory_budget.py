@@ -741,8 +741,16 @@ class BudgetMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.sequences) > 1)
     @rule()
     def merge_and_extract(self):
-        budget = self.budget
-        batches = [layer[0].merge(layer) for layer in zip(*(caches for caches, _ in self.sequences))]
+        budget, batches = self.budget, []
+        try:
+            for layer in zip(*(caches for caches, _ in self.sequences)):
+                batches.append(layer[0].merge(layer))
+        except MemoryBudgetError:  # rows and batches are held at the same time
+            batches.clear()
+        del layer
+        if not batches:
+            gc.collect()
+            return
         held = [g for _, g in self.sequences]
         self.sequences = []
         gc.collect()
