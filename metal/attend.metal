@@ -198,9 +198,9 @@ struct PackedRows {
     half2 z[8];
     if (B == 4) {
       Levels<4>::eight(raw.w[x], z);
-    } else if (B == 8) {  // 1024 + code: 1152 too high, see bias
-      TQ_UNROLL for (int i = 0; i < 4; i++)
-        z[i] = as_type<half2>(((raw.w[2 * x + i / 2] >> (i % 2 * 8)) & 0x00ff00ffu) | 0x64006400u);
+    } else if (B == 8) {
+      Levels<8>::four(raw.w[2 * x], z);
+      Levels<8>::four(raw.w[2 * x + 1], z + 2);
     } else if (B == 2) {
       Levels<2>::sixteen(raw.w[x / 2], z);  // the half not used folds away
     } else if (B == 5) {
@@ -350,7 +350,7 @@ struct TileRows {
   }
 };
 template <class PACKED, int N>
-METAL_FUNC void tq_decode_dims(typename PACKED::Pointer row, int c, float less, threadgroup half *to) {
+METAL_FUNC void tq_decode_dims(typename PACKED::Pointer row, int c, threadgroup half *to) {
   typename PACKED::Raw raw;
   PACKED::template read<N>(row, c, raw);
   TQ_UNROLL for (int x = 0; x < N / 8; x++) {
@@ -358,22 +358,19 @@ METAL_FUNC void tq_decode_dims(typename PACKED::Pointer row, int c, float less, 
     PACKED::eight(raw, x, y);
     TQ_UNROLL for (int i = 0; i < 2; i++)
       ((threadgroup half4 *)to)[2 * x + i] =
-          half4(half(y[4 * i] - less), half(y[4 * i + 1] - less), half(y[4 * i + 2] - less), half(y[4 * i + 3] - less));
+          half4(half(y[4 * i]), half(y[4 * i + 1]), half(y[4 * i + 2]), half(y[4 * i + 3]));
   }
 }
-// D dims, from 32 * first on, of rows t0 .. end - 1, at most N, by all threads of the threadgroup; less: what 8-bit
-// codes are too high.
+// D dims, from 32 * first on, of rows t0 .. end - 1, at most N, by all threads of the threadgroup.
 template <int D, int N, int SIMDGROUPS, class PACKED>
-METAL_FUNC void tq_decode(PACKED rows, int t0, int end, int first, float less, threadgroup half *tile,
-                          int thread_index) {
+METAL_FUNC void tq_decode(PACKED rows, int t0, int end, int first, threadgroup half *tile, int thread_index) {
   for (int i = thread_index; i < N * (D / 32); i += 32 * SIMDGROUPS) {
     int token = uint(i) / (D / 32), c = uint(i) % (D / 32);  // unsigned: no division
-    if (t0 + token < end)
-      tq_decode_dims<PACKED, 32>(rows.at(t0 + token), first + c, less, tile + token * (D + 8) + 32 * c);
+    if (t0 + token < end) tq_decode_dims<PACKED, 32>(rows.at(t0 + token), first + c, tile + token * (D + 8) + 32 * c);
   }
   if (D % 32 != 0) {
     for (int token = thread_index; token < min(N, end - t0); token += 32 * SIMDGROUPS)
-      tq_decode_dims<PACKED, 16>(rows.at(t0 + token), first + D / 32, less, tile + token * (D + 8) + D / 32 * 32);
+      tq_decode_dims<PACKED, 16>(rows.at(t0 + token), first + D / 32, tile + token * (D + 8) + D / 32 * 32);
   }
 }
 
@@ -606,15 +603,15 @@ METAL_FUNC void tq_mean_bias(QUERIES q, const device half *mean, thread PerRow<R
 
 // Tokens begin .. end - 1 of a run. Every row sees all of a tile that ends at safe_end or before.
 // has_rows: false for a simdgroup that only helps to decode (SHARED_TILES). q: ROWS rows, QUERY_STRIDE floats apart.
-// weights: 32 * TOKENS_PER_LANE * PADDED_ROWS floats of this simdgroup. bias: of the raw logit. means: of segments.
-// rope: RoPE keys, if ROPE_DIM; rope_bias: as bias, of their part of the logit.
+// weights: 32 * TOKENS_PER_LANE * PADDED_ROWS floats of this simdgroup. means: of segments. rope: RoPE keys, if
+// ROPE_DIM.
 template <int ROWS, int PADDED_ROWS, int TOKENS_PER_LANE, int DIMS_PER_LANE, int SIMDGROUPS, bool SHARED_TILES,
           int CHUNKS, int QUERY_STRIDE, int KEY_DIM, int VALUE_DIM, bool KEY_MEANS, bool SAME_SIDES, int ROPE_DIM,
           class KEYS, class VALUES, class ROPE, class M, class QUERIES>
 METAL_FUNC void tq_run(KEYS keys, VALUES values, ROPE rope, int begin, int end, int safe_end, int split, int shift,
-                       QUERIES q, threadgroup float *weights, threadgroup half *tile, const threadgroup float *bias,
-                       const threadgroup float *rope_bias, const device half *means, int segment, Mask<M> mask,
-                       thread Partial<ROWS, DIMS_PER_LANE> &out, bool has_rows, int simdgroup, int lane) {
+                       QUERIES q, threadgroup float *weights, threadgroup half *tile, const device half *means,
+                       int segment, Mask<M> mask, thread Partial<ROWS, DIMS_PER_LANE> &out, bool has_rows,
+                       int simdgroup, int lane) {
   constexpr bool ONE_TILE = SAME_SIDES && SHARED_TILES && KEYS::BITS != 0;  // of keys that are the values
   constexpr bool ROPE_TILE = ONE_TILE && ROPE_DIM != 0 && ROPE::BITS != 0;
   constexpr int R_DIM = ROPE_DIM ? ROPE_DIM : 32;
@@ -649,11 +646,8 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, ROPE rope, int begin, int end, 
       threadgroup half *key = tile + key_lane * (KEY_DIM + 8);
       const threadgroup half *decoded = tile + min(key_lane, end - 1 - t0) * (KEY_DIM + 8) + part * N;
       threadgroup_barrier(mem_flags::mem_threadgroup);  // what the tile holds is not needed now
-      tq_decode<KEY_DIM, TILE, SIMDGROUPS>(keys, t0, end, 0, KEYS::BITS == 8 ? 1152.0f : 0.0f, tile,
-                                           simdgroup * 32 + lane);
-      if (ROPE_TILE)
-        tq_decode<R_DIM, TILE, SIMDGROUPS>(rope, t0, end, 0, ROPE::BITS == 8 ? 1152.0f : 0.0f, rope_tile,
-                                           simdgroup * 32 + lane);
+      tq_decode<KEY_DIM, TILE, SIMDGROUPS>(keys, t0, end, 0, tile, simdgroup * 32 + lane);
+      if (ROPE_TILE) tq_decode<R_DIM, TILE, SIMDGROUPS>(rope, t0, end, 0, rope_tile, simdgroup * 32 + lane);
       if (simdgroup == 0 && part == 0) {  // the scales: behind a row's dims
         key[KEY_DIM] = half(keys.scale(token[0]));
         if (ROPE_TILE) key[KEY_DIM + 1] = half(rope.scale(token[0]));
@@ -667,7 +661,7 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, ROPE rope, int begin, int end, 
         decoded[i] = tile + min(32 * i + lane, end - 1 - t0) * (N + 8);
       TQ_ROLLED for (int c = 0; c < KEY_DIM; c += N) {
         threadgroup_barrier(mem_flags::mem_threadgroup);  // what the tile holds is not needed now
-        tq_decode<N, TILE, SIMDGROUPS>(keys, t0, end, c / 32, 0.0f, tile, simdgroup * 32 + lane);
+        tq_decode<N, TILE, SIMDGROUPS>(keys, t0, end, c / 32, tile, simdgroup * 32 + lane);
         if (c == 0 && simdgroup == 0) {  // the scales: behind a row's dims
           TQ_UNROLL for (int i = 0; i < TOKENS_PER_LANE; i++) {
             threadgroup half *behind = tile + (32 * i + lane) * (N + 8) + N;
@@ -703,7 +697,7 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, ROPE rope, int begin, int end, 
         TQ_UNROLL for (int i = 0; i < TOKENS_PER_LANE; i++) {
           rope_row[i] = rope.at(token[i]);
           TQ_UNROLL for (int h = 0; h < ROWS; h++)
-            s_rope[i * ROWS + h] = ROPE::BITS == 8 && !ROPE_TILE && part == 0 ? -rope_bias[h] : 0.0f;
+            s_rope[i * ROWS + h] = 0;
         }
         if (ROPE_TILE) {
           const threadgroup half *decoded = rope_tile + min(key_lane, end - 1 - t0) * (R_DIM + 8);
@@ -721,7 +715,6 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, ROPE rope, int begin, int end, 
                                                                       : values.scale(token[i]);
         float rope_scale = ROPE_TILE ? float(behind[1]) : ROPE_DIM ? rope.scale(token[i]) : 1.0f;
         TQ_UNROLL for (int h = 0; h < ROWS; h++) {
-          if (KEYS::BITS == 8 && !ONE_TILE) s[i * ROWS + h] -= bias[h];
           if (KEYS::BITS) s[i * ROWS + h] *= key_scale;
           if (ROPE_DIM) s[i * ROWS + h] = fma(s_rope[i * ROWS + h], rope_scale, s[i * ROWS + h]);
           if (PARTS != 1) s[i * ROWS + h] += simd_shuffle_xor(s[i * ROWS + h], ushort(32 / PARTS));
@@ -797,8 +790,7 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, ROPE rope, int begin, int end, 
       constexpr int N = TILE / CHUNKS;  // tokens
       TQ_ROLLED for (int t = 0; t < (CHUNKS == 1 ? 1 : n); t += N) {
         threadgroup_barrier(mem_flags::mem_threadgroup);  // what the tile holds is not needed now
-        tq_decode<VALUE_DIM, N, SIMDGROUPS>(values, t0 + t, end, 0, VALUES::BITS == 8 ? 1152.0f : 0.0f, tile,
-                                            simdgroup * 32 + lane);
+        tq_decode<VALUE_DIM, N, SIMDGROUPS>(values, t0 + t, end, 0, tile, simdgroup * 32 + lane);
         threadgroup_barrier(mem_flags::mem_threadgroup);
         if (has_rows && (LANES_PER_TOKEN * TOKENS_IN_FLIGHT == 32 || slot < TOKENS_IN_FLIGHT)) {
           Weights w = weights + (t + slot) * PADDED_ROWS;
@@ -838,12 +830,10 @@ METAL_FUNC void tq_run(KEYS keys, VALUES values, ROPE rope, int begin, int end, 
 }
 
 // ---- the query -------------------------------------------------------------------------------------------------
-// n rows of the query times `factor` to rows that are QUERY_STRIDE floats apart; rotated if ROTATE. With 8-bit keys
-// bias[h] = 1152 times the sum of the row.
+// n rows of the query times `factor` to rows that are QUERY_STRIDE floats apart; rotated if ROTATE.
 template <int BITS, int D, int SIMDGROUPS, int QUERY_STRIDE, bool ROTATE, class Q, class STRIDES, class TO>
 METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L, int first_row, int n, int last_row,
-                              float factor, const device float *diag, TO to, threadgroup float *bias, int simdgroup,
-                              int lane) {
+                              float factor, const device float *diag, TO to, int simdgroup, int lane) {
   typedef Row<4, D> R;
   constexpr int DIMS_PER_LANE = R::DIMS_PER_LANE, LANES = R::LANES, VECTORS = R::VECTORS,
                 P = tq_power_of_two_from(D / 2 + 1);
@@ -869,17 +859,11 @@ METAL_FUNC void tq_load_query(Q queries, STRIDES strides, int first_head, int L,
         tq_hadamard<D, DIMS_PER_LANE, LANES, D - P, P>(y, lane, t);
       }
     }
-    float unit = 1.0f, sum = 0;
+    float unit = 1.0f;
     if (ROTATE) unit = Levels<(BITS == 0 ? 4 : BITS)>::UNIT;
     TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
       if (ROTATE) y[i] *= unit;
-      if (ROTATE && BITS == 8) sum += y[i];
       if (h < n && R::has(t, i)) to[h * QUERY_STRIDE + t * DIMS_PER_LANE + i] = y[i];
-    }
-    if (ROTATE && BITS == 8) {
-      TQ_UNROLL for (int k = 1; k < LANES; k *= 2)
-        sum += simd_shuffle_xor(sum, ushort(k));
-      if (h < n && t == 0) bias[h] = 1152.0f * sum;
     }
   }
 }
@@ -920,7 +904,7 @@ constexpr int ROWS_AT_ONCE = tq_max(  // rows that are merged at a time
     1, tq_min(ROWS, (SINGLE_LAUNCH ? 4096 : IN_THE_LOOP) / (SIMDGROUPS * VALUE_DIM)));
 constexpr int MEMORY = tq_max(IN_THE_LOOP, SHARED_TILES ? 0 : SIMDGROUPS * ROWS_AT_ONCE * VALUE_DIM);
 threadgroup float4 memory4[MEMORY / 4];
-threadgroup float bias[ALL_ROWS * (ROPE_BITS == 8 ? 2 : 1)], run_ml[SHARED_TILES ? 1 : 2 * SIMDGROUPS * ROWS];
+threadgroup float run_ml[SHARED_TILES ? 1 : 2 * SIMDGROUPS * ROWS];
 threadgroup float *memory = (threadgroup float *)memory4;
 int lane = thread_index_in_simdgroup, simdgroup = thread_position_in_threadgroup.y,
     block = uint(thread_position_in_grid.y) / SIMDGROUPS;
@@ -948,26 +932,24 @@ const device float *v_diag = diagonals + KEY_ROUNDS * KEY_DIM;
 float factor = as_type<float>(tq_number(diagonals_strides, 10));
 if (SINGLE_LAUNCH || exact || !ROTATED)
   tq_load_query<0, KEY_DIM, SIMDGROUPS, Q::FLOATS, false>(queries + b * queries_strides[0], queries_strides, kvh *G, L,
-                                                          group_row, group_rows, R - 1, factor, q_diag, q, bias,
-                                                          simdgroup, lane);
+                                                          group_row, group_rows, R - 1, factor, q_diag, q, simdgroup,
+                                                          lane);
 if (ROTATED && (SINGLE_LAUNCH || !exact))
   tq_load_query<KEY_BITS, KEY_DIM, SIMDGROUPS, Q::FLOATS, KEY_BITS != 0>(queries + b * queries_strides[0],
                                                                          queries_strides, kvh *G, L, group_row,
                                                                          group_rows, R - 1, factor, q_diag, q_rotated,
-                                                                         bias, simdgroup, lane);
+                                                                         simdgroup, lane);
 constexpr int R_DIM = ROPE_DIM ? ROPE_DIM : 32;
-threadgroup float *rope_bias = bias + (ROPE_BITS == 8 ? ALL_ROWS : 0);
 if (ROPE_DIM) {  // it carries its scale
   const device float *r_diag = v_diag + KEY_ROUNDS * KEY_DIM;
   auto from = queries + b * queries_strides[0] + KEY_DIM * queries_strides[3];
   if (SINGLE_LAUNCH || exact || !ROTATED)
     tq_load_query<0, R_DIM, SIMDGROUPS, Q::FLOATS, false>(from, queries_strides, kvh * G, L, group_row, group_rows,
-                                                          R - 1, TQ_LOG2E, r_diag, q + KEY_DIM, rope_bias, simdgroup,
-                                                          lane);
+                                                          R - 1, TQ_LOG2E, r_diag, q + KEY_DIM, simdgroup, lane);
   if (ROTATED && (SINGLE_LAUNCH || !exact))
-    tq_load_query<ROPE_BITS, R_DIM, SIMDGROUPS, Q::FLOATS, ROPE_BITS != 0>(
-        from, queries_strides, kvh * G, L, group_row, group_rows, R - 1, TQ_LOG2E, r_diag, q_rotated + KEY_DIM,
-        rope_bias, simdgroup, lane);
+    tq_load_query<ROPE_BITS, R_DIM, SIMDGROUPS, Q::FLOATS, ROPE_BITS != 0>(from, queries_strides, kvh * G, L, group_row,
+                                                                           group_rows, R - 1, TQ_LOG2E, r_diag,
+                                                                           q_rotated + KEY_DIM, simdgroup, lane);
 }
 if (QUERIES_IN_DEVICE_MEMORY) threadgroup_barrier(mem_flags::mem_device);
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -1006,8 +988,6 @@ threadgroup float *weights = memory + QUERIES + simdgroup * WEIGHTS;
 q += (first_row - group_row) * Q::FLOATS;
 q_rotated += (first_row - group_row) * Q::FLOATS;
 threadgroup half *tile = (threadgroup half *)(memory + QUERIES + SIMDGROUPS * WEIGHTS);
-const threadgroup float *row_bias = bias + (first_row - group_row),
-                        *row_rope_bias = rope_bias + (first_row - group_row);
 const device half *key_means = k_means + b * k_means_strides[0] + kvh * k_means_strides[1];
 constexpr int OTHER_DIM = ROPE_DIM ? ROPE_DIM : VALUE_DIM, OTHER_BITS = ROPE_DIM ? ROPE_BITS : VALUE_BITS;
 if (exact) {
@@ -1017,8 +997,8 @@ if (exact) {
                                               v_recent + b * v_recent_strides[0] + kvh * v_recent_strides[1], n_sink};
   tq_run<ROWS, PADDED_ROWS, TOKENS_PER_LANE, DIMS_PER_LANE, SIMDGROUPS, SHARED_TILES, CHUNKS, Q::FLOATS, KEY_DIM,
          VALUE_DIM, false, SAME_SIDES, ROPE_DIM>(keys, Choose<SAME_SIDES>::of(others, keys), others, begin, end,
-                                                 safe_end, split, shift, q, weights, tile, row_bias, row_rope_bias,
-                                                 key_means, 0, masks, out, rows > 0, simdgroup, lane);
+                                                 safe_end, split, shift, q, weights, tile, key_means, 0, masks, out,
+                                                 rows > 0, simdgroup, lane);
 } else {
   auto keys = tq_rows<KEY_BITS, KEY_DIM>(k_codes + b * k_codes_strides[0] + kvh * k_codes_strides[1],
                                          k_scale + b * k_scale_strides[0] + kvh * k_scale_strides[1]);
@@ -1027,7 +1007,7 @@ if (exact) {
   tq_run<ROWS, PADDED_ROWS, TOKENS_PER_LANE, DIMS_PER_LANE, SIMDGROUPS, SHARED_TILES, CHUNKS, Q::FLOATS, KEY_DIM,
          VALUE_DIM, KEY_MEANS, SAME_SIDES, ROPE_DIM>(
       keys, Choose<SAME_SIDES>::of(others, keys), others, begin, end, safe_end, split, shift, q_rotated, weights, tile,
-      row_bias, row_rope_bias, key_means, tq_number(diagonals_strides, 11), masks, out, rows > 0, simdgroup, lane);
+      key_means, tq_number(diagonals_strides, 11), masks, out, rows > 0, simdgroup, lane);
 }
 
 // ---- results of the simdgroup: its sums over tokens in flight

@@ -34,7 +34,7 @@
 //   threadgroup (32, n, 1), any n. Lengths are data: nothing is compiled again when L changes.
 //
 // REGISTERS (estimate, 32 bits each): DIMS_PER_LANE values and codes, 7 midpoints, a few indices:
-//   16 + 16 + 7 + 10 = 49; 81 for D > 512. At 5 and 6 bits the midpoints are read from a table.
+//   16 + 16 + 7 + 10 = 49; 81 for D > 512. At 5 bits and more the midpoints are read from a table.
 
 // Midpoints between neighbouring levels, positive half, in units of ||y|| / sqrt(D).
 constant constexpr const float TQ_T2[1] = {0.982770562f};
@@ -49,6 +49,23 @@ constant constexpr const float TQ_T6[31] = {
     0.623625457f,  0.694436491f, 0.765735924f, 0.838337541f, 0.912241518f, 0.987773299f, 1.06558406f,  1.14599931f,
     1.23032141f,   1.31789923f,  1.40970933f,  1.50803089f,  1.61286378f,  1.724208f,    1.84401703f,  1.97424424f,
     2.11488962f,   2.26855779f,  2.43589973f,  2.61821771f,  2.81941867f,  3.10070944f,  3.47967052f};
+constant constexpr const float TQ_T8[127] = {
+    0.017255103f, 0.034510206f, 0.05176531f, 0.06902041f, 0.08627552f, 0.10353062f, 0.12078572f, 0.13804083f,
+    0.15529592f,  0.17255104f,  0.18980613f, 0.20706125f, 0.22431634f, 0.24157144f, 0.25882655f, 0.27608165f,
+    0.29333675f,  0.31059185f,  0.32792836f, 0.34526485f, 0.36251995f, 0.37977505f, 0.39703014f, 0.41428527f,
+    0.43170315f,  0.44912103f,  0.46637613f, 0.48379403f, 0.50121194f, 0.518467f,   0.5358849f,  0.5534656f,
+    0.57104623f,  0.58846414f,  0.60588205f, 0.6234627f,  0.64120615f, 0.65878683f, 0.6762047f,  0.69411093f,
+    0.7120172f,   0.72959787f,  0.7475041f,  0.7657359f,  0.7836421f,  0.80154836f, 0.8197802f,  0.838012f,
+    0.85656935f,  0.8751267f,   0.8933585f,  0.91191596f, 0.9307989f,  0.9496818f,  0.96856475f, 0.9877733f,
+    1.0069817f,   1.0261903f,   1.0457244f,  1.0652585f,  1.0854436f,  1.1056288f,  1.1254885f,  1.1459993f,
+    1.1665101f,   1.1873465f,   1.2085084f,  1.2296703f,  1.2511578f,  1.2729708f,  1.2951094f,  1.3172481f,
+    1.3400378f,   1.3634788f,   1.3869196f,  1.4103606f,  1.4338014f,  1.4578935f,  1.4826366f,  1.5073798f,
+    1.5327741f,   1.5588195f,   1.584865f,   1.6115615f,  1.6389092f,  1.6669081f,  1.694907f,   1.7229058f,
+    1.7522069f,   1.7821592f,   1.8127625f,  1.844017f,   1.8752716f,  1.9071772f,  1.9397341f,  1.972942f,
+    2.0074522f,   2.0426135f,   2.077775f,   2.1142385f,  2.1520045f,  2.188468f,   2.226885f,   2.2666044f,
+    2.3063235f,   2.3479962f,   2.3909712f,  2.4339464f,  2.4886417f,  2.557662f,   2.628636f,   2.7022142f,
+    2.777746f,    2.8571846f,   2.9392278f,  3.0225732f,  3.1085231f,  3.1996822f,  3.294748f,   3.389814f,
+    3.4900887f,   3.5942705f,   3.7023592f,  3.8143544f,  3.9302568f,  4.051368f,   4.1750836f};
 
 // Code of y, offset binary: code n-1-c is the negative of code c. t: the midpoints times ||y|| / sqrt(D).
 // A binary search over the magnitude, then one exclusive or for the sign.
@@ -81,7 +98,7 @@ METAL_FUNC uint tq_code_by_table(float y) {
   uint m = 0;
   TQ_UNROLL for (uint step = HALF / 2; step > 0; step /= 2) {
     uint i = m + step - 1;
-    float t = BITS == 5 ? TQ_T5[i % 15] : TQ_T6[i];
+    float t = BITS == 5 ? TQ_T5[i % 15] : BITS == 6 ? TQ_T6[i % 31] : TQ_T8[i];
     m = a >= t ? i + 1 : m;
   }
   return m ^ (y < 0 ? HALF - 1 : HALF);
@@ -109,17 +126,10 @@ METAL_FUNC void tq_encode(const thread float *y, float times, device uint *row, 
   norm2 = tq_sum_lanes<LANES>(norm2);
   float sigma = sqrt(norm2 * (1.0f / D));
   uint code[DIMS_PER_LANE];
-  if (BITS == 8) {
-    float inverse = sigma > 0 ? 1.0f / (sigma * Levels<8>::UNIT) : 0.0f;
-    TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++) {
-      float c = rint(y[i] * inverse);
-      c = c >= -128.0f ? c : -128.0f;  // also for NaN
-      code[i] = uint(int(min(c, 127.0f)) + 128);
-    }
-  } else if (BITS >= 5) {
+  if (BITS >= 5) {
     float inverse = sigma > 0 ? 1.0f / sigma : 0.0f;
     TQ_UNROLL for (int i = 0; i < DIMS_PER_LANE; i++)
-      code[i] = tq_code_by_table<(BITS == 5 ? 5 : 6)>(y[i] * inverse);
+      code[i] = tq_code_by_table<(BITS < 5 ? 5 : BITS)>(y[i] * inverse);
   } else {
     constexpr int N = BITS > 4 ? 1 : (1 << (BITS - 1)) - 1;
     float midpoint[N];
@@ -192,9 +202,9 @@ METAL_FUNC void tq_encode(const thread float *y, float times, device uint *row, 
   float gamma = sigma;
   if (RULE <= 1) yc = tq_sum_lanes<LANES>(yc);
   if (RULE % 2) cc = tq_sum_lanes<LANES>(cc);
-  // yc or cc = 0: a vector of zeros, or 8 bits and an infinite sigma
+  // yc or cc = 0: a vector of zeros
   if (RULE == 0) gamma = yc > 0 ? norm2 / (yc * Levels<BITS>::UNIT) : sigma;
-  if (RULE == 1) gamma = cc > 0 ? yc / (cc * Levels<BITS>::UNIT) : BITS == 8 ? sigma : yc;
+  if (RULE == 1) gamma = cc > 0 ? yc / (cc * Levels<BITS>::UNIT) : yc;
   if (RULE == 3) gamma = cc > 0 ? sigma * (sqrt(D / cc) / Levels<BITS>::UNIT) : sigma;
   half g = half(gamma * times);
   if (live && t == 0) *scale = g + (g - g);  // infinity: NaN

@@ -104,8 +104,8 @@ struct Levels<3> {
   }
 };
 
-// 5 and 6 bits: t * (t^2 + k) and t * (t^4 + k) of that difference t, where f's slope doubles at code KINK and, within
-// reach of a code, nowhere else. Then t is the same for each bit P that the code is at: few fields need a shift.
+// 5 bits: t * (t^2 + k), 6 and 8 bits: t * (t^4 + k) of that difference t, where f's slope doubles at code KINK and,
+// within reach of a code, nowhere else. Then t is the same for each bit P that the code is at: few fields need a shift.
 // x: the codes of dims 2j and 2j+1 at bit P of the two halves, and anything else.
 template <int BITS, int KINK, int P>
 METAL_FUNC half2 tq_one_kink(uint x) {
@@ -148,11 +148,16 @@ struct Levels<6> {
 };
 template <>
 struct Levels<8> {
-  static constant constexpr const float UNIT = 0.0315f;
-  static METAL_FUNC half2 minus128(uint x) { return as_type<half2>(x | 0x64006400u) - half2(1152.0h); }  // exact
-  static METAL_FUNC void four(uint w, thread half2 *y) {  // a word: 2 pairs
-    y[0] = minus128(w & 0x00ff00ffu);
-    y[1] = minus128((w >> 8) & 0x00ff00ffu);
+  static constant constexpr const float UNIT = 1.3335264707750818f;
+  template <int P>
+  static METAL_FUNC half2 at(uint x) {
+    half2 t = tq_one_kink<8, 236, P>(x), w = t * t;
+    return t * fma(w, w, half2(1.65625h));
+  }
+  // The curve of 6 bits, four codes for one, so that these levels divide its cells. w: a word, 2 pairs.
+  static METAL_FUNC void four(uint w, thread half2 *y) {
+    y[0] = at<0>(w);
+    y[1] = at<0>(w >> 8);
   }
 };
 // The 8 pairs of levels of a unit of 16 dims. w: its words of plane A; b: what plane B has of it, lowest in

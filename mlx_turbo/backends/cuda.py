@@ -7,7 +7,7 @@ has not, and changes the text by these rules, in this order:
   2. The address spaces `device`, `constant`, `thread` and `threadgroup` go: CUDA's pointers know none.
   3. Of functions that became equal by that (overloads for two address spaces) the first stays.
   4. `_Pragma("clang loop unroll(full)")` and `(disable)` become `_Pragma("unroll")` and `_Pragma("unroll 1")`.
-  5. A number of type half, `1152.0h`, becomes `half(1152.0f)`.
+  5. A number of type half, `1.65625h`, becomes `half(1.65625f)`.
 
 Attention gets __launch_bounds__, which say how many registers the compiler may use (`launch_bounds`).
 

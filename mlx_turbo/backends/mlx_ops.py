@@ -124,27 +124,20 @@ def _read_slots(words: mx.array, bits: int, head_dim: int) -> mx.array:
 def _encode(y: mx.array, bits: int, rule: str) -> tuple[mx.array, mx.array]:
     """(words, scales float32 [..., 1] by the rule) of rotated vectors y float32 [..., D]."""
     sigma = mx.sqrt(mx.square(y).mean(-1, keepdims=True))
-    if bits == 8:
-        inverse = mx.where(sigma > 0, 1 / (sigma * codebook.UNIFORM_STEP), 0)
-        c = mx.round(y * inverse)
-        c = mx.where(c >= -128, mx.minimum(c, 127), -128)  # also for NaN, which as an index could be anything
-        codes = (c + 128).astype(mx.uint32)
-    else:
-        half, magnitude = 2 ** (bits - 1), mx.abs(y)
-        midpoints = codebook.thresholds(codebook.product(bits))[half:]
-        above = [(magnitude >= sigma * float(t)).astype(mx.uint8) for t in midpoints]
-        m = sum(above[1:], start=above[0])
-        codes = (m ^ mx.where(y < 0, half - 1, half).astype(mx.uint8)).astype(mx.uint32)
+    half, magnitude = 2 ** (bits - 1), mx.abs(y)
+    midpoints = codebook.thresholds(codebook.product(bits))[half:]
+    above = [(magnitude >= sigma * float(t)).astype(mx.uint8) for t in midpoints]
+    m = sum(above[1:], start=above[0])
+    codes = (m ^ mx.where(y < 0, half - 1, half).astype(mx.uint8)).astype(mx.uint32)
     c = constant(_levels, bits)[codes]
     dot, energy = (y * c).sum(-1, keepdims=True), mx.square(c).sum(-1, keepdims=True)
-    if rule == "inner-product":
-        scale = mx.square(y).sum(-1, keepdims=True) / dot
+    if rule == "inner-product":  # a vector of zeros has no dot product
+        scale = mx.where(dot > 0, mx.square(y).sum(-1, keepdims=True) / dot, sigma)
     elif rule == "least-squares":
         scale = dot / energy
     else:
         scale = sigma if rule == "norm" else sigma * mx.sqrt(y.shape[-1] / energy)
-    # a vector of zeros has no dot product; 8-bit codes are all 0 if sigma is 0 or infinite
-    return pack(codes, bits), mx.where(dot > 0 if rule == "inner-product" else energy > 0, scale, sigma)
+    return pack(codes, bits), scale
 
 
 def _stored(scale: mx.array) -> mx.array:

@@ -14,11 +14,6 @@ from ..quant.scheme import Scheme
 
 _NO_CODEBOOK = [
     ("return as_type<half2>(low + x) - as_type<half2>(sum - x);", "return as_type<half2>(x);"),
-    ("return as_type<half2>(x | 0x64006400u) - half2(1152.0h);", "return as_type<half2>(x);"),
-    (
-        "z[i] = as_type<half2>(((raw.w[2 * x + i / 2] >> (i % 2 * 8)) & 0x00ff00ffu) | 0x64006400u);",
-        "z[i] = as_type<half2>((raw.w[2 * x + i / 2] >> (i % 2 * 8)) & 0x00ff00ffu);",
-    ),
 ]
 _NO_VALUES = [("int n = min(TILE, end - t0);", "int n = 0;")]
 _NO_SOFTMAX = [

@@ -9,7 +9,8 @@ from ..backends.sides import Balance
 from ..quant.scheme import BITS, SCALES, TurboConfig, words_per_row
 from .packing import Side, allowed_dtypes, bits_at, make_sides, may_choose_bits, n_segments, write
 
-MAGIC, FORMAT_VERSION = 0x54554B56, 3  # "TUKV"
+MAGIC, FORMAT_VERSION = 0x54554B56, 4  # "TUKV"
+READABLE_VERSIONS = 2, 3, FORMAT_VERSION
 BATCH_MAGIC = 0x54554B42  # "TUKB"
 WINDOW_MAGIC, BATCH_WINDOW_MAGIC = 0x54554B57, 0x54554B52  # "TUKW", "TUKR"
 HEADER_NAMES = (
@@ -98,9 +99,16 @@ def _read_header(array, cache):
     if numbers[0] != cache.magic:
         raise ValueError(f"state: not the state of a {kind}")
     names = _names_of(cache.header_names, numbers[1])
-    if numbers[1] not in (2, FORMAT_VERSION) or len(numbers) != len(names):
-        raise ValueError(f"state: format version {numbers[1]}, this version of mlx_turbo reads 2 and {FORMAT_VERSION}")
-    return SINCE_VERSION_3 | dict(zip(names, numbers))
+    if numbers[1] not in READABLE_VERSIONS or len(numbers) != len(names):
+        known = ", ".join(map(str, READABLE_VERSIONS))
+        raise ValueError(f"state: format version {numbers[1]}, this version of mlx_turbo reads {known}")
+    header = SINCE_VERSION_3 | dict(zip(names, numbers))
+    if numbers[1] < 4 and 8 in (header["key_bits"], header["value_bits"], header["chosen_key_bits"]):
+        raise ValueError(
+            f"state: format version {numbers[1]} with 8 bits, whose levels are others since version 4: this version of "
+            "mlx_turbo cannot read it. The prompt has to be computed again"
+        )
+    return header
 
 
 def _names_of(names, version):

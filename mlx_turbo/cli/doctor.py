@@ -342,7 +342,7 @@ def _run_attend_check(check: AttendCheck, backend: Any) -> tuple[str | None, flo
     want = reference.attention(to_float64(queries), *restored, mask=mask, sinks=sinks, **options)
     error = relative_error(to_float64(got), want)
     fused = not backend.why_not_fused(check.keys, check.values, check.n_queries)
-    return too_large(error, attend_tolerance(check.keys[0], check.dtype, check.n_queries, fused)), error
+    return too_large(error, attend_tolerance(check.dtype, check.n_queries, fused)), error
 
 
 def _run_latent_check(
@@ -363,7 +363,7 @@ def _run_latent_check(
     want = reference.attention(to_float64(queries), restored, restored, mask=added, **options)
     error = relative_error(to_float64(got), want)
     fused = not backend.why_not_fused(check.keys, check.keys, check.n_queries)
-    return too_large(error, attend_tolerance(check.keys[0], check.dtype, check.n_queries, fused)), error
+    return too_large(error, attend_tolerance(check.dtype, check.n_queries, fused)), error
 
 
 def run_check(check: AnyCheck, backend: Any) -> tuple[str | None, float]:

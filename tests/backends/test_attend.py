@@ -32,8 +32,7 @@ ORDERS = ("natural", "reversed", "random")
 
 def check(case, backends=LAUNCHES.values(), tolerance=1.0, mask=None, sinks=None):
     want = expected(case, mask, sinks)
-    bits = [case.keys.bits] + ([case.rope.keys.bits] if case.rope else [])
-    allowed = tolerance * max(ATTEND_TOLERANCE[b] for b in bits) + ROUNDING[case.queries.dtype]
+    allowed = tolerance * ATTEND_TOLERANCE + ROUNDING[case.queries.dtype]
     for backend in backends:
         out = backend.attend(
             case.queries, case.keys, case.values, case.counts, scale=case.scale, mask=mask, sinks=sinks, rope=case.rope
@@ -757,7 +756,7 @@ CEILING = {
     ((2, 2), 128): {1: 9.6, 4: 16.0},
     ((5, 5), 128): {1: 14.4},
     ((6, 6), 128): {4: 22.8},
-    ((8, 4), 128): {4: 14.9},
+    ((8, 4), 128): {4: 19.4},
     ((4, 4), 64): {4: 16.9},
     ((4, 4), 256): {4: 16.3},
 }

@@ -32,7 +32,7 @@ def translated(header="", body=""):
         ("float f = g((const device float4 *)p, (thread uint *)w);", "float f = g((const float4 *)p, (uint *)w);"),
         ('_Pragma("clang loop unroll(full)") for (;;) {}', '_Pragma("unroll") for (;;) {}'),
         ('_Pragma("clang loop unroll(disable)") for (;;) {}', '_Pragma("unroll 1") for (;;) {}'),
-        ("half2 x = half2(1152.0h);", "half2 x = half2(half(1152.0f));"),
+        ("half2 x = half2(1.65625h);", "half2 x = half2(half(1.65625f));"),
         ("half x = 2h + .5h;", "half x = half(2.0f) + half(.5f);"),
         ("int width = device_width + threads;", "int width = device_width + threads;"),
         ("uint x = 0x64006400u; float y = 1e3f;", "uint x = 0x64006400u; float y = 1e3f;"),

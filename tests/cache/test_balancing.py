@@ -18,6 +18,7 @@ from mlx_turbo import RotatingTurboKVCache, TurboKVCache
 from mlx_turbo.backends import select
 from mlx_turbo.cache import balancing
 from mlx_turbo.cache.attention_error import Attention
+from mlx_turbo.cache.state import FORMAT_VERSION
 from mlx_turbo.integration import attention
 from mlx_turbo.quant import reference
 
@@ -179,12 +180,12 @@ def test_the_operations_of_a_first_chunk_stay_few(monkeypatch, tmp_path, name):
 
 @fast
 def test_a_state_without_a_balance_is_read(backend):
-    """Files of the version before."""
+    """Files of version 2."""
     cache = TurboKVCache("turbo4")
     feed(cache, *tokens(), 200, observed=False)
     header, *arrays = cache.state
     numbers = header.tolist()
-    assert numbers[1] == 3
+    assert numbers[1] == FORMAT_VERSION
     old = [mx.array([numbers[0], 2, *numbers[2:-2]], mx.int32), *arrays]
     loaded = TurboKVCache.from_state(old)
     assert loaded.config == cache.config

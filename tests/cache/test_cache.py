@@ -773,7 +773,11 @@ BAD_STATES = {
     "nothing": (lambda s: [], "header"),
     "another cache's": (lambda s: [mx.zeros((1, 2, 3, 4)), mx.zeros((1, 2, 3, 4))], "header"),
     "no magic": (change("magic", 1), "not the state of a TurboKVCache"),
-    "a newer version": (change("version", 1), f"format version {FORMAT_VERSION + 1}.*reads 2 and {FORMAT_VERSION}"),
+    "a newer version": (change("version", 1), f"format version {FORMAT_VERSION + 1}.*reads 2, 3, {FORMAT_VERSION}"),
+    "8 bits of a version with other levels": (
+        lambda s: change("version", 3 - FORMAT_VERSION)(change("value_bits", 4)(s)),
+        "format version 3 with 8 bits",
+    ),
     "a longer header": (lambda s: [mx.concatenate([s[0], s[0][:1]]), *s[1:]], "format version"),
     "too few arrays": (lambda s: s[:-1], "arrays are missing"),
     "only the header": (lambda s: s[:1], "arrays are missing"),

@@ -382,7 +382,7 @@ def test_another_version_of_the_file_or_of_a_state_is_refused(backend, tmp_path)
         body[at + 4 : at + 8] = (FORMAT_VERSION + 1).to_bytes(4, "little")
         return body
 
-    refused(file, rewritten(data, newer), f"format version {FORMAT_VERSION + 1}, .* reads 2 and {FORMAT_VERSION}")
+    refused(file, rewritten(data, newer), f"format version {FORMAT_VERSION + 1}, .* reads 2, 3, {FORMAT_VERSION}")
 
 
 @pytest.mark.parametrize(

@@ -210,5 +210,5 @@ def test_a_budget_of_memory_is_measured_beside_fixed_schemes_at_equal_bytes(tmp_
         budget["most_nbytes"] <= budget["limit"] == out["uncompressed_nbytes"] // 2
         and fixed["nbytes"] <= fixed["limit"]
     )
-    assert budget["kld_by_length"][0] <= fixed["kld_by_length"][0] < rows["turbo2"]["kld_by_length"][0]
+    assert budget["kld_by_length"][0] <= fixed["kld_by_length"][0] + 1e-6 < rows["turbo2"]["kld_by_length"][0]
     assert len(budget["nbytes_by_chunk"]) == 5 and picture.stat().st_size > 10_000
