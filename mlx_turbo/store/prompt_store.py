@@ -31,6 +31,7 @@ from .index import Index
 
 logger = logging.getLogger("mlx_turbo")
 VERSION = 1  # of the folder
+NOT_GENUINE = "its record is damaged, or of a version of mlx_turbo with another format of caches"
 MARK = "store.json"
 GROUP = 16_000_000  # bytes of blocks in a file, about
 MOST_QUEUED = 2_000_000_000  # bytes that wait to be written
@@ -421,7 +422,7 @@ class PromptStore:
         """Whether a record is what was written: its id follows from the rest."""
         if self._id_of(record) == record.id:
             return True
-        self._forget(record, "its record is damaged")
+        self._forget(record, NOT_GENUINE)
         return False
 
     def _load(self, chain: Sequence[Record]) -> list[Any]:
@@ -593,7 +594,7 @@ class PromptStore:
             wrong, room = self._index.reconcile(), None
             self._damaged.extend(wrong)
             for record in sorted(self._index.all(), key=_depth):
-                why = None if self._id_of(record) == record.id else f"{record.file}: its record is damaged"
+                why = None if self._id_of(record) == record.id else f"{record.file}: {NOT_GENUINE}"
                 try:
                     with files.opened(self.folder / record.file) as file:
                         room = files.read_piece(file, record, room)

@@ -133,6 +133,17 @@ def flip(whole, tmp_path_factory, at, bit, of_file):
     assert check(folder, whole[1]) == n
 
 
+def test_what_a_version_with_another_format_stored_is_forgotten_and_named(backend, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "store"
+    shutil.copytree(whole[0], folder)
+    monkeypatch.setattr(prompt_store, "FORMAT_VERSION", prompt_store.FORMAT_VERSION + 1)
+    with PromptStore(folder) as store:
+        assert store.fetch(tiny_model(), [*tokens_of(N), 1])[1] == 0
+        said = store.report()["damaged"]
+        assert said and all("another format of caches" in message for message in said)
+    assert check(folder, whole[1]) == 0
+
+
 @few_or_many
 def test_an_index_that_says_something_else_gives_no_wrong_cache(backend, whole, tmp_path_factory, n):
     """Rows that have a field of another one, as a damaged page might have them."""
