@@ -60,6 +60,14 @@ def _codes_of_halves(bits: int) -> np.ndarray:
     return (np.arange(1 << 16)[:, None] >> (bits * np.arange(16 // bits))) & (2**bits - 1)
 
 
+FEW = 1 << 12  # numbers that are compared with all midpoints at once: up to 127 bytes for each, but two operations
+
+
+def _midpoints(bits: int) -> np.ndarray:
+    """Between neighboring levels, the positive ones."""
+    return codebook.thresholds(codebook.product(bits))[2 ** (bits - 1) :].astype(np.float32)
+
+
 def _table(bits: int) -> np.ndarray:
     return _levels(bits)[_codes_of_halves(bits)]
 
@@ -125,9 +133,11 @@ def _encode(y: mx.array, bits: int, rule: str) -> tuple[mx.array, mx.array]:
     """(words, scales float32 [..., 1] by the rule) of rotated vectors y float32 [..., D]."""
     sigma = mx.sqrt(mx.square(y).mean(-1, keepdims=True))
     half, magnitude = 2 ** (bits - 1), mx.abs(y)
-    midpoints = codebook.thresholds(codebook.product(bits))[half:]
-    above = [(magnitude >= sigma * float(t)).astype(mx.uint8) for t in midpoints]
-    m = sum(above[1:], start=above[0])
+    if y.size <= FEW:
+        m = (magnitude[..., None] >= sigma[..., None] * constant(_midpoints, bits)).sum(-1).astype(mx.uint8)
+    else:
+        above = [(magnitude >= sigma * float(t)).astype(mx.uint8) for t in _midpoints(bits)]
+        m = sum(above[1:], start=above[0])
     codes = (m ^ mx.where(y < 0, half - 1, half).astype(mx.uint8)).astype(mx.uint32)
     c = constant(_levels, bits)[codes]
     dot, energy = (y * c).sum(-1, keepdims=True), mx.square(c).sum(-1, keepdims=True)
